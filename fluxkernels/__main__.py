@@ -1,0 +1,27 @@
+"""`python -m fluxkernels`: version, what this machine offers, and which backend runs."""
+
+import platform
+import warnings
+
+import torch
+
+import fluxkernels
+
+
+def main() -> None:
+    print(f"fluxkernels {fluxkernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    device = f"CUDA: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no CUDA device"
+    print(f"{torch.get_num_threads()} CPU threads, {device}\n")
+    for backend in fluxkernels.backends().values():
+        takes = " and ".join(backend.devices) or "any"
+        state = "available" if backend.available else f"missing: {backend.missing}"
+        print(f"  {backend.name:<8}{backend.what:<40}{takes + ' tensors':<14}{state}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in ("cpu", "cuda"):
+            print(f"\n{kind} tensors run on: {fluxkernels.resolve_backend(None, kind)}", end="")
+    print()
+
+
+if __name__ == "__main__":
+    main()

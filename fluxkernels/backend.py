@@ -1,0 +1,142 @@
+"""Which implementation runs an op: `torch` (pure PyTorch), `cpu` (compiled C++), `triton` (NVIDIA GPUs).
+
+The choice, first match: the call's `backend=`, the innermost `with use_backend(...)`, the environment variable
+FLUXKERNELS_BACKEND, else automatic: CUDA tensors take triton, CPU tensors take cpu, all others torch. A backend asked
+for by name runs or raises; only the automatic choice goes on to `torch`, and it warns once a device type.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from fluxkernels import reference
+
+ENVIRONMENT = "FLUXKERNELS_BACKEND"
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of `backends()`.
+
+    Attributes:
+        name: what to pass as `backend=`.
+        what: what it is made of.
+        devices: device types whose tensors it takes; empty means any.
+        missing: why it cannot run here, or None if it can.
+    """
+
+    name: str
+    what: str
+    devices: tuple[str, ...]
+    missing: str | None
+
+    @property
+    def available(self) -> bool:
+        return self.missing is None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    what: str
+    devices: tuple[str, ...]
+    missing: Callable[[], str | None]
+    implementation: ModuleType | None
+
+
+_ENTRIES = {
+    "torch": _Entry("pure PyTorch, the definition of right", (), lambda: None, reference),
+    "cpu": _Entry("compiled C++", ("cpu",), lambda: "this version has no C++ kernels yet", None),
+    "triton": _Entry("Triton kernels", ("cuda",), lambda: "this version has no Triton kernels yet", None),
+}
+_AUTOMATIC = {"cuda": "triton", "cpu": "cpu"}
+
+_in_use: list[str] = []
+_warned: set[str] = set()
+
+
+def backends() -> dict[str, Backend]:
+    """Every backend by name, with the reason why it cannot run here if it cannot."""
+    return {name: Backend(name, e.what, e.devices, e.missing()) for name, e in _ENTRIES.items()}
+
+
+def _known(name: str, source: str) -> str:
+    if name not in _ENTRIES:
+        raise ValueError(f"{source} must be one of {', '.join(map(repr, _ENTRIES))}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the `with` block on backend `name`, unless the call names another. Not per thread.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    _in_use.append(_known(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _in_use.pop()
+
+
+def _asked_for(backend: str | None) -> tuple[str, str] | None:
+    """(name, source) of the backend that somebody named, or None for the automatic choice."""
+    if backend is not None:
+        return backend, "backend"
+    if _in_use:
+        return _in_use[-1], "use_backend"
+    if os.environ.get(ENVIRONMENT):
+        return os.environ[ENVIRONMENT], ENVIRONMENT
+    return None
+
+
+def resolve_backend(backend: str | None, device: torch.device | str) -> str:
+    """Name of the backend that runs an op on tensors of `device`.
+
+    Args:
+        backend: a name, or None for the choice described at the top of this module.
+        device: where the op's tensors are.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendError: it cannot run here, or not on that device.
+    """
+    kind = torch.device(device).type
+    asked = _asked_for(backend)
+    if asked is None:
+        name = _AUTOMATIC.get(kind, "torch")
+        missing = _ENTRIES[name].missing()
+        if missing is None:
+            return name
+        if kind not in _warned:
+            _warned.add(kind)
+            warnings.warn(
+                f"fluxkernels runs {kind} tensors on its slower 'torch' backend: '{name}' is not available "
+                f"({missing}). Choose backend='torch' to say that this is meant.",
+                stacklevel=2,
+            )
+        return "torch"
+    name = _known(*asked)
+    entry = _ENTRIES[name]
+    if (missing := entry.missing()) is not None:
+        raise BackendError(f"backend '{name}' was asked for but cannot run: {missing}")
+    if entry.devices and kind not in entry.devices:
+        raise BackendError(f"backend '{name}' takes tensors on {' or '.join(entry.devices)}, got {kind}")
+    return name
+
+
+def implementation(name: str) -> ModuleType:
+    """The module that holds the ops of an available backend."""
+    module = _ENTRIES[name].implementation
+    if module is None:
+        raise BackendError(f"backend '{name}' cannot run: {_ENTRIES[name].missing()}")
+    return module

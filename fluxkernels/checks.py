@@ -1,0 +1,194 @@
+"""What every public function asks of its arguments, and how it brings them into one flat form.
+
+A message names the function, the argument, what it takes and what it got. Values are checked where that is cheap: on
+the CPU, outside of `torch.compile`. On an accelerator a look at the values would make the host wait for the device.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fluxkernels.backend import resolve_backend
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def shape_of(t: Tensor) -> str:
+    return str(list(t.shape))
+
+
+def check_tensor(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:
+    """`t` if it is a non-empty floating tensor of the dtype and on the device of `like`."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{function}: {name} must have a floating dtype, got {t.dtype}")
+    if like is not None and t.dtype != like.dtype:
+        raise TypeError(f"{function}: {name} must have the dtype of the first argument, {like.dtype}, got {t.dtype}")
+    if like is not None and t.device != like.device:
+        raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {t.device}")
+    if t.numel() == 0:
+        raise ValueError(f"{function}: {name} must not be empty, got shape {shape_of(t)}")
+    return t
+
+
+def looks_at_values(t: Tensor) -> bool:
+    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_finite(function: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError if one of the tensors holds NaN or infinity."""
+    for name, t in tensors.items():
+        if t is None or not looks_at_values(t):
+            continue
+        # The sum is finite only if every entry is; the slower look is for sums that overflow.
+        if not math.isfinite(t.detach().sum().item()) and not t.detach().isfinite().all():
+            raise ValueError(f"{function}: {name} must be finite, got NaN or infinity")
+
+
+def check_points(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:
+    """A tensor `[..., N, D]`."""
+    t = check_tensor(function, name, t, like)
+    if t.ndim < 2:
+        raise ValueError(f"{function}: {name} must have shape [..., N, D], got {shape_of(t)}")
+    return t
+
+
+def check_same_shape(function: str, name: str, t: object, other: str, like: Tensor) -> Tensor:
+    t = check_tensor(function, name, t, like)
+    if t.shape != like.shape:
+        raise ValueError(f"{function}: {name} must have the shape of {other}, {shape_of(like)}, got {shape_of(t)}")
+    return t
+
+
+def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero: bool = False) -> Tensor:
+    """A float or tensor of positive numbers (or zeros, with `zero`) as a tensor of at least float32 like `like`."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    takes = "a non-negative" if zero else "a positive"
+    if isinstance(value, Tensor):
+        if value.dtype not in FLOATS:
+            raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got dtype {value.dtype}")
+        if value.device != like.device and value.ndim > 0:
+            raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {value.device}")
+        if looks_at_values(value):
+            v = value.detach()
+            if not ((v >= 0 if zero else v > 0) & v.isfinite()).all():
+                raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(v)}")
+        return value.to(device=like.device, dtype=dtype)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got {type(value).__name__}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise ValueError(f"{function}: {name} must be {takes} finite number, got {value}")
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
+def _worst(values: Tensor) -> float:
+    bad = values[~values.isfinite()]
+    return (bad.flatten()[0] if bad.numel() else values.min()).item()
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The common leading dimensions of an op's arguments, flattened into one: B groups."""
+
+    function: str
+    batch: torch.Size
+
+    def points(self, t: Tensor) -> Tensor:
+        """`[..., N, D]` to `[B, N, D]`."""
+        return t.expand(*self.batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
+
+    def per_group(self, name: str, t: Tensor) -> Tensor:
+        """`[]` or `[...]` to `[B]`."""
+        if t.ndim > len(self.batch):
+            raise ValueError(
+                f"{self.function}: {name} must be a number or have one entry a group, shape {list(self.batch)}, "
+                f"got {shape_of(t)}"
+            )
+        return self._expand(name, t, self.batch).reshape(-1)
+
+    def per_query(self, name: str, t: Tensor, queries: int) -> Tensor:
+        """`[]`, `[...]` or `[..., N]` to `[B, N]`."""
+        target = torch.Size((*self.batch, queries))
+        if t.ndim != len(target):
+            t = self.per_group(name, t).reshape(*self.batch, 1) if self.batch else self.per_group(name, t)
+        return self._expand(name, t, target).reshape(-1, queries)
+
+    def unflatten(self, t: Tensor) -> Tensor:
+        """`[B, ...]` back to `[..., ...]`."""
+        return t.reshape(*self.batch, *t.shape[1:])
+
+    def _expand(self, name: str, t: Tensor, target: torch.Size) -> Tensor:
+        try:
+            return t.expand(target)
+        except RuntimeError:
+            raise ValueError(
+                f"{self.function}: {name} of shape {shape_of(t)} does not fit {list(target)}: "
+                f"one number, one a group or (kde ops) one a query"
+            ) from None
+
+
+def group(function: str, **tensors: Tensor) -> Groups:
+    """The groups that tensors `[..., N, D]` have in common.
+
+    Raises:
+        ValueError: their leading dimensions do not broadcast, or their last dimensions differ.
+    """
+    (first, example), *others = tensors.items()
+    for name, t in others:
+        if t.shape[-1] != example.shape[-1]:
+            raise ValueError(
+                f"{function}: {name} must have the same last dimension as {first}, "
+                f"{example.shape[-1]}, got shape {shape_of(t)}"
+            )
+    try:
+        batch = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors.values()))
+    except RuntimeError:
+        shapes = ", ".join(f"{name} {shape_of(t)}" for name, t in tensors.items())
+        raise ValueError(f"{function}: leading dimensions do not broadcast: {shapes}") from None
+    return Groups(function, batch)
+
+
+def check_steps(function: str, steps: object) -> int:
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{function}: steps must be a positive integer, got {steps!r}")
+    return steps
+
+
+def check_noise(
+    function: str, noise: object, seed: object, shape: Sequence[int], like: Tensor
+) -> tuple[Tensor | None, int | Tensor | None]:
+    """At most one of noise (of that shape) and seed (an integer below 2⁶⁴, or an int64 tensor of shape [])."""
+    if noise is not None and seed is not None:
+        raise ValueError(f"{function}: give noise or seed, not both")
+    if noise is not None:
+        noise = check_tensor(function, "noise", noise, like)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(f"{function}: noise must have shape {list(shape)}, got {shape_of(noise)}")
+        return noise, None
+    if seed is None:
+        return None, None
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim:
+            raise TypeError(
+                f"{function}: seed must be an integer or an int64 tensor of shape [], got {seed.dtype} {shape_of(seed)}"
+            )
+        return None, seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"{function}: seed must be an integer or an int64 tensor, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{function}: seed must lie in [-2^63, 2^64), got {seed}")
+    return None, seed
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """`resolve_backend`, fixed once and for all inside a compiled graph."""
+    return _resolve_constant(backend, device.type)
+
+
+@torch.compiler.assume_constant_result
+def _resolve_constant(backend: str | None, device_type: str) -> str:
+    return resolve_backend(backend, device_type)

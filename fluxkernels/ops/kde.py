@@ -1,0 +1,104 @@
+"""Minibatch kernel density estimate (Eq. 7): score, mean and log-density."""
+
+from typing import Any
+
+from torch import Tensor
+
+from fluxkernels import reference
+from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, choose, group
+from fluxkernels.ops.registration import register, register_recomputed_autograd
+
+
+def _fake(z: Tensor, refs: Tensor, sigma2: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape[:-1])
+
+
+def _backward_fake(
+    g_shift: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
+
+
+kde = register("kde", "(Tensor z, Tensor refs, Tensor sigma2, str backend) -> (Tensor, Tensor)", _fake)
+kde_backward = register(
+    "kde_backward",
+    "(Tensor g_shift, Tensor g_log_density, Tensor z, Tensor refs, Tensor sigma2, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, g_shift: Tensor, g_log_density: Tensor) -> tuple[Tensor | None, ...]:
+    return *kde_backward(g_shift, g_log_density, *ctx.saved_tensors, ctx.backend), None
+
+
+def _backward_formula(*args: Any) -> tuple[Tensor, ...]:
+    *tensors, _ = args
+    return reference.kde_backward(*tensors)
+
+
+kde.register_autograd(_backward, setup_context=_setup_context)
+# Second derivatives are the same plain PyTorch on every backend: training never takes them.
+register_recomputed_autograd(kde_backward, _backward_formula)
+
+
+def prepare(
+    function: str, x: Tensor, refs: Tensor, sigma2: float | Tensor, backend: str | None, points: str = "x"
+) -> tuple[Groups, Tensor, Tensor, Tensor, str]:
+    """Check the arguments of a kde op and flatten them: (groups, z `[B, N, D]`, refs, sigma2 `[B, N]`, backend)."""
+    check_points(function, points, x)
+    check_points(function, "refs", refs, like=x)
+    check_finite(function, **{points: x, "refs": refs})
+    variance = as_number_tensor(function, "sigma2", sigma2, like=x)
+    groups = group(function, **{points: x, "refs": refs})
+    queries = groups.per_query("sigma2", variance, x.shape[-2])
+    return groups, groups.points(x), groups.points(refs), queries, choose(backend, x.device)
+
+
+def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
+    """Score of a Gaussian kernel density estimate (Eq. 7).
+
+    s(z) = (m(z) - z)/σ² = ∇ log p̂(z), with m(z) = Σ_j w_j(z) r_j and w_j(z) = softmax_j(-|z - r_j|²/2σ²).
+
+    Args:
+        x: `[..., N, D]`, the points z.
+        refs: `[..., M, D]`, the centres r; leading dimensions broadcast against those of x.
+        sigma2: σ² > 0, the squared bandwidth in squared units of x: a float, or a tensor of shape `[]`, `[...]` (one
+            a group) or `[..., N]` (one a query).
+        backend: "torch", "cpu", "triton", or None for the automatic choice.
+
+    Returns:
+        `[..., N, D]`, in units of 1/x. Differentiable twice in x, refs and sigma2.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
+        BackendError: the backend named cannot run here.
+    """
+    groups, z, centres, variance, name = prepare("kde_score", x, refs, sigma2, backend)
+    shift, _ = kde(z, centres, variance, name)
+    return groups.unflatten((shift / variance.unsqueeze(-1)).to(x.dtype))
+
+
+def kde_mean(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
+    """Weighted mean of the centres, m(z) = Σ_j w_j(z) r_j: the stable target of denoising score matching.
+
+    Arguments, derivatives and errors as in `kde_score`. Returns `[..., N, D]`, in units of x.
+    """
+    groups, z, centres, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
+    shift, _ = kde(z, centres, variance, name)
+    return groups.unflatten(z + shift)
+
+
+def kde_log_density(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
+    """Normalised log-density, log p̂(z) = log (1/M) Σ_j exp(-|z - r_j|²/2σ²) - (D/2) log 2πσ².
+
+    Arguments, derivatives and errors as in `kde_score`. Returns `[..., N]`, in nats.
+    """
+    groups, z, centres, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
+    _, log_density = kde(z, centres, variance, name)
+    return groups.unflatten(log_density)

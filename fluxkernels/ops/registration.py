@@ -1,0 +1,78 @@
+"""How an op is registered: one schema, its implementation looked up by the backend's name, autograd by recomputing."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkernels.backend import implementation
+
+Formula = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def register(name: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """Register `fluxkernels::name`, whose last argument is `str backend`, and return the op.
+
+    Autocast is switched off inside: a kernel density estimate in bfloat16 has no correct digit to offer.
+    """
+
+    def run(*args: Any) -> Any:
+        *inputs, backend = args
+        device = next(t for t in inputs if isinstance(t, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return getattr(implementation(backend), name)(*inputs)
+
+    op = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
+
+
+def vector_jacobian(
+    formula: Formula, inputs: Sequence[Any], needs: Sequence[bool], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """(∂formula/∂input)ᵀ cotangents for every input that `needs` it, by running `formula` again under autograd.
+
+    The result can itself be differentiated when autograd is asked for that (create_graph=True).
+    """
+    higher = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A fresh view of each input: two arguments that are one tensor (refs is x) still get a derivative each.
+        leaves = [
+            (value.view_as(value) if higher and value.requires_grad else value.detach().requires_grad_())
+            if need
+            else value
+            for value, need in zip(inputs, needs, strict=True)
+        ]
+        device = next(t for t in leaves if isinstance(t, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            results = formula(*leaves)
+        results = (results,) if isinstance(results, Tensor) else results
+        used = [(r, c) for r, c in zip(results, cotangents, strict=True) if c is not None and r.requires_grad]
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        gradients = iter(
+            torch.autograd.grad(
+                [r for r, _ in used],
+                wanted,
+                [c for _, c in used],
+                create_graph=higher,
+                allow_unused=True,
+            )
+        )
+    return [next(gradients) if need else None for need in needs]
+
+
+def register_recomputed_autograd(op: Any, formula: Formula) -> None:
+    """Let `op` be differentiated through `formula`, which takes the op's arguments and computes the same."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+        ctx.others = [value for value in inputs if not isinstance(value, Tensor)]
+
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
+        inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
+        return tuple(vector_jacobian(formula, inputs, ctx.needs_input_grad, cotangents))
+
+    op.register_autograd(backward, setup_context=setup_context)

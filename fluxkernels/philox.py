@@ -1,0 +1,90 @@
+"""Counter-based random numbers, the same on every device and backend: Philox 4×32-10.
+
+Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3 (SC 2011). A block of four 32-bit numbers is a
+function of a counter and a key alone. Element e of step k of a stream takes number e mod 4 of the block with
+
+    counter = (⌊e/4⌋ mod 2³², ⌊e/4⌋ div 2³², k, stream),   key = (seed mod 2³², seed div 2³²),
+
+where e counts the elements of a contiguous `[..., N, D]`. The streams keep the uses of one seed apart.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHAIN, START, PROBE, HORIZON = range(4)
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox 4×32 on int64 tensors that hold unsigned 32-bit words.
+
+    Args:
+        counter: four words, broadcastable.
+        key: two words, broadcastable.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap modulo 2⁶⁴, so both halves are right once the sign's copies are masked off.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        high0, high1 = (product0 >> 32) & _LOW, (product1 >> 32) & _LOW
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _LOW, high0 ^ c3 ^ k1, product0 & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c0, c1, c2, c3
+
+
+def bits(seed: Tensor, shape: Sequence[int], stream: int) -> Tensor:
+    """Words `[steps, blocks, 4]` for `shape` = `[steps, ...]`: the blocks that cover the elements of each step."""
+    steps, elements = shape[0], math.prod(shape[1:])
+    block = torch.arange((elements + 3) // 4, device=seed.device)
+    step = torch.arange(steps, device=seed.device).unsqueeze(-1)
+    counter = (block & _LOW, block >> 32, step, torch.full_like(step, stream))
+    return torch.stack(torch.broadcast_tensors(*philox(counter, (seed & _LOW, (seed >> 32) & _LOW))), dim=-1)
+
+
+def _to_shape(words: Tensor, shape: Sequence[int]) -> Tensor:
+    return words.flatten(1)[:, : math.prod(shape[1:])].reshape(*shape)
+
+
+def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers of shape `[steps, ...]`, by Box and Muller from pairs of words.
+
+    Args:
+        seed: int64 tensor of shape `[]`; its device is the device of the result.
+        shape: `[steps, ...]`.
+        stream: what the numbers are for: CHAIN, START or PROBE.
+        dtype: float32 or float64; both give the same numbers to rounding.
+    """
+    words = bits(seed, shape, stream)
+    a, b = words[..., 0::2], words[..., 1::2]
+    # -log u for u = (a + ½)/2³², through 1 - u in the upper half, so that float32 keeps its digits at both ends.
+    lower = -torch.log((a.to(dtype) + 0.5) * 2.0**-32)
+    upper = -torch.log1p(-((_LOW - a).to(dtype) + 0.5) * 2.0**-32)
+    radius = (2 * torch.where(a < 1 << 31, lower, upper)).sqrt()
+    angle = b.to(dtype) * (2 * math.pi * 2.0**-32)
+    return _to_shape(torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2), shape)
+
+
+def uniform(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
+    """Numbers uniform on (0, 1), of shape `[steps, ...]`: 24 bits of each word, which float32 holds exactly."""
+    return _to_shape(((bits(seed, shape, stream) >> 8).to(dtype) + 0.5) * 2.0**-24, shape)
+
+
+def rademacher(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
+    """Signs ±1 with equal probability, of shape `[steps, ...]`: the top bit of each word."""
+    return _to_shape(1 - 2 * (bits(seed, shape, stream) >> 31), shape).to(dtype)
+
+
+def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """`seed` as an int64 tensor of shape `[]`; None draws one from torch's generator of that device."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device=device, dtype=torch.int64)
+    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

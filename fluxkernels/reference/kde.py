@@ -1,0 +1,87 @@
+"""Kernel density estimate (Eq. 7): displacement to the weighted mean, log-density, and their derivatives."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fluxkernels.reference.blocks import centre, map_blocks, pair_blocks, upcast
+
+# Up to this dimension distances are sums of squared differences; above, a matrix product on centred coordinates.
+DIRECT_DIMENSIONS = 16
+# Pairs whose differences are formed at once where the matrix product has cancelled.
+NEAR_PAIRS = 4096
+
+
+def squared_distances(z: Tensor, refs: Tensor) -> Tensor:
+    """|z_n - r_j|², `[B, N, M]`, for centred z `[B, N, D]` and refs `[B, M, D]`."""
+    if z.shape[-1] <= DIRECT_DIMENSIONS:
+        first, *others = range(z.shape[-1])
+        total = (z[..., first, None] - refs[..., None, :, first]).square()
+        for d in others:
+            difference = z[..., d, None] - refs[..., None, :, d]
+            total = torch.addcmul(total, difference, difference)
+        return total
+    norms = z.square().sum(-1).unsqueeze(-1) + refs.square().sum(-1).unsqueeze(-2)
+    total = torch.baddbmm(norms, z, refs.mT, alpha=-2)
+    # |z|² + |r|² - 2 z·r has lost its digits where it is small against its terms: take differences there.
+    near = total.detach() < 64 * torch.finfo(z.dtype).eps ** 0.5 * norms.detach()
+    for b, n, j in zip(*(index.split(NEAR_PAIRS) for index in near.nonzero(as_tuple=True)), strict=True):
+        total = total.index_put((b, n, j), (z[b, n] - refs[b, j]).square().sum(-1))
+    return total
+
+
+def weights(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a_nj = |z_n - r_j|², w_nj = softmax_j(-a_nj/2σ_n²), both `[B, N, M]`, and log Σ_j exp(-a_nj/2σ_n²) `[B, N]`."""
+    distances = squared_distances(z, refs)
+    logits = distances * (-0.5 / sigma2).unsqueeze(-1)
+    normaliser = logits.logsumexp(-1)
+    return distances, (logits - normaliser.unsqueeze(-1)).exp(), normaliser
+
+
+def kde_formula(z: Tensor, sigma2: Tensor, refs: Tensor) -> tuple[Tensor, Tensor]:
+    """(m(z) - z, log p̂(z)) of one centred block: `[B, N, D]`, `[B, N]`."""
+    _, w, normaliser = weights(z, refs, sigma2)
+    M, D = refs.shape[-2:]
+    return w @ refs - z, normaliser - math.log(M) - 0.5 * D * torch.log(2 * math.pi * sigma2)
+
+
+def kde_backward_formula(
+    g_shift: Tensor, g_log_density: Tensor, z: Tensor, sigma2: Tensor, refs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Vector-Jacobian product of `kde_formula`: cotangents of z `[B, N, D]`, refs `[B, M, D]`, σ² `[B, N]`.
+
+    With logits L_j = -|z - r_j|²/2σ² and v the cotangent of m, the cotangent of L_j is
+    c_j = w_j ((r_j - m)·v + g), g that of log p̂; the rest is the chain rule through L_j and through r_j in m.
+    """
+    distances, w, _ = weights(z, refs, sigma2)
+    mean = w @ refs
+    c = w * (g_shift @ refs.mT + (g_log_density - (g_shift * mean).sum(-1)).unsqueeze(-1))
+    scaled = c / sigma2.unsqueeze(-1)
+    g_z = scaled @ refs - scaled.sum(-1, keepdim=True) * z - g_shift
+    g_refs = w.mT @ g_shift + scaled.mT @ z - scaled.sum(-2).unsqueeze(-1) * refs
+    g_sigma2 = 0.5 * ((scaled * distances).sum(-1) - z.shape[-1] * g_log_density) / sigma2
+    return g_z, g_refs, g_sigma2
+
+
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor]:
+    """(m(z) - z `[B, N, D]`, log p̂(z) `[B, N]`) for z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`."""
+    dtype = z.dtype
+    z, refs, _ = centre(z, refs)
+    shift, log_density = map_blocks(kde_formula, (z, *upcast(sigma2)), (refs,))
+    return shift.to(dtype), log_density.to(dtype)
+
+
+def kde_backward(
+    g_shift: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cotangents of z, refs and sigma2 from those of `kde`'s results."""
+    dtype, sigma2_dtype = z.dtype, sigma2.dtype
+    z, refs, _ = centre(z, refs)
+    g_shift, g_log_density, sigma2 = upcast(g_shift, g_log_density, sigma2)
+    g_z, g_refs, g_sigma2 = torch.empty_like(z), torch.zeros_like(refs), torch.empty_like(g_log_density)
+    for group, rows in pair_blocks(z, refs):
+        per_query = (t[group, rows] for t in (g_shift, g_log_density, z, sigma2))
+        g_z[group, rows], g_refs_block, g_sigma2[group, rows] = kde_backward_formula(*per_query, refs[group])
+        g_refs[group] += g_refs_block
+    return g_z.to(dtype), g_refs.to(dtype), g_sigma2.to(sigma2_dtype)
