@@ -1,0 +1,151 @@
+"""The network's part of ∇r at the end of a chain: ∇(∇·f) + J_fᵀ s.
+
+It is the derivative at α = 0 of J_f(z + α ε)ᵀ(ε + α s), averaged over probes ε (Hutchinson) or summed over a basis,
+hence a directional derivative of one vector-Jacobian product. Three ways to take it, the same in exact arithmetic:
+
+- "reverse": twice reverse mode. Exact; needs a network that can be differentiated twice.
+- "forward": forward mode over reverse mode (`torch.func`). Exact; needs forward-mode rules for every op.
+- "central": central difference of two ordinary backward passes. Needs first derivatives only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+Field = Callable[[Tensor], Tensor]
+METHODS = ("reverse", "forward", "central")
+# Step of the central difference, in units of the points' root-mean-square spread √(σ² + σ_data²).
+RELATIVE_STEP = 0.003
+
+
+def call_field(field: Field, z: Tensor) -> Tensor:
+    """field(z) in the dtype of z; ValueError if it has another shape."""
+    f = field(z)
+    if not isinstance(f, Tensor):
+        raise TypeError(f"field must return a torch.Tensor, got {type(f).__name__}")
+    if f.shape != z.shape:
+        raise ValueError(f"field must return the shape of its input, {list(z.shape)}, got {list(f.shape)}")
+    return f.to(z.dtype)
+
+
+def basis(z: Tensor, grouped: bool) -> Iterator[Tensor]:
+    """Unit vectors of the event, or of one group (for all groups at once, as groups do not act on each other)."""
+    event = z.shape[-1:] if grouped else z.shape[1:]
+    for d in range(event.numel()):
+        unit = z.new_zeros(event.numel())
+        unit[d] = 1
+        yield unit.reshape(event).expand(z.shape)
+
+
+def endpoint_gradient(
+    field: Field,
+    z: Tensor,
+    score: Tensor,
+    probe: Tensor | None,
+    *,
+    method: str,
+    grouped: bool = False,
+    chunk: int | None = None,
+    spread: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """∇(∇·f) + J_fᵀ s and f at the points z, both detached.
+
+    Args:
+        field: maps `[n, *event]` to the same shape, each sample by itself.
+        z: `[N, *event]`.
+        score: s(z), shape of z.
+        probe: ε, shape of z; None takes the exact divergence, at the price of one pass for each coordinate.
+        method: "reverse", "forward" or "central".
+        grouped: `[N, G, D]` whose groups the field treats independently: the exact divergence then needs D passes.
+        chunk: samples that go through the field at once; None for all.
+        spread: root-mean-square spread of the points, which scales the step of "central".
+
+    Returns:
+        (gradient, f), each shape of z.
+    """
+    way = {"reverse": _reverse, "forward": _forward, "central": _central}[method]
+    size = chunk or z.shape[0]
+    gradients, values = [], []
+    for start in range(0, z.shape[0], size):
+        rows = slice(start, start + size)
+        probes = basis(z[rows], grouped) if probe is None else iter((probe[rows],))
+        gradient, value = way(field, z[rows].detach(), score[rows], probes, spread)
+        gradients.append(gradient)
+        values.append(value.detach())
+    return torch.cat(gradients), torch.cat(values)
+
+
+def _or_zeros(gradient: Tensor | None, z: Tensor) -> Tensor:
+    """A field that does not look at z has no gradient, which is to say a zero one."""
+    return torch.zeros_like(z) if gradient is None else gradient
+
+
+def _reverse(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        z = z.requires_grad_()
+        f = call_field(field, z)
+        if not f.requires_grad:
+            return torch.zeros_like(z), f
+        total = (f * score).sum()
+        for probe in probes:
+            (pulled,) = torch.autograd.grad(f, z, probe, create_graph=True, allow_unused=True)
+            total = total + (_or_zeros(pulled, z) * probe).sum()
+        (gradient,) = torch.autograd.grad(total, z, allow_unused=True)
+    return _or_zeros(gradient, z).detach(), f
+
+
+def _forward(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    def pulled(z: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        f, pull = torch.func.vjp(lambda point: call_field(field, point), z)
+        return pull(cotangent)[0], f
+
+    gradient, f, moving = torch.zeros_like(z), z, score
+    for probe in probes:
+        (_, f), (derivative, _) = torch.func.jvp(pulled, (z, probe), (probe, moving))
+        gradient, moving = gradient + derivative, torch.zeros_like(score)
+    return gradient.detach(), f
+
+
+def _central(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    step = RELATIVE_STEP * spread
+
+    def pulled(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            point = point.requires_grad_()
+            f = call_field(field, point)
+            if not f.requires_grad:
+                return torch.zeros_like(z), f
+            (gradient,) = torch.autograd.grad(f, point, cotangent, allow_unused=True)
+        return _or_zeros(gradient, z), f.detach()
+
+    gradient, value, count, moving = torch.zeros_like(z), torch.zeros_like(z), 0, score
+    for probe in probes:
+        # Both sides see the same dropout mask: a difference of masks over a small step would be noise.
+        state = _random_state(z.device)
+        forward, f_forward = pulled(z + step * probe, probe + step * moving)
+        _set_random_state(z.device, state)
+        backward, f_backward = pulled(z - step * probe, probe - step * moving)
+        gradient = gradient + (forward - backward) / (2 * step)
+        value, count = value + f_forward + f_backward, count + 2
+        moving = torch.zeros_like(score)
+    return gradient, value / count
+
+
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

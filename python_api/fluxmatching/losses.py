@@ -1,0 +1,421 @@
+"""Losses: Flux Matching (Eq. 6), its noise-annealed form (Eq. 11), and denoising score matching as the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fluxkernels import flux_pass, kde_mean, langevin_chain, philox, residual_gradient
+from fluxkernels.checks import as_number_tensor, check_finite, check_same_shape, check_steps, check_tensor
+from fluxmatching.draws import Draws
+from fluxmatching.endpoint import METHODS, Field, call_field, endpoint_gradient
+from fluxmatching.horizon import Horizon, UniformHorizon
+from fluxmatching.layout import Layout
+from fluxmatching.noise import LossNormalizer
+
+ESTIMATORS = ("cross_chain", "single_chain")
+DIVERGENCES = ("hutchinson", "exact")
+FORMS = ("x0", "eps")
+
+
+@dataclass(frozen=True)
+class FluxTarget:
+    """What a Flux Matching step regresses on; ℓ_i = -2 (f(x0_i) - s(x0_i))·q̂_i. All detached.
+
+    Attributes:
+        x0: starts of the chains, `[N, *event]`.
+        score: s(x0), shape of x0.
+        target: q̂, shape of x0.
+        tau: the horizon that was drawn, `[]`, or `[G]` in a grouped loss.
+    """
+
+    x0: Tensor
+    score: Tensor
+    target: Tensor
+    tau: Tensor
+
+    def loss(self, field: Field) -> Tensor:
+        """ℓ = -2 u(x0)·q̂ before the sum over the event: shape of x0. Differentiable in the field's parameters."""
+        return -2 * (call_field(field, self.x0) - self.score) * self.target
+
+
+def _one_of(function: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_draws(function: str, draws: Draws, x: Tensor) -> Draws:
+    for name in ("start", "probe"):
+        if (value := getattr(draws, name)) is not None:
+            check_same_shape(function, f"draws.{name}", value, "x", x)
+    if draws.chain is not None:
+        check_tensor(function, "draws.chain", draws.chain, like=x)
+        if draws.chain.shape[1:] != x.shape:
+            raise ValueError(
+                f"{function}: draws.chain must have shape [steps, *x.shape] = [steps, {', '.join(map(str, x.shape))}], "
+                f"got {list(draws.chain.shape)}"
+            )
+    return draws
+
+
+def flux_target(
+    field: Field,
+    x: Tensor,
+    sigma2: float | Tensor,
+    *,
+    refs: Tensor | None = None,
+    horizon: Horizon | None = None,
+    grouped: bool = False,
+    estimator: str = "cross_chain",
+    endpoint: str = "reverse",
+    divergence: str = "hutchinson",
+    chunk: int | None = None,
+    draws: Draws | None = None,
+    seed: int | Tensor | None = None,
+    steps: int = 4,
+    backend: str | None = None,
+) -> FluxTarget:
+    """The detached half of the Flux Matching loss: where the field is evaluated, and q̂ there.
+
+    Arguments and errors as in `flux_matching_loss`. For losses that need more than one number a sample, such as one
+    for each group: `target.loss(field)` keeps the event's dimensions.
+    """
+    function = "flux_matching_loss"
+    check_tensor(function, "x", x)
+    check_steps(function, steps)
+    _one_of(function, "estimator", estimator, ESTIMATORS)
+    _one_of(function, "endpoint", endpoint, METHODS)
+    _one_of(function, "divergence", divergence, DIVERGENCES)
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        raise ValueError(f"{function}: chunk must be None or a positive number of samples, got {chunk!r}")
+    layout = Layout(x, grouped)
+    refs = x if refs is None else check_tensor(function, "refs", refs, like=x)
+    draws = _check_draws(function, draws or Draws(), x)
+    horizon = horizon or UniformHorizon()
+    variance = as_number_tensor(function, "sigma2", sigma2, like=x)
+    sigma = variance.sqrt()
+    steps = steps if draws.chain is None else draws.chain.shape[0]
+    draws, key = _complete(draws, x, seed, horizon, sigma, layout, estimator, steps, exact=divergence == "exact")
+    tau = draws.tau
+    assert tau is not None
+
+    with torch.no_grad():
+        points, centres = layout.to_points(x), _points_of_refs(layout, refs, x)
+        noise = None
+        if draws.start is not None and draws.chain is not None:
+            noise = torch.stack([layout.to_points(n) for n in (draws.start, *draws.chain)])
+        bundle = flux_pass(points, centres, variance, tau, steps=steps, noise=noise, seed=key, backend=backend)
+
+    end = layout.from_points(bundle.xt)
+    bracket, field_at_end = endpoint_gradient(
+        field,
+        end,
+        layout.from_points(bundle.score_t),
+        draws.probe if divergence == "hutchinson" else None,
+        method=endpoint,
+        grouped=grouped,
+        chunk=chunk,
+        spread=_spread(x, variance) if endpoint == "central" else 1.0,
+    )
+    with torch.no_grad():
+        gradient = layout.to_points(bracket) + residual_gradient(
+            bundle.xt, layout.to_points(field_at_end), centres, variance, backend=backend
+        )
+    importance = torch.exp(-horizon.log_density(tau, sigma).detach()).reshape(-1, 1, 1)
+    if estimator == "cross_chain":
+        with torch.no_grad():
+            average = bundle.transition_average(gradient)
+            # e^{-τ} is the Jacobian of the linearised chain, whose transition the weights are.
+            target = torch.exp(-tau).reshape(-1, 1, 1) * importance * average
+    else:
+        start = bundle.x0.detach().requires_grad_()
+        with torch.enable_grad():
+            end_again = langevin_chain(
+                start,
+                centres,
+                variance,
+                tau,
+                steps=steps,
+                noise=None if noise is None else noise[1:],
+                seed=key,
+                backend=backend,
+            )
+            (pathwise,) = torch.autograd.grad(end_again, start, gradient)
+        target = importance * pathwise
+    target = target.reshape(points.shape).to(x.dtype)
+    return FluxTarget(
+        layout.from_points(bundle.x0), layout.from_points(bundle.score0), layout.from_points(target), tau
+    )
+
+
+def _complete(
+    draws: Draws,
+    x: Tensor,
+    seed: int | Tensor | None,
+    horizon: Horizon,
+    sigma: Tensor,
+    layout: Layout,
+    estimator: str,
+    steps: int,
+    *,
+    exact: bool,
+) -> tuple[Draws, Tensor | None]:
+    """Draw what `draws` leaves open: from `seed` where given, else from torch's generator.
+
+    Returns the draws and the seed to hand to the kernels, which make start and chain themselves; None if both are
+    given in `draws`.
+    """
+    given = draws.start is not None and draws.chain is not None
+    partly = (draws.start is None) != (draws.chain is None)
+    key = None
+    if seed is not None or partly or (estimator == "single_chain" and not given):
+        key = philox.as_seed(seed, x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if draws.tau is None:
+        uniform = (
+            torch.rand((), dtype=dtype, device=x.device)
+            if seed is None
+            else philox.uniform(philox.as_seed(seed, x.device), (1,), philox.HORIZON, dtype)[0]
+        )
+        draws = replace(draws, tau=horizon.quantile(uniform, sigma))
+    if draws.probe is None and not exact:
+        probe = (
+            torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
+            if seed is None
+            else philox.rademacher(philox.as_seed(seed, x.device), (1, *x.shape), philox.PROBE, x.dtype)[0]
+        )
+        draws = replace(draws, probe=probe)
+    if partly:
+        assert key is not None
+        other = Draws.from_seed(key, x, horizon, sigma, grouped=layout.grouped, steps=steps)
+        draws = replace(
+            draws,
+            start=other.start if draws.start is None else draws.start,
+            chain=other.chain if draws.chain is None else draws.chain,
+        )
+        key = None
+    return draws, None if given else key
+
+
+def _points_of_refs(layout: Layout, refs: Tensor, x: Tensor) -> Tensor:
+    if refs.shape[1:].numel() != x.shape[1:].numel() and not layout.grouped:
+        raise ValueError(
+            f"flux_matching_loss: refs must have shape [M, *event] with the event of x, {list(x.shape[1:])}, "
+            f"got {list(refs.shape)}"
+        )
+    if layout.grouped and (refs.ndim != 3 or refs.shape[2] != x.shape[2] or refs.shape[1] not in (1, x.shape[1])):
+        raise ValueError(
+            f"flux_matching_loss: refs of a grouped loss must have shape [M, {x.shape[1]} or 1, {x.shape[2]}], "
+            f"got {list(refs.shape)}"
+        )
+    return refs.movedim(0, 1) if layout.grouped else refs.reshape(refs.shape[0], -1)
+
+
+def _spread(x: Tensor, variance: Tensor) -> Tensor:
+    """√(σ² + σ_data²), σ_data² the mean variance of a coordinate over the minibatch."""
+    data = (x - x.mean(0, keepdim=True)).to(variance.dtype).square().mean()
+    return (variance.mean() + data).sqrt().to(x.dtype)
+
+
+def flux_matching_loss(
+    field: Field,
+    x: Tensor,
+    sigma2: float | Tensor,
+    *,
+    refs: Tensor | None = None,
+    horizon: Horizon | None = None,
+    grouped: bool = False,
+    estimator: str = "cross_chain",
+    endpoint: str = "reverse",
+    divergence: str = "hutchinson",
+    chunk: int | None = None,
+    draws: Draws | None = None,
+    seed: int | Tensor | None = None,
+    steps: int = 4,
+    backend: str | None = None,
+) -> Tensor:
+    """Flux Matching loss of a vector field (Eq. 6, Algorithm 1), one number a sample.
+
+    ℓ_i = -2 u(x0_i)·q̂_i, u = f - s, with s the score of the kernel density estimate on `refs`, x0 = x + σ n0 and
+    q̂_i = e^{-τ}/q(τ) Σ_j w_ij ∇r(x_τ^j) detached, r = ∇·u + u·s. Its gradient is that of the projected Fisher
+    divergence (Theorem 3.1) in dimensionless time: E ℓ = (2/σ²) E|Π f - s|². Fields that leave p_σ in place have
+    mean 0. A single ℓ_i can be negative.
+
+    Args:
+        field: maps `[n, *event]` to the same shape, each sample by itself.
+        x: clean minibatch, `[N, *event]`; grouped: `[N, G, D]`.
+        sigma2: σ² > 0 in squared units of x, one value a minibatch (grouped: or one a group, `[G]`).
+        refs: centres of the kernel density estimate, `[M, *event]`, or grouped `[M, G, D]` or `[M, 1, D]`. Default x.
+        horizon: distribution of τ; default `UniformHorizon()` on [0, 4].
+        grouped: one independent kernel density estimate for each index of the second dimension (one a gene).
+        estimator: "cross_chain" averages over all chains of the minibatch (Eq. 9); "single_chain" takes each sample's
+            own chain, differentiated pathwise (Sec. D.2).
+        endpoint: how the field's second derivatives at x_τ are taken; see `fluxmatching.endpoint`. "reverse" and
+            "forward" are exact; "central" needs no double backward.
+        divergence: "hutchinson" (one probe ε of random signs) or "exact" (one pass for each coordinate; grouped: for
+            each coordinate of a group, which supposes that the field does not mix groups).
+        chunk: samples that go through the endpoint's derivatives at once; None for all. Bounds the memory.
+        draws: fixes any of the random numbers.
+        seed: fixes all others, the same numbers on every device and backend. None: torch's generator.
+        steps: Langevin updates of a chain.
+        backend: "torch", "cpu", "triton", or None for the automatic choice.
+
+    Returns:
+        ℓ, `[N]`, summed over the event. Differentiable in the field's parameters; take its mean as the loss.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
+        fluxkernels.BackendError: the backend named cannot run here.
+    """
+    target = flux_target(
+        field,
+        x,
+        sigma2,
+        refs=refs,
+        horizon=horizon,
+        grouped=grouped,
+        estimator=estimator,
+        endpoint=endpoint,
+        divergence=divergence,
+        chunk=chunk,
+        draws=draws,
+        seed=seed,
+        steps=steps,
+        backend=backend,
+    )
+    return target.loss(field).flatten(1).sum(1)
+
+
+@dataclass(frozen=True)
+class AnnealedLoss:
+    """What `noise_annealed_flux_loss` returns; minimise `total.mean()`.
+
+    Attributes:
+        total: Eq. 11, plus Eq. 51 if the horizon is learned, `[N]`.
+        flux: the Flux Matching loss alone, detached, `[N]`.
+        tau: the horizon that was drawn, `[]`.
+    """
+
+    total: Tensor
+    flux: Tensor
+    tau: Tensor
+
+
+def noise_annealed_flux_loss(
+    field: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    sigma: float | Tensor,
+    normalizer: LossNormalizer,
+    *,
+    horizon: Horizon | None = None,
+    refs: Tensor | None = None,
+    estimator: str = "cross_chain",
+    endpoint: str = "reverse",
+    divergence: str = "hutchinson",
+    chunk: int | None = None,
+    draws: Draws | None = None,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> AnnealedLoss:
+    """Noise-annealed Flux Matching at one noise level: ℓ^σ / exp(s_η(σ)) + s_η(σ) (Eq. 11).
+
+    If the horizon is learned, -sg(ℓ^σ / exp(s_η(σ))) log q(τ) is added (Eq. 51). Its gradient reaches the horizon's
+    parameters alone, so one optimiser can hold the network, the normalizer and the horizon.
+
+    Args:
+        field: f(z, σ), z `[n, *event]`, σ of shape `[]`.
+        x: clean minibatch, `[N, *event]`.
+        sigma: σ > 0, shared by the minibatch.
+        normalizer: s_η.
+        The others: as in `flux_matching_loss`.
+    """
+    level = as_number_tensor("noise_annealed_flux_loss", "sigma", sigma, like=x)
+    if level.ndim:
+        raise ValueError(f"noise_annealed_flux_loss: sigma must be one number, got shape {list(level.shape)}")
+    horizon = horizon or UniformHorizon()
+    at_level: Field = lambda z: field(z, level)  # noqa: E731
+    target = flux_target(
+        at_level,
+        x,
+        level.square(),
+        refs=refs,
+        horizon=horizon,
+        estimator=estimator,
+        endpoint=endpoint,
+        divergence=divergence,
+        chunk=chunk,
+        draws=draws,
+        seed=seed,
+        backend=backend,
+    )
+    flux = target.loss(at_level).flatten(1).sum(1)
+    total = normalizer(flux, level)
+    if horizon.learned:
+        relative = flux.detach() * (-normalizer.log_scale(level).detach()).exp()
+        total = total + horizon.fit_loss(target.tau, relative, level)
+    return AnnealedLoss(total, flux.detach(), target.tau)
+
+
+def dsm_loss(
+    field: Field,
+    x: Tensor,
+    sigma2: float | Tensor,
+    *,
+    refs: Tensor | None = None,
+    form: str = "eps",
+    stable: bool = True,
+    start: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Denoising score matching, with the stable targets of Xu, Tong and Jaakkola (2023) unless told otherwise.
+
+    At z = x + σ n0 the target is s = (m(z) - z)/σ², m the `kde_mean` over refs (stable) or x itself. The forms weight
+    |f - s|² so that they read "x0": σ⁴|f - s|² = |(z + σ² f) - m|², "eps": σ²|f - s|² = |σ f + (z - m)/σ|².
+
+    Args:
+        field: maps `[N, *event]` to the same shape.
+        x: clean minibatch, `[N, *event]`.
+        sigma2: σ² > 0 in squared units of x: one value, or one a sample, `[N]`.
+        refs: centres of the stable target, `[M, *event]`; default x.
+        form: "x0" or "eps".
+        stable: False takes the single-sample target.
+        start: n0, shape of x.
+        seed: makes n0 by Philox, the same as in `flux_matching_loss`; with neither, torch's generator decides.
+        backend: "torch", "cpu", "triton", or None for the automatic choice.
+
+    Returns:
+        `[N]`, summed over the event.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
+        fluxkernels.BackendError: the backend named cannot run here.
+    """
+    function = "dsm_loss"
+    check_tensor(function, "x", x)
+    check_finite(function, x=x)
+    _one_of(function, "form", form, FORMS)
+    layout = Layout(x, grouped=False)
+    refs = x if refs is None else check_tensor(function, "refs", refs, like=x)
+    variance = as_number_tensor(function, "sigma2", sigma2, like=x)
+    if variance.ndim > 1 or (variance.ndim == 1 and len(variance) != len(x)):
+        raise ValueError(f"{function}: sigma2 must be one number or one a sample, got shape {list(variance.shape)}")
+    per_sample = variance.reshape(-1, *(1 for _ in x.shape[1:]))
+    if start is not None:
+        check_same_shape(function, "start", start, "x", x)
+    elif seed is None:
+        start = torch.randn_like(x)
+    else:
+        points = layout.to_points(x)
+        key = philox.as_seed(seed, x.device)
+        start = layout.from_points(philox.normal(key, (1, *points.shape), philox.START, variance.dtype)[0])
+    z = (x + per_sample.sqrt() * start).to(x.dtype).detach()
+    with torch.no_grad():
+        centres = _points_of_refs(layout, refs, x)
+        mean = layout.from_points(kde_mean(layout.to_points(z), centres, variance, backend=backend)) if stable else x
+    error = (z - mean) + per_sample * call_field(field, z)
+    weight = per_sample if form == "eps" else torch.ones_like(per_sample)
+    return (error.square() / weight).flatten(1).sum(1)

@@ -1,0 +1,72 @@
+"""Noise levels: the distributions that σ is drawn from in training, and maps of σ that are learned beside the network."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class LogNormalNoise:
+    """log σ ~ N(mean, std²): EDM's training distribution (Karras et al. 2022, Table 1).
+
+    Args:
+        mean: of log σ.
+        std: of log σ, positive.
+    """
+
+    def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
+        if not std > 0:
+            raise ValueError(f"std must be positive, got {std}")
+        self.mean, self.std = mean, std
+
+    def sample(self, shape: tuple[int, ...] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """σ of that shape, float32 on the CPU."""
+        return (self.mean + self.std * torch.randn(shape, generator=generator)).exp()
+
+
+class LogUniformNoise:
+    """log σ ~ U[log sigma_min, log sigma_max]: the variance-exploding training distribution (Table 6).
+
+    Args:
+        sigma_min, sigma_max: ends of the range, 0 < sigma_min < sigma_max.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}")
+        self.low, self.high = math.log(sigma_min), math.log(sigma_max)
+
+    def sample(self, shape: tuple[int, ...] = (), *, generator: torch.Generator | None = None) -> Tensor:
+        """σ of that shape, float32 on the CPU."""
+        return (self.low + (self.high - self.low) * torch.rand(shape, generator=generator)).exp()
+
+
+def linear_in_log_sigma(hidden: int) -> nn.Sequential:
+    """Two linear maps without an activation, to be fed log σ / 4: an affine function of log σ, in the published form."""
+    return nn.Sequential(nn.Linear(1, hidden), nn.Linear(hidden, 1))
+
+
+class LossNormalizer(nn.Module):
+    """s_η(σ), which brings the losses of all noise levels to one scale (Eq. 11).
+
+    Args:
+        hidden: width of the hidden linear map.
+    """
+
+    def __init__(self, hidden: int = 256) -> None:
+        super().__init__()
+        self.layer = linear_in_log_sigma(hidden)
+
+    def log_scale(self, sigma: Tensor) -> Tensor:
+        """s_η(σ), shape of sigma."""
+        return self.layer((sigma.to(self.layer[0].weight).log() / 4).unsqueeze(-1)).squeeze(-1)
+
+    def forward(self, loss: Tensor, sigma: Tensor) -> Tensor:
+        """loss / exp(s_η(σ)) + s_η(σ); least, on average, where exp(s_η(σ)) is the mean loss at σ.
+
+        Args:
+            loss: `[N]`.
+            sigma: σ, `[]` or `[N]`.
+        """
+        log_scale = self.log_scale(sigma)
+        return loss * (-log_scale).exp() + log_scale
