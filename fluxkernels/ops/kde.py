@@ -9,32 +9,38 @@ from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_poi
 from fluxkernels.ops.registration import register, register_recomputed_autograd
 
 
-def _fake(z: Tensor, refs: Tensor, sigma2: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape), z.new_empty(z.shape[:-1])
+def _fake(z: Tensor, refs: Tensor, sigma2: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
 
 
 def _backward_fake(
-    g_shift: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor, backend: str
+    g_shift: Tensor,
+    g_mean: Tensor,
+    g_log_density: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
 
 
-kde = register("kde", "(Tensor z, Tensor refs, Tensor sigma2, str backend) -> (Tensor, Tensor)", _fake)
+kde = register("kde", "(Tensor z, Tensor refs, Tensor sigma2, str backend) -> (Tensor, Tensor, Tensor)", _fake)
 kde_backward = register(
     "kde_backward",
-    "(Tensor g_shift, Tensor g_log_density, Tensor z, Tensor refs, Tensor sigma2, str backend)"
+    "(Tensor g_shift, Tensor g_mean, Tensor g_log_density, Tensor z, Tensor refs, Tensor sigma2, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _backward_fake,
 )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, g_shift: Tensor, g_log_density: Tensor) -> tuple[Tensor | None, ...]:
-    return *kde_backward(g_shift, g_log_density, *ctx.saved_tensors, ctx.backend), None
+def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    return *kde_backward(*cotangents, *ctx.saved_tensors, ctx.backend), None
 
 
 def _backward_formula(*args: Any) -> tuple[Tensor, ...]:
@@ -80,7 +86,7 @@ def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str |
         BackendError: the backend named cannot run here.
     """
     groups, z, centres, variance, name = prepare("kde_score", x, refs, sigma2, backend)
-    shift, _ = kde(z, centres, variance, name)
+    shift, _, _ = kde(z, centres, variance, name)
     return groups.unflatten((shift / variance.unsqueeze(-1)).to(x.dtype))
 
 
@@ -90,8 +96,8 @@ def kde_mean(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | 
     Arguments, derivatives and errors as in `kde_score`. Returns `[..., N, D]`, in units of x.
     """
     groups, z, centres, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
-    shift, _ = kde(z, centres, variance, name)
-    return groups.unflatten(z + shift)
+    _, mean, _ = kde(z, centres, variance, name)
+    return groups.unflatten(mean)
 
 
 def kde_log_density(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
@@ -100,5 +106,5 @@ def kde_log_density(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend:
     Arguments, derivatives and errors as in `kde_score`. Returns `[..., N]`, in nats.
     """
     groups, z, centres, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
-    _, log_density = kde(z, centres, variance, name)
+    _, _, log_density = kde(z, centres, variance, name)
     return groups.unflatten(log_density)

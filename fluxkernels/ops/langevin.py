@@ -67,7 +67,7 @@ def _chain_of_ops(
     variance = sigma2.unsqueeze(-1).expand(x.shape[:2])
     dtype = x.dtype
     for k in range(steps):
-        shift, _ = kde(x, refs, variance, backend)
+        shift, _, _ = kde(x, refs, variance, backend)
         x = (x - torch.expm1(-h) * shift + diffusion * noise[k]).to(dtype)
     return x
 

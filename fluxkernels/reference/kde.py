@@ -40,14 +40,14 @@ def weights(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def kde_formula(z: Tensor, sigma2: Tensor, refs: Tensor) -> tuple[Tensor, Tensor]:
-    """(m(z) - z, log p̂(z)) of one centred block: `[B, N, D]`, `[B, N]`."""
+    """(m(z) `[B, N, D]`, log p̂(z) `[B, N]`) of one centred block."""
     _, w, normaliser = weights(z, refs, sigma2)
     M, D = refs.shape[-2:]
-    return w @ refs - z, normaliser - math.log(M) - 0.5 * D * torch.log(2 * math.pi * sigma2)
+    return w @ refs, normaliser - math.log(M) - 0.5 * D * torch.log(2 * math.pi * sigma2)
 
 
 def kde_backward_formula(
-    g_shift: Tensor, g_log_density: Tensor, z: Tensor, sigma2: Tensor, refs: Tensor
+    g_mean: Tensor, g_log_density: Tensor, z: Tensor, sigma2: Tensor, refs: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Vector-Jacobian product of `kde_formula`: cotangents of z `[B, N, D]`, refs `[B, M, D]`, σ² `[B, N]`.
 
@@ -56,32 +56,33 @@ def kde_backward_formula(
     """
     distances, w, _ = weights(z, refs, sigma2)
     mean = w @ refs
-    c = w * (g_shift @ refs.mT + (g_log_density - (g_shift * mean).sum(-1)).unsqueeze(-1))
+    c = w * (g_mean @ refs.mT + (g_log_density - (g_mean * mean).sum(-1)).unsqueeze(-1))
     scaled = c / sigma2.unsqueeze(-1)
-    g_z = scaled @ refs - scaled.sum(-1, keepdim=True) * z - g_shift
-    g_refs = w.mT @ g_shift + scaled.mT @ z - scaled.sum(-2).unsqueeze(-1) * refs
+    g_z = scaled @ refs - scaled.sum(-1, keepdim=True) * z
+    g_refs = w.mT @ g_mean + scaled.mT @ z - scaled.sum(-2).unsqueeze(-1) * refs
     g_sigma2 = 0.5 * ((scaled * distances).sum(-1) - z.shape[-1] * g_log_density) / sigma2
     return g_z, g_refs, g_sigma2
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor]:
-    """(m(z) - z `[B, N, D]`, log p̂(z) `[B, N]`) for z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`."""
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m(z) - z, m(z), log p̂(z)) for z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`; each rounded once."""
     dtype = z.dtype
-    z, refs, _ = centre(z, refs)
-    shift, log_density = map_blocks(kde_formula, (z, *upcast(sigma2)), (refs,))
-    return shift.to(dtype), log_density.to(dtype)
+    z, refs, origin = centre(z, refs)
+    mean, log_density = map_blocks(kde_formula, (z, *upcast(sigma2)), (refs,))
+    return (mean - z).to(dtype), (mean + origin).to(dtype), log_density.to(dtype)
 
 
 def kde_backward(
-    g_shift: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+    g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of z, refs and sigma2 from those of `kde`'s results."""
     dtype, sigma2_dtype = z.dtype, sigma2.dtype
     z, refs, _ = centre(z, refs)
-    g_shift, g_log_density, sigma2 = upcast(g_shift, g_log_density, sigma2)
+    g_shift, g_mean, g_log_density, sigma2 = upcast(g_shift, g_mean, g_log_density, sigma2)
+    g_mean = g_mean + g_shift
     g_z, g_refs, g_sigma2 = torch.empty_like(z), torch.zeros_like(refs), torch.empty_like(g_log_density)
     for group, rows in pair_blocks(z, refs):
-        per_query = (t[group, rows] for t in (g_shift, g_log_density, z, sigma2))
+        per_query = (t[group, rows] for t in (g_mean, g_log_density, z, sigma2))
         g_z[group, rows], g_refs_block, g_sigma2[group, rows] = kde_backward_formula(*per_query, refs[group])
         g_refs[group] += g_refs_block
-    return g_z.to(dtype), g_refs.to(dtype), g_sigma2.to(sigma2_dtype)
+    return (g_z - g_shift).to(dtype), g_refs.to(dtype), g_sigma2.to(sigma2_dtype)

@@ -24,8 +24,8 @@ def langevin_chain(
         diffusion = (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
         variance = sigma2.unsqueeze(-1).expand(x.shape[:2])
         for k in range(steps):
-            shift, _ = kde_formula(x, variance, refs)
-            x = x - torch.expm1(-h) * shift + diffusion * noise[:, :, k]
+            mean, _ = kde_formula(x, variance, refs)
+            x = x - torch.expm1(-h) * (mean - x) + diffusion * noise[:, :, k]
         return (x,)
 
     start, refs, origin = centre(x0, refs)

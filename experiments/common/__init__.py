@@ -1,0 +1,1 @@
+"""What all experiments share: the registry, a run's folder, figures and the report."""

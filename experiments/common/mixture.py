@@ -1,0 +1,64 @@
+"""Equal-weight isotropic Gaussian mixtures: targets with everything known exactly."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def triangle_means(radius: float) -> Tensor:
+    """Vertices of an equilateral triangle of circumradius `radius`, anticlockwise from the top: `[3, 2]`."""
+    angles = torch.tensor([90.0, 210.0, 330.0], dtype=torch.float64).deg2rad()
+    return radius * torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+class GaussianMixture:
+    """p(x) = (1/K) Σ_k N(x; μ_k, ν² I), the density of Eq. 14.
+
+    Such a mixture is the kernel density estimate with centres μ_k and bandwidth² ν², so the ops of
+    `fluxkernels` work on it unchanged when they are given `refs=means` and `sigma2=variance`.
+
+    Args:
+        means: component means μ_k, `[K, D]`; their dtype and device are those of every result.
+        variance: ν², shared by all components and directions.
+    """
+
+    def __init__(self, means: Tensor, variance: float) -> None:
+        if means.ndim != 2 or means.shape[0] == 0:
+            raise ValueError(f"means must be [K, D] with K > 0, got shape {tuple(means.shape)}")
+        if not variance > 0:
+            raise ValueError(f"variance must be positive, got {variance}")
+        self.means = means
+        self.variance = float(variance)
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.means.shape[1]
+
+    def _kernel_logits(self, x: Tensor) -> Tensor:
+        # Direct differences: |x|² + |μ|² - 2 x·μ would cancel far from the origin.
+        return (x.unsqueeze(-2) - self.means).square().sum(-1) / (-2 * self.variance)
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """log p(x), normalised: `[..., D] -> [...]`."""
+        log_norm = 0.5 * self.dim * math.log(2 * math.pi * self.variance) + math.log(len(self.means))
+        return self._kernel_logits(x).logsumexp(-1) - log_norm
+
+    def score(self, x: Tensor) -> Tensor:
+        """s(x) = (m(x) - x) / ν², m the posterior mean of the centre (Eq. 16, 17): `[..., D] -> [..., D]`."""
+        posterior = self._kernel_logits(x).softmax(-1)
+        return (posterior @ self.means - x) / self.variance
+
+    def sample_means(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+        """Uniformly picked component means `[*shape, D]`; adding ν·N(0, I) makes exact samples of p."""
+        component = torch.randint(len(self.means), shape, generator=generator)
+        return self.means[component.to(self.means.device)]
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """`n` independent draws `[n, D]`; a CPU generator, so that devices agree on the draw."""
+        centre = self.sample_means((n,), generator)
+        noise = torch.randn(n, self.dim, dtype=self.means.dtype, generator=generator).to(self.means.device)
+        return centre + math.sqrt(self.variance) * noise

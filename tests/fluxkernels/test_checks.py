@@ -1,0 +1,183 @@
+"""Bad input to every public function: an error that names the argument, before any kernel runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import fluxkernels as fk
+
+X, REFS, XT = torch.randn(5, 2), torch.randn(7, 2), torch.randn(4, 2)
+GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "kde_score": (fk.kde_score, {"x": X, "refs": REFS, "sigma2": 0.1}),
+    "kde_mean": (fk.kde_mean, {"x": X, "refs": REFS, "sigma2": 0.1}),
+    "kde_log_density": (fk.kde_log_density, {"x": X, "refs": REFS, "sigma2": 0.1}),
+    "langevin_step": (fk.langevin_step, {"x": X, "refs": REFS, "sigma2": 0.1, "h": 0.5}),
+    "langevin_chain": (fk.langevin_chain, {"x0": X, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
+    "transition_weights": (fk.transition_weights, {"x0": X, "xt": XT, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
+    "transition_average": (
+        fk.transition_average,
+        {"x0": X, "xt": XT, "values": torch.randn(4, 3), "refs": REFS, "sigma2": 0.1, "tau": 0.5},
+    ),
+    "residual_gradient": (fk.residual_gradient, {"z": X, "field": torch.randn(5, 2), "refs": REFS, "sigma2": 0.1}),
+    "flux_pass": (fk.flux_pass, {"x": X, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
+}
+POINTS = [(f, a) for f, (_, arguments) in GOOD.items() for a, v in arguments.items() if isinstance(v, torch.Tensor)]
+NUMBERS = [(f, a) for f, (_, arguments) in GOOD.items() for a, v in arguments.items() if isinstance(v, float)]
+TIMES = [(f, a) for f, a in NUMBERS if a in ("tau", "h")]
+NOISY = ["langevin_step", "langevin_chain", "flux_pass"]
+
+
+def call(function: str, **changes: Any) -> Any:
+    f, arguments = GOOD[function]
+    return f(**{**arguments, **changes}, backend="torch")
+
+
+def message(error: type[Exception], function: str, **changes: Any) -> str:
+    with pytest.raises(error) as caught:
+        call(function, **changes)
+    text = str(caught.value)
+    assert text.startswith(function)
+    return text
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_the_good_call_works(function: str) -> None:
+    call(function)
+
+
+@pytest.mark.parametrize(("function", "argument"), POINTS)
+def test_points(function: str, argument: str) -> None:
+    good = GOOD[function][1][argument]
+    bad = [
+        (TypeError, good.tolist(), "must be a torch.Tensor, got list"),
+        (TypeError, good.numpy(), "got ndarray"),
+        (TypeError, good.long(), "floating dtype, got torch.int64"),
+        (ValueError, good[0], "shape"),
+        (ValueError, good[:0], "must not be empty"),
+        (ValueError, good[:, :0], "must not be empty"),
+        (ValueError, good.index_fill(0, torch.tensor(1), torch.nan), "must be finite"),
+        (ValueError, good.index_fill(0, torch.tensor(1), torch.inf), "must be finite"),
+    ]
+    for error, value, part in bad:
+        text = message(error, function, **{argument: value})
+        assert part in text
+        assert argument in text
+
+
+@pytest.mark.parametrize(("function", "argument"), POINTS)
+def test_mixed_dtypes_and_devices(function: str, argument: str) -> None:
+    good = GOOD[function][1][argument]
+    first = next(iter(GOOD[function][1]))
+    if argument != first:
+        assert argument in message(TypeError, function, **{argument: good.double()})
+        assert argument in message(ValueError, function, **{argument: good.to("meta")})
+
+
+@pytest.mark.parametrize(("function", "argument"), POINTS)
+def test_last_dimensions_must_agree(function: str, argument: str) -> None:
+    if argument != "values":  # which may be of any width
+        wider = torch.cat([GOOD[function][1][argument]] * 2, dim=-1)
+        text = message(ValueError, function, **{argument: wider})
+        assert "[5, 4]" in text or "[7, 4]" in text or "[4, 4]" in text or "2, got shape" in text or "4, got" in text
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_leading_dimensions_must_broadcast(function: str) -> None:
+    first = next(iter(GOOD[function][1]))
+    x = GOOD[function][1][first].expand(3, 5, 2)
+    changes = {first: x, "refs": REFS.expand(2, 7, 2)}
+    assert "do not broadcast: " in message(ValueError, function, **changes)
+
+
+@pytest.mark.parametrize(("function", "argument"), NUMBERS)
+def test_numbers(function: str, argument: str) -> None:
+    for error, value in [
+        (ValueError, -1.0),
+        (ValueError, float("nan")),
+        (ValueError, float("inf")),
+        (ValueError, torch.tensor(-1.0)),
+        (ValueError, torch.tensor(float("nan"))),
+        (TypeError, "0.1"),
+        (TypeError, None),
+        (TypeError, True),
+        (TypeError, torch.tensor(1)),
+        (ValueError, torch.ones(3)),
+        (ValueError, torch.ones(2, 3, 5)),
+    ]:
+        assert argument in message(error, function, **{argument: value})
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_zero_bandwidth(function: str) -> None:
+    for zero in (0.0, torch.tensor(0.0)):
+        text = message(ValueError, function, sigma2=zero)
+        assert "sigma2 must be a positive finite number, got 0.0" in text
+
+
+@pytest.mark.parametrize(("function", "argument"), TIMES)
+def test_zero_time_is_fine(function: str, argument: str) -> None:
+    call(function, **{argument: 0.0})
+    call(function, **{argument: torch.tensor(0.0)})
+
+
+@pytest.mark.parametrize("function", NOISY)
+def test_noise_and_seed(function: str) -> None:
+    shape = {"langevin_step": (5, 2), "langevin_chain": (4, 5, 2), "flux_pass": (5, 5, 2)}[function]
+    call(function, noise=torch.randn(shape))
+    assert "not both" in message(ValueError, function, noise=torch.randn(shape), seed=1)
+    assert "noise must have shape" in message(ValueError, function, noise=torch.randn(*shape, 1))
+    assert "noise" in message(TypeError, function, noise=torch.randn(shape).double())
+    assert "noise" in message(ValueError, function, noise=torch.full(shape, torch.nan))
+    assert "seed" in message(TypeError, function, seed=1.5)
+    assert "seed" in message(TypeError, function, seed=True)
+    assert "seed" in message(TypeError, function, seed=torch.tensor(1.0))
+    assert "2^64" in message(ValueError, function, seed=2**64)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.0, True, None])
+def test_steps(steps: object) -> None:
+    for function in ("langevin_chain", "flux_pass"):
+        assert "steps must be a positive integer" in message(ValueError, function, steps=steps)
+
+
+def test_values_need_a_row_for_each_end() -> None:
+    assert "[4] + [V]" in message(ValueError, "transition_average", values=torch.randn(5, 3))
+    with pytest.raises(ValueError, match=r"values must have shape \[5\] \+ \[V\]"):
+        call("flux_pass").transition_average(torch.randn(6, 1))
+
+
+def test_field_has_the_shape_of_z() -> None:
+    text = message(ValueError, "residual_gradient", field=torch.randn(4, 2))
+    assert "field must have the shape of z, [5, 2], got [4, 2]" in text
+
+
+def test_bandwidths_by_group_and_query() -> None:
+    x, refs = torch.randn(3, 5, 2), torch.randn(3, 7, 2)
+    per_group, per_query = torch.rand(3) + 0.1, torch.rand(3, 5) + 0.1
+    by_group = fk.kde_score(x, refs, per_group, backend="torch")
+    by_query = fk.kde_score(x, refs, per_query, backend="torch")
+    for g in range(3):
+        expected = fk.kde_score(x[g], refs[g], per_group[g].item(), backend="torch")
+        torch.testing.assert_close(by_group[g], expected)
+        for n in range(5):
+            one = fk.kde_score(x[g, n : n + 1], refs[g], per_query[g, n].item(), backend="torch")
+            torch.testing.assert_close(by_query[g, n], one[0])
+    one_a_query = fk.kde_score(x[0], refs[0], per_query[0], backend="torch")
+    torch.testing.assert_close(one_a_query, by_query[0])
+    with pytest.raises(ValueError, match="tau must be a number or have one entry a group"):
+        fk.langevin_chain(x, refs, 0.1, per_query, backend="torch")
+
+
+def test_several_leading_dimensions() -> None:
+    x, refs = torch.randn(2, 1, 5, 3), torch.randn(4, 6, 3)
+    sigma2 = torch.rand(2, 4) + 0.1
+    s = fk.kde_score(x, refs, sigma2, backend="torch")
+    assert s.shape == (2, 4, 5, 3)
+    torch.testing.assert_close(s[1, 2], fk.kde_score(x[1, 0], refs[2], sigma2[1, 2], backend="torch"))
+
+
+def test_large_finite_sums_are_not_mistaken_for_infinity() -> None:
+    x = torch.full((3, 1), 3e38)
+    assert fk.kde_mean(x, x, 1.0, backend="torch").isfinite().all()
