@@ -40,9 +40,7 @@ def run(
     out: Annotated[Path | None, arg(metavar="DIR")] = None,
     restart: FlagCreatePairsOff[bool] = False,
     quiet: FlagCreatePairsOff[bool] = False,
-    overrides: Annotated[
-        UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")
-    ] = (),
+    overrides: Annotated[UseAppendAction[tuple[tuple[str, ...], ...]], arg(name="set", metavar="KEY=VALUE ...")] = (),
 ) -> int:
     """Run one experiment. The same command again resumes an interrupted run.
 
@@ -139,9 +137,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if args is None else list(args)
     try:
-        status: int = app.cli(
-            prog="python -m experiments", description="The experiments of Flux Matching.", args=words
-        )
+        status: int = app.cli(prog="python -m experiments", description="The experiments of Flux Matching.", args=words)
         return status
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -158,30 +158,35 @@ def check_steps(function: str, steps: object) -> int:
     return steps
 
 
-def check_noise(
-    function: str, noise: object, seed: object, shape: Sequence[int], like: Tensor
-) -> tuple[Tensor | None, int | Tensor | None]:
-    """At most one of noise (of that shape) and seed (an integer below 2⁶⁴, or an int64 tensor of shape [])."""
-    if noise is not None and seed is not None:
-        raise ValueError(f"{function}: give noise or seed, not both")
-    if noise is not None:
-        noise = check_tensor(function, "noise", noise, like)
-        if noise.shape != torch.Size(shape):
-            raise ValueError(f"{function}: noise must have shape {list(shape)}, got {shape_of(noise)}")
-        return noise, None
-    if seed is None:
-        return None, None
+def check_seed(function: str, seed: object) -> int | Tensor | None:
+    """None, an integer below 2⁶⁴, or an int64 tensor of shape []."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim:
             raise TypeError(
                 f"{function}: seed must be an integer or an int64 tensor of shape [], got {seed.dtype} {shape_of(seed)}"
             )
-        return None, seed
+        return seed
+    if seed is None:
+        return None
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"{function}: seed must be an integer or an int64 tensor, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{function}: seed must lie in [-2^63, 2^64), got {seed}")
-    return None, seed
+    return seed
+
+
+def check_noise(
+    function: str, noise: object, seed: object, shape: Sequence[int], like: Tensor
+) -> tuple[Tensor | None, int | Tensor | None]:
+    """At most one of noise, of that shape, and seed."""
+    if noise is not None and seed is not None:
+        raise ValueError(f"{function}: give noise or seed, not both")
+    if noise is None:
+        return None, check_seed(function, seed)
+    noise = check_tensor(function, "noise", noise, like)
+    if noise.shape != torch.Size(shape):
+        raise ValueError(f"{function}: noise must have shape {list(shape)}, got {shape_of(noise)}")
+    return noise, None
 
 
 def choose(backend: str | None, device: torch.device) -> str:

@@ -1,6 +1,6 @@
 """The inputs that every backend has to get right, one list for all tests and tables.
 
-Each case is drawn from its own seed and rounded to float32, so that the truth is that of the very numbers a kernel sees.
+Each case is drawn from its own seed and rounded to float32, so that the truth is that of the numbers a kernel sees.
 """
 
 from dataclasses import dataclass
@@ -37,9 +37,10 @@ class Case:
         refs = self.offset + self.spread * rng.standard_normal((self.M, self.D))
         refs = np.repeat(refs, self.duplicates, axis=0)[: self.M]
         # As in training: the queries are noised centres.
-        z = refs[np.arange(self.N) % self.M] + np.sqrt(self.sigma2) * np.repeat(
-            rng.standard_normal((self.N, self.D)), self.duplicates, axis=0
-        )[: self.N]
+        z = (
+            refs[np.arange(self.N) % self.M]
+            + np.sqrt(self.sigma2) * np.repeat(rng.standard_normal((self.N, self.D)), self.duplicates, axis=0)[: self.N]
+        )
         z = z + self.far * self.spread
         arrays = {
             "refs": refs,

@@ -41,9 +41,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def new_figure(
-    width: float = 6.0, height: float = 3.6, rows: int = 1, cols: int = 1, **kw: Any
-) -> tuple[Figure, Any]:
+def new_figure(width: float = 6.0, height: float = 3.6, rows: int = 1, cols: int = 1, **kw: Any) -> tuple[Figure, Any]:
     """A styled figure and its axes.
 
     Args:

@@ -107,9 +107,7 @@ def summary_text(
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     lines += ["", "## How it was made", "", "```", _command(experiment, config, description), "```", ""]
     device = torch.device(description["device"])
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    )
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     made = {
         "experiment": experiment.name,
         "preset": description["preset"],

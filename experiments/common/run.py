@@ -62,9 +62,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        self._description = describe(
-            self.experiment, self.preset, self.config, self.backend, self.device, self.seed
-        )
+        self._description = describe(self.experiment, self.preset, self.config, self.backend, self.device, self.seed)
         self._metrics = self.out / "metrics.csv"
         self._began = time.monotonic()
         earlier = read_config(self.out)
@@ -150,9 +148,7 @@ class Run:
         digest = hashlib.sha256(repr(parts).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
-    def summary(
-        self, results: Sequence[Result], figures: Sequence[Figure], notes: Sequence[str] = ()
-    ) -> None:
+    def summary(self, results: Sequence[Result], figures: Sequence[Figure], notes: Sequence[str] = ()) -> None:
         """Write summary.md, which marks the run as finished.
 
         Figures made by `figure` but not in `figures` come last, without a caption.

@@ -84,7 +84,7 @@ def _pass_of_ops(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if noise is None:
         assert seed is not None
-        start = philox.normal(seed, x.shape, philox.START, sigma2.dtype)
+        start = philox.normal(seed, (1, *x.shape), philox.START, sigma2.dtype)[0]
     else:
         start = noise[0]
     x0 = (x + sigma2.view(-1, 1, 1).sqrt() * start).to(x.dtype)

@@ -64,7 +64,11 @@ def _prepare(
     time = as_number_tensor(function, "tau", tau, like=x0, zero=True)
     groups = group(function, x0=x0, xt=xt, refs=refs)
     name = choose(backend, x0.device)
-    start, variance, time = groups.points(x0), groups.per_group("sigma2", variance), groups.per_group("tau", time)
+    start, variance, time = (
+        groups.points(x0),
+        groups.per_group("sigma2", variance),
+        groups.per_group("tau", time),
+    )
     shift0, _, _ = kde(start, groups.points(refs), variance.unsqueeze(-1).expand(start.shape[:2]), name)
     return groups, (start, shift0, groups.points(xt), variance, time), name
 

@@ -82,7 +82,9 @@ def kde_backward(
     g_mean = g_mean + g_shift
     g_z, g_refs, g_sigma2 = torch.empty_like(z), torch.zeros_like(refs), torch.empty_like(g_log_density)
     for group, rows in pair_blocks(z, refs):
-        per_query = (t[group, rows] for t in (g_mean, g_log_density, z, sigma2))
-        g_z[group, rows], g_refs_block, g_sigma2[group, rows] = kde_backward_formula(*per_query, refs[group])
+        block = group, rows
+        g_z[block], g_refs_block, g_sigma2[block] = kde_backward_formula(
+            g_mean[block], g_log_density[block], z[block], sigma2[block], refs[group]
+        )
         g_refs[group] += g_refs_block
     return (g_z - g_shift).to(dtype), g_refs.to(dtype), g_sigma2.to(sigma2_dtype)

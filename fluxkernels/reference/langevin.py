@@ -9,7 +9,13 @@ from fluxkernels.reference.kde import kde, kde_formula
 
 
 def langevin_chain(
-    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
+    x0: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
 ) -> Tensor:
     """x_τ `[B, N, D]` after `steps` updates of size h = τ/steps; sigma2 and tau `[B]`, noise `[steps, B, N, D]`.
 
@@ -35,12 +41,18 @@ def langevin_chain(
 
 
 def flux_pass(
-    x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ), each `[B, N, D]`; noise `[1 + steps, B, N, D]`, its first entry makes x0."""
     if noise is None:
         assert seed is not None
-        start = philox.normal(seed, x.shape, philox.START, compute_dtype(x.device))
+        start = philox.normal(seed, (1, *x.shape), philox.START, compute_dtype(x.device))[0]
     else:
         (start,) = upcast(noise[0])
     x0 = (x + upcast(sigma2)[0].view(-1, 1, 1).sqrt() * start).to(x.dtype)

@@ -30,9 +30,7 @@ def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, t
     return columns.mT.to(x0.dtype).contiguous()
 
 
-def transition_average(
-    x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor
-) -> Tensor:
+def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
     """Σ_j w_ij values_j, `[B, N, V]`, for values `[B, N', V]`; blocks run over the end points j and add up."""
     end, mean, variance = transition(x0, shift0, xt, sigma2, tau)
     (per_end,) = upcast(values)

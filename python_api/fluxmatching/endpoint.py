@@ -11,11 +11,15 @@ hence a directional derivative of one vector-Jacobian product. Three ways to tak
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Field = Callable[[Tensor], Tensor]
+# torch annotates these as if has_aux were always possible, with results of two or three.
+_jvp: Any = torch.func.jvp
+_vjp: Any = torch.func.vjp
 METHODS = ("reverse", "forward", "central")
 # Step of the central difference, in units of the points' root-mean-square spread √(σ² + σ_data²).
 RELATIVE_STEP = 0.003
@@ -37,7 +41,7 @@ def basis(z: Tensor, grouped: bool) -> Iterator[Tensor]:
     for d in range(event.numel()):
         unit = z.new_zeros(event.numel())
         unit[d] = 1
-        yield unit.reshape(event).expand(z.shape)
+        yield unit.reshape(event).expand(z.shape).contiguous()
 
 
 def endpoint_gradient(
@@ -103,12 +107,12 @@ def _forward(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     def pulled(z: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        f, pull = torch.func.vjp(lambda point: call_field(field, point), z)
+        f, pull = _vjp(lambda point: call_field(field, point), z)
         return pull(cotangent)[0], f
 
     gradient, f, moving = torch.zeros_like(z), z, score
     for probe in probes:
-        (_, f), (derivative, _) = torch.func.jvp(pulled, (z, probe), (probe, moving))
+        (_, f), (derivative, _) = _jvp(pulled, (z, probe), (probe, moving))
         gradient, moving = gradient + derivative, torch.zeros_like(score)
     return gradient.detach(), f
 

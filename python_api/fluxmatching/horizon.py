@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxmatching.noise import linear_in_log_sigma
+from fluxmatching.noise import LinearInLogSigma
 
 
 class Horizon(nn.Module):
@@ -48,7 +48,7 @@ class Horizon(nn.Module):
             exponential = -torch.log1p(uniform * torch.expm1(-safe)) / safe
             # Second order in λ: the uniform distribution and its first correction.
             near_uniform = uniform * (1 - 0.5 * scaled * (1 - uniform))
-            return self.tau_max * torch.where(small, near_uniform, exponential)
+            return self.tau_max * torch.where(small, near_uniform, exponential).clamp(max=1)
 
     def log_density(self, tau: Tensor, sigma: Tensor | None = None) -> Tensor:
         """log q(τ), differentiable in λ."""
@@ -113,11 +113,9 @@ class LearnedHorizon(Horizon):
 
     def __init__(self, hidden: int = 256, tau_max: float = 4.0) -> None:
         super().__init__(tau_max)
-        self.layer = linear_in_log_sigma(hidden)
+        self.layer = LinearInLogSigma(hidden)
 
     def rate(self, sigma: Tensor | None, like: Tensor) -> Tensor:
         if sigma is None:
             raise ValueError("LearnedHorizon needs sigma")
-        weight = self.layer[0].weight
-        features = (sigma.to(weight) .log() / 4).unsqueeze(-1)
-        return (1 + F.softplus(self.layer(features)).squeeze(-1)).to(dtype=like.dtype, device=like.device)
+        return (1 + F.softplus(self.layer(sigma))).to(dtype=like.dtype, device=like.device)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from fluxkernels import flux_pass, kde_mean, langevin_chain, philox, residual_gradient
-from fluxkernels.checks import as_number_tensor, check_finite, check_same_shape, check_steps, check_tensor
+from fluxkernels.checks import (
+    as_number_tensor,
+    check_finite,
+    check_same_shape,
+    check_seed,
+    check_steps,
+    check_tensor,
+)
 from fluxmatching.draws import Draws
 from fluxmatching.endpoint import METHODS, Field, call_field, endpoint_gradient
 from fluxmatching.horizon import Horizon, UniformHorizon
@@ -86,6 +93,7 @@ def flux_target(
     function = "flux_matching_loss"
     check_tensor(function, "x", x)
     check_steps(function, steps)
+    check_seed(function, seed)
     _one_of(function, "estimator", estimator, ESTIMATORS)
     _one_of(function, "endpoint", endpoint, METHODS)
     _one_of(function, "divergence", divergence, DIVERGENCES)
@@ -146,9 +154,7 @@ def flux_target(
             (pathwise,) = torch.autograd.grad(end_again, start, gradient)
         target = importance * pathwise
     target = target.reshape(points.shape).to(x.dtype)
-    return FluxTarget(
-        layout.from_points(bundle.x0), layout.from_points(bundle.score0), layout.from_points(target), tau
-    )
+    return FluxTarget(layout.from_points(bundle.x0), layout.from_points(bundle.score0), layout.from_points(target), tau)
 
 
 def _complete(
@@ -397,6 +403,7 @@ def dsm_loss(
     function = "dsm_loss"
     check_tensor(function, "x", x)
     check_finite(function, x=x)
+    check_seed(function, seed)
     _one_of(function, "form", form, FORMS)
     layout = Layout(x, grouped=False)
     refs = x if refs is None else check_tensor(function, "refs", refs, like=x)

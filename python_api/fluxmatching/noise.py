@@ -1,4 +1,4 @@
-"""Noise levels: the distributions that σ is drawn from in training, and maps of σ that are learned beside the network."""
+"""Noise levels: the distributions of σ in training, and maps of σ that are learned beside the network."""
 
 import math
 
@@ -41,9 +41,21 @@ class LogUniformNoise:
         return (self.low + (self.high - self.low) * torch.rand(shape, generator=generator)).exp()
 
 
-def linear_in_log_sigma(hidden: int) -> nn.Sequential:
-    """Two linear maps without an activation, to be fed log σ / 4: an affine function of log σ, in the published form."""
-    return nn.Sequential(nn.Linear(1, hidden), nn.Linear(hidden, 1))
+class LinearInLogSigma(nn.Module):
+    """Two linear maps of log σ / 4 without an activation: an affine function of log σ, in the published form.
+
+    Args:
+        hidden: width between the two maps.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(1, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """Shape of sigma, in the parameters' dtype and on their device."""
+        features = sigma.to(self.first.weight).log().unsqueeze(-1) / 4
+        return self.second(self.first(features)).squeeze(-1)
 
 
 class LossNormalizer(nn.Module):
@@ -55,11 +67,11 @@ class LossNormalizer(nn.Module):
 
     def __init__(self, hidden: int = 256) -> None:
         super().__init__()
-        self.layer = linear_in_log_sigma(hidden)
+        self.layer = LinearInLogSigma(hidden)
 
     def log_scale(self, sigma: Tensor) -> Tensor:
         """s_η(σ), shape of sigma."""
-        return self.layer((sigma.to(self.layer[0].weight).log() / 4).unsqueeze(-1)).squeeze(-1)
+        return self.layer(sigma)
 
     def forward(self, loss: Tensor, sigma: Tensor) -> Tensor:
         """loss / exp(s_η(σ)) + s_η(σ); least, on average, where exp(s_η(σ)) is the mean loss at σ.

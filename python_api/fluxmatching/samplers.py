@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def reverse_ve(
         raise ValueError(f"{function}: sigmas must be at least two decreasing non-negative numbers, got {sigmas}")
     levels = sigmas.tolist()
     with torch.no_grad():
-        for k, (sigma, lower) in enumerate(zip(levels[:-1], levels[1:], strict=True), start=1):
+        for k, (sigma, lower) in enumerate(pairwise(levels), start=1):
             change = sigma**2 - lower**2
             x = x + change * field(x, torch.tensor(sigma, dtype=x.dtype, device=x.device))
             if k < len(levels) - 1:

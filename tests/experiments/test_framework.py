@@ -94,9 +94,7 @@ def make_run(walk: Walk, seed: int = 0) -> Run:
 
 
 def start(*more: str) -> int:
-    return main(
-        ["run", "walk", "--preset", "smoke", "--backend", "torch", "--device", "cpu", "--quiet", *more]
-    )
+    return main(["run", "walk", "--preset", "smoke", "--backend", "torch", "--device", "cpu", "--quiet", *more])
 
 
 # ---------------------------------------------------------------- command line
@@ -111,9 +109,7 @@ def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("walk")
-def test_run_writes_its_folder_and_tells_what_failed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_writes_its_folder_and_tells_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start("--set", "lr=0.25", "--set", "sigmas=1,2") == 0
     out = Path("runs/walk-smoke")
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -162,9 +158,7 @@ def test_the_command_in_the_summary_makes_the_same_run() -> None:
     ],
 )
 @pytest.mark.usefixtures("walk")
-def test_mistakes_are_one_line_and_exit_2(
-    words: list[str], text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_one_line_and_exit_2(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {text}")
@@ -247,9 +241,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert json.loads(Path("parts/config.json").read_text())["seconds"] > seconds
 
 
-def test_interrupted_restart_is_resumed_without_restart(
-    walk: Walk, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupted_restart_is_resumed_without_restart(walk: Walk, capsys: pytest.CaptureFixture[str]) -> None:
     walk.stop_at = 1
     assert start("--restart") == 130
     assert "without --restart" in capsys.readouterr().err
@@ -290,9 +282,7 @@ def test_restart_deletes_only_what_a_run_writes() -> None:
 @pytest.mark.parametrize("name", ["notes.txt", "config.json"])
 @pytest.mark.parametrize("more", [(), ("--restart",)])
 @pytest.mark.usefixtures("walk")
-def test_a_foreign_folder_is_refused(
-    name: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_foreign_folder_is_refused(name: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     Path("foreign").mkdir()
     Path("foreign", name).write_text('{"model_type": "gpt2"}')
     assert start("--out", "foreign", *more) == 2

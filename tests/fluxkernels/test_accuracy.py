@@ -59,7 +59,9 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype, backend: str) -> Non
     for op in (fk.kde_score, fk.kde_mean, fk.kde_log_density):
         got = op(x, refs, 0.5)
         assert got.dtype == dtype
-        torch.testing.assert_close(got, op(x.double(), refs.double(), 0.5).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(
+            got, op(x.double(), refs.double(), 0.5).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0
+        )
 
 
 def test_half_precision_keeps_a_bandwidth_it_cannot_hold(backend: str) -> None:

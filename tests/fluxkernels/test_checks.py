@@ -15,12 +15,18 @@ GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "kde_log_density": (fk.kde_log_density, {"x": X, "refs": REFS, "sigma2": 0.1}),
     "langevin_step": (fk.langevin_step, {"x": X, "refs": REFS, "sigma2": 0.1, "h": 0.5}),
     "langevin_chain": (fk.langevin_chain, {"x0": X, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
-    "transition_weights": (fk.transition_weights, {"x0": X, "xt": XT, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
+    "transition_weights": (
+        fk.transition_weights,
+        {"x0": X, "xt": XT, "refs": REFS, "sigma2": 0.1, "tau": 0.5},
+    ),
     "transition_average": (
         fk.transition_average,
         {"x0": X, "xt": XT, "values": torch.randn(4, 3), "refs": REFS, "sigma2": 0.1, "tau": 0.5},
     ),
-    "residual_gradient": (fk.residual_gradient, {"z": X, "field": torch.randn(5, 2), "refs": REFS, "sigma2": 0.1}),
+    "residual_gradient": (
+        fk.residual_gradient,
+        {"z": X, "field": torch.randn(5, 2), "refs": REFS, "sigma2": 0.1},
+    ),
     "flux_pass": (fk.flux_pass, {"x": X, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
 }
 POINTS = [(f, a) for f, (_, arguments) in GOOD.items() for a, v in arguments.items() if isinstance(v, torch.Tensor)]

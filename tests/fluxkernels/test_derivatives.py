@@ -182,7 +182,10 @@ def test_compiled_without_graph_breaks(name: str, backend: str) -> None:
 
     def loss(*args: Tensor) -> Tensor:
         results = call(*args)
-        return sum((r.square().sum() for r in ([results] if isinstance(results, Tensor) else results)), torch.zeros(()))
+        return sum(
+            (r.square().sum() for r in ([results] if isinstance(results, Tensor) else results)),
+            torch.zeros(()),
+        )
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected, got = loss(*inputs), compiled(*inputs)

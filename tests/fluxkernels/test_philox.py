@@ -120,6 +120,12 @@ def test_torch_generator_decides_without_a_seed(backend: str) -> None:
     assert not np.array_equal(first, second)
 
 
+def test_start_noise_counts_elements_over_all_groups(backend: str) -> None:
+    x = torch.zeros(3, 6, 2)
+    start = philox.normal(torch.tensor(8), (1, *x.shape), philox.START, torch.float32)[0]
+    torch.testing.assert_close(fk.flux_pass(x, x, 0.25, 1.0, seed=8).x0, 0.5 * start)
+
+
 def test_flux_pass_uses_the_chain_of_its_seed(backend: str) -> None:
     x, refs = torch.randn(6, 2), torch.randn(9, 2)
     p = fk.flux_pass(x, refs, 0.2, 1.5, seed=8)

@@ -1,0 +1,423 @@
+"""Flux Matching losses against closed forms, autograd in float64, and the paper's own statements."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fluxmatching import (
+    Draws,
+    LearnedHorizon,
+    LossNormalizer,
+    TruncatedExponentialHorizon,
+    UniformHorizon,
+    dsm_loss,
+    flux_matching_loss,
+    flux_target,
+    noise_annealed_flux_loss,
+)
+from torch import Tensor, nn
+
+import fluxkernels as fk
+from bench import published
+from tests import oracles
+
+F64 = torch.float64
+WAYS = [
+    (estimator, endpoint, divergence)
+    for estimator in ("cross_chain", "single_chain")
+    for endpoint in ("reverse", "forward", "central")
+    for divergence in ("hutchinson", "exact")
+]
+
+
+def smooth_field(D: int, seed: int = 0) -> nn.Module:
+    """A small network with non-zero second derivatives, in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, D)).double()
+
+
+def stratified(batches: int, tau_max: float = 4.0) -> list[Tensor]:
+    """Midpoints of equal slices of [0, τ_max]: the mean over them is the mean over τ with no variance from τ."""
+    return [torch.tensor(tau_max * (k + 0.5) / batches, dtype=F64) for k in range(batches)]
+
+
+def estimate(batches: int, loss: Callable[[Draws], Tensor]) -> tuple[float, float]:
+    """Mean over independent minibatches and its standard error."""
+    means = torch.stack([loss(Draws(tau=tau)).mean() for tau in stratified(batches)])
+    # Stratified in τ, so neighbours differ by chance alone: their differences measure the variance.
+    return means.mean().item(), (means.diff().square().mean() / 2 / batches).sqrt().item()
+
+
+@pytest.mark.parametrize(("estimator", "endpoint", "divergence"), WAYS)
+def test_gaussian_oracle(estimator: str, endpoint: str, divergence: str, backend: str) -> None:
+    """x = zeros makes the KDE N(0, σ²I) and the chain exact: E ℓ = 2(1-e⁻⁸)|(U+Uᵀ)/2|²_F."""
+    D, sigma2 = 3, 0.49
+    U = torch.randn(D, D, dtype=F64)
+    x, refs = torch.zeros(512, D, dtype=F64), torch.zeros(1, D, dtype=F64)
+    mean, error = estimate(
+        40,
+        lambda draws: flux_matching_loss(
+            lambda z: -z / sigma2 + z @ U.T,
+            x,
+            sigma2,
+            refs=refs,
+            estimator=estimator,
+            endpoint=endpoint,
+            divergence=divergence,
+            draws=draws,
+        ),
+    )
+    truth = oracles.gaussian_flux_loss(U.numpy())
+    assert abs(mean - truth) < 4 * error, f"{mean} ± {error} against {truth}"
+    assert error < 0.1 * truth
+
+
+@pytest.mark.parametrize(("estimator", "endpoint", "divergence"), WAYS)
+def test_antisymmetric_perturbation_of_a_gaussian_costs_nothing(
+    estimator: str, endpoint: str, divergence: str, backend: str
+) -> None:
+    D, sigma2 = 4, 0.49
+    U = torch.randn(D, D, dtype=F64)
+    loss = flux_matching_loss(
+        lambda z: -z / sigma2 + z @ (U - U.T),
+        torch.zeros(64, D, dtype=F64),
+        sigma2,
+        estimator=estimator,
+        endpoint=endpoint,
+        divergence=divergence,
+    )
+    # The difference of two passes over a step of 0.003 keeps 1e-16/0.003 of its digits.
+    assert loss.abs().max().item() < (1e-11 if endpoint == "central" else 1e-13)
+
+
+def rotated(scalar: Callable[[Tensor], Tensor], z: Tensor, log_density: Callable[[Tensor], Tensor]) -> Tensor:
+    """J∇ψ/p at z, J a rotation by 90°, differentiable."""
+    with torch.enable_grad():
+        z = z if z.requires_grad else z.requires_grad_()
+        (gradient,) = torch.autograd.grad(scalar(z).sum(), z, create_graph=True)
+        return torch.stack((-gradient[:, 1], gradient[:, 0]), 1) * torch.exp(-log_density(z)).unsqueeze(1)
+
+
+def mixture_fields(violating: bool) -> tuple[Callable[[Tensor], Tensor], Tensor, float]:
+    """(s + J∇ψ/p or its violating twin s + ∇ψ/p, means, σ²) for a mixture of three Gaussians (Sec. B.1)."""
+    means, sigma2 = torch.tensor([[0.0, 1.5], [-1.3, -0.75], [1.3, -0.75]], dtype=F64), 0.5
+
+    def bump(z: Tensor) -> Tensor:
+        return 0.02 * torch.exp(-(z - torch.tensor([0.4, 0.2], dtype=F64)).square().sum(1))
+
+    def log_density(z: Tensor) -> Tensor:
+        return fk.kde_log_density(z, means, sigma2)
+
+    def field(z: Tensor) -> Tensor:
+        turned = rotated(bump, z, log_density)
+        perturbation = torch.stack((turned[:, 1], -turned[:, 0]), 1) if violating else turned
+        return fk.kde_score(z, means, sigma2) + perturbation
+
+    return field, means, sigma2
+
+
+@pytest.mark.parametrize("estimator", ["cross_chain", "single_chain"])
+def test_field_that_preserves_a_mixture(estimator: str, backend: str) -> None:
+    """Sec. B.1: s + J∇ψ/p costs nothing, to rounding with an exact divergence; s + ∇ψ/p does."""
+    x = torch.zeros(256, 2, dtype=F64)
+
+    def losses(violating: bool) -> tuple[float, float]:
+        field, means, sigma2 = mixture_fields(violating)
+
+        def loss(draws: Draws) -> Tensor:
+            centres = means[torch.randint(3, (256,))]
+            return flux_matching_loss(
+                field, x + centres, sigma2, refs=means, estimator=estimator, divergence="exact", draws=draws
+            )
+
+        return estimate(64, loss)
+
+    preserving, _ = losses(violating=False)
+    violating, error = losses(violating=True)
+    assert violating > 4 * error
+    assert abs(preserving) < 1e-9 * violating
+
+
+def test_field_that_preserves_a_mixture_under_hutchinson(backend: str) -> None:
+    """With probes the loss of a preserving field is zero in expectation only."""
+    field, means, sigma2 = mixture_fields(violating=False)
+    mean, error = estimate(
+        24,
+        lambda draws: flux_matching_loss(field, means[torch.randint(3, (256,))], sigma2, refs=means, draws=draws),
+    )
+    assert abs(mean) < 4 * error
+    assert error > 0
+
+
+def published_gradient(field: nn.Module, x: Tensor, refs: Tensor, sigma2: float, draws: Draws) -> tuple[Tensor, ...]:
+    """(x0, s(x0), q̂) as the paper has it: the KDE differentiated twice by autograd, exact divergence."""
+    x0 = x + sigma2**0.5 * draws.start
+    xt = published.langevin_chain(x0, refs, sigma2, draws.tau.item(), draws.chain)
+    end = xt.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(published.residual(field, end, refs, sigma2).sum(), end)
+    w = published.transition_weights(x0, xt, refs, sigma2, draws.tau.item())
+    return x0, published.kde_score(x0, refs, sigma2), 4 * torch.exp(-draws.tau) * (w @ gradient)
+
+
+@pytest.mark.parametrize(("N", "M", "D"), [(6, 6, 2), (5, 40, 3), (4, 9, 20)])
+def test_closed_form_residual_gradient_equals_double_backward(N: int, M: int, D: int, backend: str) -> None:
+    """Idea 2: J_s f - ∇(Δp̂/p̂) + ∇(∇·f) + J_fᵀs against autograd twice through kde_score, in float64."""
+    field, refs, sigma2 = smooth_field(D), torch.randn(M, D, dtype=F64), 0.3 * D
+    z = torch.randn(N, D, dtype=F64, requires_grad=True)
+    s = fk.kde_score(z, refs, sigma2)
+    u = field(z) - s
+    divergence = sum(torch.autograd.grad(u[:, d].sum(), z, create_graph=True)[0][:, d] for d in range(D))
+    (expected,) = torch.autograd.grad((divergence + (u * s).sum(1)).sum(), z)
+
+    f = field(z)
+    score = s.detach()
+    divergence = sum(torch.autograd.grad(f[:, d].sum(), z, create_graph=True)[0][:, d] for d in range(D))
+    (bracket,) = torch.autograd.grad((divergence + (f * score).sum(1)).sum(), z)
+    got = bracket + fk.residual_gradient(z.detach(), f.detach(), refs, sigma2)
+    assert torch.linalg.vector_norm(got - expected) < 1e-10 * torch.linalg.vector_norm(expected)
+
+
+@pytest.mark.parametrize("endpoint", ["reverse", "forward", "central"])
+def test_whole_target_against_the_published_algorithm(endpoint: str, backend: str) -> None:
+    """Algorithm 1 with autograd throughout, the same random numbers: x0, s(x0), q̂ and the loss."""
+    x, refs, sigma2 = torch.randn(7, 3, dtype=F64), torch.randn(11, 3, dtype=F64), 0.8
+    draws = Draws(torch.tensor(1.2, dtype=F64), torch.randn_like(x), torch.randn(4, *x.shape, dtype=F64))
+    field = smooth_field(3)
+    x0, score, target = published_gradient(field, x, refs, sigma2, draws)
+    options: dict[str, Any] = {"refs": refs, "divergence": "exact", "endpoint": endpoint, "draws": draws}
+    got = flux_target(field, x, sigma2, **options)
+    close = {"rtol": 1e-9, "atol": 1e-10} if endpoint != "central" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(got.x0, x0)
+    torch.testing.assert_close(got.score, score)
+    torch.testing.assert_close(got.target, target, **close)
+    loss = flux_matching_loss(field, x, sigma2, **options)
+    torch.testing.assert_close(loss, -2 * ((field(x0) - score) * target).sum(1), **close)
+
+
+def test_single_chain_against_autograd_through_the_chain(backend: str) -> None:
+    """∇_{x0} r(x_τ) of Sec. D.2: one backward pass through the whole chain."""
+    x, sigma2 = torch.randn(6, 2, dtype=F64), 0.8
+    draws = Draws(torch.tensor(0.9, dtype=F64), torch.randn_like(x), torch.randn(4, *x.shape, dtype=F64))
+    field = smooth_field(2)
+    x0 = (x + sigma2**0.5 * draws.start).requires_grad_()
+    xt = published.langevin_chain(x0, x, sigma2, 0.9, draws.chain)
+    (pathwise,) = torch.autograd.grad(published.residual(field, xt, x, sigma2).sum(), x0)
+    got = flux_target(field, x, sigma2, estimator="single_chain", divergence="exact", draws=draws)
+    torch.testing.assert_close(got.target, 4 * pathwise, rtol=1e-9, atol=1e-10)
+
+
+def test_gradient_reaches_the_field_through_u_alone(backend: str) -> None:
+    field, x = smooth_field(2), torch.randn(8, 2, dtype=F64)
+    target = flux_target(field, x, 0.5, seed=1)
+    assert not target.target.requires_grad
+    expected = torch.autograd.grad(
+        (-2 * (field(target.x0) - target.score) * target.target).sum(), list(field.parameters())
+    )
+    flux_matching_loss(field, x, 0.5, seed=1).sum().backward()
+    for p, g in zip(field.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.grad, g)
+
+
+@pytest.mark.parametrize("endpoint", ["reverse", "forward", "central"])
+@pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+def test_chunks_do_not_change_the_answer(endpoint: str, divergence: str, backend: str) -> None:
+    field, x = smooth_field(2), torch.randn(7, 2, dtype=F64)
+    options: dict[str, Any] = {"endpoint": endpoint, "divergence": divergence, "seed": 3}
+    whole = flux_matching_loss(field, x, 0.5, **options)
+    for chunk in (1, 3, 7, 100):
+        torch.testing.assert_close(flux_matching_loss(field, x, 0.5, chunk=chunk, **options), whole)
+
+
+def test_grouped_loss_is_the_sum_over_groups(backend: str) -> None:
+    """Each group has its own KDE and, here, its own τ; the field acts on groups independently."""
+    G, N = 3, 6
+    x, refs = torch.randn(N, G, 2, dtype=F64), torch.randn(9, G, 2, dtype=F64)
+    field = smooth_field(2)
+    draws = Draws(
+        torch.tensor([0.5, 1.0, 2.0], dtype=F64),
+        torch.randn_like(x),
+        torch.randn(4, *x.shape, dtype=F64),
+        torch.randn_like(x).sign(),
+    )
+    sigma2 = torch.tensor([0.4, 0.6, 0.9], dtype=F64)
+    for divergence in ("hutchinson", "exact"):
+        options: dict[str, Any] = {"divergence": divergence}
+        grouped = flux_matching_loss(field, x, sigma2, refs=refs, grouped=True, draws=draws, **options)
+        alone = [
+            flux_matching_loss(
+                field,
+                x[:, g],
+                sigma2[g],
+                refs=refs[:, g],
+                draws=Draws(draws.tau[g], draws.start[:, g], draws.chain[:, :, g], draws.probe[:, g]),
+                **options,
+            )
+            for g in range(G)
+        ]
+        torch.testing.assert_close(grouped, sum(alone))
+        by_group = flux_target(field, x, sigma2, refs=refs, grouped=True, draws=draws, **options).loss(field)
+        torch.testing.assert_close(by_group.sum(-1).mT, torch.stack(alone))
+
+
+def test_shared_centres_of_a_grouped_loss(backend: str) -> None:
+    x, refs = torch.randn(6, 3, 2, dtype=F64), torch.randn(9, 1, 2, dtype=F64)
+    field = smooth_field(2)
+    a = flux_matching_loss(field, x, 0.5, refs=refs, grouped=True, seed=1)
+    torch.testing.assert_close(a, flux_matching_loss(field, x, 0.5, refs=refs.expand(9, 3, 2), grouped=True, seed=1))
+
+
+def test_images_are_flattened(backend: str) -> None:
+    x = torch.randn(5, 2, 3, 4, dtype=F64)
+    field = nn.Conv2d(2, 2, 3, padding=1).double()
+    flat = flux_matching_loss(lambda z: field(z.reshape(5, 2, 3, 4)).reshape(5, -1), x.reshape(5, -1), 0.5, seed=2)
+    torch.testing.assert_close(flux_matching_loss(field, x, 0.5, seed=2), flat)
+
+
+@pytest.mark.parametrize("estimator", ["cross_chain", "single_chain"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_seed_is_the_draws_it_stands_for(estimator: str, grouped: bool, backend: str) -> None:
+    x, field = torch.randn(6, 3, 2, dtype=F64), smooth_field(2)
+    horizon = TruncatedExponentialHorizon(1.5)
+    options: dict[str, Any] = {"estimator": estimator, "grouped": grouped, "horizon": horizon}
+    draws = Draws.from_seed(11, x, horizon, grouped=grouped)
+    by_seed = flux_matching_loss(field, x, 0.5, seed=11, **options)
+    torch.testing.assert_close(by_seed, flux_matching_loss(field, x, 0.5, draws=draws, **options))
+    # Any part may be given; the rest comes from the seed.
+    for part in ({"tau": draws.tau}, {"start": draws.start}, {"chain": draws.chain}, {"probe": draws.probe}):
+        torch.testing.assert_close(flux_matching_loss(field, x, 0.5, seed=11, draws=Draws(**part), **options), by_seed)
+    assert not torch.allclose(by_seed, flux_matching_loss(field, x, 0.5, seed=12, **options))
+
+
+def test_torch_generator_decides_without_a_seed(backend: str) -> None:
+    x, field = torch.randn(6, 2), smooth_field(2).float()
+
+    def loss() -> Tensor:
+        return flux_matching_loss(field, x, 0.5)
+
+    torch.manual_seed(1)
+    first, second = loss(), loss()
+    torch.manual_seed(1)
+    assert torch.equal(first, loss())
+    assert not torch.equal(first, second)
+
+
+def test_horizon_does_not_change_the_mean(backend: str) -> None:
+    """Importance sampling of τ: two distributions, one expectation."""
+    U = torch.diag(torch.tensor([1.0, -0.5], dtype=F64))
+    x = torch.zeros(256, 2, dtype=F64)
+    truth = oracles.gaussian_flux_loss(U.numpy())
+    for horizon in (UniformHorizon(), TruncatedExponentialHorizon(2.0)):
+        means = torch.stack(
+            [
+                flux_matching_loss(lambda z: -z + z @ U.T, x, 1.0, horizon=horizon, divergence="exact").mean()
+                for _ in range(150)
+            ]
+        )
+        error = (means.std() / len(means) ** 0.5).item()
+        assert abs(means.mean().item() - truth) < 4 * error
+    # e^{-2τ} is the loss's own shape: that horizon is much the less noisy of the two.
+    assert error < 0.1 * truth
+
+
+def test_autocast_field_in_half_precision(backend: str) -> None:
+    field, x = smooth_field(2).float(), torch.randn(64, 2)
+    exact = flux_matching_loss(field, x, 0.5, seed=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = flux_matching_loss(field, x, 0.5, seed=1)
+    assert half.dtype == torch.float32
+    assert torch.linalg.vector_norm(half - exact) < 0.2 * torch.linalg.vector_norm(exact)
+
+
+def test_dropout_sees_one_mask_on_both_sides_of_a_difference(backend: str) -> None:
+    """With two masks the difference over a small step would be of the order of 1/step."""
+    torch.manual_seed(0)
+    field = nn.Sequential(nn.Linear(2, 64), nn.Tanh(), nn.Dropout(0.5), nn.Linear(64, 2)).double()
+    x = torch.randn(32, 2, dtype=F64)
+    sizes = [flux_target(field, x, 0.5, endpoint=e, seed=1).target.norm() for e in ("reverse", "central")]
+    assert sizes[1] < 3 * sizes[0]
+
+
+class TestNoiseAnnealed:
+    def test_value_and_where_gradients_go(self, backend: str) -> None:
+        field_net, normalizer, horizon = smooth_field(2), LossNormalizer().double(), LearnedHorizon().double()
+        x, sigma = torch.randn(8, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
+
+        def field(z: Tensor, s: Tensor) -> Tensor:
+            return field_net(z) / s
+
+        loss = noise_annealed_flux_loss(field, x, sigma, normalizer, horizon=horizon, seed=4)
+        flux = flux_matching_loss(lambda z: field(z, sigma), x, sigma**2, horizon=_at(horizon, sigma), seed=4)
+        torch.testing.assert_close(loss.flux, flux.detach())
+        scale = normalizer.log_scale(sigma)
+        expected = flux / scale.exp() + scale
+        fit = -(flux / scale.exp()).detach() * horizon.log_density(loss.tau, sigma)
+        torch.testing.assert_close(loss.total, expected + fit)
+        # Each set of parameters hears its own term alone.
+        for module, term in ((field_net, expected), (normalizer, expected), (horizon, fit)):
+            parameters = list(module.parameters())
+            got = torch.autograd.grad(loss.total.mean(), parameters, retain_graph=True)
+            want = torch.autograd.grad(term.mean(), parameters, retain_graph=True)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b)
+
+    def test_sigma_is_one_number(self, backend: str) -> None:
+        with pytest.raises(ValueError, match="sigma must be one number"):
+            noise_annealed_flux_loss(lambda z, s: z, torch.randn(4, 2), torch.ones(4), LossNormalizer())
+
+
+def _at(horizon: LearnedHorizon, sigma: Tensor) -> TruncatedExponentialHorizon:
+    return TruncatedExponentialHorizon(horizon.rate(sigma, sigma).item()).double()
+
+
+class TestDenoisingScoreMatching:
+    def test_forms_are_weights_of_one_error(self, backend: str) -> None:
+        x, refs, field = torch.randn(6, 3, dtype=F64), torch.randn(9, 3, dtype=F64), smooth_field(3)
+        sigma2, start = torch.rand(6, dtype=F64) + 0.2, torch.randn(6, 3, dtype=F64)
+        z = x + sigma2.sqrt().unsqueeze(1) * start
+        for stable in (True, False):
+            mean = fk.kde_mean(z, refs, sigma2) if stable else x
+            error = (field(z) - (mean - z) / sigma2.unsqueeze(1)).square().sum(1)
+            for form, weight in (("x0", sigma2**2), ("eps", sigma2)):
+                got = dsm_loss(field, x, sigma2, refs=refs, form=form, stable=stable, start=start)
+                torch.testing.assert_close(got, weight * error)
+
+    def test_score_of_the_kde_costs_nothing(self, backend: str) -> None:
+        x = torch.randn(20, 2, dtype=F64)
+        loss = dsm_loss(lambda z: fk.kde_score(z, x, 0.3), x, 0.3)
+        assert loss.abs().max() < 1e-25
+
+    def test_single_sample_targets_are_unbiased(self, backend: str) -> None:
+        """Both targets have the same gradient on average; the stable one has the smaller variance."""
+        x = torch.randn(2000, 1, dtype=F64)
+        slope = torch.zeros((), dtype=F64, requires_grad=True)
+        gradients = {}
+        for stable in (True, False):
+            torch.manual_seed(3)
+            gradients[stable] = torch.stack(
+                [
+                    torch.autograd.grad(dsm_loss(lambda z: slope * z, x, 0.5, stable=stable).mean(), slope)[0]
+                    for _ in range(40)
+                ]
+            )
+        stable, single = gradients[True], gradients[False]
+        spread = ((stable.var() + single.var()) / 40).sqrt()
+        assert abs(stable.mean() - single.mean()) < 4 * spread
+
+    def test_same_start_as_the_flux_loss(self, backend: str) -> None:
+        x = torch.randn(5, 2, dtype=F64)
+        seen: list[Tensor] = []
+        dsm_loss(lambda z: seen.append(z) or z, x, 0.5, seed=6)
+        torch.testing.assert_close(seen[0], flux_target(lambda z: z, x, 0.5, seed=6).x0)
+
+    def test_bad_input(self) -> None:
+        x = torch.randn(4, 2)
+        for options, text in (
+            ({"form": "v"}, "form must be one of 'x0', 'eps', got 'v'"),
+            ({"start": x[:3]}, "start must have the shape of x"),
+            ({"refs": torch.randn(4, 3)}, "refs must have shape"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                dsm_loss(lambda z: z, x, 0.5, backend="torch", **options)
+        with pytest.raises(ValueError, match="one number or one a sample"):
+            dsm_loss(lambda z: z, x, torch.ones(3), backend="torch")
