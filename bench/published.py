@@ -42,16 +42,45 @@ def transition_weights(x0: Tensor, xt: Tensor, refs: Tensor, sigma2: float, tau:
     return (-squared_distances(mu, xt) / (2 * variance)).softmax(-2)
 
 
-def residual(field: Callable[[Tensor], Tensor], z: Tensor, refs: Tensor, sigma2: float) -> Tensor:
-    """r = ∇·u + u·s with an exact divergence, differentiable in z `[N, D]`."""
-    s = kde_score(z, refs, sigma2)
+def residual(field: Callable[[Tensor], Tensor], score: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
+    """(r = ∇·u + u·s, u = f - s) with an exact divergence, differentiable in z `[N, D]`."""
+    s = score(z)
     u = field(z) - s
     rows = [torch.autograd.grad(u[:, d].sum(), z, create_graph=True)[0][:, d] for d in range(z.shape[1])]
-    return torch.stack(rows).sum(0) + (u * s).sum(-1)
+    return torch.stack(rows).sum(0) + (u * s).sum(-1), u
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: float) -> Tensor:
     """∇r for a field that is constant in z, which is J_s f - ∇(Δp̂/p̂)."""
     z = z.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(residual(lambda _: field, z, refs, sigma2).sum(), z)
+    r, _ = residual(lambda _: field, lambda y: kde_score(y, refs, sigma2), z)
+    (gradient,) = torch.autograd.grad(r.sum(), z)
     return gradient
+
+
+def flux_loss(
+    field: Callable[[Tensor], Tensor],
+    score: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    sigma2: float,
+    tau_max: float = 4.0,
+    steps: int = 4,
+) -> Tensor:
+    """Eq. 6 for one minibatch `[N, D]` of a density whose score is known; ∇r by autograd through everything."""
+    tau = torch.rand((), dtype=x0.dtype) * tau_max
+    rho = torch.exp(-tau / steps)
+    xt = x0
+    for _ in range(steps):
+        mu = xt + sigma2 * score(xt)
+        xt = rho * xt + (1 - rho) * mu + (sigma2 * (1 - rho.square())).sqrt() * torch.randn_like(xt)
+
+    end = xt.detach().requires_grad_()
+    r, _ = residual(field, score, end)
+    (gradient,) = torch.autograd.grad(r.sum(), end)
+
+    mean = x0 + (1 - torch.exp(-tau)) * sigma2 * score(x0)
+    variance = sigma2 * (1 - torch.exp(-2 * tau))
+    w = (-squared_distances(mean, xt) / (2 * variance)).softmax(0)
+    target = tau_max * torch.exp(-tau) * (w @ gradient)
+    _, u = residual(field, score, x0.requires_grad_())
+    return -2 * (u * target).sum(1)
