@@ -7,9 +7,11 @@ the CPU, outside of `torch.compile`. On an accelerator a look at the values woul
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fluxkernels.backend import resolve_backend
 
@@ -35,8 +37,15 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
     return t
 
 
+def transforms_active() -> bool:
+    """Whether a `torch.func` transform or a level of forward-mode differentiation is running."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def looks_at_values(t: Tensor) -> bool:
-    return t.device.type == "cpu" and not torch.compiler.is_compiling()
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
 def check_finite(function: str, **tensors: Tensor | None) -> None:
@@ -78,11 +87,11 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
             if not ((v >= 0 if zero else v > 0) & v.isfinite()).all():
                 raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(v)}")
         return value.to(device=like.device, dtype=dtype)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got {type(value).__name__}")
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         raise ValueError(f"{function}: {name} must be {takes} finite number, got {value}")
-    return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
 def _worst(values: Tensor) -> float:
@@ -168,11 +177,11 @@ def check_seed(function: str, seed: object) -> int | Tensor | None:
         return seed
     if seed is None:
         return None
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"{function}: seed must be an integer or an int64 tensor, got {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
+    if not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"{function}: seed must lie in [-2^63, 2^64), got {seed}")
-    return seed
+    return int(seed)
 
 
 def check_noise(

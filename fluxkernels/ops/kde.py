@@ -4,9 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxkernels import reference
 from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, choose, group
-from fluxkernels.ops.registration import register, register_recomputed_autograd
+from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
 def _fake(z: Tensor, refs: Tensor, sigma2: Tensor, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,8 +24,8 @@ def _backward_fake(
     return z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
 
 
-kde = register("kde", "(Tensor z, Tensor refs, Tensor sigma2, str backend) -> (Tensor, Tensor, Tensor)", _fake)
-kde_backward = register(
+kde = Op("kde", "(Tensor z, Tensor refs, Tensor sigma2, str backend) -> (Tensor, Tensor, Tensor)", _fake)
+kde_backward = Op(
     "kde_backward",
     "(Tensor g_shift, Tensor g_mean, Tensor g_log_density, Tensor z, Tensor refs, Tensor sigma2, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -43,14 +42,9 @@ def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     return *kde_backward(*cotangents, *ctx.saved_tensors, ctx.backend), None
 
 
-def _backward_formula(*args: Any) -> tuple[Tensor, ...]:
-    *tensors, _ = args
-    return reference.kde_backward(*tensors)
-
-
 kde.register_autograd(_backward, setup_context=_setup_context)
 # Second derivatives are the same plain PyTorch on every backend: training never takes them.
-register_recomputed_autograd(kde_backward, _backward_formula)
+register_recomputed_autograd(kde_backward)
 
 
 def prepare(

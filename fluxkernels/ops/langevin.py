@@ -18,7 +18,7 @@ from fluxkernels.checks import (
     group,
 )
 from fluxkernels.ops.kde import kde
-from fluxkernels.ops.registration import register, register_recomputed_autograd
+from fluxkernels.ops.registration import Op, register_recomputed_autograd
 from fluxkernels.ops.transition import average
 
 _ARGUMENTS = "Tensor refs, Tensor sigma2, Tensor tau, int steps, Tensor? noise, Tensor? seed, str backend"
@@ -41,8 +41,8 @@ def _pass_fake(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for _ in range(4))
 
 
-chain = register("langevin_chain", f"(Tensor x0, {_ARGUMENTS}) -> Tensor", _chain_fake)
-bundle = register("flux_pass", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _pass_fake)
+chain = Op("langevin_chain", f"(Tensor x0, {_ARGUMENTS}) -> Tensor", _chain_fake)
+bundle = Op("flux_pass", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _pass_fake)
 
 
 def _chain_of_ops(

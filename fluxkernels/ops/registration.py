@@ -1,4 +1,4 @@
-"""How an op is registered: one schema, its implementation looked up by the backend's name, autograd by recomputing."""
+"""How an op is registered: one schema, implementations looked up by the backend's name, autograd by recomputing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,26 +6,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxkernels import reference
 from fluxkernels.backend import implementation
+from fluxkernels.checks import transforms_active
 
 Formula = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def register(name: str, schema: str, fake: Callable[..., Any]) -> Any:
-    """Register `fluxkernels::name`, whose last argument is `str backend`, and return the op.
+class Op:
+    """`fluxkernels::name` for all backends; its last argument is `str backend`.
 
     Autocast is switched off inside: a kernel density estimate in bfloat16 has no correct digit to offer.
+
+    `torch.library` knows no derivatives but reverse mode: under `torch.func` and in forward mode a registered op would
+    raise or, worse, lose the tangent without a word. There the reference formula runs in its place, which PyTorch can
+    transform as it likes.
+
+    Args:
+        name: of the op, and of its function in every backend and in `fluxkernels.reference`.
+        schema: its signature.
+        fake: result shapes for tracing, takes the op's arguments.
     """
 
-    def run(*args: Any) -> Any:
-        *inputs, backend = args
-        device = next(t for t in inputs if isinstance(t, Tensor)).device
-        with torch.autocast(device.type, enabled=False):
-            return getattr(implementation(backend), name)(*inputs)
+    def __init__(self, name: str, schema: str, fake: Callable[..., Any]) -> None:
+        def run(*args: Any) -> Any:
+            *inputs, backend = args
+            with _no_autocast(inputs):
+                return getattr(implementation(backend), name)(*inputs)
 
-    op = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(fake)
-    return op
+        self.reference: Callable[..., Any] = getattr(reference, name)
+        self.registered = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
+        self.registered.register_fake(fake)
+
+    def __call__(self, *args: Any) -> Any:
+        if not transforms_active():
+            return self.registered(*args)
+        *inputs, _ = args
+        with _no_autocast(inputs):
+            return self.reference(*inputs)
+
+    def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        self.registered.register_autograd(backward, setup_context=setup_context)
+
+
+def _no_autocast(inputs: Sequence[Any]) -> torch.autocast:
+    device = next(t for t in inputs if isinstance(t, Tensor)).device
+    return torch.autocast(device.type, enabled=False)
 
 
 def vector_jacobian(
@@ -44,8 +70,7 @@ def vector_jacobian(
             else value
             for value, need in zip(inputs, needs, strict=True)
         ]
-        device = next(t for t in leaves if isinstance(t, Tensor)).device
-        with torch.autocast(device.type, enabled=False):
+        with _no_autocast(leaves):
             results = formula(*leaves)
         results = (results,) if isinstance(results, Tensor) else results
         used = [(r, c) for r, c in zip(results, cotangents, strict=True) if c is not None and r.requires_grad]
@@ -62,8 +87,12 @@ def vector_jacobian(
     return [next(gradients) if need else None for need in needs]
 
 
-def register_recomputed_autograd(op: Any, formula: Formula) -> None:
-    """Let `op` be differentiated through `formula`, which takes the op's arguments and computes the same."""
+def register_recomputed_autograd(op: Op, formula: Formula | None = None) -> None:
+    """Let `op` be differentiated through `formula`, which takes the op's arguments and computes the same.
+
+    The default is the reference formula, the same plain PyTorch for every backend.
+    """
+    formula = formula or (lambda *args: op.reference(*args[:-1]))
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.is_tensor = [isinstance(value, Tensor) for value in inputs]

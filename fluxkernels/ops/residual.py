@@ -1,28 +1,18 @@
 """The closed-form part of the residual's gradient."""
 
-from typing import Any
-
 from torch import Tensor
 
-from fluxkernels import reference
 from fluxkernels.checks import check_finite, check_same_shape
 from fluxkernels.ops.kde import prepare
-from fluxkernels.ops.registration import register, register_recomputed_autograd
+from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
 def _fake(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, backend: str) -> Tensor:
     return z.new_empty(z.shape)
 
 
-def _formula(*args: Any) -> Tensor:
-    *tensors, _ = args
-    return reference.residual_gradient(*tensors)
-
-
-gradient = register(
-    "residual_gradient", "(Tensor z, Tensor field, Tensor refs, Tensor sigma2, str backend) -> Tensor", _fake
-)
-register_recomputed_autograd(gradient, _formula)
+gradient = Op("residual_gradient", "(Tensor z, Tensor field, Tensor refs, Tensor sigma2, str backend) -> Tensor", _fake)
+register_recomputed_autograd(gradient)
 
 
 def residual_gradient(

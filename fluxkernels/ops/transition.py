@@ -1,13 +1,10 @@
 """Transition weights of the linearised chain (Eq. 52) and the average they define (Eq. 9)."""
 
-from typing import Any
-
 from torch import Tensor
 
-from fluxkernels import reference
 from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, choose, group, shape_of
 from fluxkernels.ops.kde import kde
-from fluxkernels.ops.registration import register, register_recomputed_autograd
+from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
 def _weights_fake(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor, backend: str) -> Tensor:
@@ -20,30 +17,20 @@ def _average_fake(
     return values.new_empty((*x0.shape[:2], values.shape[-1]))
 
 
-weights = register(
+weights = Op(
     "transition_weights",
     "(Tensor x0, Tensor shift0, Tensor xt, Tensor sigma2, Tensor tau, str backend) -> Tensor",
     _weights_fake,
 )
-weighted_sum = register(
+weighted_sum = Op(
     "transition_average",
     "(Tensor x0, Tensor shift0, Tensor xt, Tensor values, Tensor sigma2, Tensor tau, str backend) -> Tensor",
     _average_fake,
 )
 
 
-def _weights_formula(*args: Any) -> Tensor:
-    *tensors, _ = args
-    return reference.transition_weights(*tensors)
-
-
-def _average_formula(*args: Any) -> Tensor:
-    *tensors, _ = args
-    return reference.transition_average(*tensors)
-
-
-register_recomputed_autograd(weights, _weights_formula)
-register_recomputed_autograd(weighted_sum, _average_formula)
+register_recomputed_autograd(weights)
+register_recomputed_autograd(weighted_sum)
 
 
 def _prepare(

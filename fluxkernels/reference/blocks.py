@@ -7,7 +7,9 @@ from torch import Tensor
 
 # Pairs (query, centre) a block may hold: at eight bytes each, a few such matrices stay in a second-level cache.
 PAIRS_IN_BLOCK = 1 << 16
-# A matrix product over few rows is slow: with many coordinates a block has at least this many queries.
+# Up to this dimension distances are sums of squared differences; above, a matrix product on centred coordinates.
+DIRECT_DIMENSIONS = 16
+# A matrix product over few rows is slow: where there is one, a block has at least this many queries.
 ROWS_OF_PRODUCT = 64
 
 
@@ -28,23 +30,20 @@ def centre(z: Tensor, refs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z - origin, refs - origin, origin
 
 
-def blocks(groups: int, queries: int, centres: int, least_rows: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Cut `[groups, queries]` into blocks of about `PAIRS_IN_BLOCK` pairs: whole groups, or rows of one group."""
-    if queries * centres <= PAIRS_IN_BLOCK:
-        step = max(1, PAIRS_IN_BLOCK // (queries * centres))
-        for start in range(0, groups, step):
-            yield slice(start, start + step), slice(None)
+def blocks(z: Tensor, refs: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Cut queries `[B, N, D]` against centres `[B, M, D]` into blocks of about `PAIRS_IN_BLOCK` pairs.
+
+    Each item is some groups and the rows of their blocks: many whole groups at once, or one group in slices of rows.
+    """
+    (B, N, D), M = z.shape, refs.shape[1]
+    if N * M <= PAIRS_IN_BLOCK:
+        step = max(1, PAIRS_IN_BLOCK // (N * M))
+        for start in range(0, B, step):
+            yield slice(start, start + step), [slice(None)]
     else:
-        step = max(least_rows, PAIRS_IN_BLOCK // centres)
-        for group in range(groups):
-            for start in range(0, queries, step):
-                yield slice(group, group + 1), slice(start, start + step)
-
-
-def pair_blocks(z: Tensor, refs: Tensor) -> Iterator[tuple[slice, slice]]:
-    """The blocks for queries `[B, N, D]` against centres `[B, M, D]`."""
-    least_rows = 1 if z.shape[2] <= 16 else ROWS_OF_PRODUCT
-    return blocks(z.shape[0], z.shape[1], refs.shape[1], least_rows)
+        step = max(1 if D <= DIRECT_DIMENSIONS else ROWS_OF_PRODUCT, PAIRS_IN_BLOCK // M)
+        for group in range(B):
+            yield slice(group, group + 1), [slice(start, start + step) for start in range(0, N, step)]
 
 
 def map_blocks(
@@ -57,11 +56,9 @@ def map_blocks(
         queries: tensors `[B, N, ...]`, cut along groups and queries; the first is `[B, N, D]`.
         centres: tensors `[B, ...]`, cut along groups only; the first is `[B, M, D]`.
     """
-    results: list[Tensor] = []
-    for group, rows in pair_blocks(queries[0], centres[0]):
-        parts = formula(*(q[group, rows] for q in queries), *(c[group] for c in centres))
-        if not results:
-            results = [part.new_empty((*queries[0].shape[:2], *part.shape[2:])) for part in parts]
-        for result, part in zip(results, parts, strict=True):
-            result[group, rows] = part
-    return tuple(results)
+    groups = []
+    for group, rows in blocks(queries[0], centres[0]):
+        per_group = [c[group] for c in centres]
+        parts = [formula(*(q[group, row] for q in queries), *per_group) for row in rows]
+        groups.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
+    return tuple(torch.cat(part) for part in zip(*groups, strict=True))

@@ -5,10 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from fluxkernels.reference.blocks import centre, map_blocks, pair_blocks, upcast
+from fluxkernels.reference.blocks import DIRECT_DIMENSIONS, blocks, centre, map_blocks, upcast
 
-# Up to this dimension distances are sums of squared differences; above, a matrix product on centred coordinates.
-DIRECT_DIMENSIONS = 16
 # Pairs whose differences are formed at once where the matrix product has cancelled.
 NEAR_PAIRS = 4096
 
@@ -81,10 +79,11 @@ def kde_backward(
     g_shift, g_mean, g_log_density, sigma2 = upcast(g_shift, g_mean, g_log_density, sigma2)
     g_mean = g_mean + g_shift
     g_z, g_refs, g_sigma2 = torch.empty_like(z), torch.zeros_like(refs), torch.empty_like(g_log_density)
-    for group, rows in pair_blocks(z, refs):
-        block = group, rows
-        g_z[block], g_refs_block, g_sigma2[block] = kde_backward_formula(
-            g_mean[block], g_log_density[block], z[block], sigma2[block], refs[group]
-        )
-        g_refs[group] += g_refs_block
+    for group, rows in blocks(z, refs):
+        for row in rows:
+            block = group, row
+            g_z[block], g_refs_block, g_sigma2[block] = kde_backward_formula(
+                g_mean[block], g_log_density[block], z[block], sigma2[block], refs[group]
+            )
+            g_refs[group] += g_refs_block
     return (g_z - g_shift).to(dtype), g_refs.to(dtype), g_sigma2.to(sigma2_dtype)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fluxkernels.reference.blocks import centre, map_blocks, pair_blocks, upcast
+from fluxkernels.reference.blocks import blocks, centre, map_blocks, upcast
 from fluxkernels.reference.kde import squared_distances
 
 
@@ -34,8 +34,13 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
     """Σ_j w_ij values_j, `[B, N, V]`, for values `[B, N', V]`; blocks run over the end points j and add up."""
     end, mean, variance = transition(x0, shift0, xt, sigma2, tau)
     (per_end,) = upcast(values)
-    total = per_end.new_zeros((*x0.shape[:2], values.shape[-1]))
-    for group, ends in pair_blocks(end, mean):
-        (columns,) = columns_formula(end[group, ends], mean[group], variance[group])
-        total[group] += columns.mT @ per_end[group, ends]
-    return total.to(values.dtype)
+    groups = []
+    for group, rows in blocks(end, mean):
+        total: Tensor | None = None
+        for row in rows:
+            (columns,) = columns_formula(end[group, row], mean[group], variance[group])
+            part = columns.mT @ per_end[group, row]
+            total = part if total is None else total + part
+        assert total is not None
+        groups.append(total)
+    return torch.cat(groups).to(values.dtype)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -182,6 +183,12 @@ def test_several_leading_dimensions() -> None:
     s = fk.kde_score(x, refs, sigma2, backend="torch")
     assert s.shape == (2, 4, 5, 3)
     torch.testing.assert_close(s[1, 2], fk.kde_score(x[1, 0], refs[2], sigma2[1, 2], backend="torch"))
+
+
+def test_numbers_of_other_libraries() -> None:
+    expected = call("langevin_chain", sigma2=0.5, tau=1.0, seed=3)
+    for number in (np.float32(0.5), np.float64(0.5), torch.nn.Parameter(torch.tensor(0.5))):
+        torch.testing.assert_close(call("langevin_chain", sigma2=number, tau=1, seed=np.int64(3)), expected)
 
 
 def test_large_finite_sums_are_not_mistaken_for_infinity() -> None:

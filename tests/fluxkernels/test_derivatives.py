@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fluxkernels as fk
 from fluxkernels.ops import kde as kde_module
@@ -171,7 +171,7 @@ def registered(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", registered("torch"))
 def test_registration(name: str, backend: str) -> None:
     op, arguments = registered(backend)[name]
-    torch.library.opcheck(op, arguments)
+    torch.library.opcheck(op.registered, arguments)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -203,6 +203,42 @@ def test_compiled_by_inductor(backend: str) -> None:
 
     compiled = torch.compile(call, fullgraph=True)
     torch.testing.assert_close(compiled(t["x"], t["refs"]), call(t["x"], t["refs"]))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward_mode_and_torch_func(name: str, backend: str) -> None:
+    """Tangents, vector-Jacobian products and batches under torch.func: a registered op alone would drop tangents."""
+    call, arguments = CALLS[name]
+    inputs = tuple(tensors()[a].detach() for a in arguments)
+    tangents = tuple(torch.randn_like(t) for t in inputs)
+
+    def flat(*args: Tensor) -> Tensor:
+        results = call(*args)
+        return torch.cat([r.flatten() for r in ([results] if isinstance(results, Tensor) else results)])
+
+    value, tangent = torch.func.jvp(flat, inputs, tangents)
+    torch.testing.assert_close(value, flat(*inputs))
+    step = 1e-6
+    ahead, behind = (flat(*(t + s * step * v for t, v in zip(inputs, tangents, strict=True))) for s in (1, -1))
+    torch.testing.assert_close(tangent, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
+    with forward_ad.dual_level():
+        dual = flat(*(forward_ad.make_dual(t, v) for t, v in zip(inputs, tangents, strict=True)))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, tangent)
+    _, pull = torch.func.vjp(flat, *inputs)
+    cotangent = torch.randn_like(value)
+    pulled = sum((g * v).sum() for g, v in zip(pull(cotangent), tangents, strict=True))
+    torch.testing.assert_close(pulled, (cotangent * tangent).sum())
+
+
+def test_vmap_and_hessian(backend: str) -> None:
+    t = tensors()
+    x, refs = t["x"][0].detach(), t["refs"][0].detach()
+    one_by_one = torch.func.vmap(lambda z: fk.kde_score(z.unsqueeze(0), refs, 0.5)[0])(x)
+    torch.testing.assert_close(one_by_one, fk.kde_score(x, refs, 0.5))
+    hessian = torch.func.hessian(lambda z: fk.kde_log_density(z.unsqueeze(0), refs, 0.5)[0])(x[0])
+    z = x[0].clone().requires_grad_()
+    score = fk.kde_score(z.unsqueeze(0), refs, 0.5)[0]
+    torch.testing.assert_close(hessian, torch.stack([torch.autograd.grad(s, z, retain_graph=True)[0] for s in score]))
 
 
 @pytest.mark.parametrize("name", CALLS)
