@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,9 +64,12 @@ def run(
     place = _device(device)
     folder = Path("runs") / f"{name}-{preset}" if out is None else out
     try:
-        description = describe(experiment, preset, config, asked, place, seed)
+        with warnings.catch_warnings(record=True) as notes:
+            description = describe(experiment, preset, config, asked, place, seed)
     except (ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"--backend {backend} on {place}: {error}") from error
+    for note in notes:  # why the automatic choice is not the fast one: a line, not a warning with its code
+        print(f"note: {note.message}", file=sys.stderr)
 
     state = prepare_folder(folder, description, restart)
     if state == "finished":

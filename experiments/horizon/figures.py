@@ -1,0 +1,113 @@
+"""Figure 16 of the paper, and the relative width of its bands against the noise level."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from experiments.common import figures as style
+from experiments.horizon.estimates import Array, Crossing, ExponentialFit
+
+ESTIMATOR_LOOK = {
+    "cross_chain": ("cross-chain", style.FLUX, "o"),
+    "single_chain": ("single-chain", style.SCORE_MATCHING, "s"),
+}
+CUT_COLOUR = "#c1121f"
+
+
+def draw_crossing_and_loss(
+    path: Path,
+    means: Tensor,
+    crossings: Mapping[float, Crossing],
+    curves: Mapping[tuple[float, str], tuple[Array, Array, Array]],
+    references: Mapping[float, tuple[Array, Array, Array]],
+    fits: Mapping[float, ExponentialFit],
+    cut: float,
+) -> None:
+    """Figure 16: ends of the chains above, loss against the horizon below, a column a noise level.
+
+    Args:
+        path: where to save.
+        means: of the mixture, `[3, 2]`.
+        crossings: ends of the chains, by noise level.
+        curves: (τ, mean, standard deviation) by noise level and estimator.
+        references: (τ, mean, standard error) of the autocorrelation, by noise level.
+        fits: of the cross-chain curve, by noise level.
+        cut: the training horizon, τ = 4.
+    """
+    fig, axes = style.new_figure(3.3 * len(crossings), 6.2, 2, len(crossings), squeeze=False)
+    for column, (sigma, crossing) in enumerate(crossings.items()):
+        above, below = axes[:, column]
+        end, crossed = crossing.end.cpu().numpy(), crossing.crossed.cpu().numpy()
+        for chosen, label, colour in ((~crossed, "same mode", style.ACCENT), (crossed, "other mode", style.FLUX)):
+            above.scatter(*end[chosen].T, s=5, color=colour, alpha=0.55, linewidths=0, label=label)
+        above.plot(*means.cpu().numpy().T, "x", color="black", markersize=5, label="means")
+        above.set(title=f"σ = {sigma:g}: {100 * crossing.share:.0f} % crossed", aspect="equal")
+        above.margins(0.12)
+
+        scale = curves[sigma, "cross_chain"][1][0]
+        for estimator in ("single_chain", "cross_chain"):
+            tau, mean, std = curves[sigma, estimator]
+            label, colour, _ = ESTIMATOR_LOOK[estimator]
+            below.plot(tau, mean / scale, color=colour, label=f"{label}, ± std")
+            below.fill_between(tau, (mean - std) / scale, (mean + std) / scale, color=colour, alpha=0.22, lw=0)
+        tau, mean, error = references[sigma]
+        below.errorbar(
+            tau, mean / scale, error / scale, fmt=".", color=style.DATA, markersize=4, elinewidth=0.8,
+            label="$2\\,\\mathrm{E}[r(x_0)\\,r(x_\\tau)]$",
+        )  # fmt: skip
+        below.axvline(cut, color=CUT_COLOUR, linewidth=1.2, label="$T = 4σ^2$")
+        below.set(title=f"fit $e^{{-{fits[sigma].rate:.2f}\\,τ}}$", xlabel="horizon $τ = t/σ^2$", ylim=(-0.32, 1.12))
+    axes[0, 0].legend(loc="lower right", fontsize=7, markerscale=1.6)
+    axes[1, 0].set_ylabel("loss $\\ell(τ)\\,/\\,\\ell(0)$")
+    axes[1, 0].legend(loc="upper right", fontsize=7)
+    style.save(fig, path)
+
+
+def draw_decay(
+    path: Path, curves: Mapping[tuple[str, float], tuple[Array, Array, Array]], titles: Mapping[str, str], cut: float
+) -> None:
+    """The cross-chain loss on a logarithmic axis, a panel a field, a line a noise level.
+
+    Args:
+        path: where to save.
+        curves: (τ, mean, standard error) by field and noise level.
+        titles: of the panels, by field.
+        cut: the training horizon.
+    """
+    import matplotlib
+
+    fig, axes = style.new_figure(4.6 * len(titles), 3.6, 1, len(titles), sharey=True, squeeze=False)
+    levels = sorted({sigma for _, sigma in curves})
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(levels)))
+    for ax, (field, title) in zip(axes[0], titles.items(), strict=True):
+        for sigma, colour in zip(levels, colours, strict=True):
+            tau, mean, error = curves[field, sigma]
+            seen = mean > 2 * error
+            ax.plot(tau[seen], mean[seen] / mean[0], ".-", color=colour, markersize=3, linewidth=1, label=f"{sigma:g}")
+        ax.axvline(cut, color=CUT_COLOUR, linewidth=1.2)
+        ax.set(title=title, xlabel="horizon $τ = t/σ^2$", yscale="log")
+    axes[0, 0].set_ylabel("cross-chain loss $\\ell(τ)\\,/\\,\\ell(0)$")
+    axes[0, -1].legend(title="σ", loc="lower left", fontsize=7, ncols=2)
+    style.save(fig, path)
+
+
+def draw_bands(path: Path, bands: Mapping[tuple[str, str], tuple[Array, Array]], titles: Mapping[str, str]) -> None:
+    """The relative band against the noise level, a panel a field, a line an estimator.
+
+    Args:
+        path: where to save.
+        bands: (σ, relative band) by field and estimator.
+        titles: of the panels, by field.
+    """
+    fig, axes = style.new_figure(4.6 * len(titles), 3.4, 1, len(titles), sharey=True, squeeze=False)
+    for ax, (field, title) in zip(axes[0], titles.items(), strict=True):
+        for estimator, (label, colour, marker) in ESTIMATOR_LOOK.items():
+            ax.plot(*bands[field, estimator], marker=marker, markersize=4, color=colour, label=label)
+        ax.set(title=title, xlabel="noise level σ", xscale="log", yscale="log")
+    axes[0, 0].set_ylabel("std over minibatches / loss,\nboth integrated over $τ \\leq 4$")
+    axes[0, 0].legend(loc="upper left")
+    style.save(fig, path)
