@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fluxmatching import Draws, UniformHorizon, flux_matching_loss
 
 X = torch.randn(6, 2)

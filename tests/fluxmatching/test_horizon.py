@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from fluxmatching import Horizon, LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
 from torch import Tensor
+
+from fluxmatching import Horizon, LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
 
 SIGMA = torch.tensor(0.3, dtype=torch.float64)
 ALL = [

@@ -5,6 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fluxkernels as fk
+from bench import published
 from fluxmatching import (
     Draws,
     LearnedHorizon,
@@ -16,10 +20,6 @@ from fluxmatching import (
     flux_target,
     noise_annealed_flux_loss,
 )
-from torch import Tensor, nn
-
-import fluxkernels as fk
-from bench import published
 from tests import oracles
 
 F64 = torch.float64

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fluxmatching import LogNormalNoise, LogUniformNoise, LossNormalizer
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from fluxmatching import log_sigma_grid, reverse_ve, unadjusted_langevin
 
 N = 100_000
