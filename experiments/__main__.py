@@ -6,11 +6,13 @@ import json
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from filelock import FileLock, Timeout
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
@@ -18,6 +20,7 @@ from experiments.common.registry import UsageError, load_experiment, load_experi
 from experiments.common.report import Result, write_report
 from experiments.common.run import Run, describe, read_config
 
+LOCK = ".lock"  # held while a run writes; the system lets it go when the process ends, however it ends
 BACKENDS = ("auto", "torch", "cpu", "triton")
 app = SubcommandApp()
 
@@ -71,20 +74,47 @@ def run(
     for note in notes:  # why the automatic choice is not the fast one: a line, not a warning with its code
         print(f"note: {note.message}", file=sys.stderr)
 
-    state = prepare_folder(folder, description, restart)
-    if state == "finished":
-        print(f"{folder} is finished: see {folder / 'summary.md'}. To run it again, add --restart.")
-        return 0
-    # What an experiment draws without a generator of its own, such as initial weights, is repeatable too.
-    torch.manual_seed(seed)
-    job = Run(experiment, preset, config, asked, place, seed, folder, progress=not quiet)
-    if state == "resume":
-        print(f"resuming {folder}, {len(job.rows())} rows done")
-    experiment.run(job)
-    if not (folder / "summary.md").exists():
-        raise RuntimeError(f"{name} ended without Run.summary")
-    _show(job)
+    with ExitStack() as held:
+        held_already = read_config(folder) is not None
+        if held_already:
+            held.enter_context(locked(folder))  # before a --restart deletes anything
+        state = prepare_folder(folder, description, restart)
+        if state == "finished":
+            print(f"{folder} is finished: see {folder / 'summary.md'}. To run it again, add --restart.")
+            return 0
+        if not held_already:
+            held.enter_context(locked(folder))
+        # What an experiment draws without a generator of its own, such as initial weights, is repeatable too.
+        torch.manual_seed(seed)
+        job = Run(experiment, preset, config, asked, place, seed, folder, progress=not quiet)
+        if state == "resume":
+            print(f"resuming {folder}, {len(job.rows())} rows done")
+        experiment.run(job)
+        if not (folder / "summary.md").exists():
+            raise RuntimeError(f"{name} ended without Run.summary")
+        _show(job)
     return 0
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which is made if need be.
+
+    Raises:
+        UsageError: another run is in it, or it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another run is writing to {folder}; wait for it, or give another --out") from None
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @app.command
@@ -96,7 +126,10 @@ def report(runs: Path = Path("runs"), out: Annotated[Path | None, arg(metavar="F
         out: the page; by default report.html in that folder
     """
     page = runs / "report.html" if out is None else out
-    finished, unfinished = write_report(runs, page)
+    try:
+        finished, unfinished = write_report(runs, page)
+    except OSError as error:
+        raise UsageError(f"cannot write {page}: {error.strerror}") from error
     print(f"{page}: {finished} finished, {unfinished} unfinished")
     return 0
 
@@ -113,7 +146,7 @@ def prepare_folder(out: Path, description: dict[str, Any], restart: bool) -> str
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; choose another --out")
     # The temporary file alone is what a kill in the first instant leaves.
-    if not out.exists() or {path.name for path in out.iterdir()} <= {"config.json.tmp"}:
+    if not out.exists() or {path.name for path in out.iterdir()} <= {"config.json.tmp", LOCK}:
         return "new"
     found = read_config(out)
     if found is None:

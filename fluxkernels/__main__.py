@@ -19,7 +19,11 @@ def main() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for kind in ("cpu", "cuda"):
-            print(f"\n{kind} tensors run on: {fluxkernels.resolve_backend(None, kind)}", end="")
+            try:
+                chosen = fluxkernels.resolve_backend(None, kind)
+            except (ValueError, fluxkernels.BackendError) as error:  # the environment names one that cannot run
+                chosen = f"none, {error}"
+            print(f"\n{kind} tensors run on: {chosen}", end="")
     print()
 
 

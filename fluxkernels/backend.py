@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -59,7 +60,7 @@ _ENTRIES = {
 }
 _AUTOMATIC = {"cuda": "triton", "cpu": "cpu"}
 
-_in_use: list[str] = []
+_in_use: ContextVar[str | None] = ContextVar("fluxkernels_backend", default=None)
 _warned: set[str] = set()
 
 
@@ -76,24 +77,26 @@ def _known(name: str, source: str) -> str:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every op inside the `with` block on backend `name`, unless the call names another. Not per thread.
+    """Run every op of this thread inside the `with` block on backend `name`, unless the call names another.
+
+    A graph of `torch.compile` keeps the backend it was compiled with.
 
     Raises:
         ValueError: there is no backend of that name.
     """
-    _in_use.append(_known(name, "use_backend"))
+    token = _in_use.set(_known(name, "use_backend"))
     try:
         yield
     finally:
-        _in_use.pop()
+        _in_use.reset(token)
 
 
 def _asked_for(backend: str | None) -> tuple[str, str] | None:
     """(name, source) of the backend that somebody named, or None for the automatic choice."""
     if backend is not None:
         return backend, "backend"
-    if _in_use:
-        return _in_use[-1], "use_backend"
+    if (name := _in_use.get()) is not None:
+        return name, "use_backend"
     if os.environ.get(ENVIRONMENT):
         return os.environ[ENVIRONMENT], ENVIRONMENT
     return None

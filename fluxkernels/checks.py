@@ -11,9 +11,9 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fluxkernels.backend import resolve_backend
+from fluxkernels.transforms import transforms_active
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,13 +35,6 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
     if t.numel() == 0:
         raise ValueError(f"{function}: {name} must not be empty, got shape {shape_of(t)}")
     return t
-
-
-def transforms_active() -> bool:
-    """Whether a `torch.func` transform or a level of forward-mode differentiation is running."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def looks_at_values(t: Tensor) -> bool:
@@ -74,7 +67,10 @@ def check_same_shape(function: str, name: str, t: object, other: str, like: Tens
 
 
 def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero: bool = False) -> Tensor:
-    """A float or tensor of positive numbers (or zeros, with `zero`) as a tensor of at least float32 like `like`."""
+    """A float or tensor of positive numbers (or zeros, with `zero`) as a tensor of at least float32 like `like`.
+
+    What is checked is the number after rounding: a bandwidth below float32's range is no bandwidth there.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     takes = "a non-negative" if zero else "a positive"
     if isinstance(value, Tensor):
@@ -82,15 +78,22 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
             raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got dtype {value.dtype}")
         if value.device != like.device and value.ndim > 0:
             raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {value.device}")
-        if looks_at_values(value):
-            v = value.detach()
+        number = value.to(device=like.device, dtype=dtype)
+        if looks_at_values(number):
+            v = number.detach()
             if not ((v >= 0 if zero else v > 0) & v.isfinite()).all():
-                raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(v)}")
-        return value.to(device=like.device, dtype=dtype)
+                raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(value.detach())}")
+        return number
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise ValueError(f"{function}: {name} must be {takes} finite number, got {value}")
+    if not torch.compiler.is_compiling():  # there a number that changes between calls is a symbol, not a value
+        limits = torch.finfo(dtype)
+        least = 0 if zero else limits.tiny
+        if not least <= float(value) <= limits.max:
+            sound = math.isfinite(value) and value > 0
+            raise ValueError(
+                f"{function}: {name} must be {takes} finite number{f' in {dtype}' if sound else ''}, got {value}"
+            )
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
 

@@ -35,7 +35,7 @@ _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|-?inf")
 class Run:
     """Everything an experiment needs from its surroundings.
 
-    Making a `Run` makes its folder; a folder that holds an earlier part of the same run is continued.
+    Making a `Run` makes its folder; a folder that holds an earlier part of the same run is continued;
     the command line checks beforehand that it is the same run.
 
     Args:

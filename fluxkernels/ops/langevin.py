@@ -104,12 +104,15 @@ def _prepare(
     refs: Tensor,
     sigma2: float | Tensor,
     times: dict[str, float | Tensor],
-    draws: int,
+    draws: int | None,
     noise: Tensor | None,
     seed: int | Tensor | None,
     backend: str | None,
 ) -> tuple[Groups, tuple[Any, ...], str]:
-    """Check and flatten: (groups, (x, refs, sigma2, time, noise `[draws, B, N, D]`, seed), backend)."""
+    """Check and flatten: (groups, (x, refs, sigma2, time, noise `[draws, B, N, D]`, seed), backend).
+
+    `draws` counts the entries of noise; None stands for a single one whose noise has the shape of x itself.
+    """
     check_points(function, name, x)
     check_points(function, "refs", refs, like=x)
     check_finite(function, **{name: x, "refs": refs})
@@ -118,13 +121,13 @@ def _prepare(
     time = as_number_tensor(function, time_name, time_value, like=x, zero=True)
     groups = group(function, **{name: x, "refs": refs})
     chosen = choose(backend, x.device)
-    shape = (draws, *groups.batch, *x.shape[-2:])
+    shape = (*(() if draws is None else (draws,)), *groups.batch, *x.shape[-2:])
     noise, seed = check_noise(function, noise, seed, shape, like=x)
     check_finite(function, noise=noise)
     if noise is None and seed is None and chosen == "torch":
         # Here, and only here, numbers need not be the same on another device: torch's own are the fastest.
         noise = torch.randn(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    flat_noise = None if noise is None else noise.reshape(draws, -1, *x.shape[-2:])
+    flat_noise = None if noise is None else noise.reshape(draws or 1, -1, *x.shape[-2:])
     flat_seed = philox.as_seed(seed, x.device) if noise is None else None
     return (
         groups,
@@ -170,9 +173,8 @@ def langevin_step(
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    one_noise = noise.unsqueeze(0) if isinstance(noise, Tensor) else noise
     groups, (z, *others, xi, seed), name = _prepare(
-        "langevin_step", "x", x, refs, sigma2, {"h": h}, 1, one_noise, seed, backend
+        "langevin_step", "x", x, refs, sigma2, {"h": h}, None, noise, seed, backend
     )
     return groups.unflatten(chain(z, *others, 1, xi, seed, name))
 

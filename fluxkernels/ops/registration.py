@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fluxkernels import reference
 from fluxkernels.backend import implementation
-from fluxkernels.checks import transforms_active
+from fluxkernels.transforms import transforms_active
 
 Formula = Callable[..., Tensor | tuple[Tensor, ...]]
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels.reference.blocks import DIRECT_DIMENSIONS, blocks, centre, map_blocks, upcast
+from fluxkernels.transforms import transforms_active
 
 # Pairs whose differences are formed at once where the matrix product has cancelled.
 NEAR_PAIRS = 4096
@@ -13,7 +14,8 @@ NEAR_PAIRS = 4096
 
 def squared_distances(z: Tensor, refs: Tensor) -> Tensor:
     """|z_n - r_j|², `[B, N, M]`, for centred z `[B, N, D]` and refs `[B, M, D]`."""
-    if z.shape[-1] <= DIRECT_DIMENSIONS:
+    # The repair below looks at values, which torch.func's transforms do not allow.
+    if z.shape[-1] <= DIRECT_DIMENSIONS or transforms_active():
         first, *others = range(z.shape[-1])
         total = (z[..., first, None] - refs[..., None, :, first]).square()
         for d in others:

@@ -5,7 +5,8 @@ hence a directional derivative of one vector-Jacobian product. Three ways to tak
 
 - "reverse": twice reverse mode. Exact; needs a network that can be differentiated twice.
 - "forward": forward mode over reverse mode (`torch.func`). Exact; needs forward-mode rules for every op.
-- "central": central difference of two ordinary backward passes. Needs first derivatives only.
+- "central": central difference of two ordinary backward passes. Needs first derivatives only. Both sides see the same
+  dropout mask, except inside `torch.compile`. Autocast is off, for rounding to bfloat16 is not small beside the step.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ METHODS = ("reverse", "forward", "central")
 RELATIVE_STEP = 0.003
 
 
-def call_field(field: Field, z: Tensor) -> Tensor:
-    """field(z) in the dtype of z; ValueError if it has another shape."""
-    f = field(z)
+def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> Tensor:
+    """field(z, *condition) in the dtype of z; ValueError if it has another shape."""
+    f = field(z, *condition)
     if not isinstance(f, Tensor):
         raise TypeError(f"field must return a torch.Tensor, got {type(f).__name__}")
     if f.shape != z.shape:
@@ -70,16 +71,35 @@ def endpoint_gradient(
     Returns:
         (gradient, f), each shape of z.
     """
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise RuntimeError("the field's derivatives cannot be taken inside torch.inference_mode(); use torch.no_grad()")
     way = {"reverse": _reverse, "forward": _forward, "central": _central}[method]
     size = chunk or z.shape[0]
     gradients, values = [], []
     for start in range(0, z.shape[0], size):
         rows = slice(start, start + size)
         probes = basis(z[rows], grouped) if probe is None else iter((probe[rows],))
-        gradient, value = way(field, z[rows].detach(), score[rows], probes, spread)
+        try:
+            gradient, value = way(field, z[rows].detach(), score[rows], probes, spread)
+        except (RuntimeError, NotImplementedError) as error:
+            raise _explained(error, method) from error
         gradients.append(gradient)
         values.append(value.detach())
     return torch.cat(gradients), torch.cat(values)
+
+
+def _explained(error: Exception, method: str) -> Exception:
+    """The error with a way out, if it is PyTorch's word that it lacks a derivative of that kind."""
+    lacking = {
+        "reverse": ("double backward", "is not differentiable twice", "derivative for"),
+        "forward": ("forward AD", "functorch transforms"),
+    }
+    if any(words in str(error) for words in lacking.get(method, ())):
+        return RuntimeError(
+            f"the field cannot be differentiated with endpoint='{method}' ({error}); endpoint='central' needs first "
+            f"derivatives only"
+        )
+    return error
 
 
 def _or_zeros(gradient: Tensor | None, z: Tensor) -> Tensor:
@@ -120,10 +140,13 @@ def _forward(
 def _central(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
 ) -> tuple[Tensor, Tensor]:
+    if z.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(f"endpoint='central' takes a difference over a small step, which {z.dtype} cannot hold")
     step = RELATIVE_STEP * spread
 
     def pulled(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
+        # Rounding to bfloat16 is not small beside the step, so the field runs in the points' own dtype.
+        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
             point = point.requires_grad_()
             f = call_field(field, point)
             if not f.requires_grad:
@@ -144,11 +167,15 @@ def _central(
     return gradient, value / count
 
 
-def _random_state(device: torch.device) -> Tensor:
+def _random_state(device: torch.device) -> Tensor | None:
+    if torch.compiler.is_compiling():  # a compiled graph cannot replay random numbers; see "central" above
+        return None
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(device: torch.device, state: Tensor) -> None:
+def _set_random_state(device: torch.device, state: Tensor | None) -> None:
+    if state is None:
+        return
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:

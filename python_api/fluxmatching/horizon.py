@@ -51,13 +51,14 @@ class Horizon(nn.Module):
             return self.tau_max * torch.where(small, near_uniform, exponential).clamp(max=1)
 
     def log_density(self, tau: Tensor, sigma: Tensor | None = None) -> Tensor:
-        """log q(τ), differentiable in λ."""
+        """log q(τ), differentiable in λ; -∞ outside of [0, τ_max]."""
         rate = self.rate(sigma, tau)
         scaled = rate * self.tau_max
         small = scaled < 1e-4
         safe = torch.where(small, torch.ones_like(scaled), scaled)
         log_mass = torch.where(small, -0.5 * scaled, torch.log(-torch.expm1(-safe) / safe))
-        return -rate * tau - log_mass - math.log(self.tau_max)
+        log_density = -rate * tau - log_mass - math.log(self.tau_max)
+        return torch.where((tau >= 0) & (tau <= self.tau_max), log_density, -torch.inf)
 
     def fit_loss(self, tau: Tensor, loss: Tensor, sigma: Tensor | None = None) -> Tensor:
         """-sg(loss) log q(τ) (Eq. 50, Eq. 51): its mean is least where q follows the loss's share at each τ.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from fluxmatching.endpoint import METHODS, Field, call_field, endpoint_gradient
 from fluxmatching.horizon import Horizon, UniformHorizon
 from fluxmatching.layout import Layout
 from fluxmatching.noise import LossNormalizer
+
+T = TypeVar("T")
 
 ESTIMATORS = ("cross_chain", "single_chain")
 DIVERGENCES = ("hutchinson", "exact")
@@ -45,27 +48,13 @@ class FluxTarget:
     tau: Tensor
 
     def loss(self, field: Field) -> Tensor:
-        """ℓ = -2 u(x0)·q̂ before the sum over the event: shape of x0. Differentiable in the field's parameters."""
-        return -2 * (call_field(field, self.x0) - self.score) * self.target
+        """The terms -2 u(x0) q̂ of ℓ, not yet summed over the event: shape of x0. Differentiable in the field."""
+        return -2 * (call_field(field, self.x0.clone()) - self.score) * self.target
 
 
 def _one_of(function: str, name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _check_draws(function: str, draws: Draws, x: Tensor) -> Draws:
-    for name in ("start", "probe"):
-        if (value := getattr(draws, name)) is not None:
-            check_same_shape(function, f"draws.{name}", value, "x", x)
-    if draws.chain is not None:
-        check_tensor(function, "draws.chain", draws.chain, like=x)
-        if draws.chain.shape[1:] != x.shape:
-            raise ValueError(
-                f"{function}: draws.chain must have shape [steps, *x.shape] = [steps, {', '.join(map(str, x.shape))}], "
-                f"got {list(draws.chain.shape)}"
-            )
-    return draws
 
 
 def flux_target(
@@ -82,7 +71,7 @@ def flux_target(
     chunk: int | None = None,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
-    steps: int = 4,
+    steps: int | None = None,
     backend: str | None = None,
 ) -> FluxTarget:
     """The detached half of the Flux Matching loss: where the field is evaluated, and q̂ there.
@@ -92,35 +81,44 @@ def flux_target(
     """
     function = "flux_matching_loss"
     check_tensor(function, "x", x)
-    check_steps(function, steps)
     check_seed(function, seed)
     _one_of(function, "estimator", estimator, ESTIMATORS)
     _one_of(function, "endpoint", endpoint, METHODS)
     _one_of(function, "divergence", divergence, DIVERGENCES)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"{function}: chunk must be None or a positive number of samples, got {chunk!r}")
-    layout = Layout(x, grouped)
-    refs = x if refs is None else check_tensor(function, "refs", refs, like=x)
-    draws = _check_draws(function, draws or Draws(), x)
-    horizon = horizon or UniformHorizon()
-    variance = as_number_tensor(function, "sigma2", sigma2, like=x)
+    draws = _instance(function, "draws", draws or Draws(), Draws)
+    horizon = _instance(function, "horizon", horizon or UniformHorizon(), Horizon)
+    layout = Layout(function, x, grouped)
+    centres = layout.centres(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
+    variance = as_number_tensor(function, "sigma2", sigma2, like=x).detach()
+    layout.check_number("sigma2", variance)
+    draws.check(x, horizon, layout)
+    steps = _steps(function, steps, draws)
     sigma = variance.sqrt()
-    steps = steps if draws.chain is None else draws.chain.shape[0]
-    draws, key = _complete(draws, x, seed, horizon, sigma, layout, estimator, steps, exact=divergence == "exact")
+    draws, key = draws.complete(
+        x,
+        seed,
+        horizon,
+        sigma,
+        layout,
+        steps=steps,
+        probing=divergence == "hutchinson",
+        repeatable=estimator == "single_chain",
+    )
     tau = draws.tau
     assert tau is not None
 
+    noise = None
+    if draws.start is not None and draws.chain is not None:
+        noise = torch.stack([layout.to_points(n) for n in (draws.start, *draws.chain)])
     with torch.no_grad():
-        points, centres = layout.to_points(x), _points_of_refs(layout, refs, x)
-        noise = None
-        if draws.start is not None and draws.chain is not None:
-            noise = torch.stack([layout.to_points(n) for n in (draws.start, *draws.chain)])
-        bundle = flux_pass(points, centres, variance, tau, steps=steps, noise=noise, seed=key, backend=backend)
-
-    end = layout.from_points(bundle.xt)
+        bundle = flux_pass(
+            layout.to_points(x), centres, variance, tau, steps=steps, noise=noise, seed=key, backend=backend
+        )
     bracket, field_at_end = endpoint_gradient(
         field,
-        end,
+        layout.from_points(bundle.xt),
         layout.from_points(bundle.score_t),
         draws.probe if divergence == "hutchinson" else None,
         method=endpoint,
@@ -132,92 +130,41 @@ def flux_target(
         gradient = layout.to_points(bracket) + residual_gradient(
             bundle.xt, layout.to_points(field_at_end), centres, variance, backend=backend
         )
-    importance = torch.exp(-horizon.log_density(tau, sigma).detach()).reshape(-1, 1, 1)
-    if estimator == "cross_chain":
-        with torch.no_grad():
-            average = bundle.transition_average(gradient)
+        importance = torch.exp(-horizon.log_density(tau, sigma)).reshape(-1, 1, 1)
+        if estimator == "cross_chain":
             # e^{-τ} is the Jacobian of the linearised chain, whose transition the weights are.
-            target = torch.exp(-tau).reshape(-1, 1, 1) * importance * average
-    else:
-        start = bundle.x0.detach().requires_grad_()
-        with torch.enable_grad():
-            end_again = langevin_chain(
-                start,
-                centres,
-                variance,
-                tau,
-                steps=steps,
-                noise=None if noise is None else noise[1:],
-                seed=key,
-                backend=backend,
+            target = torch.exp(-tau).reshape(-1, 1, 1) * importance * bundle.transition_average(gradient)
+        else:
+            chain_noise = None if noise is None else noise[1:]
+            target = importance * _pathwise(
+                bundle.x0, gradient, centres, variance, tau, steps=steps, noise=chain_noise, seed=key, backend=backend
             )
-            (pathwise,) = torch.autograd.grad(end_again, start, gradient)
-        target = importance * pathwise
-    target = target.reshape(points.shape).to(x.dtype)
+        target = target.reshape(bundle.x0.shape).to(x.dtype)
     return FluxTarget(layout.from_points(bundle.x0), layout.from_points(bundle.score0), layout.from_points(target), tau)
 
 
-def _complete(
-    draws: Draws,
-    x: Tensor,
-    seed: int | Tensor | None,
-    horizon: Horizon,
-    sigma: Tensor,
-    layout: Layout,
-    estimator: str,
-    steps: int,
-    *,
-    exact: bool,
-) -> tuple[Draws, Tensor | None]:
-    """Draw what `draws` leaves open: from `seed` where given, else from torch's generator.
-
-    Returns the draws and the seed to hand to the kernels, which make start and chain themselves; None if both are
-    given in `draws`.
-    """
-    given = draws.start is not None and draws.chain is not None
-    partly = (draws.start is None) != (draws.chain is None)
-    key = None
-    if seed is not None or partly or (estimator == "single_chain" and not given):
-        key = philox.as_seed(seed, x.device)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    if draws.tau is None:
-        uniform = (
-            torch.rand((), dtype=dtype, device=x.device)
-            if seed is None
-            else philox.uniform(philox.as_seed(seed, x.device), (1,), philox.HORIZON, dtype)[0]
-        )
-        draws = replace(draws, tau=horizon.quantile(uniform, sigma))
-    if draws.probe is None and not exact:
-        probe = (
-            torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
-            if seed is None
-            else philox.rademacher(philox.as_seed(seed, x.device), (1, *x.shape), philox.PROBE, x.dtype)[0]
-        )
-        draws = replace(draws, probe=probe)
-    if partly:
-        assert key is not None
-        other = Draws.from_seed(key, x, horizon, sigma, grouped=layout.grouped, steps=steps)
-        draws = replace(
-            draws,
-            start=other.start if draws.start is None else draws.start,
-            chain=other.chain if draws.chain is None else draws.chain,
-        )
-        key = None
-    return draws, None if given else key
+def _instance(function: str, name: str, value: object, kind: type[T]) -> T:
+    if not isinstance(value, kind):
+        raise TypeError(f"{function}: {name} must be a {kind.__name__}, got {value!r}")
+    return value
 
 
-def _points_of_refs(layout: Layout, refs: Tensor, x: Tensor) -> Tensor:
-    if refs.shape[1:].numel() != x.shape[1:].numel() and not layout.grouped:
-        raise ValueError(
-            f"flux_matching_loss: refs must have shape [M, *event] with the event of x, {list(x.shape[1:])}, "
-            f"got {list(refs.shape)}"
-        )
-    if layout.grouped and (refs.ndim != 3 or refs.shape[2] != x.shape[2] or refs.shape[1] not in (1, x.shape[1])):
-        raise ValueError(
-            f"flux_matching_loss: refs of a grouped loss must have shape [M, {x.shape[1]} or 1, {x.shape[2]}], "
-            f"got {list(refs.shape)}"
-        )
-    return refs.movedim(0, 1) if layout.grouped else refs.reshape(refs.shape[0], -1)
+def _steps(function: str, steps: int | None, draws: Draws) -> int:
+    """The number of Langevin updates: as asked, as many as `draws.chain` has, or 4."""
+    given = None if draws.chain is None else draws.chain.shape[0]
+    if steps is None:
+        return given or 4
+    if check_steps(function, steps) != (given or steps):
+        raise ValueError(f"{function}: steps must be {given}, the length of draws.chain, got {steps}")
+    return steps
+
+
+def _pathwise(x0: Tensor, gradient: Tensor, *problem: Tensor, **chain: Any) -> Tensor:
+    """(∂x_τ/∂x0)ᵀ gradient along each sample's own chain (Sec. 3.3), which runs again with the same noise."""
+    with torch.enable_grad():
+        start = x0.detach().requires_grad_()
+        (pulled,) = torch.autograd.grad(langevin_chain(start, *problem, **chain), start, gradient)
+    return pulled
 
 
 def _spread(x: Tensor, variance: Tensor) -> Tensor:
@@ -240,7 +187,7 @@ def flux_matching_loss(
     chunk: int | None = None,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
-    steps: int = 4,
+    steps: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Flux Matching loss of a vector field (Eq. 6, Algorithm 1), one number a sample.
@@ -266,7 +213,7 @@ def flux_matching_loss(
         chunk: samples that go through the endpoint's derivatives at once; None for all. Bounds the memory.
         draws: fixes any of the random numbers.
         seed: fixes all others, the same numbers on every device and backend. None: torch's generator.
-        steps: Langevin updates of a chain.
+        steps: Langevin updates of a chain; None takes as many as `draws.chain` has, or the paper's 4.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
@@ -324,6 +271,7 @@ def noise_annealed_flux_loss(
     chunk: int | None = None,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
+    steps: int | None = None,
     backend: str | None = None,
 ) -> AnnealedLoss:
     """Noise-annealed Flux Matching at one noise level: ℓ^σ / exp(s_η(σ)) + s_η(σ) (Eq. 11).
@@ -338,6 +286,7 @@ def noise_annealed_flux_loss(
         normalizer: s_η.
         The others: as in `flux_matching_loss`.
     """
+    check_tensor("noise_annealed_flux_loss", "x", x)
     level = as_number_tensor("noise_annealed_flux_loss", "sigma", sigma, like=x)
     if level.ndim:
         raise ValueError(f"noise_annealed_flux_loss: sigma must be one number, got shape {list(level.shape)}")
@@ -355,6 +304,7 @@ def noise_annealed_flux_loss(
         chunk=chunk,
         draws=draws,
         seed=seed,
+        steps=steps,
         backend=backend,
     )
     flux = target.loss(at_level).flatten(1).sum(1)
@@ -405,8 +355,10 @@ def dsm_loss(
     check_finite(function, x=x)
     check_seed(function, seed)
     _one_of(function, "form", form, FORMS)
-    layout = Layout(x, grouped=False)
-    refs = x if refs is None else check_tensor(function, "refs", refs, like=x)
+    layout = Layout(function, x, grouped=False)
+    centres = layout.centres(x if refs is None else check_tensor(function, "refs", refs, like=x))
+    if start is not None and seed is not None:
+        raise ValueError(f"{function}: give start or seed, not both")
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
     if variance.ndim > 1 or (variance.ndim == 1 and len(variance) != len(x)):
         raise ValueError(f"{function}: sigma2 must be one number or one a sample, got shape {list(variance.shape)}")
@@ -421,7 +373,6 @@ def dsm_loss(
         start = layout.from_points(philox.normal(key, (1, *points.shape), philox.START, variance.dtype)[0])
     z = (x + per_sample.sqrt() * start).to(x.dtype).detach()
     with torch.no_grad():
-        centres = _points_of_refs(layout, refs, x)
         mean = layout.from_points(kde_mean(layout.to_points(z), centres, variance, backend=backend)) if stable else x
     error = (z - mean) + per_sample * call_field(field, z)
     weight = per_sample if form == "eps" else torch.ones_like(per_sample)

@@ -15,8 +15,8 @@ class LogNormalNoise:
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
-        if not std > 0:
-            raise ValueError(f"std must be positive, got {std}")
+        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+            raise ValueError(f"mean and std must be finite and std positive, got {mean} and {std}")
         self.mean, self.std = mean, std
 
     def sample(self, shape: tuple[int, ...] = (), *, generator: torch.Generator | None = None) -> Tensor:
@@ -32,7 +32,7 @@ class LogUniformNoise:
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
-        if not 0 < sigma_min < sigma_max:
+        if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}")
         self.low, self.high = math.log(sigma_min), math.log(sigma_max)
 
@@ -50,6 +50,8 @@ class LinearInLogSigma(nn.Module):
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
+        if hidden < 1:
+            raise ValueError(f"hidden must be a positive number of units, got {hidden}")
         self.first, self.second = nn.Linear(1, hidden), nn.Linear(hidden, 1)
 
     def forward(self, sigma: Tensor) -> Tensor:
@@ -80,5 +82,9 @@ class LossNormalizer(nn.Module):
             loss: `[N]`.
             sigma: σ, `[]` or `[N]`.
         """
+        if sigma.ndim and sigma.shape != loss.shape:
+            raise ValueError(
+                f"sigma must be one number or have the shape of loss, {list(loss.shape)}, got {list(sigma.shape)}"
+            )
         log_scale = self.log_scale(sigma)
         return loss * (-log_scale).exp() + log_scale

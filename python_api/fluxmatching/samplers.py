@@ -9,7 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fluxkernels.checks import check_steps, check_tensor
+from fluxkernels.checks import check_finite, check_steps, check_tensor
+from fluxmatching.endpoint import call_field
 
 
 def unadjusted_langevin(
@@ -38,13 +39,14 @@ def unadjusted_langevin(
     """
     function = "unadjusted_langevin"
     check_tensor(function, "x", x)
+    check_finite(function, x=x)
     check_steps(function, steps)
     if not (math.isfinite(step) and step > 0):
         raise ValueError(f"{function}: step must be a positive number, got {step}")
     with torch.no_grad():
         for k in range(1, steps + 1):
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-            x = x + step * field(x) + math.sqrt(2 * step) * noise
+            x = x + step * call_field(field, x) + math.sqrt(2 * step) * noise
             if callback is not None:
                 callback(k, x)
     return x
@@ -53,7 +55,7 @@ def unadjusted_langevin(
 def log_sigma_grid(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     """`[steps + 1]` noise levels from sigma_max down to sigma_min, equal ratios, float64 (Algorithm 3)."""
     check_steps("log_sigma_grid", steps)
-    if not 0 < sigma_min < sigma_max:
+    if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}")
     return torch.linspace(math.log(sigma_max), math.log(sigma_min), steps + 1, dtype=torch.float64).exp()
 
@@ -83,13 +85,15 @@ def reverse_ve(
     function = "reverse_ve"
     check_tensor(function, "x", x)
     check_tensor(function, "sigmas", sigmas)
+    check_finite(function, x=x, sigmas=sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2 or not ((sigmas[1:] < sigmas[:-1]).all() and sigmas[-1] >= 0):
         raise ValueError(f"{function}: sigmas must be at least two decreasing non-negative numbers, got {sigmas}")
     levels = sigmas.tolist()
     with torch.no_grad():
         for k, (sigma, lower) in enumerate(pairwise(levels), start=1):
             change = sigma**2 - lower**2
-            x = x + change * field(x, torch.tensor(sigma, dtype=x.dtype, device=x.device))
+            level = torch.tensor(sigma, dtype=x.dtype, device=x.device)
+            x = x + change * call_field(field, x, level)
             if k < len(levels) - 1:
                 noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
                 x = x + math.sqrt(change) * noise

@@ -56,7 +56,7 @@ def test_precedence(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_use_backend_ends_with_an_error() -> None:
     with pytest.raises(KeyError), fk.use_backend("torch"):
         raise KeyError
-    assert module._in_use == []
+    assert module._in_use.get() is None
 
 
 def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,6 +124,18 @@ def test_zero_bandwidth(function: str) -> None:
 
 
 @pytest.mark.parametrize(("function", "argument"), TIMES)
+def test_numbers_beyond_float32(function: str, argument: str) -> None:
+    assert "in torch.float32, got 1e+39" in message(ValueError, function, **{argument: 1e39})
+    assert argument in message(ValueError, function, **{argument: torch.tensor(1e39, dtype=torch.float64)})
+
+
+@pytest.mark.parametrize("function", GOOD)
+def test_bandwidth_below_float32(function: str) -> None:
+    assert "sigma2" in message(ValueError, function, sigma2=1e-50)
+    assert "sigma2" in message(ValueError, function, sigma2=torch.tensor(1e-50, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("function", "argument"), TIMES)
 def test_zero_time_is_fine(function: str, argument: str) -> None:
     call(function, **{argument: 0.0})
     call(function, **{argument: torch.tensor(0.0)})

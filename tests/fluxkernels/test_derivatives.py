@@ -194,6 +194,31 @@ def test_compiled_without_graph_breaks(name: str, backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compiled_forward_mode_keeps_its_tangents(backend: str) -> None:
+    t = {name: value.detach() for name, value in tensors().items()}
+    torch.compiler.reset()
+
+    def tangent(x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda z: fk.kde_score(z, t["refs"], 0.5), (x,), (torch.ones_like(x),))[1]
+
+    compiled = torch.compile(tangent, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(t["x"]), tangent(t["x"]))
+    assert tangent(t["x"]).any()
+
+
+def test_compiled_numbers_may_change(backend: str) -> None:
+    """σ² and τ as Python numbers become symbols at the second call."""
+    t = {name: value.detach() for name, value in tensors().items()}
+    torch.compiler.reset()
+
+    def chain(x: Tensor, sigma2: float, tau: float) -> Tensor:
+        return fk.langevin_chain(x, t["refs"], sigma2, tau, seed=1)
+
+    compiled = torch.compile(chain, fullgraph=True, backend="aot_eager")
+    for sigma2, tau in ((0.5, 1.0), (0.6, 1.5), (0.7, 0.0)):
+        torch.testing.assert_close(compiled(t["x"], sigma2, tau), chain(t["x"], sigma2, tau))
+
+
 def test_compiled_by_inductor(backend: str) -> None:
     t = {name: value.detach() for name, value in tensors().items()}
     torch.compiler.reset()
@@ -230,8 +255,9 @@ def test_forward_mode_and_torch_func(name: str, backend: str) -> None:
     torch.testing.assert_close(pulled, (cotangent * tangent).sum())
 
 
-def test_vmap_and_hessian(backend: str) -> None:
-    t = tensors()
+@pytest.mark.parametrize("large", [False, True], ids=["D=2", "D=18"])
+def test_vmap_and_hessian(large: bool, backend: str) -> None:
+    t = tensors(large=large)
     x, refs = t["x"][0].detach(), t["refs"][0].detach()
     one_by_one = torch.func.vmap(lambda z: fk.kde_score(z.unsqueeze(0), refs, 0.5)[0])(x)
     torch.testing.assert_close(one_by_one, fk.kde_score(x, refs, 0.5))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from fluxmatching import Draws, UniformHorizon, flux_matching_loss
+from fluxmatching import Draws, UniformHorizon, flux_matching_loss, flux_target
 
 X = torch.randn(6, 2)
 
@@ -46,7 +46,21 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
         ({"draws": Draws(start=X[:3])}, ValueError, "draws.start must have the shape of x"),
         ({"draws": Draws(probe=X.double())}, TypeError, "draws.probe must have the dtype"),
         ({"draws": Draws(chain=X)}, ValueError, r"draws.chain must have shape \[steps, \*x.shape\]"),
-        ({"draws": Draws(tau=torch.tensor(-1.0))}, ValueError, "tau must be a non-negative"),
+        (
+            {"draws": Draws(chain=X.expand(3, 6, 2)), "steps": 8},
+            ValueError,
+            "steps must be 3, the length of draws.chain",
+        ),
+        ({"draws": Draws(tau=torch.tensor(-1.0))}, ValueError, r"draws.tau must lie in \[0, tau_max = 4.0\], got -1"),
+        ({"draws": Draws(tau=torch.tensor(5.0))}, ValueError, r"draws.tau must lie in \[0, tau_max = 4.0\]"),
+        ({"draws": Draws(tau=torch.ones(6))}, ValueError, r"draws.tau must be one number, got shape \[6\]"),
+        ({"draws": Draws(tau=1.0)}, TypeError, "draws.tau must be a torch.Tensor, got float"),
+        ({"draws": Draws(probe=X * torch.nan)}, ValueError, "draws.probe must be finite"),
+        ({"draws": {"tau": 1.0}}, TypeError, "draws must be a Draws, got {'tau': 1.0}"),
+        ({"horizon": "uniform"}, TypeError, "horizon must be a Horizon, got 'uniform'"),
+        ({"horizon": UniformHorizon}, TypeError, "horizon must be a Horizon, got <class"),
+        ({"refs": torch.randn(9, 2, 1)}, ValueError, r"refs must have shape \[M, \*event\]"),
+        ({"x": X.bfloat16(), "endpoint": "central"}, TypeError, "'central' takes a difference over a small step"),
         (
             {"field": lambda z: z[:, :1]},
             ValueError,
@@ -58,6 +72,49 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
 def test_bad_argument(options: dict[str, Any], error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         loss(**options)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
+    net = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        expected = loss(net, seed=1)
+    assert expected.isfinite().all()
+    for endpoint in ("reverse", "forward", "central"):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
+            loss(net, endpoint=endpoint)
+
+
+class FirstDerivativeOnly(torch.autograd.Function):
+    """tanh in the old style, which torch.func cannot transform."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+def test_a_field_without_second_derivatives_is_told_the_way_out() -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    fields = {"reverse": torch.compile(net, backend="aot_eager"), "forward": lambda z: FirstDerivativeOnly.apply(z)}
+    for endpoint, field in fields.items():
+        with pytest.raises(RuntimeError, match="endpoint='central' needs first derivatives only"):
+            loss(field, endpoint=endpoint)
+        assert loss(field, endpoint="central").isfinite().all()
+
+
+def test_a_field_may_write_to_its_input() -> None:
+    before = X.clone()
+    expected = loss(lambda z: 2 * z, seed=1)
+    torch.testing.assert_close(loss(lambda z: z.detach().clone().mul_(0) + 2 * z, seed=1), expected)
+    target = flux_target(lambda z: -z, X, 0.5, seed=1, backend="torch")
+    x0 = target.x0.clone()
+    target.loss(lambda z: z.mul_(2))
+    assert torch.equal(target.x0, x0)
+    assert torch.equal(X, before)
 
 
 WEIGHT = torch.ones((), requires_grad=True)

@@ -31,6 +31,11 @@ def test_density_and_quantile(horizon: Horizon) -> None:
     torch.testing.assert_close(at_quantile, uniform[1:-1], rtol=0, atol=one_cell)
 
 
+def test_no_density_outside_of_the_support() -> None:
+    outside = torch.tensor([-0.1, 4.1])
+    assert (UniformHorizon().log_density(outside) == -torch.inf).all()
+
+
 def test_small_rates_join_the_uniform_distribution_smoothly() -> None:
     """Both sides of the switch of formula, in float64: no jump above second order in λ."""
     u, tau = torch.tensor(0.3, dtype=torch.float64), torch.tensor(1.7, dtype=torch.float64)

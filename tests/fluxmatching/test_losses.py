@@ -333,6 +333,63 @@ def test_autocast_field_in_half_precision(backend: str) -> None:
     assert torch.linalg.vector_norm(half - exact) < 0.2 * torch.linalg.vector_norm(exact)
 
 
+def test_central_difference_stays_out_of_autocast(backend: str) -> None:
+    """Rounded to bfloat16, two passes a small step apart differ by noise alone."""
+    field, x = smooth_field(2).float(), torch.randn(64, 2)
+    exact = flux_target(field, x, 0.5, seed=1).target
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        central = flux_target(field, x, 0.5, seed=1, endpoint="central").target
+    assert torch.linalg.vector_norm(central - exact) < 1e-3 * torch.linalg.vector_norm(exact)
+
+
+def test_central_difference_is_free_of_units(backend: str) -> None:
+    """x and σ in other units: the step follows, so the relative error does not."""
+    field = smooth_field(2)
+    x = torch.randn(64, 2, dtype=F64)
+    errors = []
+    for unit in (1e-3, 1.0, 1e3):
+        scaled = lambda z, unit=unit: field(z / unit) / unit  # noqa: E731
+        exact, central = (
+            flux_target(scaled, unit * x, 0.5 * unit**2, seed=1, endpoint=e).target for e in ("reverse", "central")
+        )
+        errors.append((torch.linalg.vector_norm(central - exact) / torch.linalg.vector_norm(exact)).item())
+    assert errors[0] == pytest.approx(errors[1], rel=1e-2)
+    assert errors[2] == pytest.approx(errors[1], rel=1e-2)
+    assert errors[1] < 1e-4
+
+
+def test_chunk_bounds_what_the_field_sees(backend: str) -> None:
+    sizes: list[int] = []
+
+    def field(z: Tensor) -> Tensor:
+        sizes.append(len(z))
+        return -z
+
+    flux_target(field, torch.randn(7, 2), 0.5, chunk=3)
+    assert sizes == [3, 3, 1]
+
+
+def test_importance_weight_is_detached_from_a_learned_horizon(backend: str) -> None:
+    horizon, x = TruncatedExponentialHorizon(1.0, learned=True), torch.randn(5, 2)
+    for estimator in ("cross_chain", "single_chain"):
+        target = flux_target(lambda z: -z, x, 0.5, horizon=horizon, estimator=estimator)
+        assert not target.target.requires_grad
+
+
+def test_compiled_step(backend: str) -> None:
+    """A whole loss in one graph: torch.func's derivatives trace, autograd.grad does not."""
+    field, x = smooth_field(2), torch.randn(16, 2, dtype=F64)
+    torch.compiler.reset()
+
+    def step(x: Tensor, seed: Tensor) -> Tensor:
+        return flux_matching_loss(field, x, 0.5, seed=seed, endpoint="forward")
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for number in (1, 2):
+        seed = torch.tensor(number)
+        torch.testing.assert_close(compiled(x, seed), step(x, seed))
+
+
 def test_dropout_sees_one_mask_on_both_sides_of_a_difference(backend: str) -> None:
     """With two masks the difference over a small step would be of the order of 1/step."""
     torch.manual_seed(0)
@@ -343,6 +400,26 @@ def test_dropout_sees_one_mask_on_both_sides_of_a_difference(backend: str) -> No
 
 
 class TestNoiseAnnealed:
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"refs": torch.linspace(-1, 1, 12, dtype=F64).reshape(6, 2)},
+            {"estimator": "single_chain"},
+            {"endpoint": "central"},
+            {"divergence": "exact"},
+            {"steps": 2},
+            {"draws": Draws(tau=torch.tensor(2.5, dtype=F64))},
+            {"horizon": UniformHorizon(2.0)},
+        ],
+        ids=lambda options: next(iter(options)),
+    )
+    def test_options_reach_the_loss(self, options: dict[str, Any], backend: str) -> None:
+        net, x, sigma = smooth_field(2), torch.randn(8, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
+        annealed = noise_annealed_flux_loss(lambda z, s: net(z), x, sigma, LossNormalizer(), seed=4, **options)
+        plain = flux_matching_loss(net, x, sigma**2, seed=4, **options)
+        torch.testing.assert_close(annealed.flux, plain.detach())
+        assert not torch.equal(annealed.flux, flux_matching_loss(net, x, sigma**2, seed=4).detach())
+
     def test_value_and_where_gradients_go(self, backend: str) -> None:
         field_net, normalizer, horizon = smooth_field(2), LossNormalizer().double(), LearnedHorizon().double()
         x, sigma = torch.randn(8, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
@@ -419,9 +496,43 @@ class TestDenoisingScoreMatching:
         for options, text in (
             ({"form": "v"}, "form must be one of 'x0', 'eps', got 'v'"),
             ({"start": x[:3]}, "start must have the shape of x"),
-            ({"refs": torch.randn(4, 3)}, "refs must have shape"),
+            ({"refs": torch.randn(4, 3)}, "dsm_loss: refs must have shape"),
+            ({"start": x, "seed": 1}, "give start or seed, not both"),
         ):
             with pytest.raises(ValueError, match=text):
                 dsm_loss(lambda z: z, x, 0.5, backend="torch", **options)
         with pytest.raises(ValueError, match="one number or one a sample"):
             dsm_loss(lambda z: z, x, torch.ones(3), backend="torch")
+
+
+class TestBackendArgument:
+    """Every loss hands its `backend=` to every op it calls."""
+
+    @pytest.fixture
+    def ran(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Names of the ops that ran on a second backend, which is the reference under another name."""
+        names: list[str] = []
+
+        class Recorder:
+            def __getattr__(self, op: str) -> Callable[..., Any]:
+                names.append(op)
+                return getattr(fk.reference, op)
+
+        entry = fk.backend._Entry("recorder", (), lambda: None, Recorder())
+        monkeypatch.setitem(fk.backend._ENTRIES, "recorder", entry)
+        # Whoever forgets to name it falls to an automatic choice that cannot run.
+        monkeypatch.setenv(fk.backend.ENVIRONMENT, "triton")
+        return names
+
+    def test_flux(self, ran: list[str]) -> None:
+        x = torch.randn(4, 2)
+        flux_matching_loss(lambda z: -z, x, 0.5, backend="recorder")
+        assert set(ran) == {"flux_pass", "residual_gradient", "transition_average"}
+        flux_matching_loss(lambda z: -z, x, 0.5, estimator="single_chain", backend="recorder")
+        assert {"langevin_chain", "kde_backward"} <= set(ran)
+
+    def test_annealed_and_dsm(self, ran: list[str]) -> None:
+        x = torch.randn(4, 2)
+        noise_annealed_flux_loss(lambda z, s: -z, x, 0.5, LossNormalizer(), backend="recorder")
+        dsm_loss(lambda z: -z, x, 0.5, backend="recorder")
+        assert set(ran) == {"flux_pass", "residual_gradient", "transition_average", "kde"}

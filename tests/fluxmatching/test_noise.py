@@ -36,9 +36,16 @@ def test_bad_range(low: float, high: float) -> None:
         LogUniformNoise(low, high)
 
 
+def test_bad_normalizer_arguments() -> None:
+    with pytest.raises(ValueError, match="sigma must be one number or have the shape of loss"):
+        LossNormalizer()(torch.ones(4), torch.ones(4, 1))
+    with pytest.raises(ValueError, match="hidden must be a positive number"):
+        LossNormalizer(0)
+
+
 @pytest.mark.parametrize("std", [0.0, -1.0, math.nan])
 def test_bad_std(std: float) -> None:
-    with pytest.raises(ValueError, match="std must be positive"):
+    with pytest.raises(ValueError, match="std positive"):
         LogNormalNoise(std=std)
 
 

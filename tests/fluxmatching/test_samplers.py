@@ -91,6 +91,17 @@ def test_no_graph_is_kept() -> None:
     assert not x.requires_grad
 
 
+def test_fields_are_checked_and_starts_kept() -> None:
+    x = torch.ones(3, 2)
+    with pytest.raises(ValueError, match=r"field must return the shape of its input, \[3, 2\], got \[3, 1\]"):
+        unadjusted_langevin(lambda z: z[:, :1], x, step=0.1, steps=1)
+    with pytest.raises(ValueError, match="field must return the shape"):
+        reverse_ve(lambda z, s: z[:, :1], x, log_sigma_grid(2))
+    with pytest.raises(ValueError, match="x must be finite"):
+        unadjusted_langevin(lambda z: z, x * torch.nan, step=0.1, steps=1)
+    assert unadjusted_langevin(lambda z: z.double(), x, step=0.1, steps=1).dtype == torch.float32
+
+
 @pytest.mark.parametrize("step", [0.0, -1.0, math.nan, math.inf])
 def test_bad_step(step: float) -> None:
     with pytest.raises(ValueError, match="step must be a positive number"):
