@@ -3,7 +3,8 @@
 # make check   formatting, lint and types
 PYTHON ?= python3
 VENV ?= .venv
-# The release the tests run against. With CUDA: make demo TORCH="torch>=2.11,<2.14"
+# The release the tests run against. On Linux its wheel brings CUDA, some gigabytes; without a GPU:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
@@ -13,7 +14,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: $(BIN)/python pyproject.toml setup.py
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable ".[experiments]"
 	touch $@
 

@@ -1,6 +1,7 @@
 """The built wheel holds both packages and runs, without the checkout; an editable install finds both as well."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -22,9 +23,12 @@ def command(*arguments: str, cwd: Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in isolation, from a copy, as `pip install .` does it."""
+    """Built in isolation as `pip install .` does it, from a copy: what lies in the checkout's build/ is not ours."""
     folder = tmp_path_factory.mktemp("wheel")
-    command(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(ROOT), cwd=folder)
+    source = folder / "source"
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    command(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(source), cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 

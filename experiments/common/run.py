@@ -221,7 +221,7 @@ def read_config(out: Path) -> dict[str, Any] | None:
     """A run's config.json, or None where there is none or it is some other program's."""
     try:
         found = json.loads((out / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     wanted = {"experiment", "preset", "config", "backend", "device", "seed", "seconds"}
     return found if isinstance(found, dict) and wanted <= set(found) else None

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.__main__ import main
+from experiments.__main__ import locked, main
 from experiments.common import figures, registry
 from experiments.common.registry import Experiment, UsageError
 from experiments.common.report import duration
@@ -109,11 +109,33 @@ def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("walk")
+def test_one_run_a_folder_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    for restart in ((), ("--restart",)):
+        with locked(Path("runs/walk-smoke")):
+            assert start(*restart) == 2
+        assert "another run is writing to runs/walk-smoke" in capsys.readouterr().err
+    assert start() == 0
+    with locked(Path("runs/walk-smoke")):
+        assert start("--restart") == 2
+    assert Path("runs/walk-smoke/summary.md").exists()
+
+
+@pytest.mark.usefixtures("walk")
+def test_folders_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("")
+    assert start("--out", "file/below") == 2
+    assert "cannot write to file/below" in capsys.readouterr().err
+    assert start() == 0
+    assert main(["report", "--out", "runs"]) == 2
+    assert "cannot write runs" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("walk")
 def test_run_writes_its_folder_and_tells_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start("--set", "lr=0.25", "--set", "sigmas=1,2") == 0
     out = Path("runs/walk-smoke")
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert written == {"config.json", "metrics.csv", "checkpoint.pt", "summary.md", "figures/walk.png"}
+    assert written == {".lock", "config.json", "metrics.csv", "checkpoint.pt", "summary.md", "figures/walk.png"}
 
     said = capsys.readouterr().out
     assert "NOT REPRODUCED: impossible <b>" in said
