@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from fluxmatching import Draws, UniformHorizon, flux_target
 from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.linalg import eigsh, splu
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from experiments.common.mixture import GaussianMixture
 from experiments.controllable.fields import Controls, Family
+from fluxmatching import Draws, UniformHorizon, flux_target
 
 Array = NDArray[np.float64]
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from fluxmatching import Draws, UniformHorizon, flux_target
 from torch import Tensor
 
 from experiments.common.mixture import GaussianMixture
 from fluxkernels import langevin_chain
+from fluxmatching import Draws, UniformHorizon, flux_target
 
 Field = Callable[[Tensor], Tensor]
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 GROUP = 32  # minibatches that go through the loss together; bounds the memory of the transition weights
-FINE_STEP = 0.02  # of the chain behind `autocorrelation`, in units of σ²
+FINE_STEP = 0.04  # of the chain behind `autocorrelation`, in units of σ²
 
 
 @dataclass(frozen=True)

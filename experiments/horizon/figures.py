@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from torch import Tensor
 
@@ -61,7 +62,7 @@ def draw_crossing_and_loss(
         )  # fmt: skip
         below.axvline(cut, color=CUT_COLOUR, linewidth=1.2, label="$T = 4σ^2$")
         below.set(title=f"fit $e^{{-{fits[sigma].rate:.2f}\\,τ}}$", xlabel="horizon $τ = t/σ^2$", ylim=(-0.32, 1.12))
-    axes[0, 0].legend(loc="lower right", fontsize=7, markerscale=1.6)
+    axes[0, 0].legend(loc="upper right", fontsize=7, markerscale=1.6)
     axes[1, 0].set_ylabel("loss $\\ell(τ)\\,/\\,\\ell(0)$")
     axes[1, 0].legend(loc="upper right", fontsize=7)
     style.save(fig, path)
@@ -78,8 +79,6 @@ def draw_decay(
         titles: of the panels, by field.
         cut: the training horizon.
     """
-    import matplotlib
-
     fig, axes = style.new_figure(4.6 * len(titles), 3.6, 1, len(titles), sharey=True, squeeze=False)
     levels = sorted({sigma for _, sigma in curves})
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(levels)))
@@ -110,4 +109,30 @@ def draw_bands(path: Path, bands: Mapping[tuple[str, str], tuple[Array, Array]],
         ax.set(title=title, xlabel="noise level σ", xscale="log", yscale="log")
     axes[0, 0].set_ylabel("std over minibatches / loss,\nboth integrated over $τ \\leq 4$")
     axes[0, 0].legend(loc="upper left")
+    style.save(fig, path)
+
+
+def draw_tail(
+    path: Path, cross_chain: tuple[Array, Array, Array], reference: tuple[Array, Array, Array], cut: float
+) -> None:
+    """The loss of the tilted field by the cross-chain estimator and by the autocorrelation of r.
+
+    Args:
+        path: where to save.
+        cross_chain: (τ, mean, standard error).
+        reference: (τ, mean, standard error).
+        cut: the training horizon.
+    """
+    fig, ax = style.new_figure(5.2, 3.4)
+    for (tau, mean, error), label, colour, line in (
+        (cross_chain, "cross-chain", style.FLUX, "-"),
+        (reference, "$2\\,\\mathrm{E}[r(x_0)\\,r(x_\\tau)]$", style.DATA, "."),
+    ):
+        seen = mean > 2 * error
+        ax.errorbar(
+            tau[seen], mean[seen], error[seen], fmt=line, color=colour, elinewidth=0.8, markersize=5, label=label
+        )
+    ax.axvline(cut, color=CUT_COLOUR, linewidth=1.2, label="$T = 4σ^2$")
+    ax.set(xlabel="horizon $τ = t/σ^2$", ylabel="$σ^4$ loss $\\ell(τ)$", yscale="log")
+    ax.legend(loc="upper right")
     style.save(fig, path)

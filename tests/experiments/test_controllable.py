@@ -325,3 +325,19 @@ def test_interrupted_sweep_continues_with_the_same_numbers(tmp_path: Path) -> No
 def test_config_names_the_field_it_refuses() -> None:
     with pytest.raises(ValueError, match="minibatches"):
         controllable.Config(minibatches=1)
+
+
+def test_sampled_and_exact_losses_agree(controls: Controls) -> None:
+    """Two roads to one number: Monte Carlo through the ops, and finite volumes on a grid."""
+    theta = 2.5 * ROT
+    (exact,) = controllable.exact_losses(controls, theta.unsqueeze(0), 81)
+    sampled = flux_losses(controls, theta, "violating", 256, 256, torch.Generator().manual_seed(3), "torch")
+    error = sampled.std().item() / 16
+    assert abs(sampled.mean().item() - exact) < 4 * error
+    assert error < 0.12 * exact
+
+
+def test_exact_loss_of_a_gaussian(gaussian: Controls) -> None:
+    """u = k s on N(0, ν²I): r = k(|x|²/ν⁴ - 2/ν²), a mode of rate 2/ν², so 2 J̃/ν² = 2·(4k²/ν⁴)/2·(1 - e⁻⁸)."""
+    (exact,) = controllable.exact_losses(gaussian, ROT.unsqueeze(0), 161)
+    assert exact == pytest.approx(4 * 0.7**2 / 0.625**2 * (1 - math.exp(-8)), rel=0.01)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fluxkernels as fk
 from bench import published
+from fluxkernels import philox
 from fluxmatching import (
     Draws,
     LearnedHorizon,
@@ -293,6 +294,17 @@ def test_seed_is_the_draws_it_stands_for(estimator: str, grouped: bool, backend:
     assert not torch.allclose(by_seed, flux_matching_loss(field, x, 0.5, seed=12, **options))
 
 
+def test_draws_of_a_seed_come_from_their_own_streams() -> None:
+    x, seed = torch.zeros(3, 5), torch.tensor(9)
+    draws = Draws.from_seed(seed, x, UniformHorizon())
+    assert torch.equal(draws.probe, philox.rademacher(seed, (1, 3, 5), philox.PROBE, x.dtype)[0])
+    assert torch.equal(draws.start, philox.normal(seed, (1, 3, 5), philox.START, x.dtype)[0])
+    assert torch.equal(draws.chain, philox.normal(seed, (4, 3, 5), philox.CHAIN, x.dtype))
+    assert draws.tau == 4 * philox.uniform(seed, (1,), philox.HORIZON, x.dtype)[0]
+    with pytest.raises(TypeError, match="seed must be an integer"):
+        Draws.from_seed(1.5, x, UniformHorizon())
+
+
 def test_torch_generator_decides_without_a_seed(backend: str) -> None:
     x, field = torch.randn(6, 2), smooth_field(2).float()
 
@@ -484,6 +496,10 @@ class TestDenoisingScoreMatching:
         stable, single = gradients[True], gradients[False]
         spread = ((stable.var() + single.var()) / 40).sqrt()
         assert abs(stable.mean() - single.mean()) < 4 * spread
+
+    def test_no_gradient_reaches_the_data(self, backend: str) -> None:
+        x = torch.randn(5, 2, requires_grad=True)
+        assert not dsm_loss(lambda z: z, x, 0.5).requires_grad
 
     def test_same_start_as_the_flux_loss(self, backend: str) -> None:
         x = torch.randn(5, 2, dtype=F64)

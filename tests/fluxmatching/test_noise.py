@@ -60,3 +60,12 @@ def test_normalizer_learns_the_mean_loss() -> None:
         normalizer(3 * sigma**2, sigma).mean().backward()
         optimiser.step()
     torch.testing.assert_close(normalizer.log_scale(sigma), (3 * sigma**2).log(), rtol=0, atol=0.02)
+
+
+def test_the_learned_maps_see_a_quarter_of_log_sigma() -> None:
+    normalizer = LossNormalizer(1)
+    with torch.no_grad():
+        for p, value in zip(normalizer.parameters(), (2.0, 0.5, 3.0, 1.0), strict=True):
+            p.fill_(value)
+    expected = 3 * (2 * math.log(5.0) / 4 + 0.5) + 1
+    assert normalizer.log_scale(torch.tensor(5.0)).item() == pytest.approx(expected)
