@@ -63,4 +63,5 @@ def new_figure(width: float = 6.0, height: float = 3.6, rows: int = 1, cols: int
 def save(fig: Figure, path: Path) -> None:
     """Write the figure to `path` at 150 dots an inch; the ending chooses the format."""
     with matplotlib.rc_context(_STYLE):
-        fig.savefig(path, dpi=150, facecolor="white")
+        # Tight: axes of equal scale can push a title of two lines over the edge of a constrained layout.
+        fig.savefig(path, dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.05)
