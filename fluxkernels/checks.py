@@ -78,23 +78,24 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
             raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got dtype {value.dtype}")
         if value.device != like.device and value.ndim > 0:
             raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {value.device}")
-        number = value.to(device=like.device, dtype=dtype)
-        if looks_at_values(number):
-            v = number.detach()
+        converted = value.to(device=like.device, dtype=dtype)
+        if looks_at_values(converted):
+            v = converted.detach()
             if not ((v >= 0 if zero else v > 0) & v.isfinite()).all():
                 raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(value.detach())}")
-        return number
+        return converted
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got {type(value).__name__}")
+    number = float(value)
     if not torch.compiler.is_compiling():  # there a number that changes between calls is a symbol, not a value
         limits = torch.finfo(dtype)
         least = 0 if zero else limits.tiny
-        if not least <= float(value) <= limits.max:
-            sound = math.isfinite(value) and value > 0
+        if not least <= number <= limits.max:
+            sound = math.isfinite(number) and number > 0
             raise ValueError(
                 f"{function}: {name} must be {takes} finite number{f' in {dtype}' if sound else ''}, got {value}"
             )
-    return torch.full((), float(value), dtype=dtype, device=like.device)
+    return torch.full((), number, dtype=dtype, device=like.device)
 
 
 def _worst(values: Tensor) -> float:
