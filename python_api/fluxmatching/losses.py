@@ -81,6 +81,11 @@ def flux_target(
     """
     function = "flux_matching_loss"
     check_tensor(function, "x", x)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{function}: x must be float32 or float64, got {x.dtype}: scores are of the order of 1/σ; for a network in "
+            f"half precision keep the data in float32 and use torch.autocast"
+        )
     check_seed(function, seed)
     _one_of(function, "estimator", estimator, ESTIMATORS)
     _one_of(function, "endpoint", endpoint, METHODS)
@@ -199,7 +204,7 @@ def flux_matching_loss(
 
     Args:
         field: maps `[n, *event]` to the same shape, each sample by itself.
-        x: clean minibatch, `[N, *event]`; grouped: `[N, G, D]`.
+        x: clean minibatch, `[N, *event]`, float32 or float64; grouped: `[N, G, D]`.
         sigma2: σ² > 0 in squared units of x, one value a minibatch (grouped: or one a group, `[G]`).
         refs: centres of the kernel density estimate, `[M, *event]`, or grouped `[M, G, D]` or `[M, 1, D]`. Default x.
         horizon: distribution of τ; default `UniformHorizon()` on [0, 4].
