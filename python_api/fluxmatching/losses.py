@@ -83,8 +83,8 @@ def flux_target(
     check_tensor(function, "x", x)
     if x.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
-            f"{function}: x must be float32 or float64, got {x.dtype}: scores are of the order of 1/σ; for a network in "
-            f"half precision keep the data in float32 and use torch.autocast"
+            f"{function}: x must be float32 or float64, got {x.dtype}; for a network in half precision keep the data "
+            f"in float32 and use torch.autocast"
         )
     check_seed(function, seed)
     _one_of(function, "estimator", estimator, ESTIMATORS)

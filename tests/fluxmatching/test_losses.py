@@ -21,15 +21,9 @@ from fluxmatching import (
     flux_target,
     noise_annealed_flux_loss,
 )
-from tests import oracles
+from tests import oracles, problems
 
 F64 = torch.float64
-WAYS = [
-    (estimator, endpoint, divergence)
-    for estimator in ("cross_chain", "single_chain")
-    for endpoint in ("reverse", "forward", "central")
-    for divergence in ("hutchinson", "exact")
-]
 
 
 def smooth_field(D: int, seed: int = 0) -> nn.Module:
@@ -38,43 +32,16 @@ def smooth_field(D: int, seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, D)).double()
 
 
-def stratified(batches: int, tau_max: float = 4.0) -> list[Tensor]:
-    """Midpoints of equal slices of [0, τ_max]: the mean over them is the mean over τ with no variance from τ."""
-    return [torch.tensor(tau_max * (k + 0.5) / batches, dtype=F64) for k in range(batches)]
-
-
-def estimate(batches: int, loss: Callable[[Draws], Tensor]) -> tuple[float, float]:
-    """Mean over independent minibatches and its standard error."""
-    means = torch.stack([loss(Draws(tau=tau)).mean() for tau in stratified(batches)])
-    # Stratified in τ, so neighbours differ by chance alone: their differences measure the variance.
-    return means.mean().item(), (means.diff().square().mean() / 2 / batches).sqrt().item()
-
-
-@pytest.mark.parametrize(("estimator", "endpoint", "divergence"), WAYS)
+@pytest.mark.parametrize(("estimator", "endpoint", "divergence"), problems.WAYS)
 def test_gaussian_oracle(estimator: str, endpoint: str, divergence: str, backend: str) -> None:
-    """x = zeros makes the KDE N(0, σ²I) and the chain exact: E ℓ = 2(1-e⁻⁸)|(U+Uᵀ)/2|²_F."""
-    D, sigma2 = 3, 0.49
-    U = torch.randn(D, D, dtype=F64)
-    x, refs = torch.zeros(512, D, dtype=F64), torch.zeros(1, D, dtype=F64)
-    mean, error = estimate(
-        40,
-        lambda draws: flux_matching_loss(
-            lambda z: -z / sigma2 + z @ U.T,
-            x,
-            sigma2,
-            refs=refs,
-            estimator=estimator,
-            endpoint=endpoint,
-            divergence=divergence,
-            draws=draws,
-        ),
-    )
+    U = torch.randn(3, 3, dtype=F64)
+    mean, error = problems.gaussian(U, estimator=estimator, endpoint=endpoint, divergence=divergence)
     truth = oracles.gaussian_flux_loss(U.numpy())
     assert abs(mean - truth) < 4 * error, f"{mean} ± {error} against {truth}"
     assert error < 0.1 * truth
 
 
-@pytest.mark.parametrize(("estimator", "endpoint", "divergence"), WAYS)
+@pytest.mark.parametrize(("estimator", "endpoint", "divergence"), problems.WAYS)
 def test_antisymmetric_perturbation_of_a_gaussian_costs_nothing(
     estimator: str, endpoint: str, divergence: str, backend: str
 ) -> None:
@@ -92,61 +59,18 @@ def test_antisymmetric_perturbation_of_a_gaussian_costs_nothing(
     assert loss.abs().max().item() < (1e-11 if endpoint == "central" else 1e-13)
 
 
-def rotated(scalar: Callable[[Tensor], Tensor], z: Tensor, log_density: Callable[[Tensor], Tensor]) -> Tensor:
-    """J∇ψ/p at z, J a rotation by 90°, differentiable."""
-    with torch.enable_grad():
-        z = z if z.requires_grad else z.requires_grad_()
-        (gradient,) = torch.autograd.grad(scalar(z).sum(), z, create_graph=True)
-        return torch.stack((-gradient[:, 1], gradient[:, 0]), 1) * torch.exp(-log_density(z)).unsqueeze(1)
-
-
-def mixture_fields(violating: bool) -> tuple[Callable[[Tensor], Tensor], Tensor, float]:
-    """(s + J∇ψ/p or its violating twin s + ∇ψ/p, means, σ²) for a mixture of three Gaussians (Sec. B.1)."""
-    means, sigma2 = torch.tensor([[0.0, 1.5], [-1.3, -0.75], [1.3, -0.75]], dtype=F64), 0.5
-
-    def bump(z: Tensor) -> Tensor:
-        return 0.02 * torch.exp(-(z - torch.tensor([0.4, 0.2], dtype=F64)).square().sum(1))
-
-    def log_density(z: Tensor) -> Tensor:
-        return fk.kde_log_density(z, means, sigma2)
-
-    def field(z: Tensor) -> Tensor:
-        turned = rotated(bump, z, log_density)
-        perturbation = torch.stack((turned[:, 1], -turned[:, 0]), 1) if violating else turned
-        return fk.kde_score(z, means, sigma2) + perturbation
-
-    return field, means, sigma2
-
-
 @pytest.mark.parametrize("estimator", ["cross_chain", "single_chain"])
 def test_field_that_preserves_a_mixture(estimator: str, backend: str) -> None:
     """Sec. B.1: s + J∇ψ/p costs nothing, to rounding with an exact divergence; s + ∇ψ/p does."""
-    x = torch.zeros(256, 2, dtype=F64)
-
-    def losses(violating: bool) -> tuple[float, float]:
-        field, means, sigma2 = mixture_fields(violating)
-
-        def loss(draws: Draws) -> Tensor:
-            centres = means[torch.randint(3, (256,))]
-            return flux_matching_loss(
-                field, x + centres, sigma2, refs=means, estimator=estimator, divergence="exact", draws=draws
-            )
-
-        return estimate(64, loss)
-
-    preserving, _ = losses(violating=False)
-    violating, error = losses(violating=True)
+    preserving, _ = problems.mixture(violating=False, estimator=estimator, divergence="exact")
+    violating, error = problems.mixture(violating=True, estimator=estimator, divergence="exact")
     assert violating > 4 * error
     assert abs(preserving) < 1e-9 * violating
 
 
 def test_field_that_preserves_a_mixture_under_hutchinson(backend: str) -> None:
     """With probes the loss of a preserving field is zero in expectation only."""
-    field, means, sigma2 = mixture_fields(violating=False)
-    mean, error = estimate(
-        24,
-        lambda draws: flux_matching_loss(field, means[torch.randint(3, (256,))], sigma2, refs=means, draws=draws),
-    )
+    mean, error = problems.mixture(violating=False, divergence="hutchinson")
     assert abs(mean) < 4 * error
     assert error > 0
 
