@@ -59,7 +59,6 @@ class Draws:
         layout: Layout,
         *,
         steps: int,
-        probing: bool,
         repeatable: bool,
     ) -> tuple[Draws, Tensor | None]:
         """Draw what is left open: from `seed` where given, else from torch's generator.
@@ -68,32 +67,29 @@ class Draws:
             x, horizon, sigma, layout: of the loss.
             seed: or None.
             steps: number of Langevin updates.
-            probing: whether a probe is needed.
             repeatable: whether the chain will be run twice, so that its noise must come from a seed or be held.
 
         Returns:
             The draws, and the seed from which the kernels make start and chain; None if both are in the draws, or if
             the kernels may take torch's own numbers.
         """
-        dtype = torch.promote_types(x.dtype, torch.float32)
         absent = [name for name in ("start", "chain") if getattr(self, name) is None]
-        key = (
-            philox.as_seed(seed, x.device) if seed is not None or len(absent) == 1 or (absent and repeatable) else None
-        )
-        drawn = self
-        if seed is not None or len(absent) == 1:
-            assert key is not None
-            whole = Draws.from_seed(key, x, horizon, sigma, grouped=layout.grouped, steps=steps)
-            # One of start and chain given: the other one is made here, for the kernels take both or make both.
-            fill = absent if len(absent) == 1 else []
+        # The kernels take both or make both, so one alone is made here.
+        alone = absent[0] if len(absent) == 1 else None
+        key = philox.as_seed(seed, x.device) if seed is not None or alone or (absent and repeatable) else None
+        parts: dict[str, Tensor] = {}
+        if key is not None:
+            seeded = _Seeded(key, x, horizon, sigma, layout, steps)
+            if alone:
+                parts[alone] = getattr(seeded, alone)()
             if seed is not None:
-                fill = [*fill, *(name for name in ("tau", "probe") if getattr(self, name) is None)]
-            drawn = replace(self, **{name: getattr(whole, name) for name in fill})
-        if drawn.tau is None:
-            drawn = replace(drawn, tau=horizon.quantile(torch.rand((), dtype=dtype, device=x.device), sigma))
-        if drawn.probe is None and probing:
-            drawn = replace(drawn, probe=torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1))
-        return drawn, key if len(absent) == 2 else None
+                parts |= {"tau": seeded.tau(), "probe": seeded.probe()}
+        if seed is None:
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            parts["tau"] = horizon.quantile(torch.rand((), dtype=dtype, device=x.device), sigma)
+            parts["probe"] = torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
+        open_parts = {name: part for name, part in parts.items() if getattr(self, name) is None}
+        return replace(self, **open_parts), key if len(absent) == 2 else None
 
     @staticmethod
     def from_seed(
@@ -118,17 +114,39 @@ class Draws:
         check_tensor("Draws.from_seed", "x", x)
         key = philox.as_seed(check_seed("Draws.from_seed", seed), x.device)
         layout = Layout("Draws.from_seed", x, grouped)
-        points = layout.to_points(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        uniform = philox.uniform(key, (1,), philox.HORIZON, dtype)[0]
-        return Draws(
-            tau=horizon.quantile(uniform, sigma),
-            start=layout.from_points(philox.normal(key, (1, *points.shape), philox.START, dtype)[0]).to(x.dtype),
-            chain=torch.stack(
-                [
-                    layout.from_points(n).to(x.dtype)
-                    for n in philox.normal(key, (steps, *points.shape), philox.CHAIN, dtype)
-                ]
-            ),
-            probe=philox.rademacher(key, (1, *x.shape), philox.PROBE, x.dtype)[0],
-        )
+        seeded = _Seeded(key, x, horizon, sigma, layout, steps)
+        return Draws(seeded.tau(), seeded.start(), seeded.chain(), seeded.probe())
+
+
+@dataclass(frozen=True)
+class _Seeded:
+    """The numbers of a seed, each made when it is asked for; start and chain as the kernels make them."""
+
+    key: Tensor
+    x: Tensor
+    horizon: Horizon
+    sigma: Tensor | None
+    layout: Layout
+    steps: int
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.x.dtype, torch.float32)
+
+    def _normal(self, steps: int, stream: int) -> Tensor:
+        points = self.layout.to_points(self.x)
+        numbers = philox.normal(self.key, (steps, *points.shape), stream, self._dtype)
+        return torch.stack([self.layout.from_points(n).to(self.x.dtype) for n in numbers])
+
+    def tau(self) -> Tensor:
+        uniform = philox.uniform(self.key, (1,), philox.HORIZON, self._dtype)[0]
+        return self.horizon.quantile(uniform, self.sigma)
+
+    def start(self) -> Tensor:
+        return self._normal(1, philox.START)[0]
+
+    def chain(self) -> Tensor:
+        return self._normal(self.steps, philox.CHAIN)
+
+    def probe(self) -> Tensor:
+        return philox.rademacher(self.key, (1, *self.x.shape), philox.PROBE, self.x.dtype)[0]

@@ -108,7 +108,6 @@ def flux_target(
         sigma,
         layout,
         steps=steps,
-        probing=divergence == "hutchinson",
         repeatable=estimator == "single_chain",
     )
     tau = draws.tau
