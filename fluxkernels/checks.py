@@ -19,6 +19,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def shape_of(t: Tensor) -> str:
+    """The shape as a user writes it: [3, 2]."""
     return str(list(t.shape))
 
 
@@ -38,6 +39,7 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
 
 
 def looks_at_values(t: Tensor) -> bool:
+    """Whether a look at t's values is cheap, and allowed here."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
@@ -60,6 +62,7 @@ def check_points(function: str, name: str, t: object, like: Tensor | None = None
 
 
 def check_same_shape(function: str, name: str, t: object, other: str, like: Tensor) -> Tensor:
+    """A tensor of the shape, dtype and device of `like`, which the user knows as `other`."""
     t = check_tensor(function, name, t, like)
     if t.shape != like.shape:
         raise ValueError(f"{function}: {name} must have the shape of {other}, {shape_of(like)}, got {shape_of(t)}")
@@ -81,7 +84,7 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
         converted = value.to(device=like.device, dtype=dtype)
         if looks_at_values(converted):
             v = converted.detach()
-            if not ((v >= 0 if zero else v > 0) & v.isfinite()).all():
+            if not ((v >= 0 if zero else v >= torch.finfo(dtype).tiny) & v.isfinite()).all():
                 raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(value.detach())}")
         return converted
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -165,7 +168,18 @@ def group(function: str, **tensors: Tensor) -> Groups:
     return Groups(function, batch)
 
 
+def check_positive(function: str, name: str, value: object) -> float:
+    """A finite positive number, as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{function}: {name} must be a positive number, got {type(value).__name__}")
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{function}: {name} must be a positive number, got {value}")
+    return number
+
+
 def check_steps(function: str, steps: object) -> int:
+    """A positive number of steps."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"{function}: steps must be a positive integer, got {steps!r}")
     return steps

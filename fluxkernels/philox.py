@@ -71,9 +71,14 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
     return _to_shape(torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2), shape)
 
 
+def uniform_from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The top 23 bits of each word as a number strictly inside of (0, 1)."""
+    return ((words >> 9).to(dtype) + 0.5) * 2.0**-23
+
+
 def uniform(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
-    """Numbers uniform on (0, 1), of shape `[steps, ...]`: 24 bits of each word, which float32 holds exactly."""
-    return _to_shape(((bits(seed, shape, stream) >> 8).to(dtype) + 0.5) * 2.0**-24, shape)
+    """Numbers uniform on (0, 1), of shape `[steps, ...]`: (⌊word/2⁹⌋ + ½)/2²³, which float32 holds exactly."""
+    return _to_shape(uniform_from_words(bits(seed, shape, stream), dtype), shape)
 
 
 def rademacher(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def results(curves: Curves, crossings: dict[float, Crossing]) -> list[Result]:
     ]
     for field, name in FIELDS.items():
         fits = [curves.fit(field, sigma) for sigma in sigmas]
-        worst = min(range(len(fits)), key=lambda k: fits[k].r_squared)
+        worst = min(range(len(fits)), key=lambda k: -math.inf if math.isnan(fits[k].r_squared) else fits[k].r_squared)
         found.append(
             Result(
                 f"loss decays exponentially, {name}: least R² over σ",
@@ -75,7 +76,7 @@ def results(curves: Curves, crossings: dict[float, Crossing]) -> list[Result]:
                 " / ".join(f"{100 * shares[sigma]:.2f} %" for sigma in SHOWN)
                 + f" ({100 * max(shares.values()):.2f} %)",
                 "little",
-                bool(all(abs(shares[sigma]) < 0.05 for sigma in ends)),
+                bool(max(map(abs, shares.values())) < 0.05),
             )
         )
     found.append(

@@ -59,6 +59,7 @@ class Draws:
         layout: Layout,
         *,
         steps: int,
+        probing: bool,
         repeatable: bool,
     ) -> tuple[Draws, Tensor | None]:
         """Draw what is left open: from `seed` where given, else from torch's generator.
@@ -67,6 +68,7 @@ class Draws:
             x, horizon, sigma, layout: of the loss.
             seed: or None.
             steps: number of Langevin updates.
+            probing: whether a probe is needed.
             repeatable: whether the chain will be run twice, so that its noise must come from a seed or be held.
 
         Returns:
@@ -77,19 +79,20 @@ class Draws:
         # The kernels take both or make both, so one alone is made here.
         alone = absent[0] if len(absent) == 1 else None
         key = philox.as_seed(seed, x.device) if seed is not None or alone or (absent and repeatable) else None
+        wanted = [name for name in ("tau", "probe") if getattr(self, name) is None and (probing or name != "probe")]
         parts: dict[str, Tensor] = {}
         if key is not None:
             seeded = _Seeded(key, x, horizon, sigma, layout, steps)
-            if alone:
-                parts[alone] = getattr(seeded, alone)()
-            if seed is not None:
-                parts |= {"tau": seeded.tau(), "probe": seeded.probe()}
+            from_key = [alone] if alone else []
+            from_key += wanted if seed is not None else []
+            parts = {name: getattr(seeded, name)() for name in from_key}
         if seed is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
-            parts["tau"] = horizon.quantile(torch.rand((), dtype=dtype, device=x.device), sigma)
-            parts["probe"] = torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
-        open_parts = {name: part for name, part in parts.items() if getattr(self, name) is None}
-        return replace(self, **open_parts), key if len(absent) == 2 else None
+            if "tau" in wanted:
+                parts["tau"] = horizon.quantile(torch.rand((), dtype=dtype, device=x.device), sigma)
+            if "probe" in wanted:
+                parts["probe"] = torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
+        return replace(self, **parts), key if len(absent) == 2 else None
 
     @staticmethod
     def from_seed(
@@ -139,14 +142,18 @@ class _Seeded:
         return torch.stack([self.layout.from_points(n).to(self.x.dtype) for n in numbers])
 
     def tau(self) -> Tensor:
+        """The horizon, `[]`."""
         uniform = philox.uniform(self.key, (1,), philox.HORIZON, self._dtype)[0]
         return self.horizon.quantile(uniform, self.sigma)
 
     def start(self) -> Tensor:
+        """n0, shape of x."""
         return self._normal(1, philox.START)[0]
 
     def chain(self) -> Tensor:
+        """ξ, `[steps, *x.shape]`."""
         return self._normal(self.steps, philox.CHAIN)
 
     def probe(self) -> Tensor:
+        """ε, shape of x, in the order of x's own elements."""
         return philox.rademacher(self.key, (1, *self.x.shape), philox.PROBE, self.x.dtype)[0]

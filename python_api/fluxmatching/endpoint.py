@@ -82,14 +82,16 @@ def endpoint_gradient(
         try:
             gradient, value = way(field, z[rows].detach(), score[rows], probes, spread)
         except (RuntimeError, NotImplementedError) as error:
-            raise _explained(error, method) from error
+            if (explained := _explained(error, method)) is None:
+                raise
+            raise explained from error
         gradients.append(gradient)
         values.append(value.detach())
     return torch.cat(gradients), torch.cat(values)
 
 
-def _explained(error: Exception, method: str) -> Exception:
-    """The error with a way out, if it is PyTorch's word that it lacks a derivative of that kind."""
+def _explained(error: Exception, method: str) -> Exception | None:
+    """An error with a way out, if this one is PyTorch's word that it lacks a derivative of that kind."""
     lacking = {
         "reverse": ("double backward", "is not differentiable twice", "derivative for"),
         "forward": ("forward AD", "functorch transforms"),
@@ -99,7 +101,7 @@ def _explained(error: Exception, method: str) -> Exception:
             f"the field cannot be differentiated with endpoint='{method}' ({error}); endpoint='central' needs first "
             f"derivatives only"
         )
-    return error
+    return None
 
 
 def _or_zeros(gradient: Tensor | None, z: Tensor) -> Tensor:
@@ -168,7 +170,9 @@ def _central(
 def _random_state(device: torch.device) -> Tensor | None:
     if torch.compiler.is_compiling():  # a compiled graph cannot replay random numbers; see "central" above
         return None
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
 
 
 def _set_random_state(device: torch.device, state: Tensor | None) -> None:
@@ -176,5 +180,7 @@ def _set_random_state(device: torch.device, state: Tensor | None) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
     else:
         torch.set_rng_state(state)

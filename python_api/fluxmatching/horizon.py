@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxkernels.checks import check_positive
 from fluxmatching.noise import LinearInLogSigma
 
 
@@ -25,9 +26,7 @@ class Horizon(nn.Module):
 
     def __init__(self, tau_max: float = 4.0) -> None:
         super().__init__()
-        if not (math.isfinite(tau_max) and tau_max > 0):
-            raise ValueError(f"tau_max must be a positive number, got {tau_max}")
-        self.tau_max = float(tau_max)
+        self.tau_max = check_positive(type(self).__name__, "tau_max", tau_max)
 
     def rate(self, sigma: Tensor | None, like: Tensor) -> Tensor:
         """λ(σ), shape of sigma or `[]`, with the dtype and device of `like`."""
@@ -92,8 +91,7 @@ class TruncatedExponentialHorizon(Horizon):
 
     def __init__(self, rate: float = 1.0, tau_max: float = 4.0, *, learned: bool = False) -> None:
         super().__init__(tau_max)
-        if not (math.isfinite(rate) and rate > 0):
-            raise ValueError(f"rate must be a positive number, got {rate}")
+        rate = check_positive(type(self).__name__, "rate", rate)
         self.learned = learned
         # softplus(raw) = rate
         self.raw_rate = nn.Parameter(torch.tensor(rate + math.log(-math.expm1(-rate))), requires_grad=learned)

@@ -92,8 +92,8 @@ def flux_target(
     _one_of(function, "divergence", divergence, DIVERGENCES)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"{function}: chunk must be None or a positive number of samples, got {chunk!r}")
-    draws = _instance(function, "draws", draws or Draws(), Draws)
-    horizon = _instance(function, "horizon", horizon or UniformHorizon(), Horizon)
+    draws = _instance(function, "draws", Draws() if draws is None else draws, Draws)
+    horizon = _instance(function, "horizon", UniformHorizon() if horizon is None else horizon, Horizon)
     layout = Layout(function, x, grouped)
     centres = layout.centres(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
     variance = as_number_tensor(function, "sigma2", sigma2, like=x).detach()
@@ -108,6 +108,7 @@ def flux_target(
         sigma,
         layout,
         steps=steps,
+        probing=divergence == "hutchinson",
         repeatable=estimator == "single_chain",
     )
     tau = draws.tau
@@ -294,7 +295,7 @@ def noise_annealed_flux_loss(
     level = as_number_tensor("noise_annealed_flux_loss", "sigma", sigma, like=x)
     if level.ndim:
         raise ValueError(f"noise_annealed_flux_loss: sigma must be one number, got shape {list(level.shape)}")
-    horizon = horizon or UniformHorizon()
+    horizon = UniformHorizon() if horizon is None else horizon
     at_level: Field = lambda z: field(z, level)  # noqa: E731
     target = flux_target(
         at_level,
@@ -363,12 +364,13 @@ def dsm_loss(
     centres = layout.centres(x if refs is None else check_tensor(function, "refs", refs, like=x))
     if start is not None and seed is not None:
         raise ValueError(f"{function}: give start or seed, not both")
-    variance = as_number_tensor(function, "sigma2", sigma2, like=x)
+    variance = as_number_tensor(function, "sigma2", sigma2, like=x).detach()
     if variance.ndim > 1 or (variance.ndim == 1 and len(variance) != len(x)):
         raise ValueError(f"{function}: sigma2 must be one number or one a sample, got shape {list(variance.shape)}")
     per_sample = variance.reshape(-1, *(1 for _ in x.shape[1:]))
     if start is not None:
         check_same_shape(function, "start", start, "x", x)
+        check_finite(function, start=start)
     elif seed is None:
         start = torch.randn_like(x)
     else:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fluxkernels.checks import check_finite, check_steps, check_tensor
+from fluxkernels.checks import check_finite, check_positive, check_steps, check_tensor
 from fluxmatching.endpoint import call_field
 
 
@@ -41,8 +41,7 @@ def unadjusted_langevin(
     check_tensor(function, "x", x)
     check_finite(function, x=x)
     check_steps(function, steps)
-    if not (math.isfinite(step) and step > 0):
-        raise ValueError(f"{function}: step must be a positive number, got {step}")
+    step = check_positive(function, "step", step)
     with torch.no_grad():
         for k in range(1, steps + 1):
             noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)

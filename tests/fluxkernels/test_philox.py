@@ -87,6 +87,12 @@ def test_streams_steps_and_seeds_differ() -> None:
     assert not torch.equal(two[0], two[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_uniform_never_reaches_its_ends(dtype: torch.dtype) -> None:
+    u = philox.uniform_from_words(torch.tensor([0, 2**32 - 1, 2**31]), dtype)
+    assert u.tolist() == [2.0**-24, 1 - 2.0**-24, 0.5 + 2.0**-24]
+
+
 def test_uniform_is_open_and_signs_are_balanced() -> None:
     u = philox.uniform(torch.tensor(1), (1, 1_000_000), philox.HORIZON, torch.float32)
     assert 0 < u.min() < 1e-4

@@ -57,6 +57,7 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
         ({"draws": Draws(tau=1.0)}, TypeError, "draws.tau must be a torch.Tensor, got float"),
         ({"draws": Draws(probe=X * torch.nan)}, ValueError, "draws.probe must be finite"),
         ({"draws": {"tau": 1.0}}, TypeError, "draws must be a Draws, got {'tau': 1.0}"),
+        ({"draws": ()}, TypeError, "draws must be a Draws, got"),
         ({"horizon": "uniform"}, TypeError, "horizon must be a Horizon, got 'uniform'"),
         ({"horizon": UniformHorizon}, TypeError, "horizon must be a Horizon, got <class"),
         ({"refs": torch.randn(9, 2, 1)}, ValueError, r"refs must have shape \[M, \*event\]"),

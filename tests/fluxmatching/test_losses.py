@@ -242,6 +242,16 @@ def test_torch_generator_decides_without_a_seed(backend: str) -> None:
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+def test_nothing_is_drawn_that_is_given_or_not_needed(divergence: str, backend: str) -> None:
+    x, field = torch.randn(6, 2), smooth_field(2).float()
+    given = Draws.from_seed(1, x, UniformHorizon())
+    draws = Draws(given.tau, given.start, given.chain, given.probe if divergence == "hutchinson" else None)
+    before = torch.get_rng_state()
+    flux_matching_loss(field, x, 0.5, draws=draws, divergence=divergence)
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_horizon_does_not_change_the_mean(backend: str) -> None:
     """Importance sampling of τ: two distributions, one expectation."""
     U = torch.diag(torch.tensor([1.0, -0.5], dtype=F64))
