@@ -35,8 +35,12 @@ def weights(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Te
     """a_nj = |z_n - r_j|², w_nj = softmax_j(-a_nj/2σ_n²), both `[B, N, M]`, and log Σ_j exp(-a_nj/2σ_n²) `[B, N]`."""
     distances = squared_distances(z, refs)
     logits = distances * (-0.5 / sigma2).unsqueeze(-1)
-    normaliser = logits.logsumexp(-1)
-    return distances, (logits - normaliser.unsqueeze(-1)).exp(), normaliser
+    # Divided by their sum, not by exp(log-sum-exp): far from all centres the logits are large and their rounding
+    # would leave weights that do not sum to one.
+    top = logits.detach().amax(-1, keepdim=True)
+    relative = (logits - top).exp()
+    total = relative.sum(-1, keepdim=True)
+    return distances, relative / total, (top + total.log()).squeeze(-1)
 
 
 def kde_formula(z: Tensor, sigma2: Tensor, refs: Tensor) -> tuple[Tensor, Tensor]:

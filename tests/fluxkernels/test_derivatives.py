@@ -109,6 +109,17 @@ def test_centres_that_are_the_queries(backend: str) -> None:
     assert gradgradcheck(lambda x: fk.kde_score(x, x, 0.5), (x,))
 
 
+def test_one_tensor_in_two_roles_of_an_op(backend: str) -> None:
+    """Below the public functions, where x and refs can be one object: recomputed derivatives count each role once."""
+    t = tensors()
+    v, g, sigma2 = torch.randn(2, 4, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64), t["per_query"]
+
+    def cotangent(x: Tensor) -> Tensor:
+        return kde_module.kde_backward(v, v, g, x, x, sigma2.detach(), backend)[0]
+
+    assert gradgradcheck(cotangent, (t["x"],))
+
+
 def test_broadcast_inputs_sum_their_derivatives(backend: str) -> None:
     t = tensors()
     refs = t["refs"][0].detach().requires_grad_()

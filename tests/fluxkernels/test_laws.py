@@ -1,4 +1,7 @@
-"""Laws that hold whatever the numbers, on random shapes: hypothesis looks for a counterexample."""
+"""Laws that hold whatever the numbers, on many shapes and scales: hypothesis looks for a counterexample.
+
+The examples are the same in every run; raise max_examples and drop derandomize for a longer search.
+"""
 
 import torch
 from hypothesis import given, settings
@@ -16,7 +19,7 @@ def points(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(sizes, sizes, sizes, st.integers(1, 20), log_sigma2, taus, scales, scales)
 def test_finite_and_translation_invariant(
     G: int, N: int, M: int, D: int, exponent: float, tau: float, x_scale: float, refs_scale: float
@@ -34,12 +37,12 @@ def test_finite_and_translation_invariant(
     torch.testing.assert_close(weights.sum(-2), torch.ones(G, N, dtype=torch.float64))
     torch.testing.assert_close(weights @ x, average, rtol=1e-9, atol=1e-9 * x_scale)
     mean = fk.kde_mean(x, refs, sigma2, backend="torch")
-    slack = 1e-12 * refs_scale
+    slack = 1e-12 * refs_scale  # as weights that sum to one
     assert (mean >= refs.amin(-2, keepdim=True) - slack).all()
     assert (mean <= refs.amax(-2, keepdim=True) + slack).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(2, 9), st.integers(1, 5), st.floats(0.01, 10))
 def test_permutations_and_duplicates(M: int, D: int, sigma2: float) -> None:
     x, refs = points(4, 3, D).double(), points(5, M, D).double()
