@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from fluxkernels import reference
+from fluxkernels import cpu, reference
 
 ENVIRONMENT = "FLUXKERNELS_BACKEND"
 
@@ -55,7 +55,7 @@ class _Entry:
 
 _ENTRIES = {
     "torch": _Entry("pure PyTorch, the definition of right", (), lambda: None, reference),
-    "cpu": _Entry("compiled C++", ("cpu",), lambda: "this version has no C++ kernels yet", None),
+    "cpu": _Entry("compiled C++", ("cpu",), cpu.missing, cpu),
     "triton": _Entry("Triton kernels", ("cuda",), lambda: "this version has no Triton kernels yet", None),
 }
 _AUTOMATIC = {"cuda": "triton", "cpu": "cpu"}

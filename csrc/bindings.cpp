@@ -1,0 +1,140 @@
+// The Python module fluxkernels.cpu._kernels: chooses the instruction set, unpacks arguments, releases the GIL.
+//
+// No header of PyTorch is included, so one binary serves every release of it. A tensor arrives as a tuple
+// (address, type, stride, stride, ...) made by fluxkernels/cpu; shapes are checked there.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "arguments.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using namespace flux;
+
+namespace {
+
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> list;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        list.push_back(&avx512_kernels);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(&avx2_kernels);
+#endif
+    list.push_back(&baseline_kernels);
+    return list;
+}
+
+const Kernels* chosen = supported().front();
+
+void use(const std::string& name) {
+    for (const Kernels* kernels : supported())
+        if (kernels->name == name) {
+            chosen = kernels;
+            return;
+        }
+    throw std::invalid_argument("this machine runs no target '" + name + "'");
+}
+
+Array array(const py::object& view) {
+    if (view.is_none()) return {};
+    const auto fields = view.cast<std::vector<int64_t>>();
+    constexpr int64_t SIZES[] = {8, 4, 2, 2};
+    Array result;
+    result.data = reinterpret_cast<char*>(fields.at(0));
+    result.type = static_cast<Type>(fields.at(1));
+    result.item = SIZES[fields.at(1)];
+    std::copy(fields.begin() + 2, fields.end(), result.stride);
+    return result;
+}
+
+/// Threads for about `operations` multiply-adds: a small job is done before a second thread has woken up.
+int threads_for(const Shape& shape, int threads) {
+    const double operations = double(shape.B) * shape.N * shape.M * (shape.D + 10);
+    return operations < 2e5 ? 1 : threads;
+}
+
+Shape shape_of(const std::vector<int64_t>& sizes) { return {sizes.at(0), sizes.at(1), sizes.at(2), sizes.at(3)}; }
+
+template <class Arguments>
+void run(void (*kernel)(const Arguments&), const Arguments& args) {
+    py::gil_scoped_release release;
+    kernel(args);
+}
+
+using Sizes = std::vector<int64_t>;
+using View = py::object;
+
+void kde(const Sizes& sizes, int threads, View z, View refs, View sigma2, View shift, View mean, View log_density) {
+    const Shape shape = shape_of(sizes);
+    run(chosen->kde, KdeArguments{shape, threads_for(shape, threads), array(z), array(refs), array(sigma2), array(shift),
+                                  array(mean), array(log_density)});
+}
+
+void kde_backward(const Sizes& sizes, int threads, View g_shift, View g_mean, View g_log_density, View z, View refs,
+                  View sigma2, View g_z, View g_refs, View g_sigma2) {
+    const Shape shape = shape_of(sizes);
+    run(chosen->kde_backward,
+        KdeBackwardArguments{shape, threads_for(shape, threads), array(g_shift), array(g_mean), array(g_log_density),
+                             array(z), array(refs), array(sigma2), array(g_z), array(g_refs), array(g_sigma2)});
+}
+
+void residual_gradient(const Sizes& sizes, int threads, View z, View field, View refs, View sigma2, View gradient) {
+    const Shape shape = shape_of(sizes);
+    run(chosen->residual_gradient, ResidualArguments{shape, threads_for(shape, threads), array(z), array(field),
+                                                     array(refs), array(sigma2), array(gradient)});
+}
+
+void langevin(const Sizes& sizes, int threads, View x, View refs, View sigma2, View tau, int64_t steps,
+              const std::vector<View>& noise, uint64_t seed, View x0, View shift0, View xt, View shift_t) {
+    const Shape shape = shape_of(sizes);
+    LangevinArguments args{shape,       threads_for(shape, threads), array(x), array(refs), array(sigma2), array(tau), steps, {}, seed,
+                           array(x0), array(shift0), array(xt), array(shift_t)};
+    for (const View& step : noise) args.noise.push_back(array(step));
+    run(chosen->langevin, args);
+}
+
+void transition(void (*kernel)(const TransitionArguments&), const Sizes& sizes, int threads, View x0, View shift0, View xt,
+                View sigma2, View tau, View values, int64_t values_count, View result) {
+    const Shape shape = shape_of(sizes);
+    run(kernel, TransitionArguments{shape, threads_for(shape, threads), array(x0), array(shift0), array(xt), array(sigma2),
+                                    array(tau), array(values), values_count, array(result)});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, module) {
+    module.doc() = "Compiled kernels of the cpu backend; use them through fluxkernels.";
+    module.def("targets", [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : supported()) names.push_back(kernels->name);
+        return names;
+    }, "Instruction sets that this machine runs, best first.");
+    module.def("target", [] { return std::string(chosen->name); }, "The instruction set in use.");
+    module.def("use", &use, "Use an instruction set by name.");
+    module.def("thread_source", [] { return std::string(thread_source()); });
+    module.def("kde", &kde);
+    module.def("kde_backward", &kde_backward);
+    module.def("residual_gradient", &residual_gradient);
+    module.def("langevin", &langevin);
+    module.def("transition_weights", [](const Sizes& sizes, int threads, View x0, View shift0, View xt, View sigma2, View tau,
+                                        View result) {
+        transition(chosen->transition_weights, sizes, threads, x0, shift0, xt, sigma2, tau, py::none(), 0, result);
+    });
+    module.def("transition_average", [](const Sizes& sizes, int threads, View x0, View shift0, View xt, View values,
+                                        View sigma2, View tau, int64_t values_count, View result) {
+        transition(chosen->transition_average, sizes, threads, x0, shift0, xt, sigma2, tau, values, values_count, result);
+    });
+    module.def("normals", [](uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, uintptr_t out) {
+        py::gil_scoped_release release;
+        chosen->normals(seed, stream, step, first, count, reinterpret_cast<double*>(out));
+    });
+    module.def("rates", [](int threads) {
+        py::gil_scoped_release release;
+        return std::make_pair(chosen->exponentials_per_second(threads), chosen->multiply_adds_per_second(threads));
+    }, "(exponentials, multiply-adds) of doubles that this machine does a second on so many threads.");
+}

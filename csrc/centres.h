@@ -1,0 +1,371 @@
+// The centres of a density estimate as doubles, in the two layouts in which pairs (query, centre) are fast.
+//
+// Included inside of a target's namespace. Coordinates are taken relative to the mean of a group's centres: a common
+// translation changes no result, but far from the origin it would cost digits. Distances are always sums of squared
+// differences, never |a|^2 + |b|^2 - 2ab, so nothing cancels.
+//
+// Both layouts offer the same operations on a few queries (rows) and a range of centres [begin, end):
+//   distances   a_nj = |x_n - r_j|^2
+//   dots        v_n . r_j
+//   moments     out_n += sum_j w_nj r_j
+//   outer       out_j += sum_n w_nj v_n
+
+/// What a layout is made from: raw centre coordinates [B, M, D], computed where they are needed.
+struct Source {
+    int64_t groups, count, dimensions;
+    /// Columns [first, last) of row j of group b.
+    std::function<void(int64_t b, int64_t j, int64_t first, int64_t last, double* out)> read;
+};
+
+/// Adds to `out` [P, width] the product of weights [P, K] and rows [K, width], register tile by register tile.
+/// P is at most the number of rows of `out` rounded up to TILE; weights that are 0 cost nothing where a tile has no other.
+class Product {
+public:
+    /// Room for P x K weights, P and K in either order.
+    explicit Product(int64_t P, int64_t K)
+        : weights_(round_up(P, TILE) * round_up(K, TILE)), index_(round_up(P, TILE) * round_up(K, TILE) / TILE),
+          used_(std::max(P, K) / TILE + 1) {}
+
+    /// weight(p, k) = w[p * row_stride + k * inner_stride]
+    void accumulate(const double* w, int64_t row_stride, int64_t inner_stride, int64_t P, int64_t K, const double* rows,
+                    int64_t pitch, int64_t width, double* out, int64_t out_pitch) {
+        inner_ = K;
+        gather(w, row_stride, inner_stride, P, K);
+        int64_t d = 0;
+        for (; d + TILE * LANES <= width; d += TILE * LANES) columns<TILE>(P, rows + d, pitch, out + d, out_pitch);
+        for (; d < width; d += LANES) columns<1>(P, rows + d, pitch, out + d, out_pitch);
+    }
+
+private:
+    /// The weights of each tile of rows side by side, with the indices k at which one of them is not 0.
+    void gather(const double* w, int64_t row_stride, int64_t inner_stride, int64_t P, int64_t K) {
+        for (int64_t p = 0; p < P; p += TILE) {
+            const int64_t tile = p / TILE, height = std::min<int64_t>(TILE, P - p);
+            double* to = weights_.get() + tile * TILE * inner_;
+            int32_t* index = index_.get() + tile * inner_;
+            int64_t used = 0;
+            for (int64_t k = 0; k < K; ++k) {
+                bool any = false;
+                for (int64_t i = 0; i < TILE; ++i) {
+                    const double value = i < height ? w[(p + i) * row_stride + k * inner_stride] : 0;
+                    to[used * TILE + i] = value;
+                    any |= value != 0;
+                }
+                index[used] = static_cast<int32_t>(k);
+                used += any;
+            }
+            used_[tile] = used;
+        }
+    }
+
+    template <int WIDTH>
+    void columns(int64_t P, const double* rows, int64_t pitch, double* out, int64_t out_pitch) {
+        for (int64_t p = 0; p < P; p += TILE) {
+            const int64_t tile = p / TILE, height = std::min<int64_t>(TILE, P - p);
+            const double* w = weights_.get() + tile * TILE * inner_;
+            const int32_t* index = index_.get() + tile * inner_;
+            Vec total[TILE][WIDTH] = {};
+            for (int64_t k = 0; k < used_[tile]; ++k) {
+                const double* row = rows + index[k] * pitch;
+                for (int i = 0; i < TILE; ++i)
+                    for (int u = 0; u < WIDTH; ++u) total[i][u] += w[k * TILE + i] * load(row + u * LANES);
+            }
+            for (int64_t i = 0; i < height; ++i)
+                for (int u = 0; u < WIDTH; ++u) {
+                    double* to = out + (p + i) * out_pitch + u * LANES;
+                    store(to, load(to) + total[i][u]);
+                }
+        }
+    }
+
+    int64_t inner_ = 0;
+    Buffer<double> weights_;
+    Buffer<int32_t> index_;
+    Buffer<int64_t> used_;
+};
+
+/// Few dimensions: one array a coordinate, vectors run over centres.
+///
+/// Where a group is wide against the bandwidth its centres are sorted along its widest coordinate. A query then needs
+/// only the window of centres whose weight can be above rounding, which a bound on that coordinate proves.
+class Columns {
+public:
+    static constexpr int64_t MOST_DIMENSIONS = 24;
+    static constexpr int64_t BLOCK = 32;  // queries in a block: enough to fill the vectors of the random numbers
+    static constexpr int64_t SUBBLOCK = 1;
+
+    /// `widest` is the largest variance sigma^2 that the queries of group b will have.
+    Columns(const Source& source, const std::function<double(int64_t)>& widest, int threads)
+        : M(source.count), D(source.dimensions), padded(round_up(M, 8)), tile(std::clamp<int64_t>(4096 / D / 8 * 8, 128, 1024)),
+          pitch(D), data_(source.groups * D * padded), origin_(source.groups * D), order_(source.groups * M),
+          key_(source.groups) {
+        parallel_for(source.groups, threads, [&](int64_t b) { pack(source, b, widest(b)); });
+    }
+
+    int64_t outer_size(int64_t V) const { return V * padded; }
+    Product product(int64_t, int64_t) const { return Product(0, 0); }
+    const double* origin(int64_t b) const { return origin_.get() + b * D; }
+
+    /// log(1/w) of the largest weight w, relative to the sum of all, that may be dropped: below rounding in double.
+    double cut() const { return 42 + std::log(static_cast<double>(M)); }
+
+    /// The centres that can matter to a query: [begin, end), multiples of LANES.
+    void window(int64_t b, const double* x, double scale, int64_t& begin, int64_t& end) const {
+        begin = 0;
+        end = padded;
+        if (key_[b] < 0) return;
+        const double* sorted = data_.get() + (b * D + key_[b]) * padded;
+        const double at = x[key_[b]];
+        // The nearest of a few centres bounds the distance to the nearest of all.
+        const int64_t near = std::min(lower_bound(sorted, at), padded - 1) / LANES * LANES;
+        double a[LANES];
+        distances(b, x, 1, near, near + LANES, a, LANES);
+        const double reach = std::sqrt(lowest(load(a)) + cut() / scale);
+        begin = std::min(lower_bound(sorted, at - reach), padded - 1) / LANES * LANES;
+        end = std::min(round_up(lower_bound(sorted, at + reach) + 1, LANES), padded);
+    }
+
+    void distances(int64_t b, const double* x, int64_t, int64_t begin, int64_t end, double* a, int64_t) const {
+        each_pair<false>(b, x, begin, end, a);
+    }
+    void dots(int64_t b, const double* v, int64_t, int64_t begin, int64_t end, double* p, int64_t) const {
+        each_pair<true>(b, v, begin, end, p);
+    }
+
+    void moments(int64_t b, const double* w, int64_t, int64_t begin, int64_t end, int64_t, double* out, Product&) const {
+        const double* r = data_.get() + b * D * padded + begin;
+        int64_t d = 0;
+        for (; d + 4 <= D; d += 4) moment<4, 2>(r + d * padded, w, end - begin, out + d);
+        for (; d + 2 <= D; d += 2) moment<2, 4>(r + d * padded, w, end - begin, out + d);
+        for (; d < D; ++d) moment<1, 8>(r + d * padded, w, end - begin, out + d);
+    }
+
+    /// `out` is [V, padded].
+    void outer(const double* w, int64_t, int64_t begin, int64_t end, int64_t, const double* v, int64_t V, int64_t, double* out,
+               Product&) const {
+        for (int64_t i = 0; i < V; ++i) {
+            double* to = out + i * padded + begin;
+            for (int64_t j = 0; j < end - begin; j += LANES) store(to + j, load(to + j) + load(w + j) * v[i]);
+        }
+    }
+
+    /// Row j of an `outer` result, j as in the source; and the coordinates of that centre.
+    void collect(const double* outer, int64_t place, int64_t V, double* row) const {
+        for (int64_t i = 0; i < V; ++i) row[i] = outer[i * padded + place];
+    }
+    void coordinates(int64_t b, int64_t place, double* row) const {
+        for (int64_t d = 0; d < D; ++d) row[d] = data_[(b * D + d) * padded + place];
+    }
+    /// Which centre of the source is at a place.
+    int64_t source_index(int64_t b, int64_t place) const { return order_[b * M + place]; }
+
+    const int64_t M, D, padded, tile, pitch;
+
+private:
+    void pack(const Source& source, int64_t b, double widest) {
+        Buffer<double> rows(M * D);
+        double* origin = origin_.get() + b * D;
+        for (int64_t j = 0; j < M; ++j) source.read(b, j, 0, D, rows.get() + j * D);
+        int64_t key = 0;
+        double range = -1;
+        bool sortable = M >= 64;
+        for (int64_t d = 0; d < D; ++d) {
+            double total = 0, least = INFINITY, most = -INFINITY;
+            for (int64_t j = 0; j < M; ++j) {
+                const double r = rows[j * D + d];
+                total += r;
+                least = std::min(least, r);
+                most = std::max(most, r);
+            }
+            origin[d] = total / M;
+            if (most - least > range) range = most - least, key = d;
+            // What is not finite (it comes in unchecked from a compiled graph) has no order; it goes on as it is.
+            if (!std::isfinite(total)) sortable = false;
+        }
+        int32_t* order = order_.get() + b * M;
+        for (int64_t j = 0; j < M; ++j) order[j] = static_cast<int32_t>(j);
+        // Sorting pays if a window, 2 sqrt(2 cut) sigma wide for a query amid centres, leaves out half of the range.
+        key_[b] = sortable && range > 4 * std::sqrt(2 * widest * cut()) ? static_cast<int32_t>(key) : -1;
+        if (key_[b] >= 0)
+            std::sort(order, order + M, [&](int32_t i, int32_t j) { return rows[i * D + key] < rows[j * D + key]; });
+        for (int64_t d = 0; d < D; ++d) {
+            double* to = data_.get() + (b * D + d) * padded;
+            for (int64_t j = 0; j < M; ++j) to[j] = rows[order[j] * D + d] - origin[d];
+            std::fill(to + M, to + padded, to[M - 1]);  // their weights are set to 0 by the callers
+        }
+    }
+
+    /// First place in [0, padded) whose coordinate is not below `value`, or padded.
+    int64_t lower_bound(const double* sorted, double value) const {
+        const double* first = sorted;
+        for (int64_t length = padded; length > 0;) {  // without branches that depend on the data
+            const int64_t half = length / 2;
+            const bool below = first[half] < value;
+            first = below ? first + half + 1 : first;
+            length = below ? length - half - 1 : half;
+        }
+        return first - sorted;
+    }
+
+    template <bool DOT>
+    void each_pair(int64_t b, const double* x, int64_t begin, int64_t end, double* out) const {
+        const double* r = data_.get() + b * D * padded;
+        int64_t j = begin;
+        for (; j + 8 * LANES <= end; j += 8 * LANES) pairs<DOT, 8>(r + j, x, out + j - begin);
+        for (; j < end; j += LANES) pairs<DOT, 1>(r + j, x, out + j - begin);
+    }
+    template <bool DOT, int UNROLL>
+    FLUX_INLINE void pairs_body(const double* r, const double* x, double* out, int64_t D, int64_t padded) {
+        Vec total[UNROLL] = {};
+        for (int64_t d = 0; d < D; ++d)
+            for (int u = 0; u < UNROLL; ++u) {
+                const Vec here = load(r + d * padded + u * LANES);
+                const Vec difference = x[d] - here;
+                total[u] += DOT ? x[d] * here : difference * difference;
+            }
+        for (int u = 0; u < UNROLL; ++u) store(out + u * LANES, total[u]);
+    }
+    template <bool DOT, int UNROLL>
+    void pairs(const double* r, const double* x, double* out) const {
+        pairs_body<DOT, UNROLL>(r, x, out, D, padded);
+    }
+
+    template <int WIDTH, int UNROLL>
+    void moment(const double* r, const double* w, int64_t n, double* out) const {
+        Vec total[WIDTH][UNROLL] = {};
+        int64_t j = 0;
+        for (; j + UNROLL * LANES <= n; j += UNROLL * LANES)
+            for (int u = 0; u < UNROLL; ++u) {
+                const Vec weight = load(w + j + u * LANES);
+                for (int i = 0; i < WIDTH; ++i) total[i][u] += weight * load(r + i * padded + j + u * LANES);
+            }
+        for (; j < n; j += LANES)
+            for (int i = 0; i < WIDTH; ++i) total[i][0] += load(w + j) * load(r + i * padded + j);
+        for (int i = 0; i < WIDTH; ++i) {
+            for (int u = 1; u < UNROLL; ++u) total[i][0] += total[i][u];
+            out[i] += sum(total[i][0]);
+        }
+    }
+
+    Buffer<double> data_, origin_;
+    Buffer<int32_t> order_, key_;
+};
+
+/// Many dimensions: one row a centre, vectors run over coordinates, pairs in register tiles like a matrix product.
+class Rows {
+public:
+    static constexpr int64_t BLOCK = 64;
+    static constexpr int64_t SUBBLOCK = BLOCK;
+
+    Rows(const Source& source, const std::function<double(int64_t)>&, int threads)
+        : M(source.count), D(source.dimensions), padded(round_up(M, 8)), tile(256), width(round_up(D, LANES)),
+          pitch(row_pitch(D)), data_(source.groups * padded * pitch), origin_(source.groups * pitch) {
+        const int64_t chunks = (pitch + CHUNK - 1) / CHUNK;
+        parallel_for(source.groups * chunks, threads, [&](int64_t task) { pack(source, task / chunks, task % chunks * CHUNK); });
+    }
+
+    int64_t outer_size(int64_t V) const { return padded * row_pitch(V); }
+    Product product(int64_t queries, int64_t centres) const { return Product(queries, centres); }
+    const double* origin(int64_t b) const { return origin_.get() + b * pitch; }
+    double cut() const { return 42 + std::log(static_cast<double>(M)); }
+    void window(int64_t, const double*, double, int64_t& begin, int64_t& end) const {
+        begin = 0;
+        end = padded;
+    }
+
+    /// Rows of doubles start an odd number of cache lines apart: a power of two would map them all to the same few sets.
+    static int64_t row_pitch(int64_t n) {
+        const int64_t lines = (n + 7) / 8;
+        return 8 * (lines % 2 ? lines : lines + 1);
+    }
+
+    void distances(int64_t b, const double* x, int64_t rows, int64_t begin, int64_t end, double* a, int64_t a_pitch) const {
+        each_pair<false>(b, x, rows, begin, end, a, a_pitch);
+    }
+    void dots(int64_t b, const double* v, int64_t rows, int64_t begin, int64_t end, double* p, int64_t p_pitch) const {
+        each_pair<true>(b, v, rows, begin, end, p, p_pitch);
+    }
+    void moments(int64_t b, const double* w, int64_t rows, int64_t begin, int64_t end, int64_t w_pitch, double* out,
+                 Product& product) const {
+        product.accumulate(w, w_pitch, 1, rows, end - begin, data_.get() + (b * padded + begin) * pitch, pitch, width, out,
+                           pitch);
+    }
+    /// `out` is [padded, row_pitch(V)].
+    void outer(const double* w, int64_t rows, int64_t begin, int64_t end, int64_t w_pitch, const double* v, int64_t V,
+               int64_t v_pitch, double* out, Product& product) const {
+        product.accumulate(w, 1, w_pitch, end - begin, rows, v, v_pitch, round_up(V, LANES), out + begin * row_pitch(V),
+                           row_pitch(V));
+    }
+    void collect(const double* outer, int64_t place, int64_t V, double* row) const {
+        std::copy_n(outer + place * row_pitch(V), V, row);
+    }
+    void coordinates(int64_t b, int64_t place, double* row) const {
+        std::copy_n(data_.get() + (b * padded + place) * pitch, D, row);
+    }
+    int64_t source_index(int64_t, int64_t place) const { return place; }
+
+    const int64_t M, D, padded, tile, width, pitch;
+
+private:
+    static constexpr int64_t CHUNK = 128;   // columns packed at once
+    static constexpr int64_t DEPTH = 384;   // columns of a block of pairs: centres and queries stay in a second-level cache
+
+    void pack(const Source& source, int64_t b, int64_t first) {
+        const int64_t last = std::min(first + CHUNK, pitch), inside = std::max(std::min(last, D), first);
+        double* rows = data_.get() + b * padded * pitch;
+        double* origin = origin_.get() + b * pitch;
+        std::fill(origin + first, origin + last, 0.0);
+        for (int64_t j = 0; j < M; ++j) {
+            double* row = rows + j * pitch;
+            if (inside > first) source.read(b, j, first, inside, row + first);
+            for (int64_t d = first; d < inside; ++d) origin[d] += row[d];
+        }
+        for (int64_t d = first; d < inside; ++d) origin[d] /= M;
+        for (int64_t j = 0; j < padded; ++j) {
+            double* row = rows + j * pitch;
+            if (j >= M) {
+                std::copy(row - pitch + first, row - pitch + inside, row + first);
+            } else {
+                for (int64_t d = first; d < inside; ++d) row[d] -= origin[d];
+            }
+            std::fill(row + inside, row + last, 0.0);
+        }
+    }
+
+    template <bool DOT>
+    void each_pair(int64_t b, const double* x, int64_t rows, int64_t begin, int64_t end, double* out, int64_t out_pitch) const {
+        for (int64_t n = 0; n < rows; ++n) std::fill_n(out + n * out_pitch, end - begin, 0.0);
+        for (int64_t depth = 0; depth < width; depth += DEPTH) {
+            const int64_t columns = std::min(DEPTH, width - depth);
+            for (int64_t j = begin; j < end; j += TILE) {
+                const double* r = data_.get() + (b * padded + j) * pitch + depth;
+                int64_t n = 0;
+                for (; n + TILE <= rows; n += TILE)
+                    pairs<DOT, TILE>(x + n * pitch + depth, r, columns, out + n * out_pitch + j - begin, out_pitch);
+                for (; n < rows; ++n)
+                    pairs<DOT, 1>(x + n * pitch + depth, r, columns, out + n * out_pitch + j - begin, out_pitch);
+            }
+        }
+    }
+
+    /// Adds the contribution of some columns to HEIGHT x TILE pairs.
+    template <bool DOT, int HEIGHT>
+    void pairs(const double* x, const double* r, int64_t columns, double* out, int64_t out_pitch) const {
+        Vec total[HEIGHT][TILE] = {};
+        for (int64_t d = 0; d < columns; d += LANES) {
+            Vec centre[TILE];
+            for (int u = 0; u < TILE; ++u) centre[u] = load(r + u * pitch + d);
+            for (int i = 0; i < HEIGHT; ++i) {
+                const Vec query = load(x + i * pitch + d);
+                for (int u = 0; u < TILE; ++u) {
+                    const Vec difference = query - centre[u];
+                    total[i][u] += DOT ? query * centre[u] : difference * difference;
+                }
+            }
+        }
+        for (int i = 0; i < HEIGHT; ++i)
+            for (int u = 0; u < TILE; ++u) out[i * out_pitch + u] += sum(total[i][u]);
+    }
+
+    Buffer<double> data_, origin_;
+};

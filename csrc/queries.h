@@ -1,0 +1,175 @@
+// A block of queries of one group: their weights under a density estimate, tile of centres by tile.
+//
+// Included inside of a target's namespace. The softmax is online: sums are kept relative to the least distance so far
+// and scaled when a tile has a lesser one. So no [N, M] matrix is ever held.
+
+/// Least of the first n entries, n a multiple of LANES.
+static double lowest_of(const double* a, int64_t n) {
+    Vec low[4];
+    for (auto& l : low) l = load(a);
+    int64_t j = 0;
+    for (; j + 4 * LANES <= n; j += 4 * LANES)
+        for (int u = 0; u < 4; ++u) low[u] = smaller(load(a + j + u * LANES), low[u]);
+    for (; j < n; j += LANES) low[0] = smaller(load(a + j), low[0]);
+    return lowest(smaller(smaller(low[0], low[1]), smaller(low[2], low[3])));
+}
+
+/// w_j = factor e^{-(a_j - least) scale}, or 0 where the exponent is below -cut; returns their sum.
+static double exponentials(const double* a, int64_t n, double least, double scale, double cut, double factor, double* w) {
+    Vec total[2] = {};
+    for (int64_t j = 0; j < n; j += LANES) {
+        const Vec exponent = (least - load(a + j)) * scale;
+        const Vec weight = exponent > -cut ? exponential(exponent) * factor : Vec{};
+        store(w + j, weight);
+        total[j / LANES % 2] += weight;
+    }
+    return sum(total[0] + total[1]);
+}
+
+template <class Centres>
+class Queries {
+public:
+    /// Room for `most` queries; `b` is the group that they belong to.
+    Queries(const Centres& centres, int64_t b, int64_t most)
+        : centres(centres), group(b), pitch(centres.pitch), columns(centres.padded < centres.tile ? centres.padded : centres.tile),
+          x(most * pitch), moment(most * pitch), variance(most), scale(most), least(most), total(most), begin(most), end(most),
+          a(std::min(most, Centres::SUBBLOCK) * columns), w(std::min(most, Centres::SUBBLOCK) * columns),
+          product(centres.product(std::min(most, Centres::SUBBLOCK), columns)), cut_(centres.cut()) {}
+
+    /// Takes the points x [count, D] about the group's origin, and their variances [count, stride 1] or one for all.
+    void take(const Array& points, const Array& variances, int64_t count) {
+        rows = count;
+        points.load(rows, centres.D, x.get(), pitch);
+        centre();
+        for (int64_t n = 0; n < rows; ++n) set_variance(n, variances.number(0, n));
+    }
+    void set_variance(int64_t n, double value) {
+        variance[n] = value;
+        scale[n] = 0.5 / value;
+    }
+    /// Raw coordinates in x become coordinates about the origin.
+    void centre() {
+        const double* origin = centres.origin(group);
+        for (int64_t n = 0; n < rows; ++n) {
+            double* row = x.get() + n * pitch;
+            for (int64_t d = 0; d < centres.D; ++d) row[d] -= origin[d];
+            std::fill(row + centres.D, row + pitch, 0.0);
+        }
+    }
+
+    /// The density estimate at every query: `least` distance, `total` of e^{-(a - least) scale}, and the displacement
+    /// m - x to the mean in `moment`.
+    void sweep() {
+        start();
+        for (int64_t tile = 0; tile < centres.padded; tile += centres.tile)
+            each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
+                weigh(first, count, from, to);
+                add_moments(first, count, from, to);
+            });
+        finish(0, rows);
+    }
+
+    /// Calls visit(first, count, from, to) with the weights (summing to one over all tiles) of queries first, ...,
+    /// first + count - 1 for centres [from, to) in `w`, their squared distances in `a`, both [count, `columns`].
+    /// With MEAN, `moment` holds their displacements as after `sweep`.
+    template <bool MEAN, class Visit>
+    void visit_weights(Visit visit) {
+        start();
+        if (centres.padded <= centres.tile) {  // one sweep is enough: a subblock sees all centres at once
+            each_subblock(0, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
+                weigh(first, count, from, to);
+                if (MEAN) {
+                    add_moments(first, count, from, to);
+                    finish(first, count);
+                }
+                for (int64_t n = 0; n < count; ++n)
+                    for (int64_t j = 0; j < to - from; ++j) w[n * columns + j] /= total[first + n];
+                visit(first, count, from, to);
+            });
+            return;
+        }
+        for (int64_t tile = 0; tile < centres.padded; tile += centres.tile)
+            each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
+                weigh(first, count, from, to);
+                if (MEAN) add_moments(first, count, from, to);
+            });
+        if (MEAN) finish(0, rows);
+        for (int64_t tile = 0; tile < centres.padded; tile += centres.tile)
+            each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
+                find_distances(first, count, from, to);
+                for (int64_t n = 0; n < count; ++n) weights_of_row(first + n, n, from, to, 1 / total[first + n]);
+                visit(first, count, from, to);
+            });
+    }
+
+    double* at(const Buffer<double>& rows_of, int64_t n) const { return rows_of.get() + n * pitch; }
+
+    const Centres& centres;
+    const int64_t group, pitch, columns;
+    int64_t rows = 0;
+    Buffer<double> x, moment, variance, scale, least, total;
+    Buffer<int64_t> begin, end;
+    Buffer<double> a, w;
+    Product product;
+
+private:
+    void start() {
+        for (int64_t n = 0; n < rows; ++n) {
+            centres.window(group, at(x, n), scale[n], begin[n], end[n]);
+            least[n] = INFINITY;
+            total[n] = 0;
+            std::fill_n(at(moment, n), pitch, 0.0);
+        }
+    }
+
+    /// Queries of a tile in subblocks, each with the part [from, to) of the tile that concerns it.
+    template <class F>
+    void each_subblock(int64_t tile, F f) {
+        for (int64_t first = 0; first < rows; first += Centres::SUBBLOCK) {
+            const int64_t from = std::max(tile, begin[first]), to = std::min(tile + columns, std::min(end[first], centres.padded));
+            if (from < to) f(first, std::min(Centres::SUBBLOCK, rows - first), from, to);
+        }
+    }
+
+    void add_moments(int64_t first, int64_t count, int64_t from, int64_t to) {
+        centres.moments(group, w.get(), count, from, to, columns, at(moment, first), product);
+    }
+
+    /// Sums become means, and means displacements from the query.
+    void finish(int64_t first, int64_t count) {
+        for (int64_t n = first; n < first + count; ++n)
+            for (int64_t d = 0; d < centres.D; ++d) at(moment, n)[d] = at(moment, n)[d] / total[n] - at(x, n)[d];
+    }
+
+    void find_distances(int64_t first, int64_t count, int64_t from, int64_t to) {
+        centres.distances(group, at(x, first), count, from, to, a.get(), columns);
+    }
+
+    /// Weights relative to the least distance so far; what was summed before is scaled to it.
+    void weigh(int64_t first, int64_t count, int64_t from, int64_t to) {
+        find_distances(first, count, from, to);
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t n = first + i;
+            const double low = lowest_of(a.get() + i * columns, to - from);
+            if (low < least[n]) {
+                const double factor = total[n] > 0 ? std::exp((low - least[n]) * scale[n]) : 0;
+                total[n] *= factor;
+                for (int64_t d = 0; d < pitch; ++d) at(moment, n)[d] *= factor;
+                least[n] = low;
+            }
+            total[n] += weights_of_row(n, i, from, to, 1);
+        }
+    }
+
+    double weights_of_row(int64_t n, int64_t i, int64_t from, int64_t to, double factor) {
+        double* row = w.get() + i * columns;
+        double result = exponentials(a.get() + i * columns, to - from, least[n], scale[n], cut_, factor, row);
+        for (int64_t j = std::max(centres.M, from); j < to; ++j) {  // copies of the last centre that fill up a vector
+            result -= row[j - from];
+            row[j - from] = 0;
+        }
+        return result;
+    }
+
+    double cut_;
+};

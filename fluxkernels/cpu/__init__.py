@@ -1,0 +1,122 @@
+"""The `cpu` backend: the kernels of csrc/, compiled C++ for every CPU.
+
+They compute in float64 whatever the input's dtype and round once, as the `torch` backend does; here that costs nothing,
+for the numbers are converted on their way into the cache. Functions, arguments and shapes are those of
+`fluxkernels.reference`.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    from fluxkernels.cpu import _kernels
+except ImportError as error:
+    _kernels = None
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def missing() -> str | None:
+    """Why these kernels cannot run here, or None."""
+    if _import_error is None:
+        return None
+    if isinstance(_import_error, ModuleNotFoundError):
+        return (
+            "its C++ was not compiled when fluxkernels was installed; install a C++17 compiler and run "
+            "`FLUXKERNELS_CPU=require pip install --force-reinstall --no-deps fluxkernels` to see what it says"
+        )
+    return f"its compiled module cannot be loaded: {_import_error}"
+
+
+def _view(t: Tensor | None) -> tuple[int, ...] | None:
+    """Address, type and strides: what the kernels know of a tensor."""
+    return None if t is None else (t.data_ptr(), _TYPES[t.dtype], *t.stride())
+
+
+def _shape(queries: Tensor, centres: Tensor) -> tuple[int, int, int, int]:
+    """(B, N, M, D)"""
+    return (*queries.shape[:2], centres.shape[1], queries.shape[2])
+
+
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
+    _kernels.kde(_shape(z, refs), torch.get_num_threads(), *map(_view, (z, refs, sigma2, shift, mean, log_density)))
+    return shift, mean, log_density
+
+
+def kde_backward(
+    g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
+    inputs = g_shift, g_mean, g_log_density, z, refs, sigma2
+    _kernels.kde_backward(_shape(z, refs), torch.get_num_threads(), *map(_view, (*inputs, *results)))
+    return results
+
+
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+    gradient = z.new_empty(z.shape)
+    _kernels.residual_gradient(
+        _shape(z, refs), torch.get_num_threads(), *map(_view, (z, field, refs, sigma2, gradient))
+    )
+    return gradient
+
+
+def _langevin(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    results: tuple[Tensor | None, ...],
+) -> None:
+    key = 0 if seed is None else int(seed) % 2**64
+    _kernels.langevin(
+        _shape(x, refs),
+        torch.get_num_threads(),
+        *map(_view, (x, refs, sigma2, tau)),
+        steps,
+        [] if noise is None else [_view(n) for n in noise],
+        key,
+        *map(_view, results),
+    )
+
+
+def langevin_chain(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    xt = x0.new_empty(x0.shape)
+    _langevin(x0, refs, sigma2, tau, steps, noise, seed, (None, None, xt, None))
+    return xt
+
+
+def flux_pass(
+    x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x0, shift0, xt, shift_t = (x.new_empty(x.shape) for _ in range(4))
+    _langevin(x, refs, sigma2, tau, steps, noise, seed, (x0, shift0, xt, shift_t))
+    return x0, shift0, xt, shift_t
+
+
+def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    weights = x0.new_empty((*x0.shape[:2], xt.shape[1]))
+    _kernels.transition_weights(
+        _shape(xt, x0), torch.get_num_threads(), *map(_view, (x0, shift0, xt, sigma2, tau, weights))
+    )
+    return weights
+
+
+def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    average = values.new_empty((*x0.shape[:2], values.shape[-1]))
+    _kernels.transition_average(
+        _shape(xt, x0),
+        torch.get_num_threads(),
+        *map(_view, (x0, shift0, xt, values, sigma2, tau)),
+        values.shape[-1],
+        _view(average),
+    )
+    return average
