@@ -42,7 +42,7 @@ def kernels() -> list[Extension]:
         "include_dirs": [pybind11.get_include()],
         # Nobody asks for errno of a square root; hidden symbols keep the binary small.
         "extra_compile_args": ["-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", *optimise],
-        "extra_link_args": ["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,--strip-all"],
+        "extra_link_args": ["-fsanitize=address,undefined"] if SANITIZE else ["-g"],
         "language": "c++",
     }
     sources = sorted(str(p) for p in CSRC.rglob("*.cpp"))

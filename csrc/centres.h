@@ -86,8 +86,9 @@ private:
 
 /// Few dimensions: one array a coordinate, vectors run over centres.
 ///
-/// Where a group is wide against the bandwidth its centres are sorted along its widest coordinate. A query then needs
-/// only the window of centres whose weight can be above rounding, which a bound on that coordinate proves.
+/// Where a group is wide against the bandwidth its centres are put into equal cells along its widest coordinate, in the
+/// order of the cells. A query then needs only the window of centres whose weight can be above rounding, which a bound on
+/// that coordinate proves.
 class Columns {
 public:
     static constexpr int64_t MOST_DIMENSIONS = 24;
@@ -98,7 +99,7 @@ public:
     Columns(const Source& source, const std::function<double(int64_t)>& widest, int threads)
         : M(source.count), D(source.dimensions), padded(round_up(M, 8)), tile(std::clamp<int64_t>(4096 / D / 8 * 8, 128, 1024)),
           pitch(D), data_(source.groups * D * padded), origin_(source.groups * D), order_(source.groups * M),
-          key_(source.groups) {
+          cells_(source.groups), first_(source.groups * (M + 1)) {
         parallel_for(source.groups, threads, [&](int64_t b) { pack(source, b, widest(b)); });
     }
 
@@ -113,16 +114,17 @@ public:
     void window(int64_t b, const double* x, double scale, int64_t& begin, int64_t& end) const {
         begin = 0;
         end = padded;
-        if (key_[b] < 0) return;
-        const double* sorted = data_.get() + (b * D + key_[b]) * padded;
-        const double at = x[key_[b]];
+        const Cells& cells = cells_[b];
+        if (cells.coordinate < 0) return;
+        const double at = x[cells.coordinate];
+        const int32_t* first = first_.get() + b * (M + 1);
         // The nearest of a few centres bounds the distance to the nearest of all.
-        const int64_t near = std::min(lower_bound(sorted, at), padded - 1) / LANES * LANES;
+        const int64_t near = std::min<int64_t>(first[cell(cells, at)], M - 1) / LANES * LANES;
         double a[LANES];
         distances(b, x, 1, near, near + LANES, a, LANES);
         const double reach = std::sqrt(lowest(load(a)) + cut() / scale);
-        begin = std::min(lower_bound(sorted, at - reach), padded - 1) / LANES * LANES;
-        end = std::min(round_up(lower_bound(sorted, at + reach) + 1, LANES), padded);
+        begin = std::min<int64_t>(first[cell(cells, at - reach)], M - 1) / LANES * LANES;
+        end = std::max(round_up(first[cell(cells, at + reach) + 1], LANES), begin + LANES);
     }
 
     void distances(int64_t b, const double* x, int64_t, int64_t begin, int64_t end, double* a, int64_t) const {
@@ -166,9 +168,9 @@ private:
         Buffer<double> rows(M * D);
         double* origin = origin_.get() + b * D;
         for (int64_t j = 0; j < M; ++j) source.read(b, j, 0, D, rows.get() + j * D);
-        int64_t key = 0;
-        double range = -1;
-        bool sortable = M >= 64;
+        Cells& cells = cells_[b] = {-1, 0, 0};
+        double range = 0;
+        bool finite = true;
         for (int64_t d = 0; d < D; ++d) {
             double total = 0, least = INFINITY, most = -INFINITY;
             for (int64_t j = 0; j < M; ++j) {
@@ -178,16 +180,17 @@ private:
                 most = std::max(most, r);
             }
             origin[d] = total / M;
-            if (most - least > range) range = most - least, key = d;
-            // What is not finite (it comes in unchecked from a compiled graph) has no order; it goes on as it is.
-            if (!std::isfinite(total)) sortable = false;
+            // What is not finite (it comes in unchecked from a compiled graph) has no order.
+            finite = finite && std::isfinite(total);
+            if (most - least > range) {
+                range = most - least;
+                cells = {static_cast<int32_t>(d), least - origin[d], M / range};
+            }
         }
+        // Windows pay if one, 2 sqrt(2 cut) sigma wide for a query amid centres, leaves out half of the range.
+        if (!finite || M < 64 || range < 4 * std::sqrt(2 * widest * cut())) cells.coordinate = -1;
         int32_t* order = order_.get() + b * M;
-        for (int64_t j = 0; j < M; ++j) order[j] = static_cast<int32_t>(j);
-        // Sorting pays if a window, 2 sqrt(2 cut) sigma wide for a query amid centres, leaves out half of the range.
-        key_[b] = sortable && range > 4 * std::sqrt(2 * widest * cut()) ? static_cast<int32_t>(key) : -1;
-        if (key_[b] >= 0)
-            std::sort(order, order + M, [&](int32_t i, int32_t j) { return rows[i * D + key] < rows[j * D + key]; });
+        sort(cells, rows.get(), origin, order, first_.get() + b * (M + 1));
         for (int64_t d = 0; d < D; ++d) {
             double* to = data_.get() + (b * D + d) * padded;
             for (int64_t j = 0; j < M; ++j) to[j] = rows[order[j] * D + d] - origin[d];
@@ -195,16 +198,34 @@ private:
         }
     }
 
-    /// First place in [0, padded) whose coordinate is not below `value`, or padded.
-    int64_t lower_bound(const double* sorted, double value) const {
-        const double* first = sorted;
-        for (int64_t length = padded; length > 0;) {  // without branches that depend on the data
-            const int64_t half = length / 2;
-            const bool below = first[half] < value;
-            first = below ? first + half + 1 : first;
-            length = below ? length - half - 1 : half;
+    /// M equal cells along a coordinate (-1: none).
+    struct Cells {
+        int32_t coordinate;
+        double least, per_unit;
+    };
+
+    int64_t cell(const Cells& cells, double value) const {
+        return static_cast<int64_t>(std::clamp((value - cells.least) * cells.per_unit, 0.0, static_cast<double>(M - 1)));
+    }
+
+    /// Fills `order` with the centres cell by cell, and `first` with the place of each cell's first one.
+    void sort(const Cells& cells, const double* rows, const double* origin, int32_t* order, int32_t* first) const {
+        if (cells.coordinate < 0) {
+            for (int64_t j = 0; j < M; ++j) order[j] = static_cast<int32_t>(j);
+            return;
         }
-        return first - sorted;
+        const int64_t d = cells.coordinate;
+        Buffer<int32_t> where(M);
+        std::fill_n(first, M + 1, 0);
+        for (int64_t j = 0; j < M; ++j) {
+            where[j] = static_cast<int32_t>(cell(cells, rows[j * D + d] - origin[d]));
+            ++first[where[j] + 1];
+        }
+        for (int64_t c = 0; c < M; ++c) first[c + 1] += first[c];
+        for (int64_t j = 0; j < M; ++j) order[first[where[j]]++] = static_cast<int32_t>(j);
+        // Each entry has moved on to the end of its cell, the place of the next one's first.
+        std::copy_backward(first, first + M, first + M + 1);
+        first[0] = 0;
     }
 
     template <bool DOT>
@@ -248,7 +269,9 @@ private:
     }
 
     Buffer<double> data_, origin_;
-    Buffer<int32_t> order_, key_;
+    Buffer<int32_t> order_;
+    Buffer<Cells> cells_;
+    Buffer<int32_t> first_;
 };
 
 /// Many dimensions: one row a centre, vectors run over coordinates, pairs in register tiles like a matrix product.

@@ -16,14 +16,14 @@ static double lowest_of(const double* a, int64_t n) {
 
 /// w_j = factor e^{-(a_j - least) scale}, or 0 where the exponent is below -cut; returns their sum.
 static double exponentials(const double* a, int64_t n, double least, double scale, double cut, double factor, double* w) {
-    Vec total[2] = {};
+    Vec total = {};
     for (int64_t j = 0; j < n; j += LANES) {
         const Vec exponent = (least - load(a + j)) * scale;
         const Vec weight = exponent > -cut ? exponential(exponent) * factor : Vec{};
         store(w + j, weight);
-        total[j / LANES % 2] += weight;
+        total += weight;
     }
-    return sum(total[0] + total[1]);
+    return sum(total);
 }
 
 template <class Centres>

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from experiments.common.jet import Jet
+
 
 def triangle_means(radius: float) -> Tensor:
     """Vertices of an equilateral triangle of circumradius `radius`, anticlockwise from the top: `[3, 2]`."""
@@ -42,10 +44,23 @@ class GaussianMixture:
         # Direct differences: |x|² + |μ|² - 2 x·μ would cancel far from the origin.
         return (x.unsqueeze(-2) - self.means).square().sum(-1) / (-2 * self.variance)
 
+    @property
+    def _log_norm(self) -> float:
+        return 0.5 * self.dim * math.log(2 * math.pi * self.variance) + math.log(len(self.means))
+
     def log_density(self, x: Tensor) -> Tensor:
         """log p(x), normalised: `[..., D] -> [...]`."""
-        log_norm = 0.5 * self.dim * math.log(2 * math.pi * self.variance) + math.log(len(self.means))
-        return self._kernel_logits(x).logsumexp(-1) - log_norm
+        return self._kernel_logits(x).logsumexp(-1) - self._log_norm
+
+    def log_jet(self, x: Tensor) -> Jet:
+        """log p with its derivatives, one function, at the points x `[D, n]`."""
+        offset = x.unsqueeze(1) - self.means.T.unsqueeze(-1)
+        identity = torch.eye(self.dim, dtype=x.dtype, device=x.device)[..., None, None]
+        return Jet(
+            offset.square().sum(0) / (-2 * self.variance) - self._log_norm,
+            offset / -self.variance,
+            lambda: (identity / -self.variance, x.new_zeros(self.dim, 1, 1)),
+        ).log_sum()
 
     def score(self, x: Tensor) -> Tensor:
         """s(x) = (m(x) - x) / ν², m the posterior mean of the centre (Eq. 16, 17): `[..., D] -> [..., D]`."""

@@ -2,22 +2,20 @@
 
 All controls have the form (rotation of) ∇ψ / p. The templates ψ are handled as log ψ and the quotient as
 exp(log ψ - log p) ∇log ψ, so neither a ψ nor a p that underflows far out can turn a field into NaN, and no
-clamp is needed, which would break ∇·(p u) = 0. The first derivatives are written out; a field is therefore
-differentiable as often as autograd is asked to, with one order less to trace than if the gradient itself
-came from autograd.
+clamp is needed, which would break ∇·(p u) = 0. All derivatives are written out, by `Jet`: the flux loss takes
+them from there, and autograd can differentiate a field as often as it is asked to.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
+from experiments.common.jet import Jet, linear, log_gaussian, log_sigmoid, product, relu
 from experiments.common.mixture import GaussianMixture
 
 Family = Literal["preserving", "violating"]
@@ -25,13 +23,37 @@ FAMILIES: tuple[Family, ...] = ("preserving", "violating")
 CONTROLS = ("rot", "tri", "skew")
 
 
-def rotate(v: Tensor) -> Tensor:
-    """J v with J = [[0, -1], [1, 0]], a quarter turn anticlockwise: `[..., 2] -> [..., 2]`."""
-    return torch.stack([-v[..., 1], v[..., 0]], dim=-1)
+def rotate(v: Tensor, dim: int = -1) -> Tensor:
+    """J v with J = [[0, -1], [1, 0]], a quarter turn anticlockwise of the vectors along `dim`: shape of v."""
+    first, second = v.unbind(dim)
+    return torch.stack([-second, first], dim)
+
+
+def turn(v: Tensor, family: Family) -> Tensor:
+    """R v, R a quarter turn (preserving) or the identity (violating): `[2, ...]`."""
+    return rotate(v, 0) if family == "preserving" else v
+
+
+def points_last(x: Tensor) -> Tensor:
+    """`[..., 2] -> [2, n]`, contiguous, as a `Jet` takes them."""
+    return x.reshape(-1, 2).T.contiguous()
+
+
+class Template:
+    """A positive function ψ of the plane, known by its logarithm."""
+
+    def log_jet(self, x: Tensor) -> Jet:
+        """log ψ with its derivatives, one function, at the points x `[2, n]`."""
+        raise NotImplementedError
+
+    def log_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log ψ `[...]` and ∇log ψ `[..., 2]` at x `[..., 2]`."""
+        jet = self.log_jet(points_last(x))
+        return jet.value.reshape(x.shape[:-1]), jet.gradient[:, 0].T.reshape(x.shape)
 
 
 @dataclass(frozen=True)
-class TriangleTemplate:
+class TriangleTemplate(Template):
     """ψ_tri of Eq. 20-23: a ridge along the edges of a triangle and a low plateau inside it.
 
     Args:
@@ -45,38 +67,32 @@ class TriangleTemplate:
     interior: float = 0.12
     eta: float = 0.9
 
-    def log_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log ψ `[...]` and ∇log ψ `[..., 2]` at x `[..., 2]`."""
-        edge = self.vertices.roll(-1, 0) - self.vertices
-        length = edge.norm(dim=-1)
-        e = edge / length.unsqueeze(-1)
-        n = -rotate(e)  # outward, the vertices being anticlockwise
-        offset = x.unsqueeze(-2) - self.vertices
-        a, d = (offset * e).sum(-1), (offset * n).sum(-1)  # Eq. 20, [..., 3]
+    def log_jet(self, x: Tensor) -> Jet:
+        vertices = self.vertices.T  # vectors along the first dimension, the three edges along the second
+        edge = vertices.roll(-1, 1) - vertices
+        length = edge.norm(dim=0)
+        e = edge / length
+        n = -rotate(e, 0)  # outward, the vertices being anticlockwise
+        offset = x.unsqueeze(1) - vertices.unsqueeze(-1)
+        a, d = (offset * e.unsqueeze(-1)).sum(0), (offset * n.unsqueeze(-1)).sum(0)  # Eq. 20, [3, n]
 
         slope = self.kappa / self.width
-        start, end = slope * a, slope * (length - a)
-        log_ridge = -d.square() / (2 * self.width**2) + logsigmoid(start) + logsigmoid(end)  # Eq. 21
-        along = slope * (torch.sigmoid(-start) - torch.sigmoid(-end))
-        grad_ridge = along.unsqueeze(-1) * e - (d / self.width**2).unsqueeze(-1) * n  # [..., 3, 2]
+        end = slope * length.unsqueeze(-1)
 
-        level = (self.beta * d).logsumexp(-1) / self.beta  # h of Eq. 22
-        grad_level = (self.beta * d).softmax(-1) @ n
-        log_plateau = math.log(self.interior) + logsigmoid(-self.beta * level)
-        grad_plateau = -self.beta * torch.sigmoid(self.beta * level).unsqueeze(-1) * grad_level
+        def gates(t: Tensor) -> tuple[Tensor, ...]:
+            up, down = log_sigmoid(t), log_sigmoid(end - t)
+            return up[0] + down[0], up[1] - down[1], up[2] + down[2], up[3] - down[3]
 
-        # Eq. 23: the bracket is a sum of four positive terms, hence its gradient their softmax-weighted
-        # gradients.
-        log_terms = torch.cat([log_ridge - math.log(3), log_plateau.unsqueeze(-1)], dim=-1)
-        grad_terms = torch.cat([grad_ridge, grad_plateau.unsqueeze(-2)], dim=-2)
-        outside = level.relu()
-        log_psi = log_terms.logsumexp(-1) - outside.square() / (2 * self.eta**2)
-        grad = (log_terms.softmax(-1).unsqueeze(-1) * grad_terms).sum(-2)
-        return log_psi, grad - (outside / self.eta**2).unsqueeze(-1) * grad_level
+        ridges = Jet.along(slope * e, slope * a, gates) + Jet.along(n, d, log_gaussian(self.width))  # Eq. 21
+
+        level = Jet.along(self.beta * n, self.beta * d, linear).log_sum()  # β h, Eq. 22
+        plateau = (-level).through(log_sigmoid)
+        fade = level.through(relu).through(log_gaussian(self.beta * self.eta))
+        return Jet.cat(ridges.times(1 / 3), plateau.times(self.interior)).log_sum() + fade  # Eq. 23
 
 
 @dataclass(frozen=True)
-class SkewTemplate:
+class SkewTemplate(Template):
     """ψ_skew of Eq. 24-26: an anisotropic bump near the lower right mode, heavier on its outer side."""
 
     radius: float = 2.3
@@ -87,21 +103,20 @@ class SkewTemplate:
     bias: float = 0.45
     gamma: float = 1.75
 
-    def log_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log ψ `[...]` and ∇log ψ `[..., 2]` at x `[..., 2]`."""
+    def log_jet(self, x: Tensor) -> Jet:
         alpha = math.radians(self.angle)
-        d = x.new_tensor([math.cos(alpha), math.sin(alpha)])
-        d_perp = rotate(d)
-        r = x - self.distance * self.radius * d
-        r_par, r_perp = (r * d).sum(-1), (r * d_perp).sum(-1)  # Eq. 25
+        d = x.new_tensor([[math.cos(alpha)], [math.sin(alpha)]])
+        d_perp = rotate(d, 0)
+        t, t_perp = (x * d).sum(0, keepdim=True), (x * d_perp).sum(0, keepdim=True)
 
+        bump = Jet.along(d, t - self.distance * self.radius, log_gaussian(self.along))  # Eq. 25
+        bump = bump + Jet.along(d_perp, t_perp, log_gaussian(self.across))
         slope = self.gamma / self.radius
-        gate = torch.sigmoid(slope * (x * d).sum(-1))
-        lift = 1 + self.bias * gate
-        log_psi = -0.5 * ((r_par / self.along).square() + (r_perp / self.across).square()) + lift.log()
-        grad_par = slope * self.bias * gate * (1 - gate) / lift - r_par / self.along**2
-        grad_perp = -r_perp / self.across**2
-        return log_psi, grad_par.unsqueeze(-1) * d + grad_perp.unsqueeze(-1) * d_perp
+        return bump + Jet.along(-slope * d, -slope * t, self._log_lift)
+
+    def _log_lift(self, t: Tensor) -> tuple[Tensor, ...]:
+        """log(1 + bias · sigmoid(-t)), which is log σ(t) - log σ(t - log(1 + bias))."""
+        return tuple(a - b for a, b in zip(log_sigmoid(t), log_sigmoid(t - math.log1p(self.bias)), strict=True))
 
 
 class Controls:
@@ -126,35 +141,83 @@ class Controls:
 
         A rotation keeps the norm, so the factors of the preserving controls are those of their twins as well.
         """
-        self.scales = self._quotients(samples).square().sum(-1).mean(0).rsqrt()
+        self.scales = torch.ones_like(self.scales)
+        self.scales = self.basis(samples, "violating").square().sum(-1).mean(0).rsqrt()
         return self.scales
 
-    def _quotients(self, x: Tensor) -> Tensor:
-        """(∇p/p, ∇ψ_tri/p, ∇ψ_skew/p), unscaled: `[..., 2] -> [..., 3, 2]`."""
-        log_p = self.mixture.log_density(x)
-        columns = [self.mixture.score(x)]
-        for template in (self.triangle, self.skew):
-            log_psi, grad = template.log_and_grad(x)
-            columns.append((log_psi - log_p).exp().unsqueeze(-1) * grad)
-        return torch.stack(columns, dim=-2)
+    def factors(self, family: Family) -> Tensor:
+        """What multiplies each control: its scale factor, and in the preserving family its sign, `[3]`."""
+        return self.scales * self._signs if family == "preserving" else self.scales
+
+    def log_jets(self, x: Tensor) -> tuple[Jet, Jet]:
+        """log p, and (log p, log ψ_tri, log ψ_skew) as three functions, at the points x `[2, n]`."""
+        log_p = self.mixture.log_jet(x)
+        return log_p, Jet.cat(log_p, self.triangle.log_jet(x), self.skew.log_jet(x))
 
     def basis(self, x: Tensor, family: Family) -> Tensor:
         """(c_rot, c_tri, c_skew) at x, Eq. 19 or Eq. 29 rescaled by Eq. 31: `[..., 2] -> [..., 3, 2]`."""
-        scaled = self.scales.unsqueeze(-1) * self._quotients(x)
-        return rotate(scaled) * self._signs.unsqueeze(-1) if family == "preserving" else scaled
+        log_p, log_psi = self.log_jets(points_last(x))
+        weights = self.factors(family).unsqueeze(-1) * (log_psi.value - log_p.value).exp()
+        return (weights * turn(log_psi.gradient, family)).permute(2, 1, 0).reshape(*x.shape[:-1], 3, 2)
 
-    def perturbation(self, x: Tensor, theta: Tensor, family: Family) -> Tensor:
-        """u_θ(x) = Σ_k θ_k c_k(x), Eq. 18 or 30: `[..., 2] -> [..., 2]`, θ `[3]`."""
-        return (theta.unsqueeze(-1) * self.basis(x, family)).sum(-2)
-
-    def field(self, theta: Tensor, family: Family) -> Callable[[Tensor], Tensor]:
-        """f_θ = s_σ + u_θ (Eq. 18) as a function of points `[..., 2]`."""
-        return lambda x: self.mixture.score(x) + self.perturbation(x, theta, family)
+    def field(self, theta: Tensor, family: Family) -> Field:
+        """f_θ = s_σ + u_θ (Eq. 18 or 30), θ `[3]`."""
+        return Field(self, theta, family)
 
     def stream(self, x: Tensor) -> Tensor:
         """Ψ_k with p c_k = J∇Ψ_k for the preserving controls: `[..., 2] -> [..., 3]`.
 
         p u_θ = J∇(Σ_k θ_k Ψ_k), with Ψ = scale · (p, -ψ_tri, ψ_skew).
         """
-        logs = [self.mixture.log_density(x), self.triangle.log_and_grad(x)[0], self.skew.log_and_grad(x)[0]]
-        return self.scales * self._signs * torch.stack(logs, dim=-1).exp()
+        psi = self.log_jets(points_last(x))[1].value.exp()
+        return self.factors("preserving") * psi.T.reshape(*x.shape[:-1], 3)
+
+
+@dataclass(frozen=True)
+class Field:
+    """f = s + Σ_k g_k e^{a_k} R∇b_k at points `[..., 2]`, with the derivatives that the flux loss needs.
+
+    b = (log p, log ψ_tri, log ψ_skew), a_k = b_k - log p, g_k is θ_k times the control's scale and sign, and R a
+    quarter turn (preserving) or the identity (violating).
+    """
+
+    controls: Controls
+    theta: Tensor
+    family: Family
+
+    def __call__(self, x: Tensor) -> Tensor:
+        log_p, b = self.controls.log_jets(points_last(x))
+        u = (self._weights(log_p, b) * turn(b.gradient, self.family)).sum(1)
+        return (log_p.gradient[:, 0] + u).T.reshape(x.shape)
+
+    def endpoint_gradient(self, z: Tensor, score: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
+        """∇(∇·f) + J_fᵀ s and f, each of the shape of z, as `fluxmatching.endpoint` asks for them.
+
+        With B, A and H the Hessians of b, a and log p, the product rule gives for a control e^a R∇b
+
+            e^a [ ∇a (R∇b·(∇a + s) + tr RB) + A R∇b + B Rᵀ(∇a + s) + ∇ tr RB ],        A = B - H,
+
+        where tr RB is Δb for the identity, and 0 for a quarter turn because B is symmetric.
+
+        Raises:
+            ValueError: a probe is given; the closed form is that of the exact divergence.
+        """
+        if probe is not None:
+            raise ValueError("the controllable fields have a closed form of divergence='exact' alone")
+        s = points_last(score).unsqueeze(1)
+        log_p, b = self.controls.log_jets(points_last(z))
+        weights, turned = self._weights(log_p, b), turn(b.gradient, self.family)
+        slope = b.gradient - log_p.gradient
+        pulled = slope + s
+        if self.family == "preserving":
+            turned_back, trace, trace_gradient = -rotate(pulled, 0), 0.0, 0.0
+        else:
+            turned_back, trace, trace_gradient = pulled, b.laplacian, b.laplacian_gradient
+        terms = slope * ((turned * pulled).sum(0) + trace) + product(b.hessian, turned + turned_back) + trace_gradient
+        u = (weights * turned).sum(1, keepdim=True)
+        gradient = log_p.laplacian_gradient + product(log_p.hessian, s - u) + (weights * terms).sum(1, keepdim=True)
+        return gradient[:, 0].T.reshape(z.shape), (log_p.gradient + u)[:, 0].T.reshape(z.shape)
+
+    def _weights(self, log_p: Jet, b: Jet) -> Tensor:
+        """g_k e^{a_k}, `[3, n]`."""
+        return (self.theta * self.controls.factors(self.family)).unsqueeze(-1) * (b.value - log_p.value).exp()
