@@ -10,11 +10,17 @@
 //   moments     out_n += sum_j w_nj r_j
 //   outer       out_j += sum_n w_nj v_n
 
+/// Room for n doubles in an odd number of cache lines: rows a power of two apart would fall on the same few cache sets.
+static int64_t odd_lines(int64_t n) {
+    const int64_t lines = (n + 7) / 8;
+    return 8 * (lines % 2 ? lines : lines + 1);
+}
+
 /// What a layout is made from: raw centre coordinates [B, M, D], computed where they are needed.
 struct Source {
     int64_t groups, count, dimensions;
-    /// Columns [first, last) of row j of group b.
-    std::function<void(int64_t b, int64_t j, int64_t first, int64_t last, double* out)> read;
+    /// Coordinates [first, last) of all centres of group b, into rows `pitch` apart.
+    std::function<void(int64_t b, int64_t first, int64_t last, double* out, int64_t pitch)> read;
 };
 
 /// Adds to `out` [P, width] the product of weights [P, K] and rows [K, width], register tile by register tile.
@@ -98,12 +104,12 @@ public:
     /// `widest` is the largest variance sigma^2 that the queries of group b will have.
     Columns(const Source& source, const std::function<double(int64_t)>& widest, int threads)
         : M(source.count), D(source.dimensions), padded(round_up(M, 8)), tile(std::clamp<int64_t>(4096 / D / 8 * 8, 128, 1024)),
-          pitch(D), data_(source.groups * D * padded), origin_(source.groups * D), order_(source.groups * M),
+          pitch(D), stride_(odd_lines(M)), data_(source.groups * D * stride_), origin_(source.groups * D), order_(source.groups * M),
           cells_(source.groups), first_(source.groups * (M + 1)) {
         parallel_for(source.groups, threads, [&](int64_t b) { pack(source, b, widest(b)); });
     }
 
-    int64_t outer_size(int64_t V) const { return V * padded; }
+    int64_t outer_size(int64_t V) const { return V * stride_; }
     Product product(int64_t, int64_t) const { return Product(0, 0); }
     const double* origin(int64_t b) const { return origin_.get() + b * D; }
 
@@ -135,28 +141,28 @@ public:
     }
 
     void moments(int64_t b, const double* w, int64_t, int64_t begin, int64_t end, int64_t, double* out, Product&) const {
-        const double* r = data_.get() + b * D * padded + begin;
+        const double* r = data_.get() + b * D * stride_ + begin;
         int64_t d = 0;
-        for (; d + 4 <= D; d += 4) moment<4, 2>(r + d * padded, w, end - begin, out + d);
-        for (; d + 2 <= D; d += 2) moment<2, 4>(r + d * padded, w, end - begin, out + d);
-        for (; d < D; ++d) moment<1, 8>(r + d * padded, w, end - begin, out + d);
+        for (; d + 4 <= D; d += 4) moment<4, 2>(r + d * stride_, w, end - begin, out + d);
+        for (; d + 2 <= D; d += 2) moment<2, 4>(r + d * stride_, w, end - begin, out + d);
+        for (; d < D; ++d) moment<1, 8>(r + d * stride_, w, end - begin, out + d);
     }
 
-    /// `out` is [V, padded].
+    /// `out` is [V, stride].
     void outer(const double* w, int64_t, int64_t begin, int64_t end, int64_t, const double* v, int64_t V, int64_t, double* out,
                Product&) const {
         for (int64_t i = 0; i < V; ++i) {
-            double* to = out + i * padded + begin;
+            double* to = out + i * stride_ + begin;
             for (int64_t j = 0; j < end - begin; j += LANES) store(to + j, load(to + j) + load(w + j) * v[i]);
         }
     }
 
     /// Row j of an `outer` result, j as in the source; and the coordinates of that centre.
     void collect(const double* outer, int64_t place, int64_t V, double* row) const {
-        for (int64_t i = 0; i < V; ++i) row[i] = outer[i * padded + place];
+        for (int64_t i = 0; i < V; ++i) row[i] = outer[i * stride_ + place];
     }
     void coordinates(int64_t b, int64_t place, double* row) const {
-        for (int64_t d = 0; d < D; ++d) row[d] = data_[(b * D + d) * padded + place];
+        for (int64_t d = 0; d < D; ++d) row[d] = data_[(b * D + d) * stride_ + place];
     }
     /// Which centre of the source is at a place.
     int64_t source_index(int64_t b, int64_t place) const { return order_[b * M + place]; }
@@ -167,7 +173,7 @@ private:
     void pack(const Source& source, int64_t b, double widest) {
         Buffer<double> rows(M * D);
         double* origin = origin_.get() + b * D;
-        for (int64_t j = 0; j < M; ++j) source.read(b, j, 0, D, rows.get() + j * D);
+        source.read(b, 0, D, rows.get(), D);
         Cells& cells = cells_[b] = {-1, 0, 0};
         double range = 0;
         bool finite = true;
@@ -192,7 +198,7 @@ private:
         int32_t* order = order_.get() + b * M;
         sort(cells, rows.get(), origin, order, first_.get() + b * (M + 1));
         for (int64_t d = 0; d < D; ++d) {
-            double* to = data_.get() + (b * D + d) * padded;
+            double* to = data_.get() + (b * D + d) * stride_;
             for (int64_t j = 0; j < M; ++j) to[j] = rows[order[j] * D + d] - origin[d];
             std::fill(to + M, to + padded, to[M - 1]);  // their weights are set to 0 by the callers
         }
@@ -230,17 +236,17 @@ private:
 
     template <bool DOT>
     void each_pair(int64_t b, const double* x, int64_t begin, int64_t end, double* out) const {
-        const double* r = data_.get() + b * D * padded;
+        const double* r = data_.get() + b * D * stride_;
         int64_t j = begin;
         for (; j + 8 * LANES <= end; j += 8 * LANES) pairs<DOT, 8>(r + j, x, out + j - begin);
         for (; j < end; j += LANES) pairs<DOT, 1>(r + j, x, out + j - begin);
     }
     template <bool DOT, int UNROLL>
-    FLUX_INLINE void pairs_body(const double* r, const double* x, double* out, int64_t D, int64_t padded) {
+    FLUX_INLINE void pairs_body(const double* r, const double* x, double* out, int64_t D, int64_t stride) {
         Vec total[UNROLL] = {};
         for (int64_t d = 0; d < D; ++d)
             for (int u = 0; u < UNROLL; ++u) {
-                const Vec here = load(r + d * padded + u * LANES);
+                const Vec here = load(r + d * stride + u * LANES);
                 const Vec difference = x[d] - here;
                 total[u] += DOT ? x[d] * here : difference * difference;
             }
@@ -248,7 +254,7 @@ private:
     }
     template <bool DOT, int UNROLL>
     void pairs(const double* r, const double* x, double* out) const {
-        pairs_body<DOT, UNROLL>(r, x, out, D, padded);
+        pairs_body<DOT, UNROLL>(r, x, out, D, stride_);
     }
 
     template <int WIDTH, int UNROLL>
@@ -258,16 +264,17 @@ private:
         for (; j + UNROLL * LANES <= n; j += UNROLL * LANES)
             for (int u = 0; u < UNROLL; ++u) {
                 const Vec weight = load(w + j + u * LANES);
-                for (int i = 0; i < WIDTH; ++i) total[i][u] += weight * load(r + i * padded + j + u * LANES);
+                for (int i = 0; i < WIDTH; ++i) total[i][u] += weight * load(r + i * stride_ + j + u * LANES);
             }
         for (; j < n; j += LANES)
-            for (int i = 0; i < WIDTH; ++i) total[i][0] += load(w + j) * load(r + i * padded + j);
+            for (int i = 0; i < WIDTH; ++i) total[i][0] += load(w + j) * load(r + i * stride_ + j);
         for (int i = 0; i < WIDTH; ++i) {
             for (int u = 1; u < UNROLL; ++u) total[i][0] += total[i][u];
             out[i] += sum(total[i][0]);
         }
     }
 
+    const int64_t stride_;  // between coordinates
     Buffer<double> data_, origin_;
     Buffer<int32_t> order_;
     Buffer<Cells> cells_;
@@ -282,24 +289,18 @@ public:
 
     Rows(const Source& source, const std::function<double(int64_t)>&, int threads)
         : M(source.count), D(source.dimensions), padded(round_up(M, 8)), tile(256), width(round_up(D, LANES)),
-          pitch(row_pitch(D)), data_(source.groups * padded * pitch), origin_(source.groups * pitch) {
+          pitch(odd_lines(D)), data_(source.groups * padded * pitch), origin_(source.groups * pitch) {
         const int64_t chunks = (pitch + CHUNK - 1) / CHUNK;
         parallel_for(source.groups * chunks, threads, [&](int64_t task) { pack(source, task / chunks, task % chunks * CHUNK); });
     }
 
-    int64_t outer_size(int64_t V) const { return padded * row_pitch(V); }
+    int64_t outer_size(int64_t V) const { return padded * odd_lines(V); }
     Product product(int64_t queries, int64_t centres) const { return Product(queries, centres); }
     const double* origin(int64_t b) const { return origin_.get() + b * pitch; }
     double cut() const { return 42 + std::log(static_cast<double>(M)); }
     void window(int64_t, const double*, double, int64_t& begin, int64_t& end) const {
         begin = 0;
         end = padded;
-    }
-
-    /// Rows of doubles start an odd number of cache lines apart: a power of two would map them all to the same few sets.
-    static int64_t row_pitch(int64_t n) {
-        const int64_t lines = (n + 7) / 8;
-        return 8 * (lines % 2 ? lines : lines + 1);
     }
 
     void distances(int64_t b, const double* x, int64_t rows, int64_t begin, int64_t end, double* a, int64_t a_pitch) const {
@@ -313,14 +314,14 @@ public:
         product.accumulate(w, w_pitch, 1, rows, end - begin, data_.get() + (b * padded + begin) * pitch, pitch, width, out,
                            pitch);
     }
-    /// `out` is [padded, row_pitch(V)].
+    /// `out` is [padded, odd_lines(V)].
     void outer(const double* w, int64_t rows, int64_t begin, int64_t end, int64_t w_pitch, const double* v, int64_t V,
                int64_t v_pitch, double* out, Product& product) const {
-        product.accumulate(w, 1, w_pitch, end - begin, rows, v, v_pitch, round_up(V, LANES), out + begin * row_pitch(V),
-                           row_pitch(V));
+        product.accumulate(w, 1, w_pitch, end - begin, rows, v, v_pitch, round_up(V, LANES), out + begin * odd_lines(V),
+                           odd_lines(V));
     }
     void collect(const double* outer, int64_t place, int64_t V, double* row) const {
-        std::copy_n(outer + place * row_pitch(V), V, row);
+        std::copy_n(outer + place * odd_lines(V), V, row);
     }
     void coordinates(int64_t b, int64_t place, double* row) const {
         std::copy_n(data_.get() + (b * padded + place) * pitch, D, row);
@@ -338,11 +339,9 @@ private:
         double* rows = data_.get() + b * padded * pitch;
         double* origin = origin_.get() + b * pitch;
         std::fill(origin + first, origin + last, 0.0);
-        for (int64_t j = 0; j < M; ++j) {
-            double* row = rows + j * pitch;
-            if (inside > first) source.read(b, j, first, inside, row + first);
-            for (int64_t d = first; d < inside; ++d) origin[d] += row[d];
-        }
+        if (inside > first) source.read(b, first, inside, rows + first, pitch);
+        for (int64_t j = 0; j < M; ++j)
+            for (int64_t d = first; d < inside; ++d) origin[d] += rows[j * pitch + d];
         for (int64_t d = first; d < inside; ++d) origin[d] /= M;
         for (int64_t j = 0; j < padded; ++j) {
             double* row = rows + j * pitch;

@@ -4,8 +4,8 @@
 
 /// The centres given by an array [B, M, D]; one set serves all groups if they share it.
 static Source source_of(const Array& refs, int64_t groups, int64_t count, int64_t dimensions) {
-    return {groups, count, dimensions, [refs](int64_t b, int64_t j, int64_t first, int64_t last, double* out) {
-                refs.at(b, j, first).load(1, last - first, out, last - first);
+    return {groups, count, dimensions, [refs, count](int64_t b, int64_t first, int64_t last, double* out, int64_t pitch) {
+                refs.at(b, 0, first).load(count, last - first, out, pitch);
             }};
 }
 

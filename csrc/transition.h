@@ -5,15 +5,15 @@
 // Included inside of a target's namespace.
 
 static Source means_of(const TransitionArguments& args) {
-    return {args.shape.B, args.shape.M, args.shape.D, [&args](int64_t b, int64_t i, int64_t first, int64_t last, double* out) {
+    return {args.shape.B, args.shape.M, args.shape.D,
+            [&args](int64_t b, int64_t first, int64_t last, double* out, int64_t pitch) {
                 const double pull = -std::expm1(-args.tau.number(b));
-                double shift[64];
-                for (int64_t d = first; d < last; d += 64) {
-                    const int64_t count = std::min<int64_t>(64, last - d);
-                    args.x0.at(b, i, d).load(1, count, out + d - first, count);
-                    args.shift0.at(b, i, d).load(1, count, shift, count);
-                    for (int64_t k = 0; k < count; ++k) out[d - first + k] += pull * shift[k];
-                }
+                const int64_t starts = args.shape.M, columns = last - first;
+                Buffer<double> shift(starts * columns);
+                args.x0.at(b, 0, first).load(starts, columns, out, pitch);
+                args.shift0.at(b, 0, first).load(starts, columns, shift.get(), columns);
+                for (int64_t i = 0; i < starts; ++i)
+                    for (int64_t d = 0; d < columns; ++d) out[i * pitch + d] += pull * shift[i * columns + d];
             }};
 }
 

@@ -243,6 +243,7 @@ def flux_losses(
     minibatches: int,
     generator: torch.Generator,
     backend: str | None = None,
+    endpoint: str = "closed_form",
 ) -> Tensor:
     """Monte Carlo estimates of the Flux Matching loss of f_θ (Eq. 6), one a minibatch: `[minibatches]`.
 
@@ -265,7 +266,7 @@ def flux_losses(
         grouped=True,
         horizon=UniformHorizon(),
         divergence="exact",
-        endpoint="reverse",
+        endpoint=endpoint,
         draws=Draws(tau=tau, start=normal[0], chain=normal[1:], probe=None),
         backend=backend,
     )

@@ -1,18 +1,19 @@
 """The network's part of ∇r at the end of a chain: ∇(∇·f) + J_fᵀ s.
 
 It is the derivative at α = 0 of J_f(z + α ε)ᵀ(ε + α s), averaged over probes ε (Hutchinson) or summed over a basis,
-hence a directional derivative of one vector-Jacobian product. Three ways to take it, the same in exact arithmetic:
+hence a directional derivative of one vector-Jacobian product. Four ways to take it, the same in exact arithmetic:
 
 - "reverse": twice reverse mode. Exact; needs a network that can be differentiated twice.
 - "forward": forward mode over reverse mode (`torch.func`). Exact; needs forward-mode rules for every op.
 - "central": central difference of two ordinary backward passes. Needs first derivatives only. Both sides see the same
   dropout mask, except inside `torch.compile`. Autocast is off, for rounding to bfloat16 is not small beside the step.
+- "closed_form": the field says it itself, by its method `endpoint_gradient`; see `ClosedForm`. Takes no derivative.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,9 +22,33 @@ Field = Callable[[Tensor], Tensor]
 # torch annotates these as if has_aux were always possible, with results of two or three.
 _jvp: Any = torch.func.jvp
 _vjp: Any = torch.func.vjp
-METHODS = ("reverse", "forward", "central")
+METHODS = ("reverse", "forward", "central", "closed_form")
 # Step of the central difference, in units of the points' root-mean-square spread √(σ² + σ_data²).
 RELATIVE_STEP = 0.003
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """A field that knows ∇(∇·f) + J_fᵀ s by itself: what endpoint="closed_form" asks for."""
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        """f(z), shape of z."""
+
+    def endpoint_gradient(self, z: Tensor, score: Tensor, probe: Tensor | None, /) -> tuple[Tensor, Tensor]:
+        """(gradient, f(z)), both of the shape of z; called without gradients.
+
+        In components, over all dimensions of the event, s and ε held fixed:
+
+            gradient_d = Σ_i ∂_d ∂_i f_i + Σ_i s_i ∂_d f_i              probe None: the exact divergence
+            gradient_d = Σ_ij ε_i ε_j ∂_d ∂_j f_i + Σ_i s_i ∂_d f_i     with a probe ε (Hutchinson)
+
+        A field that knows one of the two raises an error for the other.
+
+        Args:
+            z: points, `[n, *event]`, in a grouped loss `[n, G, D]`; to be read only.
+            score: s, shape of z. The formula is to hold whatever it is.
+            probe: ε, shape of z, or None.
+        """
 
 
 def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> Tensor:
@@ -63,31 +88,66 @@ def endpoint_gradient(
         z: `[N, *event]`.
         score: s(z), shape of z.
         probe: ε, shape of z; None takes the exact divergence, at the price of one pass for each coordinate.
-        method: "reverse", "forward" or "central".
+        method: "reverse", "forward", "central" or "closed_form".
         grouped: `[N, G, D]` whose groups the field treats independently: the exact divergence then needs D passes.
         chunk: samples that go through the field at once; None for all.
         spread: root-mean-square spread of the points, which scales the step of "central".
 
     Returns:
         (gradient, f), each shape of z.
+
+    Raises:
+        TypeError: "closed_form" and a field that is no `ClosedForm`, or whose method returns something else.
+        ValueError: the field's results have another shape than z.
+        RuntimeError: the field cannot be differentiated that way, or not here.
     """
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        raise RuntimeError("the field's derivatives cannot be taken inside torch.inference_mode(); use torch.no_grad()")
-    way = {"reverse": _reverse, "forward": _forward, "central": _central}[method]
     size = chunk or z.shape[0]
     gradients, values = [], []
     for start in range(0, z.shape[0], size):
         rows = slice(start, start + size)
-        probes = basis(z[rows], grouped) if probe is None else iter((probe[rows],))
-        try:
-            gradient, value = way(field, z[rows].detach(), score[rows], probes, spread)
-        except (RuntimeError, NotImplementedError) as error:
-            if (explained := _explained(error, method)) is None:
-                raise
-            raise explained from error
+        part = None if probe is None else probe[rows]
+        if method == "closed_form":
+            gradient, value = _closed_form(field, z[rows].detach(), score[rows], part)
+        else:
+            probes = basis(z[rows], grouped) if part is None else iter((part,))
+            gradient, value = _differentiated(field, z[rows].detach(), score[rows], probes, method, spread)
         gradients.append(gradient)
         values.append(value.detach())
     return torch.cat(gradients), torch.cat(values)
+
+
+def _closed_form(field: Field, z: Tensor, score: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not isinstance(field, ClosedForm):
+        raise TypeError(
+            f"endpoint='closed_form' needs a field with the method endpoint_gradient(z, score, probe) -> "
+            f"(gradient, f); {type(field).__name__} has none"
+        )
+    with torch.no_grad():
+        result = field.endpoint_gradient(z, score, probe)
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)):
+        raise TypeError(f"endpoint_gradient of the field must return two tensors (gradient, f), got {result!r}")
+    for name, part in zip(("gradient", "f"), result, strict=True):
+        if part.shape != z.shape:
+            raise ValueError(
+                f"endpoint_gradient of the field must return {name} in the shape of z, {list(z.shape)}, got "
+                f"{list(part.shape)}"
+            )
+    gradient, f = result
+    return gradient.to(z.dtype), f.to(z.dtype)
+
+
+def _differentiated(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], method: str, spread: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise RuntimeError("the field's derivatives cannot be taken inside torch.inference_mode(); use torch.no_grad()")
+    way = {"reverse": _reverse, "forward": _forward, "central": _central}[method]
+    try:
+        return way(field, z, score, probes, spread)
+    except (RuntimeError, NotImplementedError) as error:
+        if (explained := _explained(error, method)) is None:
+            raise
+        raise explained from error
 
 
 def _explained(error: Exception, method: str) -> Exception | None:

@@ -76,7 +76,7 @@ def flux_target(
 ) -> FluxTarget:
     """The detached half of the Flux Matching loss: where the field is evaluated, and q̂ there.
 
-    Arguments and errors as in `flux_matching_loss`. For losses that need more than one number a sample, such as one
+    Arguments and errors as in `flux_matching_loss`, `endpoint` among them. For losses that need more than one number a sample, such as one
     for each group: `target.loss(field)` keeps the event's dimensions.
     """
     function = "flux_matching_loss"
@@ -212,7 +212,8 @@ def flux_matching_loss(
         estimator: "cross_chain" averages over all chains of the minibatch (Eq. 9); "single_chain" takes each sample's
             own chain, differentiated pathwise (Sec. D.2).
         endpoint: how the field's second derivatives at x_τ are taken; see `fluxmatching.endpoint`. "reverse" and
-            "forward" are exact; "central" needs no double backward.
+            "forward" are exact; "central" needs no double backward; "closed_form" asks the field, by its method
+            `endpoint_gradient(z, score, probe) -> (∇(∇·f) + J_fᵀ s, f)`, probe None with the exact divergence.
         divergence: "hutchinson" (one probe ε of random signs) or "exact" (one pass for each coordinate; grouped: for
             each coordinate of a group, which supposes that the field does not mix groups).
         chunk: samples that go through the endpoint's derivatives at once; None for all. Bounds the memory.
@@ -289,6 +290,7 @@ def noise_annealed_flux_loss(
         x: clean minibatch, `[N, *event]`.
         sigma: σ > 0, shared by the minibatch.
         normalizer: s_η.
+        endpoint: as in `flux_matching_loss`, but for "closed_form": the method knows no σ.
         The others: as in `flux_matching_loss`.
     """
     check_tensor("noise_annealed_flux_loss", "x", x)
@@ -296,6 +298,11 @@ def noise_annealed_flux_loss(
     if level.ndim:
         raise ValueError(f"noise_annealed_flux_loss: sigma must be one number, got shape {list(level.shape)}")
     horizon = UniformHorizon() if horizon is None else horizon
+    if endpoint == "closed_form":
+        raise ValueError(
+            "noise_annealed_flux_loss: endpoint='closed_form' is for fields f(z) without a noise level; give one that "
+            "holds its own σ to flux_matching_loss"
+        )
     at_level: Field = lambda z: field(z, level)  # noqa: E731
     target = flux_target(
         at_level,
