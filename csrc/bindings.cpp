@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -129,9 +130,15 @@ PYBIND11_MODULE(_kernels, module) {
                                         View sigma2, View tau, int64_t values_count, View result) {
         transition(chosen->transition_average, sizes, threads, x0, shift0, xt, sigma2, tau, values, values_count, result);
     });
-    module.def("normals", [](uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, uintptr_t out) {
+    module.def("normals", [](uint64_t seed, uint64_t stream, int64_t steps, int64_t elements, int threads, uintptr_t out) {
         py::gil_scoped_release release;
-        chosen->normals(seed, stream, step, first, count, reinterpret_cast<double*>(out));
+        constexpr int64_t CHUNK = 1 << 14;
+        const int64_t chunks = (elements + CHUNK - 1) / CHUNK;
+        parallel_for(steps * chunks, threads, [&](int64_t task) {
+            const int64_t step = task / chunks, first = task % chunks * CHUNK;
+            chosen->normals(seed, stream, step, first, std::min(CHUNK, elements - first),
+                            reinterpret_cast<double*>(out) + step * elements + first);
+        });
     });
     module.def("rates", [](int threads) {
         py::gil_scoped_release release;

@@ -24,37 +24,42 @@ struct Source {
 };
 
 /// Adds to `out` [P, width] the product of weights [P, K] and rows [K, width], register tile by register tile.
-/// P is at most the number of rows of `out` rounded up to TILE; weights that are 0 cost nothing where a tile has no other.
+/// Weights that are 0 cost nothing where a register tile has no other.
 class Product {
 public:
     /// Room for P x K weights, P and K in either order.
-    explicit Product(int64_t P, int64_t K)
-        : weights_(round_up(P, TILE) * round_up(K, TILE)), index_(round_up(P, TILE) * round_up(K, TILE) / TILE),
-          used_(std::max(P, K) / TILE + 1) {}
+    Product(int64_t P, int64_t K)
+        : weights_(round_up(std::max(P, K), HEIGHT) * INNER), index_(round_up(std::max(P, K), HEIGHT) / HEIGHT * INNER),
+          used_(std::max(P, K) / HEIGHT + 1) {}
 
     /// weight(p, k) = w[p * row_stride + k * inner_stride]
     void accumulate(const double* w, int64_t row_stride, int64_t inner_stride, int64_t P, int64_t K, const double* rows,
                     int64_t pitch, int64_t width, double* out, int64_t out_pitch) {
-        inner_ = K;
-        gather(w, row_stride, inner_stride, P, K);
-        int64_t d = 0;
-        for (; d + TILE * LANES <= width; d += TILE * LANES) columns<TILE>(P, rows + d, pitch, out + d, out_pitch);
-        for (; d < width; d += LANES) columns<1>(P, rows + d, pitch, out + d, out_pitch);
+        for (int64_t k = 0; k < K; k += INNER) {
+            gather(w + k * inner_stride, row_stride, inner_stride, P, std::min(INNER, K - k));
+            const double* from = rows + k * pitch;
+            int64_t d = 0;
+            for (; d + WIDTH * LANES <= width; d += WIDTH * LANES) columns<WIDTH>(P, from + d, pitch, out + d, out_pitch);
+            for (; d < width; d += LANES) columns<1>(P, from + d, pitch, out + d, out_pitch);
+        }
     }
 
 private:
+    // Rows taken at once: a column of register tiles of them, 256 bytes each, stays in a first-level cache.
+    static constexpr int64_t INNER = 128;
+
     /// The weights of each tile of rows side by side, with the indices k at which one of them is not 0.
-    void gather(const double* w, int64_t row_stride, int64_t inner_stride, int64_t P, int64_t K) {
-        for (int64_t p = 0; p < P; p += TILE) {
-            const int64_t tile = p / TILE, height = std::min<int64_t>(TILE, P - p);
-            double* to = weights_.get() + tile * TILE * inner_;
-            int32_t* index = index_.get() + tile * inner_;
+    __attribute__((noinline)) void gather(const double* w, int64_t row_stride, int64_t inner_stride, int64_t P, int64_t K) {
+        for (int64_t p = 0; p < P; p += HEIGHT) {
+            const int64_t tile = p / HEIGHT, height = std::min<int64_t>(HEIGHT, P - p);
+            double* to = weights_.get() + tile * HEIGHT * INNER;
+            int32_t* index = index_.get() + tile * INNER;
             int64_t used = 0;
             for (int64_t k = 0; k < K; ++k) {
                 bool any = false;
-                for (int64_t i = 0; i < TILE; ++i) {
+                for (int64_t i = 0; i < HEIGHT; ++i) {
                     const double value = i < height ? w[(p + i) * row_stride + k * inner_stride] : 0;
-                    to[used * TILE + i] = value;
+                    to[used * HEIGHT + i] = value;
                     any |= value != 0;
                 }
                 index[used] = static_cast<int32_t>(k);
@@ -64,27 +69,28 @@ private:
         }
     }
 
-    template <int WIDTH>
-    void columns(int64_t P, const double* rows, int64_t pitch, double* out, int64_t out_pitch) {
-        for (int64_t p = 0; p < P; p += TILE) {
-            const int64_t tile = p / TILE, height = std::min<int64_t>(TILE, P - p);
-            const double* w = weights_.get() + tile * TILE * inner_;
-            const int32_t* index = index_.get() + tile * inner_;
-            Vec total[TILE][WIDTH] = {};
+    template <int VECTORS>
+    __attribute__((noinline)) void columns(int64_t P, const double* rows, int64_t pitch, double* out, int64_t out_pitch) {
+        for (int64_t p = 0; p < P; p += HEIGHT) {
+            const int64_t tile = p / HEIGHT, height = std::min<int64_t>(HEIGHT, P - p);
+            const double* w = weights_.get() + tile * HEIGHT * INNER;
+            const int32_t* index = index_.get() + tile * INNER;
+            Vec total[HEIGHT][VECTORS] = {};
             for (int64_t k = 0; k < used_[tile]; ++k) {
                 const double* row = rows + index[k] * pitch;
-                for (int i = 0; i < TILE; ++i)
-                    for (int u = 0; u < WIDTH; ++u) total[i][u] += w[k * TILE + i] * load(row + u * LANES);
+                FLUX_UNROLL for (int i = 0; i < HEIGHT; ++i)
+                    FLUX_UNROLL for (int u = 0; u < VECTORS; ++u) total[i][u] += w[k * HEIGHT + i] * load(row + u * LANES);
             }
-            for (int64_t i = 0; i < height; ++i)
-                for (int u = 0; u < WIDTH; ++u) {
+            FLUX_UNROLL for (int i = 0; i < HEIGHT; ++i) {
+                if (i >= height) break;
+                FLUX_UNROLL for (int u = 0; u < VECTORS; ++u) {
                     double* to = out + (p + i) * out_pitch + u * LANES;
                     store(to, load(to) + total[i][u]);
                 }
+            }
         }
     }
 
-    int64_t inner_ = 0;
     Buffer<double> weights_;
     Buffer<int32_t> index_;
     Buffer<int64_t> used_;
@@ -127,7 +133,7 @@ public:
         // The nearest of a few centres bounds the distance to the nearest of all.
         const int64_t near = std::min<int64_t>(first[cell(cells, at)], M - 1) / LANES * LANES;
         double a[LANES];
-        distances(b, x, 1, near, near + LANES, a, LANES);
+        pairs<false, 1>(data_.get() + b * D * stride_ + near, x, a);
         const double reach = std::sqrt(lowest(load(a)) + cut() / scale);
         begin = std::min<int64_t>(first[cell(cells, at - reach)], M - 1) / LANES * LANES;
         end = std::max(round_up(first[cell(cells, at + reach) + 1], LANES), begin + LANES);
@@ -211,7 +217,8 @@ private:
     };
 
     int64_t cell(const Cells& cells, double value) const {
-        return static_cast<int64_t>(std::clamp((value - cells.least) * cells.per_unit, 0.0, static_cast<double>(M - 1)));
+        const double place = (value - cells.least) * cells.per_unit;
+        return place > 0 ? static_cast<int64_t>(std::min(place, static_cast<double>(M - 1))) : 0;
     }
 
     /// Fills `order` with the centres cell by cell, and `first` with the place of each cell's first one.
@@ -242,34 +249,29 @@ private:
         for (; j < end; j += LANES) pairs<DOT, 1>(r + j, x, out + j - begin);
     }
     template <bool DOT, int UNROLL>
-    FLUX_INLINE void pairs_body(const double* r, const double* x, double* out, int64_t D, int64_t stride) {
+    void pairs(const double* r, const double* x, double* out) const {
         Vec total[UNROLL] = {};
         for (int64_t d = 0; d < D; ++d)
-            for (int u = 0; u < UNROLL; ++u) {
-                const Vec here = load(r + d * stride + u * LANES);
+            FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) {
+                const Vec here = load(r + d * stride_ + u * LANES);
                 const Vec difference = x[d] - here;
                 total[u] += DOT ? x[d] * here : difference * difference;
             }
-        for (int u = 0; u < UNROLL; ++u) store(out + u * LANES, total[u]);
+        FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) store(out + u * LANES, total[u]);
     }
-    template <bool DOT, int UNROLL>
-    void pairs(const double* r, const double* x, double* out) const {
-        pairs_body<DOT, UNROLL>(r, x, out, D, stride_);
-    }
-
-    template <int WIDTH, int UNROLL>
+    template <int COORDINATES, int UNROLL>
     void moment(const double* r, const double* w, int64_t n, double* out) const {
-        Vec total[WIDTH][UNROLL] = {};
+        Vec total[COORDINATES][UNROLL] = {};
         int64_t j = 0;
         for (; j + UNROLL * LANES <= n; j += UNROLL * LANES)
-            for (int u = 0; u < UNROLL; ++u) {
+            FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) {
                 const Vec weight = load(w + j + u * LANES);
-                for (int i = 0; i < WIDTH; ++i) total[i][u] += weight * load(r + i * stride_ + j + u * LANES);
+                FLUX_UNROLL for (int i = 0; i < COORDINATES; ++i) total[i][u] += weight * load(r + i * stride_ + j + u * LANES);
             }
         for (; j < n; j += LANES)
-            for (int i = 0; i < WIDTH; ++i) total[i][0] += load(w + j) * load(r + i * stride_ + j);
-        for (int i = 0; i < WIDTH; ++i) {
-            for (int u = 1; u < UNROLL; ++u) total[i][0] += total[i][u];
+            FLUX_UNROLL for (int i = 0; i < COORDINATES; ++i) total[i][0] += load(w + j) * load(r + i * stride_ + j);
+        FLUX_UNROLL for (int i = 0; i < COORDINATES; ++i) {
+            FLUX_UNROLL for (int u = 1; u < UNROLL; ++u) total[i][0] += total[i][u];
             out[i] += sum(total[i][0]);
         }
     }
@@ -331,8 +333,9 @@ public:
     const int64_t M, D, padded, tile, width, pitch;
 
 private:
-    static constexpr int64_t CHUNK = 128;   // columns packed at once
-    static constexpr int64_t DEPTH = 384;   // columns of a block of pairs: centres and queries stay in a second-level cache
+    static constexpr int64_t CHUNK = 128;  // columns packed at once
+    // Columns at once: those of a tile of queries stay in a first-level cache while the centres go by.
+    static constexpr int64_t DEPTH = 256;
 
     void pack(const Source& source, int64_t b, int64_t first) {
         const int64_t last = std::min(first + CHUNK, pitch), inside = std::max(std::min(last, D), first);
@@ -355,38 +358,40 @@ private:
     }
 
     template <bool DOT>
-    void each_pair(int64_t b, const double* x, int64_t rows, int64_t begin, int64_t end, double* out, int64_t out_pitch) const {
+    __attribute__((noinline)) void each_pair(int64_t b, const double* x, int64_t rows, int64_t begin, int64_t end, double* out, int64_t out_pitch) const {
         for (int64_t n = 0; n < rows; ++n) std::fill_n(out + n * out_pitch, end - begin, 0.0);
         for (int64_t depth = 0; depth < width; depth += DEPTH) {
             const int64_t columns = std::min(DEPTH, width - depth);
-            for (int64_t j = begin; j < end; j += TILE) {
-                const double* r = data_.get() + (b * padded + j) * pitch + depth;
-                int64_t n = 0;
-                for (; n + TILE <= rows; n += TILE)
-                    pairs<DOT, TILE>(x + n * pitch + depth, r, columns, out + n * out_pitch + j - begin, out_pitch);
-                for (; n < rows; ++n)
-                    pairs<DOT, 1>(x + n * pitch + depth, r, columns, out + n * out_pitch + j - begin, out_pitch);
-            }
+            for (int64_t n = 0; n < rows; n += HEIGHT)
+                for (int64_t j = begin; j < end; j += WIDTH) {
+                    const double *from = x + n * pitch + depth, *r = data_.get() + (b * padded + j) * pitch + depth;
+                    double* to = out + n * out_pitch + j - begin;
+                    if (n + HEIGHT <= rows)
+                        pairs<DOT, HEIGHT>(from, r, columns, to, out_pitch);
+                    else
+                        for (int64_t i = 0; i < rows - n; ++i)
+                            pairs<DOT, 1>(from + i * pitch, r, columns, to + i * out_pitch, out_pitch);
+                }
         }
     }
 
-    /// Adds the contribution of some columns to HEIGHT x TILE pairs.
-    template <bool DOT, int HEIGHT>
+    /// Adds the contribution of some columns to QUERIES x WIDTH pairs.
+    template <bool DOT, int QUERIES>
     void pairs(const double* x, const double* r, int64_t columns, double* out, int64_t out_pitch) const {
-        Vec total[HEIGHT][TILE] = {};
+        Vec total[QUERIES][WIDTH] = {};
         for (int64_t d = 0; d < columns; d += LANES) {
-            Vec centre[TILE];
-            for (int u = 0; u < TILE; ++u) centre[u] = load(r + u * pitch + d);
-            for (int i = 0; i < HEIGHT; ++i) {
+            Vec centre[WIDTH];
+            FLUX_UNROLL for (int u = 0; u < WIDTH; ++u) centre[u] = load(r + u * pitch + d);
+            FLUX_UNROLL for (int i = 0; i < QUERIES; ++i) {
                 const Vec query = load(x + i * pitch + d);
-                for (int u = 0; u < TILE; ++u) {
+                FLUX_UNROLL for (int u = 0; u < WIDTH; ++u) {
                     const Vec difference = query - centre[u];
                     total[i][u] += DOT ? query * centre[u] : difference * difference;
                 }
             }
         }
-        for (int i = 0; i < HEIGHT; ++i)
-            for (int u = 0; u < TILE; ++u) out[i * out_pitch + u] += sum(total[i][u]);
+        FLUX_UNROLL for (int i = 0; i < QUERIES; ++i)
+            FLUX_UNROLL for (int u = 0; u < WIDTH; ++u) out[i * out_pitch + u] += sum(total[i][u]);
     }
 
     Buffer<double> data_, origin_;

@@ -22,7 +22,7 @@ static std::function<double(int64_t)> widest_of(const Array& sigma2, int64_t N) 
 template <class F>
 static void each_block(int64_t groups, int64_t N, int64_t block, int threads, F run) {
     // Smaller blocks where there would be less than one a thread.
-    block = std::min(block, std::max<int64_t>(round_up((groups * N + threads - 1) / threads, TILE), TILE));
+    block = std::min(block, std::max<int64_t>(round_up((groups * N + threads - 1) / threads, HEIGHT), HEIGHT));
     const int64_t blocks = (N + block - 1) / block;
     parallel_for(groups * blocks, threads, [&](int64_t task) {
         const int64_t first = task % blocks * block;

@@ -27,21 +27,45 @@ FLUX_INLINE void box_muller(Word a, Word b, Vec& first, Vec& second) {
     second = radius * sine;
 }
 
-/// Standard normal numbers of elements first, ..., first + count - 1 of one step of a stream.
-static void normals(uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, double* out) {
-    const int64_t last = first + count;
-    for (int64_t block = first / 4; 4 * block < last; block += LANES) {
+// Counters worked on at once, in vectors. Each stage goes over all of them before the next begins: one counter's chain of
+// dependent operations is so long that a processor cannot look ahead to the next by itself.
+constexpr int AT_ONCE = 2;
+
+/// The 4 x LANES x AT_ONCE normal numbers of as many blocks from `block` on.
+static void normal_blocks(uint64_t seed, uint64_t stream, uint64_t step, int64_t block, double* out) {
+    Word word[4][AT_ONCE];
+    for (int v = 0; v < AT_ONCE; ++v) {
+        uint64_t lane[LANES];
+        for (int i = 0; i < LANES; ++i) lane[i] = uint64_t(block + v * LANES + i);
         Word index;
-        for (int i = 0; i < LANES; ++i) index[i] = uint64_t(block + i);
+        std::memcpy(&index, lane, sizeof index);
         Word counter[4] = {index & LOW, index >> 32, step + Word{}, stream + Word{}};
         philox(counter, seed);
-        Vec normal[4];
-        box_muller(counter[0], counter[1], normal[0], normal[1]);
-        box_muller(counter[2], counter[3], normal[2], normal[3]);
-        double together[4 * LANES];
-        for (int i = 0; i < LANES; ++i)
-            for (int word = 0; word < 4; ++word) together[4 * i + word] = normal[word][i];
-        const int64_t from = std::max(first - 4 * block, int64_t{0}), to = std::min(last - 4 * block, int64_t{4 * LANES});
-        std::copy(together + from, together + to, out + 4 * block + from - first);
+        for (int k = 0; k < 4; ++k) word[k][v] = counter[k];
+    }
+    double normal[4][AT_ONCE * LANES];
+    for (int k = 0; k < 4; k += 2)
+        for (int v = 0; v < AT_ONCE; ++v) {
+            Vec first, second;
+            box_muller(word[k][v], word[k + 1][v], first, second);
+            store(normal[k] + v * LANES, first);
+            store(normal[k + 1] + v * LANES, second);
+        }
+    for (int i = 0; i < AT_ONCE * LANES; ++i)
+        for (int k = 0; k < 4; ++k) out[4 * i + k] = normal[k][i];
+}
+
+/// Standard normal numbers of elements first, ..., first + count - 1 of one step of a stream.
+static void normals(uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, double* out) {
+    constexpr int64_t TOGETHER = 4 * LANES * AT_ONCE;
+    const int64_t last = first + count;
+    for (int64_t e = first / 4 * 4; e < last; e += TOGETHER) {
+        if (e >= first && e + TOGETHER <= last) {
+            normal_blocks(seed, stream, step, e / 4, out + e - first);
+        } else {
+            double some[TOGETHER];
+            normal_blocks(seed, stream, step, e / 4, some);
+            for (int64_t i = std::max(first, e); i < std::min(last, e + TOGETHER); ++i) out[i - first] = some[i - e];
+        }
     }
 }

@@ -5,14 +5,17 @@
 // has, so one source serves every machine.
 
 constexpr int LANES = FLUX_LANES;
-// Vectors along one side of a register tile: 4 x 4 accumulators and their operands fill 32 registers.
-constexpr int TILE = FLUX_REGISTERS >= 32 ? 4 : 2;
+// A register tile: HEIGHT x WIDTH accumulators and their operands fit into the registers.
+constexpr int HEIGHT = 4;
+constexpr int WIDTH = FLUX_REGISTERS >= 32 ? 4 : 2;
 
 typedef double Vec __attribute__((vector_size(8 * FLUX_LANES)));
 typedef uint64_t Word __attribute__((vector_size(8 * FLUX_LANES)));
 typedef double Unaligned __attribute__((vector_size(8 * FLUX_LANES), aligned(8), may_alias));
 
 #define FLUX_INLINE static inline __attribute__((always_inline))
+// Before a loop over a register tile: only when it is unrolled whole do its vectors stay in registers.
+#define FLUX_UNROLL _Pragma("GCC unroll 8")
 
 FLUX_INLINE Vec load(const double* p) { return *reinterpret_cast<const Unaligned*>(p); }
 FLUX_INLINE void store(double* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }

@@ -5,6 +5,9 @@ for the numbers are converted on their way into the cache. Functions, arguments 
 `fluxkernels.reference`.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +42,14 @@ def _view(t: Tensor | None) -> tuple[int, ...] | None:
 def _shape(queries: Tensor, centres: Tensor) -> tuple[int, int, int, int]:
     """(B, N, M, D)"""
     return (*queries.shape[:2], centres.shape[1], queries.shape[2])
+
+
+def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
+    """`fluxkernels.philox.normal`."""
+    numbers = torch.empty(shape, dtype=torch.float64)
+    elements = math.prod(shape[1:])
+    _kernels.normals(int(seed) % 2**64, stream, shape[0], elements, torch.get_num_threads(), numbers.data_ptr())
+    return numbers.to(dtype)
 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:

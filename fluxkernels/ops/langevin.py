@@ -1,5 +1,6 @@
 """Exponential Langevin steps (Eq. 8), the chain of them, and the pass that a training step needs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,13 @@ chain = Op("langevin_chain", f"(Tensor x0, {_ARGUMENTS}) -> Tensor", _chain_fake
 bundle = Op("flux_pass", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _pass_fake)
 
 
+def _normal_fake(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype, backend: str) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=seed.device)
+
+
+normal = Op("normal", "(Tensor seed, int[] shape, int stream, ScalarType dtype, str backend) -> Tensor", _normal_fake)
+
+
 def _chain_of_ops(
     x: Tensor,
     refs: Tensor,
@@ -58,7 +66,7 @@ def _chain_of_ops(
     """The chain as `steps` calls of the kde op, whose backward pass the backend provides: (∂x_τ/∂x0)ᵀ v of Sec. 3.3."""
     if noise is None:
         assert seed is not None
-        noise = philox.normal(seed, (steps, *x.shape), philox.CHAIN, sigma2.dtype)
+        noise = normal(seed, (steps, *x.shape), philox.CHAIN, sigma2.dtype, backend)
     h = (tau / steps).view(-1, 1, 1)
     # √(1-e^{-2h}) has no derivative at h = 0; there it is left out of ∂x_τ/∂τ.
     spread = -torch.expm1(-2 * h)
@@ -84,7 +92,7 @@ def _pass_of_ops(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if noise is None:
         assert seed is not None
-        start = philox.normal(seed, (1, *x.shape), philox.START, sigma2.dtype)[0]
+        start = normal(seed, (1, *x.shape), philox.START, sigma2.dtype, backend)[0]
     else:
         start = noise[0]
     x0 = (x + sigma2.view(-1, 1, 1).sqrt() * start).to(x.dtype)

@@ -4,6 +4,7 @@ They compute in float64 whatever the input's dtype (float32 on devices that have
 input's dtype. Shapes here are always flat: queries `[B, N, D]`, centres `[B, M, D]`, B groups.
 """
 
+from fluxkernels.philox import normal
 from fluxkernels.reference.kde import kde, kde_backward
 from fluxkernels.reference.langevin import flux_pass, langevin_chain
 from fluxkernels.reference.residual import residual_gradient
@@ -14,6 +15,7 @@ __all__ = [
     "kde",
     "kde_backward",
     "langevin_chain",
+    "normal",
     "residual_gradient",
     "transition_average",
     "transition_weights",
