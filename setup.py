@@ -6,11 +6,13 @@ FLUXKERNELS_SANITIZE=1 compiles it with the address and undefined-behaviour sani
 """
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CPU = os.environ.get("FLUXKERNELS_CPU", "")
 if CPU not in ("", "0", "require"):
@@ -20,11 +22,11 @@ CSRC = Path("csrc")
 
 
 class BuildKernels(build_ext):
-    """Compiles side by side what has to be compiled, with the options that the kernels rely on."""
+    """Refuses, with its reason, a compiler that has no vector types."""
 
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
-            raise RuntimeError("csrc/ needs GCC or Clang: it uses their vector types")
+            raise CompileError("csrc/ needs GCC or Clang: it uses their vector types")
         super().build_extension(ext)
 
 
@@ -37,12 +39,18 @@ def kernels() -> list[Extension]:
         if CPU == "require":
             raise
         return []
-    optimise = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else ["-O3"]
+    linux = sys.platform == "linux"
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
     options: dict[str, Any] = {
         "include_dirs": [pybind11.get_include()],
-        # Nobody asks for errno of a square root; hidden symbols keep the binary small.
-        "extra_compile_args": ["-std=c++17", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", *optimise],
-        "extra_link_args": ["-fsanitize=address,undefined"] if SANITIZE else ["-g"],
+        "libraries": ["dl"] if linux else [],
+        "extra_compile_args": [
+            *("-std=c++17", "-pthread", "-Wall", "-Wextra"),
+            "-fno-math-errno",  # nobody asks for errno of a square root
+            "-fvisibility=hidden",
+            *(["-O1", "-g", *sanitizers] if SANITIZE else ["-O3", "-g0"]),
+        ],
+        "extra_link_args": ["-pthread", *sanitizers, *(["-Wl,--strip-all"] if linux and not SANITIZE else [])],
         "language": "c++",
     }
     sources = sorted(str(p) for p in CSRC.rglob("*.cpp"))
@@ -55,7 +63,7 @@ def kernels() -> list[Extension]:
 setup(
     packages=["fluxkernels", "fluxkernels.cpu", "fluxkernels.ops", "fluxkernels.reference", "fluxmatching"],
     package_dir={"fluxkernels": "fluxkernels", "fluxmatching": "python_api/fluxmatching"},
-    package_data={"fluxkernels": ["py.typed", "MATH.md"], "fluxmatching": ["py.typed"]},
+    package_data={"fluxkernels": ["py.typed", "MATH.md"], "fluxkernels.cpu": ["*.pyi"], "fluxmatching": ["py.typed"]},
     ext_modules=kernels(),
     cmdclass={"build_ext": BuildKernels},
 )

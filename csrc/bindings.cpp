@@ -90,20 +90,29 @@ void residual_gradient(const Sizes& sizes, int threads, View z, View field, View
                                                      array(refs), array(sigma2), array(gradient)});
 }
 
-void langevin(const Sizes& sizes, int threads, View x, View refs, View sigma2, View tau, int64_t steps,
-              const std::vector<View>& noise, uint64_t seed, View x0, View shift0, View xt, View shift_t) {
+void langevin(const Sizes& sizes, int threads, int64_t steps, const std::vector<View>& noise, uint64_t seed, View x,
+              View refs, View sigma2, View tau, View x0, View shift0, View xt, View shift_t) {
     const Shape shape = shape_of(sizes);
-    LangevinArguments args{shape,       threads_for(shape, threads), array(x), array(refs), array(sigma2), array(tau), steps, {}, seed,
-                           array(x0), array(shift0), array(xt), array(shift_t)};
+    LangevinArguments args{shape, threads_for(shape, threads), array(x), array(refs), array(sigma2), array(tau), steps, {},
+                           seed, array(x0), array(shift0), array(xt), array(shift_t)};
     for (const View& step : noise) args.noise.push_back(array(step));
     run(chosen->langevin, args);
 }
 
-void transition(void (*kernel)(const TransitionArguments&), const Sizes& sizes, int threads, View x0, View shift0, View xt,
-                View sigma2, View tau, View values, int64_t values_count, View result) {
+void transition_weights(const Sizes& sizes, int threads, View x0, View shift0, View xt, View sigma2, View tau,
+                        View weights) {
     const Shape shape = shape_of(sizes);
-    run(kernel, TransitionArguments{shape, threads_for(shape, threads), array(x0), array(shift0), array(xt), array(sigma2),
-                                    array(tau), array(values), values_count, array(result)});
+    run(chosen->transition_weights,
+        TransitionArguments{shape, threads_for(shape, threads), array(x0), array(shift0), array(xt), array(sigma2),
+                            array(tau), {}, 0, array(weights)});
+}
+
+void transition_average(const Sizes& sizes, int threads, int64_t values_count, View x0, View shift0, View xt, View sigma2,
+                        View tau, View values, View average) {
+    const Shape shape = shape_of(sizes);
+    run(chosen->transition_average,
+        TransitionArguments{shape, threads_for(shape, threads), array(x0), array(shift0), array(xt), array(sigma2),
+                            array(tau), array(values), values_count, array(average)});
 }
 
 }  // namespace
@@ -117,19 +126,13 @@ PYBIND11_MODULE(_kernels, module) {
     }, "Instruction sets that this machine runs, best first.");
     module.def("target", [] { return std::string(chosen->name); }, "The instruction set in use.");
     module.def("use", &use, "Use an instruction set by name.");
-    module.def("thread_source", [] { return std::string(thread_source()); });
+    module.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads the kernels run on.");
     module.def("kde", &kde);
     module.def("kde_backward", &kde_backward);
     module.def("residual_gradient", &residual_gradient);
     module.def("langevin", &langevin);
-    module.def("transition_weights", [](const Sizes& sizes, int threads, View x0, View shift0, View xt, View sigma2, View tau,
-                                        View result) {
-        transition(chosen->transition_weights, sizes, threads, x0, shift0, xt, sigma2, tau, py::none(), 0, result);
-    });
-    module.def("transition_average", [](const Sizes& sizes, int threads, View x0, View shift0, View xt, View values,
-                                        View sigma2, View tau, int64_t values_count, View result) {
-        transition(chosen->transition_average, sizes, threads, x0, shift0, xt, sigma2, tau, values, values_count, result);
-    });
+    module.def("transition_weights", &transition_weights);
+    module.def("transition_average", &transition_average);
     module.def("normals", [](uint64_t seed, uint64_t stream, int64_t steps, int64_t elements, int threads, uintptr_t out) {
         py::gil_scoped_release release;
         constexpr int64_t CHUNK = 1 << 14;

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_import_error: ImportError | None = None
 try:
-    from fluxkernels.cpu import _kernels
+    from fluxkernels.cpu import _kernels as _kernels
 except ImportError as error:
-    _kernels = None
-    _import_error: ImportError | None = error
-else:
-    _import_error = None
+    _import_error = error
 
 _TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -83,17 +81,15 @@ def _langevin(
     steps: int,
     noise: Tensor | None,
     seed: Tensor | None,
-    results: tuple[Tensor | None, ...],
+    results: Sequence[Tensor | None],
 ) -> None:
-    key = 0 if seed is None else int(seed) % 2**64
     _kernels.langevin(
         _shape(x, refs),
         torch.get_num_threads(),
-        *map(_view, (x, refs, sigma2, tau)),
         steps,
         [] if noise is None else [_view(n) for n in noise],
-        key,
-        *map(_view, results),
+        0 if seed is None else int(seed) % 2**64,
+        *map(_view, (x, refs, sigma2, tau, *results)),
     )
 
 
@@ -123,11 +119,6 @@ def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, t
 
 def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
     average = values.new_empty((*x0.shape[:2], values.shape[-1]))
-    _kernels.transition_average(
-        _shape(xt, x0),
-        torch.get_num_threads(),
-        *map(_view, (x0, shift0, xt, values, sigma2, tau)),
-        values.shape[-1],
-        _view(average),
-    )
+    views = map(_view, (x0, shift0, xt, sigma2, tau, values, average))
+    _kernels.transition_average(_shape(xt, x0), torch.get_num_threads(), values.shape[-1], *views)
     return average
