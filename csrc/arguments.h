@@ -44,8 +44,8 @@ struct LangevinArguments {
     int threads;
     Array x, refs, sigma2, tau;  // sigma2 and tau [B]
     int64_t steps;
-    std::vector<Array> noise;  // [B, N, D] for each step, before them one for x0 if that is asked for; or empty:
-    uint64_t seed;             // then the noise is that of the seed
+    std::vector<Array> noise;       // [B, N, D] for each step, before them one for x0 if that is asked for; or empty:
+    uint64_t seed;                  // then the noise is that of the seed
     Array x0, shift0, xt, shift_t;  // results; no x0: the chain starts from x. No shift0, shift_t: not asked for.
 };
 

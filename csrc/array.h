@@ -64,10 +64,14 @@ enum class Type { float64, float32, bfloat16, float16 };
 template <class F>
 inline void visit(Type type, F f) {
     switch (type) {
-        case Type::float64: return f(static_cast<double*>(nullptr));
-        case Type::float32: return f(static_cast<float*>(nullptr));
-        case Type::bfloat16: return f(static_cast<BFloat16*>(nullptr));
-        case Type::float16: return f(static_cast<Half*>(nullptr));
+        case Type::float64:
+            return f(static_cast<double*>(nullptr));
+        case Type::float32:
+            return f(static_cast<float*>(nullptr));
+        case Type::bfloat16:
+            return f(static_cast<BFloat16*>(nullptr));
+        case Type::float16:
+            return f(static_cast<Half*>(nullptr));
     }
 }
 
@@ -97,7 +101,8 @@ struct Array {
     void load(int64_t rows, int64_t columns, double* out, int64_t pitch) const {
         visit(type, [&](auto* kind) {
             const auto* from = reinterpret_cast<decltype(kind)>(data);
-            each(rows, columns, pitch, [&](int64_t here, int64_t there) { out[there] = static_cast<double>(from[here]); });
+            each(rows, columns, pitch,
+                 [&](int64_t here, int64_t there) { out[there] = static_cast<double>(from[here]); });
         });
     }
 

@@ -72,8 +72,8 @@ using View = py::object;
 
 void kde(const Sizes& sizes, int threads, View z, View refs, View sigma2, View shift, View mean, View log_density) {
     const Shape shape = shape_of(sizes);
-    run(chosen->kde, KdeArguments{shape, threads_for(shape, threads), array(z), array(refs), array(sigma2), array(shift),
-                                  array(mean), array(log_density)});
+    run(chosen->kde, KdeArguments{shape, threads_for(shape, threads), array(z), array(refs), array(sigma2),
+                                  array(shift), array(mean), array(log_density)});
 }
 
 void kde_backward(const Sizes& sizes, int threads, View g_shift, View g_mean, View g_log_density, View z, View refs,
@@ -93,8 +93,13 @@ void residual_gradient(const Sizes& sizes, int threads, View z, View field, View
 void langevin(const Sizes& sizes, int threads, int64_t steps, const std::vector<View>& noise, uint64_t seed, View x,
               View refs, View sigma2, View tau, View x0, View shift0, View xt, View shift_t) {
     const Shape shape = shape_of(sizes);
-    LangevinArguments args{shape, threads_for(shape, threads), array(x), array(refs), array(sigma2), array(tau), steps, {},
-                           seed, array(x0), array(shift0), array(xt), array(shift_t)};
+    LangevinArguments args{shape,         threads_for(shape, threads),
+                           array(x),      array(refs),
+                           array(sigma2), array(tau),
+                           steps,         {},
+                           seed,          array(x0),
+                           array(shift0), array(xt),
+                           array(shift_t)};
     for (const View& step : noise) args.noise.push_back(array(step));
     run(chosen->langevin, args);
 }
@@ -102,13 +107,20 @@ void langevin(const Sizes& sizes, int threads, int64_t steps, const std::vector<
 void transition_weights(const Sizes& sizes, int threads, View x0, View shift0, View xt, View sigma2, View tau,
                         View weights) {
     const Shape shape = shape_of(sizes);
-    run(chosen->transition_weights,
-        TransitionArguments{shape, threads_for(shape, threads), array(x0), array(shift0), array(xt), array(sigma2),
-                            array(tau), {}, 0, array(weights)});
+    run(chosen->transition_weights, TransitionArguments{shape,
+                                                        threads_for(shape, threads),
+                                                        array(x0),
+                                                        array(shift0),
+                                                        array(xt),
+                                                        array(sigma2),
+                                                        array(tau),
+                                                        {},
+                                                        0,
+                                                        array(weights)});
 }
 
-void transition_average(const Sizes& sizes, int threads, int64_t values_count, View x0, View shift0, View xt, View sigma2,
-                        View tau, View values, View average) {
+void transition_average(const Sizes& sizes, int threads, int64_t values_count, View x0, View shift0, View xt,
+                        View sigma2, View tau, View values, View average) {
     const Shape shape = shape_of(sizes);
     run(chosen->transition_average,
         TransitionArguments{shape, threads_for(shape, threads), array(x0), array(shift0), array(xt), array(sigma2),
@@ -119,11 +131,14 @@ void transition_average(const Sizes& sizes, int threads, int64_t values_count, V
 
 PYBIND11_MODULE(_kernels, module) {
     module.doc() = "Compiled kernels of the cpu backend; use them through fluxkernels.";
-    module.def("targets", [] {
-        std::vector<std::string> names;
-        for (const Kernels* kernels : supported()) names.push_back(kernels->name);
-        return names;
-    }, "Instruction sets that this machine runs, best first.");
+    module.def(
+        "targets",
+        [] {
+            std::vector<std::string> names;
+            for (const Kernels* kernels : supported()) names.push_back(kernels->name);
+            return names;
+        },
+        "Instruction sets that this machine runs, best first.");
     module.def("target", [] { return std::string(chosen->name); }, "The instruction set in use.");
     module.def("use", &use, "Use an instruction set by name.");
     module.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads the kernels run on.");
@@ -133,18 +148,22 @@ PYBIND11_MODULE(_kernels, module) {
     module.def("langevin", &langevin);
     module.def("transition_weights", &transition_weights);
     module.def("transition_average", &transition_average);
-    module.def("normals", [](uint64_t seed, uint64_t stream, int64_t steps, int64_t elements, int threads, uintptr_t out) {
-        py::gil_scoped_release release;
-        constexpr int64_t CHUNK = 1 << 14;
-        const int64_t chunks = (elements + CHUNK - 1) / CHUNK;
-        parallel_for(steps * chunks, threads, [&](int64_t task) {
-            const int64_t step = task / chunks, first = task % chunks * CHUNK;
-            chosen->normals(seed, stream, step, first, std::min(CHUNK, elements - first),
-                            reinterpret_cast<double*>(out) + step * elements + first);
-        });
-    });
-    module.def("rates", [](int threads) {
-        py::gil_scoped_release release;
-        return std::make_pair(chosen->exponentials_per_second(threads), chosen->multiply_adds_per_second(threads));
-    }, "(exponentials, multiply-adds) of doubles that this machine does a second on so many threads.");
+    module.def("normals",
+               [](uint64_t seed, uint64_t stream, int64_t steps, int64_t elements, int threads, uintptr_t out) {
+                   py::gil_scoped_release release;
+                   constexpr int64_t CHUNK = 1 << 14;
+                   const int64_t chunks = (elements + CHUNK - 1) / CHUNK;
+                   parallel_for(steps * chunks, threads, [&](int64_t task) {
+                       const int64_t step = task / chunks, first = task % chunks * CHUNK;
+                       chosen->normals(seed, stream, step, first, std::min(CHUNK, elements - first),
+                                       reinterpret_cast<double*>(out) + step * elements + first);
+                   });
+               });
+    module.def(
+        "rates",
+        [](int threads) {
+            py::gil_scoped_release release;
+            return std::make_pair(chosen->exponentials_per_second(threads), chosen->multiply_adds_per_second(threads));
+        },
+        "(exponentials, multiply-adds) of doubles that this machine does a second on so many threads.");
 }

@@ -22,9 +22,7 @@ public:
     T& operator[](int64_t i) const { return data_.get()[i]; }
 
 private:
-    static size_t rounded(int64_t bytes) {
-        return static_cast<size_t>((bytes / CACHE_LINE + 1) * CACHE_LINE);
-    }
+    static size_t rounded(int64_t bytes) { return static_cast<size_t>((bytes / CACHE_LINE + 1) * CACHE_LINE); }
     struct Free {
         void operator()(T* p) const { std::free(p); }
     };

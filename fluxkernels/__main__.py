@@ -6,6 +6,7 @@ import warnings
 import torch
 
 import fluxkernels
+from fluxkernels import cpu
 
 
 def main() -> None:
@@ -16,6 +17,8 @@ def main() -> None:
         takes = " and ".join(backend.devices) or "any"
         state = "available" if backend.available else f"missing: {backend.missing}"
         print(f"  {backend.name:<8}{backend.what:<40}{takes + ' tensors':<14}{state}")
+    if cpu.missing() is None:
+        print(f"\ncpu kernels: {cpu.describe()}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for kind in ("cpu", "cuda"):

@@ -1,5 +1,5 @@
 // Any machine: SSE2 on x86-64, NEON on arm64.
-#include "../prelude.h"
+#include "prelude.h"
 
 #define FLUX_TARGET baseline
 #define FLUX_LANES 2
@@ -8,4 +8,4 @@
 #else
 #define FLUX_REGISTERS 16
 #endif
-#include "../kernels.h"
+#include "../kernels/all.h"

@@ -32,6 +32,13 @@ def missing() -> str | None:
     return f"its compiled module cannot be loaded: {_import_error}"
 
 
+def describe() -> str:
+    """What the kernels run on here: the instruction set chosen among those this machine has, and whose threads."""
+    others = ", ".join(name for name in _kernels.targets() if name != _kernels.target())
+    also = f" (also here: {others})" if others else ""
+    return f"instruction set {_kernels.target()}{also}, threads: {_kernels.thread_source()}"
+
+
 def _view(t: Tensor | None) -> tuple[int, ...] | None:
     """Address, type and strides: what the kernels know of a tensor."""
     return None if t is None else (t.data_ptr(), _TYPES[t.dtype], *t.stride())

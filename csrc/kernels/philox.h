@@ -27,8 +27,8 @@ FLUX_INLINE void box_muller(Word a, Word b, Vec& first, Vec& second) {
     second = radius * sine;
 }
 
-// Counters worked on at once, in vectors. Each stage goes over all of them before the next begins: one counter's chain of
-// dependent operations is so long that a processor cannot look ahead to the next by itself.
+// Counters worked on at once, in vectors. Each stage goes over all of them before the next begins: one counter's chain
+// of dependent operations is so long that a processor cannot look ahead to the next by itself.
 constexpr int AT_ONCE = 2;
 
 /// The 4 x LANES x AT_ONCE normal numbers of as many blocks from `block` on.

@@ -1,8 +1,13 @@
 // Transition weights (Eq. 52) and the average they define (Eq. 9): a density estimate whose centres are the means
-// mu_i = x0_i + (1 - e^{-tau}) (m(x0_i) - x0_i) of the linearised chain, whose queries are the ends of chains, and whose
-// variance is v = sigma^2 (1 - e^{-2 tau}).
+// mu_i = x0_i + (1 - e^{-tau}) (m(x0_i) - x0_i) of the linearised chain, whose queries are the ends of chains, and
+// whose variance is v = sigma^2 (1 - e^{-2 tau}).
 //
 // Included inside of a target's namespace.
+
+/// v, kept above rounding, so that tau = 0 is the limit, where the nearest start takes all the weight, and not 0/0.
+static double variance_of(const TransitionArguments& args, int64_t b) {
+    return args.sigma2.number(b) * std::max(-std::expm1(-2 * args.tau.number(b)), EPSILON * EPSILON);
+}
 
 static Source means_of(const TransitionArguments& args) {
     return {args.shape.B, args.shape.M, args.shape.D,
@@ -14,18 +19,13 @@ static Source means_of(const TransitionArguments& args) {
                 args.shift0.at(b, 0, first).load(starts, columns, shift.get(), columns);
                 for (int64_t i = 0; i < starts; ++i)
                     for (int64_t d = 0; d < columns; ++d) out[i * pitch + d] += pull * shift[i * columns + d];
-            }};
-}
-
-/// v, kept above rounding, so that tau = 0 is the limit, where the nearest start takes all the weight, and not 0/0.
-static double variance_of(const TransitionArguments& args, int64_t b) {
-    return args.sigma2.number(b) * std::max(-std::expm1(-2 * args.tau.number(b)), EPSILON * EPSILON);
+            },
+            [&args](int64_t b) { return variance_of(args, b); }};
 }
 
 /// A block of ends of chains as queries.
 template <class Centres>
-static void take_ends(const TransitionArguments& args, int64_t first, int64_t count, Queries<Centres>& q) {
-    const int64_t b = q.group;
+static void take_ends(const TransitionArguments& args, int64_t b, int64_t first, int64_t count, Queries<Centres>& q) {
     q.rows = count;
     args.xt.at(b, first).load(count, args.shape.D, q.x.get(), q.pitch);
     q.centre();
@@ -36,12 +36,12 @@ static void take_ends(const TransitionArguments& args, int64_t first, int64_t co
 template <class Centres>
 static void transition_weights_with(const TransitionArguments& args) {
     const int64_t B = args.shape.B, ends = args.shape.N, starts = args.shape.M;
-    const Centres means(means_of(args), [&](int64_t b) { return variance_of(args, b); }, args.threads);
+    const Centres means(means_of(args), args.threads);
     each_block(B, ends, 16, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         Queries<Centres> q(means, b, count);
         Buffer<double> rows(starts * count);
         std::fill_n(rows.get(), starts * count, 0.0);
-        take_ends(args, first, count, q);
+        take_ends(args, b, first, count, q);
         q.template visit_weights<false>([&](int64_t at, int64_t n, int64_t from, int64_t to) {
             for (int64_t i = 0; i < n; ++i)
                 for (int64_t j = from; j < std::min(to, starts); ++j)
@@ -56,7 +56,7 @@ template <class Centres>
 static void transition_average_with(const TransitionArguments& args) {
     const int64_t B = args.shape.B, ends = args.shape.N, starts = args.shape.M;
     const int64_t V = args.values_count;
-    const Centres means(means_of(args), [&](int64_t b) { return variance_of(args, b); }, args.threads);
+    const Centres means(means_of(args), args.threads);
     const Partial partial(B, ends, Centres::BLOCK, args.threads, means.outer_size(V));
     partial.add([&](int64_t b, int64_t begin, int64_t share, double* sums) {
         const int64_t most = std::min(share, Centres::BLOCK), pitch = round_up(V, 8);
@@ -65,7 +65,7 @@ static void transition_average_with(const TransitionArguments& args) {
         std::fill_n(values.get(), most * pitch, 0.0);
         for (int64_t first = begin; first < begin + share; first += most) {
             const int64_t count = std::min(most, begin + share - first);
-            take_ends(args, first, count, q);
+            take_ends(args, b, first, count, q);
             args.values.at(b, first).load(count, V, values.get(), pitch);
             q.template visit_weights<false>([&](int64_t at, int64_t rows, int64_t from, int64_t to) {
                 means.outer(q.w.get(), rows, from, to, q.columns, values.get() + at * pitch, V, pitch, sums, q.product);

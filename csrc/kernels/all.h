@@ -1,5 +1,5 @@
-// All kernels for one instruction set. Included once by each file of targets/, which names it: FLUX_TARGET, a namespace;
-// FLUX_LANES, doubles in a vector; FLUX_REGISTERS, vectors that fit into registers.
+// All kernels for one instruction set. Included once by each file of ../targets/, which names it: FLUX_TARGET, a
+// namespace; FLUX_LANES, doubles in a vector; FLUX_REGISTERS, vectors that fit into registers.
 
 namespace flux {
 namespace FLUX_TARGET {
@@ -12,7 +12,11 @@ namespace FLUX_TARGET {
 
 #include "queries.h"
 
+#include "blocks.h"
+
 #include "kde.h"
+
+#include "residual.h"
 
 #include "langevin.h"
 
@@ -20,12 +24,12 @@ namespace FLUX_TARGET {
 
 #include "limits.h"
 
-#define FLUX_BY_DIMENSION(name, Arguments)                          \
-    static void name(const Arguments& args) {                       \
-        if (args.shape.D <= Columns::MOST_DIMENSIONS)               \
-            name##_with<Columns>(args);                             \
-        else                                                        \
-            name##_with<Rows>(args);                                \
+#define FLUX_BY_DIMENSION(name, Arguments)            \
+    static void name(const Arguments& args) {         \
+        if (args.shape.D <= Columns::MOST_DIMENSIONS) \
+            name##_with<Columns>(args);               \
+        else                                          \
+            name##_with<Rows>(args);                  \
     }
 FLUX_BY_DIMENSION(kde, KdeArguments)
 FLUX_BY_DIMENSION(kde_backward, KdeBackwardArguments)

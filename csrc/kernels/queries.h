@@ -15,7 +15,8 @@ static double lowest_of(const double* a, int64_t n) {
 }
 
 /// w_j = factor e^{-(a_j - least) scale}, or 0 where the exponent is below -cut; returns their sum.
-static double exponentials(const double* a, int64_t n, double least, double scale, double cut, double factor, double* w) {
+static double exponentials(const double* a, int64_t n, double least, double scale, double cut, double factor,
+                           double* w) {
     Vec total = {};
     for (int64_t j = 0; j < n; j += LANES) {
         const Vec exponent = (least - load(a + j)) * scale;
@@ -29,12 +30,24 @@ static double exponentials(const double* a, int64_t n, double least, double scal
 template <class Centres>
 class Queries {
 public:
-    /// Room for `most` queries; `b` is the group that they belong to.
-    Queries(const Centres& centres, int64_t b, int64_t most)
-        : centres(centres), group(b), pitch(centres.pitch), columns(centres.padded < centres.tile ? centres.padded : centres.tile),
-          x(most * pitch), moment(most * pitch), variance(most), scale(most), least(most), total(most), begin(most), end(most),
-          a(std::min(most, Centres::SUBBLOCK) * columns), w(std::min(most, Centres::SUBBLOCK) * columns),
-          product(centres.product(std::min(most, Centres::SUBBLOCK), columns)), cut_(centres.cut()) {}
+    /// Room for `most` queries against one set of centres.
+    Queries(const Centres& centres, int64_t set, int64_t most)
+        : centres(centres),
+          set(set),
+          pitch(centres.pitch),
+          columns(centres.padded < centres.tile ? centres.padded : centres.tile),
+          x(most * pitch),
+          moment(most * pitch),
+          variance(most),
+          scale(most),
+          least(most),
+          total(most),
+          begin(most),
+          end(most),
+          a(std::min(most, Centres::SUBBLOCK) * columns),
+          w(std::min(most, Centres::SUBBLOCK) * columns),
+          product(centres.product(std::min(most, Centres::SUBBLOCK), columns)),
+          cut_(centres.cut()) {}
 
     /// Takes the points x [count, D] about the group's origin, and their variances [count, stride 1] or one for all.
     void take(const Array& points, const Array& variances, int64_t count) {
@@ -49,12 +62,19 @@ public:
     }
     /// Raw coordinates in x become coordinates about the origin.
     void centre() {
-        const double* origin = centres.origin(group);
+        const double* origin = centres.origin(set);
         for (int64_t n = 0; n < rows; ++n) {
             double* row = x.get() + n * pitch;
             for (int64_t d = 0; d < centres.D; ++d) row[d] -= origin[d];
             std::fill(row + centres.D, row + pitch, 0.0);
         }
+    }
+
+    /// Coordinates about the origin, in rows of x or of another array, become raw ones.
+    void decentre(double* from) const {
+        const double* origin = centres.origin(set);
+        for (int64_t n = 0; n < rows; ++n)
+            for (int64_t d = 0; d < centres.D; ++d) from[n * pitch + d] += origin[d];
     }
 
     /// The density estimate at every query: `least` distance, `total` of e^{-(a - least) scale}, and the displacement
@@ -105,7 +125,7 @@ public:
     double* at(const Buffer<double>& rows_of, int64_t n) const { return rows_of.get() + n * pitch; }
 
     const Centres& centres;
-    const int64_t group, pitch, columns;
+    const int64_t set, pitch, columns;
     int64_t rows = 0;
     Buffer<double> x, moment, variance, scale, least, total;
     Buffer<int64_t> begin, end;
@@ -115,7 +135,7 @@ public:
 private:
     void start() {
         for (int64_t n = 0; n < rows; ++n) {
-            centres.window(group, at(x, n), scale[n], begin[n], end[n]);
+            centres.window(set, at(x, n), scale[n], begin[n], end[n]);
             least[n] = INFINITY;
             total[n] = 0;
             std::fill_n(at(moment, n), pitch, 0.0);
@@ -126,13 +146,14 @@ private:
     template <class F>
     void each_subblock(int64_t tile, F f) {
         for (int64_t first = 0; first < rows; first += Centres::SUBBLOCK) {
-            const int64_t from = std::max(tile, begin[first]), to = std::min(tile + columns, std::min(end[first], centres.padded));
+            const int64_t from = std::max(tile, begin[first]),
+                          to = std::min(tile + columns, std::min(end[first], centres.padded));
             if (from < to) f(first, std::min(Centres::SUBBLOCK, rows - first), from, to);
         }
     }
 
     void add_moments(int64_t first, int64_t count, int64_t from, int64_t to) {
-        centres.moments(group, w.get(), count, from, to, columns, at(moment, first), product);
+        centres.moments(set, w.get(), count, from, to, columns, at(moment, first), product);
     }
 
     /// Sums become means, and means displacements from the query.
@@ -142,7 +163,7 @@ private:
     }
 
     void find_distances(int64_t first, int64_t count, int64_t from, int64_t to) {
-        centres.distances(group, at(x, first), count, from, to, a.get(), columns);
+        centres.distances(set, at(x, first), count, from, to, a.get(), columns);
     }
 
     /// Weights relative to the least distance so far; what was summed before is scaled to it.

@@ -58,8 +58,10 @@ FLUX_INLINE Vec exponential(Vec x) {
     // summed pair by pair (Estrin): a short chain of dependent operations.
     const Vec r2 = r * r, r4 = r2 * r2;
     const Vec p0 = (r * 0x1.55555555554a2p-3 + 0x1.0000000000010p-1) * r2 + (r + 1.0);
-    const Vec p4 = (r * 0x1.a01a0110576fcp-13 + 0x1.6c16c18781105p-10) * r2 + (r * 0x1.1111111130dd5p-7 + 0x1.555555554f370p-5);
-    const Vec p8 = (r * 0x1.ad661d8a99f75p-26 + 0x1.28b311c4abb3bp-22) * r2 + (r * 0x1.71df4520100a1p-19 + 0x1.a01992d102296p-16);
+    const Vec p4 =
+        (r * 0x1.a01a0110576fcp-13 + 0x1.6c16c18781105p-10) * r2 + (r * 0x1.1111111130dd5p-7 + 0x1.555555554f370p-5);
+    const Vec p8 =
+        (r * 0x1.ad661d8a99f75p-26 + 0x1.28b311c4abb3bp-22) * r2 + (r * 0x1.71df4520100a1p-19 + 0x1.a01992d102296p-16);
     const Vec p = (p8 * r4 + p4) * r4 + p0;
     return from_bits(bits(p) + (bits(shifted) << 52));
 }

@@ -22,14 +22,15 @@ static void add_noise(const LangevinArguments& args, uint64_t stream, int64_t st
 
 template <class Centres>
 static void langevin_with(const LangevinArguments& args) {
-    const int64_t B = args.shape.B, N = args.shape.N, M = args.shape.M, D = args.shape.D;
+    const int64_t B = args.shape.B, N = args.shape.N, D = args.shape.D;
     const bool start = static_cast<bool>(args.x0);
     const auto variance_of = [&](int64_t b) { return args.sigma2.number(b); };
-    const Centres centres(source_of(args.refs, B, M, D), variance_of, args.threads);
+    const Source source = source_of(args.refs, args.shape, args.sigma2);
+    const Centres centres(source, args.threads);
     each_block(B, N, Centres::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         const double variance = variance_of(b), h = args.tau.number(b) / args.steps;
         const double pull = -std::expm1(-h), diffusion = std::sqrt(-variance * std::expm1(-2 * h));
-        Queries<Centres> q(centres, b, count);
+        Queries<Centres> q(centres, source.set_of(b), count);
         double* x = q.x.get();
         const int64_t pitch = q.pitch;
         q.rows = count;
@@ -48,7 +49,7 @@ static void langevin_with(const LangevinArguments& args) {
                 for (int64_t d = 0; d < D; ++d) x[n * pitch + d] += pull * q.at(q.moment, n)[d];
             add_noise(args, CHAIN, k, k + start, b, first, count, diffusion, x, pitch);
         }
-        add_origin(centres, b, count, x, pitch);
+        q.decentre(x);
         args.xt.at(b, first).store(count, D, x, pitch);
         if (args.shift_t) {
             args.xt.at(b, first).load(count, D, x, pitch);

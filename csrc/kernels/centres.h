@@ -1,0 +1,36 @@
+// The centres of a density estimate as doubles, in the two layouts in which pairs (query, centre) are fast.
+//
+// Included inside of a target's namespace. Coordinates are taken relative to the mean of a group's centres: a common
+// translation changes no result, but far from the origin it would cost digits. Distances are always sums of squared
+// differences, never |a|^2 + |b|^2 - 2ab, so nothing cancels.
+//
+// Both layouts offer the same operations on a few queries (rows) and a range of centres [begin, end):
+//   distances   a_nj = |x_n - r_j|^2
+//   dots        v_n . r_j
+//   moments     out_n += sum_j w_nj r_j
+//   outer       out_j += sum_n w_nj v_n
+
+/// Room for n doubles in an odd number of cache lines: rows a power of two apart would fall on the same few cache sets.
+static int64_t odd_lines(int64_t n) {
+    const int64_t lines = (n + 7) / 8;
+    return 8 * (lines % 2 ? lines : lines + 1);
+}
+
+/// What a layout is made from: sets of centres, raw coordinates [sets, count, dimensions] computed where they are
+/// needed.
+struct Source {
+    int64_t sets, count, dimensions;
+    /// Coordinates [first, last) of all centres of a set, into rows `pitch` apart.
+    std::function<void(int64_t set, int64_t first, int64_t last, double* out, int64_t pitch)> read;
+    /// The largest variance sigma^2 that a query of a set will have.
+    std::function<double(int64_t set)> widest;
+
+    /// Which set serves group b: its own, or the only one.
+    int64_t set_of(int64_t b) const { return sets == 1 ? 0 : b; }
+};
+
+#include "product.h"
+
+#include "columns.h"
+
+#include "rows.h"

@@ -1,0 +1,49 @@
+// The part of the residual's gradient that the density estimate gives in closed form.
+//
+// Included inside of a target's namespace.
+
+/// J_s f - grad(lap p/p): sum_j w_j e_j [e_j.f - a_j/sigma^2]/sigma^4 - f/sigma^2 + 2 (m - z)/sigma^4 with e_j = r_j -
+/// m.
+///
+/// Because sum_j w_j e_j = 0, a_j may be counted from any constant: from the least, which keeps its digits.
+template <class Centres>
+static void residual_gradient_with(const ResidualArguments& args) {
+    const int64_t B = args.shape.B, N = args.shape.N, D = args.shape.D;
+    const Source source = source_of(args.refs, args.shape, args.sigma2);
+    const Centres centres(source, args.threads);
+    each_block(B, N, Centres::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
+        Queries<Centres> q(centres, source.set_of(b), count);
+        const int64_t pitch = q.pitch, columns = q.columns;
+        Buffer<double> field(count * pitch), gradient(count * pitch), total(count),
+            c(std::min(count, Centres::SUBBLOCK) * columns);
+        q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
+        std::fill_n(field.get(), count * pitch, 0.0);
+        std::fill_n(gradient.get(), count * pitch, 0.0);
+        std::fill_n(total.get(), count, 0.0);
+        args.field.at(b, first).load(count, D, field.get(), pitch);
+        q.template visit_weights<true>([&](int64_t at, int64_t rows, int64_t from, int64_t to) {
+            centres.dots(q.set, field.get() + at * pitch, rows, from, to, c.get(), columns);
+            for (int64_t i = 0; i < rows; ++i) {
+                const int64_t n = at + i;
+                double mean = 0;
+                for (int64_t d = 0; d < D; ++d) mean += field[n * pitch + d] * (q.at(q.moment, n)[d] + q.at(q.x, n)[d]);
+                const double *w = q.w.get() + i * columns, *a = q.a.get() + i * columns;
+                double sum = 0;
+                for (int64_t j = 0; j < to - from; ++j) {
+                    double& entry = c[i * columns + j];
+                    entry = w[j] == 0 ? 0 : w[j] * (entry - mean - (a[j] - q.least[n]) / q.variance[n]);
+                    sum += entry;
+                }
+                total[n] += sum;
+            }
+            centres.moments(q.set, c.get(), rows, from, to, columns, gradient.get() + at * pitch, q.product);
+        });
+        for (int64_t n = 0; n < count; ++n)
+            for (int64_t d = 0; d < D; ++d) {
+                const double shift = q.at(q.moment, n)[d], mean = shift + q.at(q.x, n)[d], variance = q.variance[n];
+                double& entry = gradient[n * pitch + d];
+                entry = ((entry - total[n] * mean + 2 * shift) / variance - field[n * pitch + d]) / variance;
+            }
+        args.gradient.at(b, first).store(count, D, gradient.get(), pitch);
+    });
+}

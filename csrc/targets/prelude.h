@@ -1,0 +1,16 @@
+// What kernels/all.h needs from outside. A target includes this first, while the compiler still compiles for any
+// machine: an inline function of the standard library must not be compiled with instructions that another machine
+// lacks.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#include "../arguments.h"
+#include "../array.h"
+#include "../memory.h"
+#include "../parallel.h"
