@@ -15,12 +15,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from experiments.common.jet import Jet, linear, log_gaussian, log_sigmoid, product, relu
+from experiments.common.jet import Jet, linear, log_gaussian, log_sigmoid, log_sigmoid_below, product
 from experiments.common.mixture import GaussianMixture
 
 Family = Literal["preserving", "violating"]
 FAMILIES: tuple[Family, ...] = ("preserving", "violating")
 CONTROLS = ("rot", "tri", "skew")
+# Points evaluated at once: few enough for the temporaries to stay in the cache, and in memory already mapped.
+BLOCK = 4096
 
 
 def rotate(v: Tensor, dim: int = -1) -> Tensor:
@@ -36,7 +38,7 @@ def turn(v: Tensor, family: Family) -> Tensor:
 
 def points_last(x: Tensor) -> Tensor:
     """`[..., 2] -> [2, n]`, contiguous, as a `Jet` takes them."""
-    return x.reshape(-1, 2).T.contiguous()
+    return x.movedim(-1, 0).reshape(2, -1).contiguous()
 
 
 class Template:
@@ -73,22 +75,23 @@ class TriangleTemplate(Template):
         length = edge.norm(dim=0)
         e = edge / length
         n = -rotate(e, 0)  # outward, the vertices being anticlockwise
-        offset = x.unsqueeze(1) - vertices.unsqueeze(-1)
-        a, d = (offset * e.unsqueeze(-1)).sum(0), (offset * n.unsqueeze(-1)).sum(0)  # Eq. 20, [3, n]
+        a, d = (u.T @ x - (u * vertices).sum(0).unsqueeze(-1) for u in (e, n))  # Eq. 20, [3, n]
 
         slope = self.kappa / self.width
-        end = slope * length.unsqueeze(-1)
+        end = (slope * length).unsqueeze(-1)
 
         def gates(t: Tensor) -> tuple[Tensor, ...]:
-            up, down = log_sigmoid(t), log_sigmoid(end - t)
-            return up[0] + down[0], up[1] - down[1], up[2] + down[2], up[3] - down[3]
+            return tuple(u + v for u, v in zip(log_sigmoid(t), log_sigmoid_below(t - end), strict=True))
+
+        def fade(t: Tensor) -> tuple[Tensor | float, ...]:
+            value, first, second, third = log_gaussian(self.beta * self.eta)(t.relu())
+            return value, first, second * (t > 0).to(t.dtype), third
 
         ridges = Jet.along(slope * e, slope * a, gates) + Jet.along(n, d, log_gaussian(self.width))  # Eq. 21
-
         level = Jet.along(self.beta * n, self.beta * d, linear).log_sum()  # β h, Eq. 22
-        plateau = (-level).through(log_sigmoid)
-        fade = level.through(relu).through(log_gaussian(self.beta * self.eta))
-        return Jet.cat(ridges.times(1 / 3), plateau.times(self.interior)).log_sum() + fade  # Eq. 23
+        plateau = level.through(log_sigmoid_below)
+        inside = Jet.cat(ridges.times(1 / 3), plateau.times(self.interior)).log_sum()
+        return inside + level.through(fade)  # Eq. 23
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,12 @@ class SkewTemplate(Template):
         bump = Jet.along(d, t - self.distance * self.radius, log_gaussian(self.along))  # Eq. 25
         bump = bump + Jet.along(d_perp, t_perp, log_gaussian(self.across))
         slope = self.gamma / self.radius
-        return bump + Jet.along(-slope * d, -slope * t, self._log_lift)
+        return bump + Jet.along(slope * d, slope * t, self._log_lift)
 
     def _log_lift(self, t: Tensor) -> tuple[Tensor, ...]:
-        """log(1 + bias · sigmoid(-t)), which is log σ(t) - log σ(t - log(1 + bias))."""
-        return tuple(a - b for a, b in zip(log_sigmoid(t), log_sigmoid(t - math.log1p(self.bias)), strict=True))
+        """log(1 + bias · S(t)) = log S(-t) - log S(-t - log(1 + bias)), S the sigmoid."""
+        below, further = log_sigmoid_below(t), log_sigmoid_below(t + math.log1p(self.bias))
+        return tuple(u - v for u, v in zip(below, further, strict=True))
 
 
 class Controls:
@@ -186,37 +190,46 @@ class Field:
     family: Family
 
     def __call__(self, x: Tensor) -> Tensor:
-        log_p, b = self.controls.log_jets(points_last(x))
-        u = (self._weights(log_p, b) * turn(b.gradient, self.family)).sum(1)
-        return (log_p.gradient[:, 0] + u).T.reshape(x.shape)
+        values = [self._value(points) for points in points_last(x).split(BLOCK, 1)]
+        return torch.cat(values, 1).T.reshape(x.shape)
 
     def endpoint_gradient(self, z: Tensor, score: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
         """∇(∇·f) + J_fᵀ s and f, each of the shape of z, as `fluxmatching.endpoint` asks for them.
-
-        With B, A and H the Hessians of b, a and log p, the product rule gives for a control e^a R∇b
-
-            e^a [ ∇a (R∇b·(∇a + s) + tr RB) + A R∇b + B Rᵀ(∇a + s) + ∇ tr RB ],        A = B - H,
-
-        where tr RB is Δb for the identity, and 0 for a quarter turn because B is symmetric.
 
         Raises:
             ValueError: a probe is given; the closed form is that of the exact divergence.
         """
         if probe is not None:
             raise ValueError("the controllable fields have a closed form of divergence='exact' alone")
-        s = points_last(score).unsqueeze(1)
-        log_p, b = self.controls.log_jets(points_last(z))
+        blocks = zip(points_last(z).split(BLOCK, 1), points_last(score).split(BLOCK, 1), strict=True)
+        gradients, values = zip(*(self._gradient_and_value(*block) for block in blocks), strict=True)
+        return torch.cat(gradients, 1).T.reshape(z.shape), torch.cat(values, 1).T.reshape(z.shape)
+
+    def _value(self, x: Tensor) -> Tensor:
+        log_p, b = self.controls.log_jets(x)
+        return log_p.gradient[:, 0] + (self._weights(log_p, b) * turn(b.gradient, self.family)).sum(1)
+
+    def _gradient_and_value(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+        """With B, A and H the Hessians of b, a and log p, the product rule gives for a control e^a R∇b
+
+            e^a [ ∇a (R∇b·(∇a + s) + tr RB) + A R∇b + B Rᵀ(∇a + s) + ∇ tr RB ],        A = B - H,
+
+        where tr RB is Δb for the identity, and 0 for a quarter turn because B is symmetric. The terms in H add up to
+        -H u. `[2, n]` each.
+        """
+        log_p, b = self.controls.log_jets(z)
+        s = score.unsqueeze(1)
         weights, turned = self._weights(log_p, b), turn(b.gradient, self.family)
         slope = b.gradient - log_p.gradient
         pulled = slope + s
         if self.family == "preserving":
-            turned_back, trace, trace_gradient = -rotate(pulled, 0), 0.0, 0.0
+            terms = slope * (turned * pulled).sum(0) + product(b.hessian, turned - rotate(pulled, 0))
         else:
-            turned_back, trace, trace_gradient = pulled, b.laplacian, b.laplacian_gradient
-        terms = slope * ((turned * pulled).sum(0) + trace) + product(b.hessian, turned + turned_back) + trace_gradient
+            terms = slope * ((turned * pulled).sum(0) + b.laplacian) + product(b.hessian, turned + pulled)
+            terms = terms + b.laplacian_gradient
         u = (weights * turned).sum(1, keepdim=True)
         gradient = log_p.laplacian_gradient + product(log_p.hessian, s - u) + (weights * terms).sum(1, keepdim=True)
-        return gradient[:, 0].T.reshape(z.shape), (log_p.gradient + u)[:, 0].T.reshape(z.shape)
+        return gradient[:, 0], (log_p.gradient + u)[:, 0]
 
     def _weights(self, log_p: Jet, b: Jet) -> Tensor:
         """g_k e^{a_k}, `[3, n]`."""

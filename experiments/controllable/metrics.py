@@ -250,7 +250,7 @@ def flux_losses(
     The minibatches are the groups of one call. p_σ is itself a kernel density estimate with the component
     means as centres and bandwidth² ν² (the starting points are therefore component means, to which the
     call adds ν n₀), so nothing of the score is estimated, and Eq. 8 with ν² in the place of σ² is exact
-    within a component.
+    within a component. `endpoint` and `backend` are those of `flux_target`.
     """
     mixture = controls.mixture
     shape = (batch, minibatches, 2)

@@ -76,8 +76,9 @@ def flux_target(
 ) -> FluxTarget:
     """The detached half of the Flux Matching loss: where the field is evaluated, and q̂ there.
 
-    Arguments and errors as in `flux_matching_loss`, `endpoint` among them. For losses that need more than one number a sample, such as one
-    for each group: `target.loss(field)` keeps the event's dimensions.
+    Arguments and errors as in `flux_matching_loss`; `endpoint` is one of "reverse", "forward", "central", and
+    "closed_form" for a field that is a `fluxmatching.endpoint.ClosedForm`. For losses that need more than one number a
+    sample, such as one for each group: `target.loss(field)` keeps the event's dimensions.
     """
     function = "flux_matching_loss"
     check_tensor(function, "x", x)
@@ -213,7 +214,8 @@ def flux_matching_loss(
             own chain, differentiated pathwise (Sec. D.2).
         endpoint: how the field's second derivatives at x_τ are taken; see `fluxmatching.endpoint`. "reverse" and
             "forward" are exact; "central" needs no double backward; "closed_form" asks the field, by its method
-            `endpoint_gradient(z, score, probe) -> (∇(∇·f) + J_fᵀ s, f)`, probe None with the exact divergence.
+            `endpoint_gradient(z, score, probe)`, for (∇(∇·f) + J_fᵀ s, f) if probe is None, as it is with the exact
+            divergence, and else for (∇(εᵀ J_f ε) + J_fᵀ s, f), ε the probe; all in the shape of z, `[n, *event]`.
         divergence: "hutchinson" (one probe ε of random signs) or "exact" (one pass for each coordinate; grouped: for
             each coordinate of a group, which supposes that the field does not mix groups).
         chunk: samples that go through the endpoint's derivatives at once; None for all. Bounds the memory.

@@ -258,10 +258,11 @@ def test_best_field_breaks_ties_as_described() -> None:
     assert [row["theta0"] + row["theta1"] + row["theta2"] for row in chosen] == [8.0, 8.0, 8.0]
 
 
-def test_flux_loss_of_preserving_fields_is_zero_to_rounding(controls: Controls) -> None:
+@pytest.mark.parametrize("endpoint", ["closed_form", "reverse"])
+def test_flux_loss_of_preserving_fields_is_zero_to_rounding(controls: Controls, endpoint: str) -> None:
     means = {
         family: [
-            float(flux_losses(controls, theta, family, 64, 8, torch.Generator().manual_seed(i)).mean())
+            float(flux_losses(controls, theta, family, 64, 8, torch.Generator().manual_seed(i), None, endpoint).mean())
             for i, theta in enumerate(SWEEP[::3])
         ]
         for family in FAMILIES

@@ -35,6 +35,13 @@ def test_score_is_the_gradient_of_the_log_density(mixture: GaussianMixture) -> N
     torch.testing.assert_close(mixture.score(x), gradient, rtol=1e-10, atol=1e-12)
 
 
+def test_jet_starts_with_the_log_density_and_the_score(mixture: GaussianMixture) -> None:
+    x = points(mixture, 6)
+    jet = mixture.log_jet(x.T)
+    torch.testing.assert_close(jet.value[0], mixture.log_density(x), rtol=1e-13, atol=0)
+    torch.testing.assert_close(jet.gradient[:, 0].T, mixture.score(x), rtol=1e-12, atol=1e-13)
+
+
 def test_far_out_only_the_nearest_component_counts() -> None:
     mixture = GaussianMixture(triangle_means(2.3), 0.625)
     x = torch.tensor([0.0, 100.0], dtype=torch.float64)
