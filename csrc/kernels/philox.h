@@ -27,14 +27,14 @@ FLUX_INLINE void box_muller(Word a, Word b, Vec& first, Vec& second) {
     second = radius * sine;
 }
 
-// Counters worked on at once, in vectors. Each stage goes over all of them before the next begins: one counter's chain
-// of dependent operations is so long that a processor cannot look ahead to the next by itself.
-constexpr int AT_ONCE = 2;
-
-/// The 4 x LANES x AT_ONCE normal numbers of as many blocks from `block` on.
-static void normal_blocks(uint64_t seed, uint64_t stream, uint64_t step, int64_t block, double* out) {
-    Word word[4][AT_ONCE];
-    for (int v = 0; v < AT_ONCE; ++v) {
+/// Standard normal numbers 4 block, ..., 4 (block + vectors LANES) - 1 of one step of a stream, vectors <= MOST.
+///
+/// Each stage goes over all vectors before the next begins: the chain of dependent operations of one vector is so long
+/// that a processor cannot look ahead to the next by itself.
+template <int MOST>
+static void normal_blocks(uint64_t seed, uint64_t stream, uint64_t step, int64_t block, int vectors, double* out) {
+    Word word[4][MOST];
+    for (int v = 0; v < vectors; ++v) {
         uint64_t lane[LANES];
         for (int i = 0; i < LANES; ++i) lane[i] = uint64_t(block + v * LANES + i);
         Word index;
@@ -43,29 +43,30 @@ static void normal_blocks(uint64_t seed, uint64_t stream, uint64_t step, int64_t
         philox(counter, seed);
         for (int k = 0; k < 4; ++k) word[k][v] = counter[k];
     }
-    double normal[4][AT_ONCE * LANES];
+    double normal[4][MOST * LANES];
     for (int k = 0; k < 4; k += 2)
-        for (int v = 0; v < AT_ONCE; ++v) {
+        for (int v = 0; v < vectors; ++v) {
             Vec first, second;
             box_muller(word[k][v], word[k + 1][v], first, second);
             store(normal[k] + v * LANES, first);
             store(normal[k + 1] + v * LANES, second);
         }
-    for (int i = 0; i < AT_ONCE * LANES; ++i)
+    for (int i = 0; i < vectors * LANES; ++i)
         for (int k = 0; k < 4; ++k) out[4 * i + k] = normal[k][i];
 }
 
 /// Standard normal numbers of elements first, ..., first + count - 1 of one step of a stream.
 static void normals(uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, double* out) {
-    constexpr int64_t TOGETHER = 4 * LANES * AT_ONCE;
+    constexpr int MOST = 16;
+    constexpr int64_t VECTOR = 4 * LANES;
     const int64_t last = first + count;
-    for (int64_t e = first / 4 * 4; e < last; e += TOGETHER) {
-        if (e >= first && e + TOGETHER <= last) {
-            normal_blocks(seed, stream, step, e / 4, out + e - first);
-        } else {
-            double some[TOGETHER];
-            normal_blocks(seed, stream, step, e / 4, some);
-            for (int64_t i = std::max(first, e); i < std::min(last, e + TOGETHER); ++i) out[i - first] = some[i - e];
-        }
+    double some[VECTOR * MOST];
+    for (int64_t e = first / 4 * 4; e < last; e += VECTOR * MOST) {
+        const int vectors = static_cast<int>(std::min<int64_t>(MOST, (last - e + VECTOR - 1) / VECTOR));
+        const bool inside = e >= first && e + vectors * VECTOR <= last;
+        normal_blocks<MOST>(seed, stream, step, e / 4, vectors, inside ? out + e - first : some);
+        if (!inside)
+            for (int64_t i = std::max(first, e); i < std::min(last, e + vectors * VECTOR); ++i)
+                out[i - first] = some[i - e];
     }
 }
