@@ -45,7 +45,8 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench.json
+	$(BIN)/python -m bench.report bench.json
 
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m bench.accuracy --backend $(BACKEND)

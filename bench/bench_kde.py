@@ -1,68 +1,66 @@
-"""Score, log-density and the pass of a training step: our backends beside the published formulas.
+"""Score, log-density and the pass of a training step: our backends beside plain PyTorch, KeOps and scikit-learn.
 
 pytest bench --benchmark-only
 """
 
-from collections.abc import Callable
+import time
+from dataclasses import astuple
 from typing import Any
 
 import pytest
 import torch
 
-import fluxkernels as fk
-from bench import published
+from bench import limits, memory, peers
+from bench.cases import CASES, Case
 
-BACKENDS = [name for name, backend in fk.backends().items() if backend.available]
-# groups, queries, centres, dimensions
-SHAPES = {
-    "toy": (1, 256, 256, 2),
-    "genes": (200, 256, 256, 2),
-    "one group": (1, 4096, 4096, 2),
-    "springs": (1, 256, 256, 200),
-    "images": (1, 128, 128, 3072),
-}
+# Nanoseconds for one pair in one evaluation, roughly: they only decide how often a call is repeated.
+NANOSECONDS = {"cpu": 1, "torch": 4, "published": 10, "keops": 15, "sklearn": 100}
+# Peak memory is measured where one more call, in a process of its own, takes no longer than this.
+PATIENCE = 30
 
 
-def inputs(shape: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    G, N, M, D = SHAPES[shape]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(G, N, D, generator=generator)
-    refs = x if N == M else torch.randn(G, M, D, generator=generator)
-    return x, refs, 0.1 * D
+def expected_seconds(op: str, case: Case, who: str) -> float:
+    return limits.EVALUATIONS[op] * case.pairs * NANOSECONDS[who] * 1e-9
 
 
-def published_pass(x: torch.Tensor, refs: torch.Tensor, sigma2: float, tau: float) -> torch.Tensor:
-    x0 = x + sigma2**0.5 * torch.randn_like(x)
-    xt = published.langevin_chain(x0, refs, sigma2, tau, torch.randn(4, *x.shape))
-    published.kde_score(x0, refs, sigma2)
-    score = published.kde_score(xt, refs, sigma2)
-    return published.transition_weights(x0, xt, refs, sigma2, tau) @ score
+RUNS = [
+    pytest.param(op, case, who, id=f"{op}-{case.name}-{who}")
+    for op, cases in CASES.items()
+    for case in cases
+    for who in (*peers.BACKENDS, *peers.PEERS[op])
+    if who != "torch" or expected_seconds(op, case, who) < 10
+]
 
 
-def our_pass(x: torch.Tensor, refs: torch.Tensor, sigma2: float, tau: float) -> torch.Tensor:
-    p = fk.flux_pass(x, refs, sigma2, tau)
-    return p.transition_average(p.score_t)
+@pytest.mark.parametrize(("op", "case", "who"), RUNS)
+def test_speed(benchmark: Any, op: str, case: Case, who: str) -> None:
+    if reason := peers.missing(who):
+        pytest.skip(reason)
+    x, sigma2 = case.inputs().to(peers.dtype(op, who)), case.sigma2
+    call = peers.function(op, who)
+    call(x[:2, :8].contiguous(), x[:2, :8].contiguous(), sigma2)  # imports and compiles what there is to
 
-
-CALLS: dict[str, dict[str, Callable[..., Any]]] = {
-    "kde_score": {"ours": fk.kde_score, "published": published.kde_score},
-    "kde_log_density": {"ours": fk.kde_log_density, "published": published.kde_log_density},
-    "flux_pass": {
-        "ours": lambda x, refs, s2: our_pass(x, refs, s2, 1.0),
-        "published": lambda x, refs, s2: published_pass(x, refs, s2, 1.0),
-    },
-}
-
-
-@pytest.mark.parametrize("who", [*BACKENDS, "published"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("call", CALLS)
-def test_speed(benchmark: Any, call: str, shape: str, who: str) -> None:
-    x, refs, sigma2 = inputs(shape)
-    benchmark.group = f"{call}, {shape} {SHAPES[shape]}"
-    benchmark.extra_info["threads"] = torch.get_num_threads()
-    if who == "published":
-        benchmark(CALLS[call]["published"], x, refs, sigma2)
+    benchmark.group = f"{op}: {case.name}"
+    wall, busy = time.perf_counter(), time.process_time()
+    seconds = expected_seconds(op, case, who)
+    if seconds < 0.5:
+        result = benchmark(call, x, x, sigma2)
     else:
-        with fk.use_backend(who):
-            benchmark(CALLS[call]["ours"], x, refs, sigma2)
+        again = 3 if seconds < 5 else 1
+        result = benchmark.pedantic(call, (x, x, sigma2), rounds=again, warmup_rounds=int(again > 1))
+    cores = (time.process_time() - busy) / (time.perf_counter() - wall)
+
+    error = peers.relative_error(op, who, x, sigma2, result)
+    del result
+    benchmark.extra_info |= {
+        "op": op,
+        "case": astuple(case)[:5],
+        "who": who,
+        "threads": torch.get_num_threads(),
+        "cores": cores,
+        "error": error,
+        "live_share": limits.live_share(x, sigma2),
+    }
+    if op != peers.LOG_DENSITY and case.pairs > 1e8 and who in ("cpu", "published") and seconds < PATIENCE:
+        benchmark.extra_info["memory"] = memory.peak_extra(op, case, who)
+    assert error < peers.tolerance(who)
