@@ -33,12 +33,11 @@ FLUX_INLINE void box_muller(Word a, Word b, Vec& first, Vec& second) {
 /// that a processor cannot look ahead to the next by itself.
 template <int MOST>
 static void normal_blocks(uint64_t seed, uint64_t stream, uint64_t step, int64_t block, int vectors, double* out) {
-    Word word[4][MOST];
+    static constexpr uint64_t COUNT[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    Word lane, word[4][MOST];
+    std::memcpy(&lane, COUNT, sizeof lane);
     for (int v = 0; v < vectors; ++v) {
-        uint64_t lane[LANES];
-        for (int i = 0; i < LANES; ++i) lane[i] = uint64_t(block + v * LANES + i);
-        Word index;
-        std::memcpy(&index, lane, sizeof index);
+        const Word index = lane + uint64_t(block + v * LANES);
         Word counter[4] = {index & LOW, index >> 32, step + Word{}, stream + Word{}};
         philox(counter, seed);
         for (int k = 0; k < 4; ++k) word[k][v] = counter[k];
