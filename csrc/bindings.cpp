@@ -148,17 +148,17 @@ PYBIND11_MODULE(_kernels, module) {
     module.def("langevin", &langevin);
     module.def("transition_weights", &transition_weights);
     module.def("transition_average", &transition_average);
-    module.def("normals",
-               [](uint64_t seed, uint64_t stream, int64_t steps, int64_t elements, int threads, uintptr_t out) {
-                   py::gil_scoped_release release;
-                   constexpr int64_t CHUNK = 1 << 14;
-                   const int64_t chunks = (elements + CHUNK - 1) / CHUNK;
-                   parallel_for(steps * chunks, threads, [&](int64_t task) {
-                       const int64_t step = task / chunks, first = task % chunks * CHUNK;
-                       chosen->normals(seed, stream, step, first, std::min(CHUNK, elements - first),
-                                       reinterpret_cast<double*>(out) + step * elements + first);
-                   });
-               });
+    module.def("normals", [](uint64_t seed, uint64_t stream, int64_t steps, int64_t first, int64_t count, int threads,
+                             uintptr_t out) {
+        py::gil_scoped_release release;
+        constexpr int64_t CHUNK = 1 << 14;
+        const int64_t chunks = (count + CHUNK - 1) / CHUNK;
+        parallel_for(steps * chunks, threads, [&](int64_t task) {
+            const int64_t step = task / chunks, done = task % chunks * CHUNK;
+            chosen->normals(seed, stream, step, first + done, std::min(CHUNK, count - done),
+                            reinterpret_cast<double*>(out) + step * count + done);
+        });
+    });
     module.def(
         "rates",
         [](int threads) {

@@ -29,6 +29,11 @@ public:
 
     /// A block of at least `bytes`, which becomes its size.
     void* take(size_t& bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+        void* exact = nullptr;  // so that a sanitizer sees the first byte past the end
+        if (posix_memalign(&exact, CACHE_LINE, bytes)) throw std::bad_alloc();
+        return exact;
+#endif
         bytes = (bytes / CACHE_LINE + 1) * CACHE_LINE;
         for (size_t i = 0; i < blocks_.size(); ++i)
             if (bytes <= blocks_[i].bytes && blocks_[i].bytes <= 2 * bytes) {

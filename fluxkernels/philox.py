@@ -61,14 +61,18 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
         stream: what the numbers are for: CHAIN, START or PROBE.
         dtype: float32 or float64; both give the same numbers to rounding.
     """
-    words = bits(seed, shape, stream)
+    return _to_shape(normal_from_words(bits(seed, shape, stream), dtype), shape)
+
+
+def normal_from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Two normal numbers from each pair of the words `[..., 4]`."""
     a, b = words[..., 0::2], words[..., 1::2]
     # -log u for u = (a + ½)/2³², through 1 - u in the upper half, so that float32 keeps its digits at both ends.
     lower = -torch.log((a.to(dtype) + 0.5) * 2.0**-32)
     upper = -torch.log1p(-((_LOW - a).to(dtype) + 0.5) * 2.0**-32)
     radius = (2 * torch.where(a < 1 << 31, lower, upper)).sqrt()
     angle = b.to(dtype) * (2 * math.pi * 2.0**-32)
-    return _to_shape(torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2), shape)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2)
 
 
 def uniform_from_words(words: Tensor, dtype: torch.dtype) -> Tensor:

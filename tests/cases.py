@@ -17,6 +17,7 @@ class Case:
         spread: standard deviation of the centres about it.
         duplicates: each centre (and query) occurs this often.
         far: distance of the queries from the cloud of centres, in units of its spread.
+        outlier: distance of the first centre from the others, in units of their spread.
         tau: horizon of the chain and the transition.
     """
 
@@ -29,6 +30,7 @@ class Case:
     spread: float = 1.0
     duplicates: int = 1
     far: float = 0.0
+    outlier: float = 0.0
     tau: float = 1.0
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -36,6 +38,7 @@ class Case:
         rng = np.random.default_rng([len(self.name), *self.name.encode()])
         refs = self.offset + self.spread * rng.standard_normal((self.M, self.D))
         refs = np.repeat(refs, self.duplicates, axis=0)[: self.M]
+        refs[0] += self.outlier * self.spread
         # As in training: the queries are noised centres.
         z = (
             refs[np.arange(self.N) % self.M]
@@ -76,4 +79,19 @@ CASES = [
     Case("tau = 1e-6", tau=1e-6),
     Case("tau = 1e-6, D = 200", tau=1e-6, D=200, sigma2=40.0),
     Case("tau = 4", tau=4.0),
+    # Compiled kernels change their layout above D = 24 and cut centres into tiles: 168 of them at D = 24, 816 at D = 5,
+    # 1024 at D = 1 and 2, 256 above D = 24.
+    *(Case(f"D = {d}, M = {m}", D=d, M=m, sigma2=0.3 * d) for d in (24, 25) for m in (7, 8, 168, 169, 256, 257, 513)),
+    *(Case(f"D = {d}, M = {m}", D=d, M=m, sigma2=0.3) for d, m in ((1, 1024), (2, 1025), (5, 816), (5, 817))),
+    # From M = 64 on they sort the centres of a wide group into cells and look at a window of them.
+    *(Case(f"windows, M = {m}", M=m, sigma2=1e-4) for m in (63, 64, 65, 1025)),
+    *(Case(f"windows, D = {d}", M=300, D=d, sigma2=1e-3) for d in (1, 3, 24)),
+    Case("windows, offset 1000", M=300, offset=1e3, sigma2=1e-3),
+    Case("windows, duplicates", M=300, duplicates=7, sigma2=1e-4),
+    Case("windows, far queries", M=300, far=3.0, sigma2=0.01),
+    Case("windows, more queries than centres", N=200, M=100, sigma2=0.01),
+    Case("windows, one far outlier", M=300, outlier=1e4, sigma2=0.1),
+    Case("windows, one far outlier, tau = 4", M=300, outlier=1e4, sigma2=0.1, tau=4.0),
+    Case("all centres equal", M=100, spread=0.0, offset=1.0),
+    Case("all centres but one equal", M=100, duplicates=100, outlier=50.0),
 ]

@@ -2,20 +2,50 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
-from fluxkernels import backends, use_backend
+from fluxkernels import backends, cpu, use_backend
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
+AVAILABLE = [name for name, backend in backends().items() if backend.available]
+TARGETS = cpu._kernels.targets() if "cpu" in AVAILABLE else []
 
-@pytest.fixture(params=[name for name, backend in backends().items() if backend.available])
+
+@contextmanager
+def use_target(name: str) -> Iterator[None]:
+    """Run the cpu backend with one of its instruction sets inside of the `with` block."""
+    before = cpu._kernels.target()
+    cpu._kernels.use(name)
+    try:
+        yield
+    finally:
+        cpu._kernels.use(before)
+
+
+@pytest.fixture(params=AVAILABLE)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend that can run here, in turn."""
     with use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of the cpu backend that this machine runs, in turn."""
+    with use_target(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=[name for name in AVAILABLE if name != "cpu"] + [f"cpu {target}" for target in TARGETS])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """As `backend`, but the cpu backend with every instruction set that this machine runs, in turn."""
+    name, *targets = request.param.split()
+    with use_backend(name), use_target(*targets) if targets else nullcontext():
+        yield name
 
 
 @pytest.fixture(autouse=True)

@@ -24,6 +24,9 @@ struct Source {
     std::function<void(int64_t set, int64_t first, int64_t last, double* out, int64_t pitch)> read;
     /// The largest variance sigma^2 that a query of a set will have.
     std::function<double(int64_t set)> widest;
+    /// Adds what the centres are away from the points read, if anything; done about the origin, where it costs no
+    /// digits.
+    std::function<void(int64_t set, int64_t first, int64_t last, double* out, int64_t pitch)> move{};
 
     /// Which set serves group b: its own, or the only one.
     int64_t set_of(int64_t b) const { return sets == 1 ? 0 : b; }

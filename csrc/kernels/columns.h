@@ -98,28 +98,33 @@ private:
         double range = 0;
         bool finite = true;
         for (int64_t d = 0; d < D; ++d) {
-            double total = 0, least = INFINITY, most = -INFINITY;
-            for (int64_t j = 0; j < M; ++j) {
-                const double r = rows[j * D + d];
-                total += r;
-                least = std::min(least, r);
-                most = std::max(most, r);
-            }
+            double total = 0;
+            for (int64_t j = 0; j < M; ++j) total += rows[j * D + d];
             origin[d] = total / M;
             // What is not finite (it comes in unchecked from a compiled graph) has no order.
             finite = finite && std::isfinite(total);
+            for (int64_t j = 0; j < M; ++j) rows[j * D + d] -= origin[d];
+        }
+        if (source.move) source.move(set, 0, D, rows.get(), D);
+        for (int64_t d = 0; d < D; ++d) {
+            double least = INFINITY, most = -INFINITY;
+            for (int64_t j = 0; j < M; ++j) {
+                least = std::min(least, rows[j * D + d]);
+                most = std::max(most, rows[j * D + d]);
+            }
+            finite = finite && std::isfinite(most - least);
             if (most - least > range) {
                 range = most - least;
-                cells = {static_cast<int32_t>(d), least - origin[d], M / range};
+                cells = {static_cast<int32_t>(d), least, M / range};
             }
         }
         // Windows pay if one, 2 sqrt(2 cut) sigma wide for a query amid centres, leaves out half of the range.
         if (!finite || M < 64 || range < 4 * std::sqrt(2 * source.widest(set) * cut())) cells.coordinate = -1;
         int32_t* order = order_.get() + set * M;
-        sort(cells, rows.get(), origin, order, first_.get() + set * (M + 1));
+        sort(cells, rows.get(), order, first_.get() + set * (M + 1));
         for (int64_t d = 0; d < D; ++d) {
             double* to = data_.get() + (set * D + d) * stride_;
-            for (int64_t j = 0; j < M; ++j) to[j] = rows[order[j] * D + d] - origin[d];
+            for (int64_t j = 0; j < M; ++j) to[j] = rows[order[j] * D + d];
             std::fill(to + M, to + padded, to[M - 1]);  // their weights are set to 0 by the callers
         }
     }
@@ -136,7 +141,7 @@ private:
     }
 
     /// Fills `order` with the centres cell by cell, and `first` with the place of each cell's first one.
-    void sort(const Cells& cells, const double* rows, const double* origin, int32_t* order, int32_t* first) const {
+    void sort(const Cells& cells, const double* rows, int32_t* order, int32_t* first) const {
         if (cells.coordinate < 0) {
             for (int64_t j = 0; j < M; ++j) order[j] = static_cast<int32_t>(j);
             return;
@@ -145,7 +150,7 @@ private:
         Buffer<int32_t> where(M);
         std::fill_n(first, M + 1, 0);
         for (int64_t j = 0; j < M; ++j) {
-            where[j] = static_cast<int32_t>(cell(cells, rows[j * D + d] - origin[d]));
+            where[j] = static_cast<int32_t>(cell(cells, rows[j * D + d]));
             ++first[where[j] + 1];
         }
         for (int64_t c = 0; c < M; ++c) first[c + 1] += first[c];

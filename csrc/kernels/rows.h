@@ -74,13 +74,12 @@ private:
         for (int64_t j = 0; j < M; ++j)
             for (int64_t d = first; d < inside; ++d) origin[d] += rows[j * pitch + d];
         for (int64_t d = first; d < inside; ++d) origin[d] /= M;
+        for (int64_t j = 0; j < M; ++j)
+            for (int64_t d = first; d < inside; ++d) rows[j * pitch + d] -= origin[d];
+        if (inside > first && source.move) source.move(set, first, inside, rows + first, pitch);
         for (int64_t j = 0; j < padded; ++j) {
             double* row = rows + j * pitch;
-            if (j >= M) {
-                std::copy(row - pitch + first, row - pitch + inside, row + first);
-            } else {
-                for (int64_t d = first; d < inside; ++d) row[d] -= origin[d];
-            }
+            if (j >= M) std::copy(row - pitch + first, row - pitch + inside, row + first);
             std::fill(row + inside, row + last, 0.0);
         }
     }

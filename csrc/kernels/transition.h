@@ -9,18 +9,23 @@ static double variance_of(const TransitionArguments& args, int64_t b) {
     return args.sigma2.number(b) * std::max(-std::expm1(-2 * args.tau.number(b)), EPSILON * EPSILON);
 }
 
+/// The starts, moved to the means.
 static Source means_of(const TransitionArguments& args) {
-    return {args.shape.B, args.shape.M, args.shape.D,
+    return {args.shape.B,
+            args.shape.M,
+            args.shape.D,
+            [&args](int64_t b, int64_t first, int64_t last, double* out, int64_t pitch) {
+                args.x0.at(b, 0, first).load(args.shape.M, last - first, out, pitch);
+            },
+            [&args](int64_t b) { return variance_of(args, b); },
             [&args](int64_t b, int64_t first, int64_t last, double* out, int64_t pitch) {
                 const double pull = -std::expm1(-args.tau.number(b));
                 const int64_t starts = args.shape.M, columns = last - first;
                 Buffer<double> shift(starts * columns);
-                args.x0.at(b, 0, first).load(starts, columns, out, pitch);
                 args.shift0.at(b, 0, first).load(starts, columns, shift.get(), columns);
                 for (int64_t i = 0; i < starts; ++i)
                     for (int64_t d = 0; d < columns; ++d) out[i * pitch + d] += pull * shift[i * columns + d];
-            },
-            [&args](int64_t b) { return variance_of(args, b); }};
+            }};
 }
 
 /// A block of ends of chains as queries.

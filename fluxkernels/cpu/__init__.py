@@ -13,7 +13,8 @@ from torch import Tensor
 
 _import_error: ImportError | None = None
 try:
-    from fluxkernels.cpu import _kernels as _kernels
+    # Not `from fluxkernels.cpu import`, which calls a module that does not exist a circular import.
+    import fluxkernels.cpu._kernels as _kernels
 except ImportError as error:
     _import_error = error
 
@@ -53,7 +54,7 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
     """`fluxkernels.philox.normal`."""
     numbers = torch.empty(shape, dtype=torch.float64)
     elements = math.prod(shape[1:])
-    _kernels.normals(int(seed) % 2**64, stream, shape[0], elements, torch.get_num_threads(), numbers.data_ptr())
+    _kernels.normals(int(seed) % 2**64, stream, shape[0], 0, elements, torch.get_num_threads(), numbers.data_ptr())
     return numbers.to(dtype)
 
 

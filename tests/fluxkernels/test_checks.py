@@ -9,6 +9,9 @@ import torch
 
 import fluxkernels as fk
 
+# Every backend runs behind the same checks.
+pytestmark = pytest.mark.usefixtures("backend")
+
 X, REFS, XT = torch.randn(5, 2), torch.randn(7, 2), torch.randn(4, 2)
 GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "kde_score": (fk.kde_score, {"x": X, "refs": REFS, "sigma2": 0.1}),
@@ -38,7 +41,7 @@ NOISY = ["langevin_step", "langevin_chain", "flux_pass"]
 
 def call(function: str, **changes: Any) -> Any:
     f, arguments = GOOD[function]
-    return f(**{**arguments, **changes}, backend="torch")
+    return f(**{**arguments, **changes})
 
 
 def message(error: type[Exception], function: str, **changes: Any) -> str:
@@ -175,26 +178,26 @@ def test_field_has_the_shape_of_z() -> None:
 def test_bandwidths_by_group_and_query() -> None:
     x, refs = torch.randn(3, 5, 2), torch.randn(3, 7, 2)
     per_group, per_query = torch.rand(3) + 0.1, torch.rand(3, 5) + 0.1
-    by_group = fk.kde_score(x, refs, per_group, backend="torch")
-    by_query = fk.kde_score(x, refs, per_query, backend="torch")
+    by_group = fk.kde_score(x, refs, per_group)
+    by_query = fk.kde_score(x, refs, per_query)
     for g in range(3):
-        expected = fk.kde_score(x[g], refs[g], per_group[g].item(), backend="torch")
+        expected = fk.kde_score(x[g], refs[g], per_group[g].item())
         torch.testing.assert_close(by_group[g], expected)
         for n in range(5):
-            one = fk.kde_score(x[g, n : n + 1], refs[g], per_query[g, n].item(), backend="torch")
+            one = fk.kde_score(x[g, n : n + 1], refs[g], per_query[g, n].item())
             torch.testing.assert_close(by_query[g, n], one[0])
-    one_a_query = fk.kde_score(x[0], refs[0], per_query[0], backend="torch")
+    one_a_query = fk.kde_score(x[0], refs[0], per_query[0])
     torch.testing.assert_close(one_a_query, by_query[0])
     with pytest.raises(ValueError, match="tau must be a number or have one entry a group"):
-        fk.langevin_chain(x, refs, 0.1, per_query, backend="torch")
+        fk.langevin_chain(x, refs, 0.1, per_query)
 
 
 def test_several_leading_dimensions() -> None:
     x, refs = torch.randn(2, 1, 5, 3), torch.randn(4, 6, 3)
     sigma2 = torch.rand(2, 4) + 0.1
-    s = fk.kde_score(x, refs, sigma2, backend="torch")
+    s = fk.kde_score(x, refs, sigma2)
     assert s.shape == (2, 4, 5, 3)
-    torch.testing.assert_close(s[1, 2], fk.kde_score(x[1, 0], refs[2], sigma2[1, 2], backend="torch"))
+    torch.testing.assert_close(s[1, 2], fk.kde_score(x[1, 0], refs[2], sigma2[1, 2]))
 
 
 def test_numbers_of_other_libraries() -> None:
@@ -205,4 +208,4 @@ def test_numbers_of_other_libraries() -> None:
 
 def test_large_finite_sums_are_not_mistaken_for_infinity() -> None:
     x = torch.full((3, 1), 3e38)
-    assert fk.kde_mean(x, x, 1.0, backend="torch").isfinite().all()
+    assert fk.kde_mean(x, x, 1.0).isfinite().all()

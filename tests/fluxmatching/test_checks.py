@@ -30,7 +30,11 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
             ValueError,
             "estimator must be one of 'cross_chain', 'single_chain', got 'both'",
         ),
-        ({"endpoint": "backward"}, ValueError, "endpoint must be one of 'reverse', 'forward', 'central'"),
+        (
+            {"endpoint": "backward"},
+            ValueError,
+            "endpoint must be one of 'reverse', 'forward', 'central', 'closed_form'",
+        ),
         ({"divergence": "none"}, ValueError, "divergence must be one of 'hutchinson', 'exact'"),
         ({"chunk": 0}, ValueError, "chunk must be None or a positive number of samples, got 0"),
         ({"chunk": 1.5}, ValueError, "chunk must be"),

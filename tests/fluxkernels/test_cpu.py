@@ -1,0 +1,269 @@
+"""What only compiled kernels can get wrong: instruction sets, threads, layouts in memory, conversions, odd numbers.
+
+That their answers are right is tested with those of the other backends, in test_accuracy.py and test_derivatives.py.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fluxkernels as fk
+from fluxkernels import cpu, philox
+from tests import fuzz
+
+if cpu.missing() is not None:
+    pytest.skip(f"the cpu backend cannot run: {cpu.missing()}", allow_module_level=True)
+kernels: Any = cpu._kernels
+SHAPES = {  # (B, N, M, D): both layouts, several tiles of centres, one group for all threads and several a thread
+    "columns": (1, 300, 1100, 3),
+    "columns, groups": (5, 70, 200, 2),
+    "columns, windows": (1, 200, 700, 1),
+    "rows": (1, 150, 300, 40),
+    "rows, groups": (4, 70, 90, 26),
+}
+
+
+def arguments(shape: tuple[int, int, int, int], dtype: torch.dtype = torch.float64, seed: int = 1) -> dict[str, tuple]:
+    """Arguments of every op, by its name in the backend."""
+    B, N, M, D = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    z, refs, ends, field = normal(B, N, D), normal(B, M, D), normal(B, N - 3, D), normal(B, N, D)
+    noise, values = normal(5, B, N, D), normal(B, N - 3, 6)
+    # Narrow for D = 1, so that centres are sorted into cells.
+    sigma2 = (0.5 + torch.rand(B, generator=generator, dtype=wide)) * (1e-3 if D == 1 else 0.2 * D)
+    tau, per_query = torch.full((B,), 0.7, dtype=wide), sigma2.unsqueeze(-1).expand(B, N)
+    key = torch.tensor(-3)
+    return {
+        "kde": (z, refs, per_query),
+        "kde_backward": (field, normal(B, N, D), normal(B, N), z, refs, per_query),
+        "residual_gradient": (z, field, refs, per_query),
+        "langevin_chain": (z, refs, sigma2, tau, 4, noise[1:], None),
+        "langevin_chain of a seed": (z, refs, sigma2, tau, 4, None, key),
+        "flux_pass": (z, refs, sigma2, tau, 4, noise, None),
+        "flux_pass of a seed": (z, refs, sigma2, tau, 4, None, key),
+        "transition_weights": (z, field, ends, sigma2, tau),
+        "transition_average": (z, field, ends, values, sigma2, tau),
+    }
+
+
+OPS = list(arguments((1, 5, 3, 1)))
+
+
+def call(op: str, args: tuple[Any, ...]) -> list[Tensor]:
+    results = getattr(cpu, op.split(" ")[0])(*args)
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_same_bits(got: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_threads(op: str, shape: tuple[int, int, int, int], threads: Callable[[int], None]) -> None:
+    """The same bits in every run with as many threads; to rounding the same with more or fewer."""
+    args = arguments(shape)[op]
+    threads(1)
+    alone = call(op, args)
+    for count in (1, 2, 3):
+        threads(count)
+        first = call(op, args)
+        for _ in range(3):
+            assert_same_bits(call(op, args), first)
+        for got, expected in zip(first, alone, strict=True):
+            difference = torch.linalg.vector_norm(got - expected) / torch.linalg.vector_norm(expected)
+            assert difference.item() < 1e-14
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("op", OPS)
+def test_instruction_sets_agree(op: str, shape: tuple[int, int, int, int], target: str) -> None:
+    args = arguments(shape)[op]
+    got = call(op, args)
+    kernels.use("baseline")  # the fixture puts back what was in use before
+    for a, b in zip(got, call(op, args), strict=True):
+        assert (torch.linalg.vector_norm(a - b) / torch.linalg.vector_norm(b)).item() < 1e-13
+
+
+def layouts(t: Tensor) -> Iterator[Tensor]:
+    """The same numbers in other places: the last dimension first, every other number, off the grid of cache lines."""
+    yield t.movedim(-1, 0).contiguous().movedim(0, -1)
+    apart = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), math.nan)
+    apart[..., ::2] = t
+    yield apart[..., ::2]
+    yield torch.cat([t.new_full((1,), math.nan), t.flatten()])[1:].view(t.shape)
+    yield t[:1].expand(t.shape)  # one group, one step of noise for all: other numbers, and strides of 0
+    if t.ndim > 2:
+        yield t[..., :1, :].expand(t.shape)
+    yield t[..., :1].expand(t.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [3, 26])
+@pytest.mark.parametrize("op", OPS)
+def test_strides(op: str, D: int, dtype: torch.dtype) -> None:
+    """What does not lie in one piece gives the bits of its contiguous copy, argument by argument."""
+    args = arguments((2, 9, 10, D), dtype)[op]
+    for i, argument in enumerate(args):
+        if not isinstance(argument, Tensor) or not argument.is_floating_point():
+            continue
+        for laid in layouts(argument):
+            changed, plain = list(args), list(args)
+            changed[i], plain[i] = laid, laid.contiguous()
+            assert_same_bits(call(op, tuple(changed)), call(op, tuple(plain)))
+
+
+@pytest.mark.parametrize("D", [1, 3, 26])
+@pytest.mark.parametrize("N", [1, 67])
+def test_noise_of_any_elements(N: int, D: int, target: str) -> None:
+    """One centre at 0 and a long step leave of a chain its last noise, also of blocks that begin amid four elements."""
+    z, one = torch.zeros(3, N, D, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+    for seed in (0, 2**63 - 5, -5):
+        got = cpu.langevin_chain(z, z[:, :1], one, 1e3 * one, 2, None, torch.tensor(seed))
+        expected = philox.normal(torch.tensor(seed), (2, 3, N, D), philox.CHAIN, torch.float64)[1]
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=2e-14)
+        start = cpu.flux_pass(z, z[:, :1], 4 * one, one, 1, None, torch.tensor(seed))[0]
+        expected = philox.normal(torch.tensor(seed), (1, 3, N, D), philox.START, torch.float64)[0]
+        torch.testing.assert_close(start, 2 * expected, rtol=1e-13, atol=4e-14)
+
+
+@pytest.mark.parametrize(("steps", "elements"), [(1, 1), (3, 7), (2, 16_387), (1, 1_000_003)])
+def test_normal_numbers(steps: int, elements: int, target: str) -> None:
+    """Also in the tails, near the zeros of radius, sine and cosine, and on several threads."""
+    expected = philox.normal(torch.tensor(5), (steps, elements), philox.CHAIN, torch.float64)
+    for count in (1, 3):
+        got = torch.full((steps * elements + 2,), math.nan, dtype=torch.float64)
+        kernels.normals(5, philox.CHAIN, steps, 0, elements, count, got[1:].data_ptr())
+        assert got[0].isnan()
+        assert got[-1].isnan()
+        # The angle is known to a rounding of 2π, so a small sine or cosine to no more of its digits.
+        torch.testing.assert_close(got[1:-1].view(steps, elements), expected, rtol=4e-15, atol=2e-14)
+
+
+def test_elements_beyond_the_counter_s_first_word(target: str) -> None:
+    """Element 2³⁴ is in block 2³², whose counter has a second word."""
+    seed, first, count = torch.tensor(5), 2**34 - 3, 7
+    got = torch.empty(count, dtype=torch.float64)
+    kernels.normals(5, philox.CHAIN, 1, first, count, 1, got.data_ptr())
+    blocks = torch.tensor([2**32 - 1, 2**32, 2**32 + 1])
+    zero = torch.zeros_like(blocks)
+    words = philox.philox((blocks & 0xFFFFFFFF, blocks >> 32, zero, zero + philox.CHAIN), (seed, zero))
+    expected = philox.normal_from_words(torch.stack(words, -1), torch.float64).flatten()[1 : 1 + count]
+    torch.testing.assert_close(got, expected, rtol=4e-15, atol=2e-14)
+
+
+def stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 `numbers` as the kernels store them in `dtype`: the displacement of -x to one centre at 0."""
+    z, count = -numbers.double().view(1, -1, 1), len(numbers)
+    shift, mean = torch.empty(1, count, 1, dtype=dtype), torch.empty_like(z)
+    centre, sigma2, log_density = z.new_zeros(1, 1, 1), z.new_ones(1, 1).expand(1, count), z.new_empty(1, count)
+    kernels.kde((1, count, 1, 1), 1, *map(cpu._view, (z, centre, sigma2, shift, mean, log_density)))
+    return shift.flatten()
+
+
+def loaded(numbers: Tensor) -> Tensor:
+    """`numbers` of any dtype as the kernels load them."""
+    z, count = numbers.view(1, -1, 1), len(numbers)
+    shift, mean, log_density = (torch.empty(1, count, 1, dtype=torch.float64) for _ in range(3))
+    centre, sigma2 = z.new_zeros(1, 1, 1), torch.ones(1, 1).expand(1, count)
+    kernels.kde((1, count, 1, 1), 1, *map(cpu._view, (z, centre, sigma2, shift, mean, log_density[..., 0])))
+    return -shift.flatten()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_conversions(dtype: torch.dtype, target: str) -> None:
+    """All numbers of a half precision and what lies between them: ties, subnormal numbers, overflow to infinity."""
+    half = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(half)
+    every = every[every.isfinite()]
+    torch.testing.assert_close(loaded(every.to(dtype)), every.double(), rtol=0, atol=0)
+    if dtype == torch.float32:
+        every = torch.from_numpy(np.geomspace(1e-46, 3.4e38, 50_001)).float()
+        torch.testing.assert_close(loaded(every), every.double(), rtol=0, atol=0)
+    ordered = every.double().unique()
+    step = ordered[-1] - ordered[-2]
+    # Towards the next number that the dtype does not have any more.
+    middle = torch.cat([(ordered[1:] + ordered[:-1]) / 2, ordered[-1:] + step / 2])
+    up = torch.tensor(math.inf, dtype=torch.float64)
+    around = [middle, torch.nextafter(middle, up), torch.nextafter(middle, -up)]
+    around += [middle.float().nextafter(towards.float()).double() for towards in (up, -up)]
+    numbers = torch.cat([ordered, *around, middle * 1.001, torch.tensor([1e100, -1e100, 1e-100], dtype=torch.float64)])
+    numbers = numbers[numbers.isfinite()]
+    expected = numbers.to(dtype)
+    assert expected.isinf().any()
+    assert torch.equal(stored(numbers, dtype), expected)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("D", [2, 30])
+@pytest.mark.parametrize("op", OPS)
+def test_numbers_that_are_not_finite_harm_their_own_group_alone(op: str, D: int, bad: float, target: str) -> None:
+    """Values come in unchecked from a compiled graph. No crash, no endless loop, and other groups do not notice.
+
+    Windows are on in the group that is hit, so that a place is looked up for what has none.
+    """
+    B, N, M = 3, 12, 100
+    args = [a * 1 if isinstance(a, Tensor) else a for a in arguments((B, N, M, D))[op]]
+    floating = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    for i in floating:  # narrow
+        if args[i].ndim <= 2 and (args[i] > 0).all() and (args[i] != 0.7).all():
+            args[i] = torch.full_like(args[i], 1e-6)
+    good = call(op, tuple(args))
+    for i in floating:
+        changed = list(args)
+        changed[i] = args[i].contiguous().clone()
+        where = [0] * changed[i].ndim
+        where[changed[i].ndim == 4] = 1  # group 1; noise has its steps first
+        changed[i][tuple(where)] = bad
+        for got, expected in zip(call(op, tuple(changed)), good, strict=True):
+            assert torch.equal(got[[0, 2]], expected[[0, 2]])
+
+
+def test_fuzz() -> None:
+    report = fuzz.run(seed=0, cases=iter(range(250)))
+    assert report.failures == []
+    assert report.compared > 0.7 * report.entries  # else it would not say much
+
+
+def test_fuzz_sees_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bounds are tight enough to see that one query of many is off in the eighth digit."""
+    kde = cpu.kde
+
+    def wrong(*args: Tensor) -> tuple[Tensor, ...]:
+        shift, mean, log_density = kde(*args)
+        shift[0, -1] *= 1 + 1e-8
+        return shift, mean, log_density
+
+    monkeypatch.setattr(cpu, "kde", wrong)
+    report = fuzz.run(seed=0, cases=iter(range(10)))
+    assert any(f.startswith("shift") for f in report.failures)
+
+
+def test_thousands_of_tiny_groups(target: str) -> None:
+    """Thousands of groups of one query and one centre: the mean is the centre, the density that of one Gaussian."""
+    z, refs = torch.randn(5000, 1, 1), torch.randn(5000, 1, 1)
+    assert torch.equal(fk.kde_mean(z, refs, 0.5, backend="cpu"), refs)
+
+
+def test_unknown_instruction_set() -> None:
+    with pytest.raises(ValueError, match="runs no target 'mmx'"):
+        kernels.use("mmx")
