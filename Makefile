@@ -4,6 +4,7 @@
 # make bench     every benchmark in one run, as a table in bench/results/
 # make accuracy  errors of every op against extended precision
 # make sanitize  the kernel tests on C++ compiled with the address and undefined-behaviour sanitizers
+# make arm64     whether the kernels compile for arm64 (needs aarch64-linux-gnu-g++)
 # make fuzz      a minute of random shapes, strides and extreme values
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +15,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check bench accuracy sanitize fuzz clean
+.PHONY: demo test check bench accuracy sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +44,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench.json
@@ -54,5 +56,25 @@ accuracy: $(VENV)/installed-dev
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m tests.fuzz --seconds 60
 
+# Preloaded because Python itself is not built with them; libstdc++ too, or the first C++ exception would end the process.
+SANITIZED := OMP_NUM_THREADS=1 UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_leaks=0:log_path=build/asan \
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
+
+# torch.compile's inductor starts compilers of its own, which do not run with a sanitizer preloaded.
+sanitize: $(VENV)/installed-dev
+	rm -rf build/sanitize build/sanitize-objects build/asan.*
+	$(BIN)/python -m pip install --quiet "pybind11>=2.13" "setuptools>=77"
+	FLUXKERNELS_CPU=require FLUXKERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize \
+		--build-temp build/sanitize-objects
+	$(SANITIZED) PYTHONPATH=build/sanitize $(BIN)/python -c "from fluxkernels.cpu import _kernels as k; print(k.__file__)" \
+		| grep build/sanitize
+	$(SANITIZED) $(BIN)/python -m pytest -o "pythonpath=build/sanitize ." tests/fluxkernels -k "not inductor" \
+		|| { cat build/asan.* 2>/dev/null; exit 1; }
+
+arm64:
+	for file in csrc/parallel.cpp csrc/targets/*.cpp; do \
+		aarch64-linux-gnu-g++ -std=c++17 -O3 -fno-math-errno -Wall -Wextra -Werror -c $$file -o /dev/null || exit 1; \
+	done
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info fluxkernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist bench.json *.egg-info fluxkernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache

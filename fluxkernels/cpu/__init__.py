@@ -1,8 +1,7 @@
 """The `cpu` backend: the kernels of csrc/, compiled C++ for every CPU.
 
-They compute in float64 whatever the input's dtype and round once, as the `torch` backend does; here that costs nothing,
-for the numbers are converted on their way into the cache. Functions, arguments and shapes are those of
-`fluxkernels.reference`.
+They compute in float64 whatever the input's dtype and round once, as the `torch` backend does; numbers are converted on
+their way into the cache. Functions, arguments and shapes are those of `fluxkernels.reference`.
 """
 
 import math
