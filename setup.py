@@ -27,6 +27,9 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
             raise CompileError("csrc/ needs GCC or Clang: it uses their vector types")
+        # Where this fails the package goes on without the module; an older one must not take its place.
+        for built in (self.get_ext_fullpath(ext.name), str(Path(self.build_lib, self.get_ext_filename(ext.name)))):
+            Path(built).unlink(missing_ok=True)
         super().build_extension(ext)
 
 
@@ -41,8 +44,10 @@ def kernels() -> list[Extension]:
         return []
     linux = sys.platform == "linux"
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE else []
+    macros: list[tuple[str, str | None]] = [("FLUX_SANITIZED", None)] if SANITIZE else []
     options: dict[str, Any] = {
         "include_dirs": [pybind11.get_include()],
+        "define_macros": macros,
         "libraries": ["dl"] if linux else [],
         "extra_compile_args": [
             *("-std=c++17", "-pthread", "-Wall", "-Wextra"),

@@ -62,7 +62,6 @@ struct TransitionArguments {
 /// The kernels as compiled for one instruction set.
 struct Kernels {
     const char* name;
-    int lanes;
     void (*kde)(const KdeArguments&);
     void (*kde_backward)(const KdeBackwardArguments&);
     void (*residual_gradient)(const ResidualArguments&);

@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -30,7 +31,7 @@ std::vector<const Kernels*> supported() {
     return list;
 }
 
-const Kernels* chosen = supported().front();
+std::atomic<const Kernels*> chosen{supported().front()};
 
 void use(const std::string& name) {
     for (const Kernels* kernels : supported())
@@ -53,9 +54,9 @@ Array array(const py::object& view) {
     return result;
 }
 
-/// Threads for about `operations` multiply-adds: a small job is done before a second thread has woken up.
-int threads_for(const Shape& shape, int threads) {
-    const double operations = double(shape.B) * shape.N * shape.M * (shape.D + 10);
+/// A job of few multiply-adds, `each` a pair beside its distance, is done before a second thread has woken up.
+int threads_for(const Shape& shape, int threads, int64_t each = 10) {
+    const double operations = double(shape.B) * shape.N * shape.M * (shape.D + each);
     return operations < 2e5 ? 1 : threads;
 }
 
@@ -72,22 +73,22 @@ using View = py::object;
 
 void kde(const Sizes& sizes, int threads, View z, View refs, View sigma2, View shift, View mean, View log_density) {
     const Shape shape = shape_of(sizes);
-    run(chosen->kde, KdeArguments{shape, threads_for(shape, threads), array(z), array(refs), array(sigma2),
-                                  array(shift), array(mean), array(log_density)});
+    run(chosen.load()->kde, KdeArguments{shape, threads_for(shape, threads), array(z), array(refs), array(sigma2),
+                                         array(shift), array(mean), array(log_density)});
 }
 
 void kde_backward(const Sizes& sizes, int threads, View g_shift, View g_mean, View g_log_density, View z, View refs,
                   View sigma2, View g_z, View g_refs, View g_sigma2) {
     const Shape shape = shape_of(sizes);
-    run(chosen->kde_backward,
+    run(chosen.load()->kde_backward,
         KdeBackwardArguments{shape, threads_for(shape, threads), array(g_shift), array(g_mean), array(g_log_density),
                              array(z), array(refs), array(sigma2), array(g_z), array(g_refs), array(g_sigma2)});
 }
 
 void residual_gradient(const Sizes& sizes, int threads, View z, View field, View refs, View sigma2, View gradient) {
     const Shape shape = shape_of(sizes);
-    run(chosen->residual_gradient, ResidualArguments{shape, threads_for(shape, threads), array(z), array(field),
-                                                     array(refs), array(sigma2), array(gradient)});
+    run(chosen.load()->residual_gradient, ResidualArguments{shape, threads_for(shape, threads), array(z), array(field),
+                                                            array(refs), array(sigma2), array(gradient)});
 }
 
 void langevin(const Sizes& sizes, int threads, int64_t steps, const std::vector<View>& noise, uint64_t seed, View x,
@@ -101,30 +102,30 @@ void langevin(const Sizes& sizes, int threads, int64_t steps, const std::vector<
                            array(shift0), array(xt),
                            array(shift_t)};
     for (const View& step : noise) args.noise.push_back(array(step));
-    run(chosen->langevin, args);
+    run(chosen.load()->langevin, args);
 }
 
 void transition_weights(const Sizes& sizes, int threads, View x0, View shift0, View xt, View sigma2, View tau,
                         View weights) {
     const Shape shape = shape_of(sizes);
-    run(chosen->transition_weights, TransitionArguments{shape,
-                                                        threads_for(shape, threads),
-                                                        array(x0),
-                                                        array(shift0),
-                                                        array(xt),
-                                                        array(sigma2),
-                                                        array(tau),
-                                                        {},
-                                                        0,
-                                                        array(weights)});
+    run(chosen.load()->transition_weights, TransitionArguments{shape,
+                                                               threads_for(shape, threads),
+                                                               array(x0),
+                                                               array(shift0),
+                                                               array(xt),
+                                                               array(sigma2),
+                                                               array(tau),
+                                                               {},
+                                                               0,
+                                                               array(weights)});
 }
 
 void transition_average(const Sizes& sizes, int threads, int64_t values_count, View x0, View shift0, View xt,
                         View sigma2, View tau, View values, View average) {
     const Shape shape = shape_of(sizes);
-    run(chosen->transition_average,
-        TransitionArguments{shape, threads_for(shape, threads), array(x0), array(shift0), array(xt), array(sigma2),
-                            array(tau), array(values), values_count, array(average)});
+    run(chosen.load()->transition_average,
+        TransitionArguments{shape, threads_for(shape, threads, values_count + 10), array(x0), array(shift0), array(xt),
+                            array(sigma2), array(tau), array(values), values_count, array(average)});
 }
 
 }  // namespace
@@ -139,7 +140,7 @@ PYBIND11_MODULE(_kernels, module) {
             return names;
         },
         "Instruction sets that this machine runs, best first.");
-    module.def("target", [] { return std::string(chosen->name); }, "The instruction set in use.");
+    module.def("target", [] { return std::string(chosen.load()->name); }, "The instruction set in use.");
     module.def("use", &use, "Use an instruction set by name.");
     module.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads the kernels run on.");
     module.def("kde", &kde);
@@ -155,15 +156,16 @@ PYBIND11_MODULE(_kernels, module) {
         const int64_t chunks = (count + CHUNK - 1) / CHUNK;
         parallel_for(steps * chunks, threads, [&](int64_t task) {
             const int64_t step = task / chunks, done = task % chunks * CHUNK;
-            chosen->normals(seed, stream, step, first + done, std::min(CHUNK, count - done),
-                            reinterpret_cast<double*>(out) + step * count + done);
+            chosen.load()->normals(seed, stream, step, first + done, std::min(CHUNK, count - done),
+                                   reinterpret_cast<double*>(out) + step * count + done);
         });
     });
     module.def(
         "rates",
         [](int threads) {
             py::gil_scoped_release release;
-            return std::make_pair(chosen->exponentials_per_second(threads), chosen->multiply_adds_per_second(threads));
+            return std::make_pair(chosen.load()->exponentials_per_second(threads),
+                                  chosen.load()->multiply_adds_per_second(threads));
         },
         "(exponentials, multiply-adds) of doubles that this machine does a second on so many threads.");
 }

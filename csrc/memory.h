@@ -12,8 +12,9 @@ namespace flux {
 
 constexpr int64_t CACHE_LINE = 64;
 
-/// Large blocks that this thread has freed, kept for its next op: memory fresh from the system costs a page fault for
-/// each 4096 bytes, which took a fifth of the time of an op on images. At most KEPT bytes a thread.
+/// Blocks that this thread has freed, kept for its next block of queries or its next op: memory fresh from the system
+/// costs a page fault for each 4096 bytes, which took a fifth of the time of an op on images. At most KEPT bytes a
+/// thread.
 class Shelf {
 public:
     Shelf() { blocks_.reserve(64); }  // so that putting a block back cannot fail
@@ -29,13 +30,13 @@ public:
 
     /// A block of at least `bytes`, which becomes its size.
     void* take(size_t& bytes) {
-#if defined(__SANITIZE_ADDRESS__)
+#if defined(FLUX_SANITIZED)
         void* exact = nullptr;  // so that a sanitizer sees the first byte past the end
         if (posix_memalign(&exact, CACHE_LINE, bytes)) throw std::bad_alloc();
         return exact;
-#endif
+#else
         bytes = (bytes / CACHE_LINE + 1) * CACHE_LINE;
-        for (size_t i = 0; i < blocks_.size(); ++i)
+        for (size_t i = blocks_.size(); i-- > 0;)  // the last one put back is warmest
             if (bytes <= blocks_[i].bytes && blocks_[i].bytes <= 2 * bytes) {
                 const Block block = blocks_[i];
                 blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
@@ -46,10 +47,16 @@ public:
         void* data = std::aligned_alloc(CACHE_LINE, bytes);
         if (!data) throw std::bad_alloc();
         return data;
+#endif
     }
 
     void put_back(void* data, size_t bytes) {
-        if (SANITIZED || bytes < LARGE || bytes > KEPT) {  // a sanitizer is to see each block freed
+#if defined(FLUX_SANITIZED)
+        const bool keep = false;  // a sanitizer is to see each block freed
+#else
+        const bool keep = bytes <= KEPT;
+#endif
+        if (!keep) {
             std::free(data);
             return;
         }
@@ -68,12 +75,7 @@ private:
         void* data;
         size_t bytes;
     };
-    static constexpr size_t LARGE = 1 << 16, KEPT = 1 << 24;
-#if defined(__SANITIZE_ADDRESS__)
-    static constexpr bool SANITIZED = true;
-#else
-    static constexpr bool SANITIZED = false;
-#endif
+    static constexpr size_t KEPT = 1 << 24;
     std::vector<Block> blocks_;
     size_t kept_ = 0;
 };

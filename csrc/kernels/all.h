@@ -46,7 +46,6 @@ FLUX_BY_DIMENSION(transition_average, TransitionArguments)
 #define FLUX_TABLE(target) FLUX_JOIN(target, _kernels)
 const Kernels FLUX_TABLE(FLUX_TARGET) = {
     FLUX_NAME(FLUX_TARGET),
-    FLUX_LANES,
     FLUX_TARGET::kde,
     FLUX_TARGET::kde_backward,
     FLUX_TARGET::residual_gradient,

@@ -16,6 +16,10 @@ static int64_t odd_lines(int64_t n) {
     return 8 * (lines % 2 ? lines : lines + 1);
 }
 
+/// -log of the largest weight, relative to the largest of M, that may be dropped: all M together are below rounding in
+/// double.
+static double log_of_least_weight(int64_t M) { return 42 + std::log(static_cast<double>(M)); }
+
 /// What a layout is made from: sets of centres, raw coordinates [sets, count, dimensions] computed where they are
 /// needed.
 struct Source {

@@ -24,7 +24,8 @@ public:
           origin_(source.sets * D),
           order_(source.sets * M),
           cells_(source.sets),
-          first_(source.sets * (M + 1)) {
+          first_(source.sets * (M + 1)),
+          cut_(log_of_least_weight(M)) {
         parallel_for(source.sets, threads, [&](int64_t set) { pack(source, set); });
     }
 
@@ -32,8 +33,7 @@ public:
     Product product(int64_t, int64_t) const { return Product(0, 0); }
     const double* origin(int64_t set) const { return origin_.get() + set * D; }
 
-    /// log(1/w) of the largest weight w, relative to the sum of all, that may be dropped: below rounding in double.
-    double cut() const { return 42 + std::log(static_cast<double>(M)); }
+    double cut() const { return cut_; }
 
     /// The centres that can matter to a query: [begin, end), multiples of LANES.
     void window(int64_t set, const double* x, double scale, int64_t& begin, int64_t& end) const {
@@ -199,4 +199,5 @@ private:
     Buffer<int32_t> order_;
     Buffer<Cells> cells_;
     Buffer<int32_t> first_;
+    double cut_;
 };

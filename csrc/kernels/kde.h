@@ -7,6 +7,8 @@ static void kde_with(const KdeArguments& args) {
     const int64_t B = args.shape.B, N = args.shape.N, M = args.shape.M, D = args.shape.D;
     const Source source = source_of(args.refs, args.shape, args.sigma2);
     const Centres centres(source, args.threads);
+    // log p = log sum_j e^{-a_j/2 sigma^2} - log M - D/2 log 2 pi sigma^2
+    const double constant = std::log(static_cast<double>(M)) + 0.5 * D * std::log(2 * PI);
     each_block(B, N, Centres::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         Queries<Centres> q(centres, source.set_of(b), count);
         q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
@@ -17,8 +19,8 @@ static void kde_with(const KdeArguments& args) {
         q.decentre(q.moment.get());
         args.mean.at(b, first).store(count, D, q.moment.get(), q.pitch);
         for (int64_t n = 0; n < count; ++n) {
-            const double log_density = std::log(q.total[n]) - q.least[n] * q.scale[n] - std::log(double(M)) -
-                                       0.5 * D * std::log(2 * PI * q.variance[n]);
+            const double log_density =
+                std::log(q.total[n]) - q.least[n] * q.scale[n] - constant - 0.5 * D * std::log(q.variance[n]);
             args.log_density.at(b, first + n).store(1, 1, &log_density, 1);
         }
     });

@@ -16,7 +16,8 @@ public:
           width(round_up(D, LANES)),
           pitch(odd_lines(D)),
           data_(source.sets * padded * pitch),
-          origin_(source.sets * pitch) {
+          origin_(source.sets * pitch),
+          cut_(log_of_least_weight(M)) {
         const int64_t chunks = (pitch + CHUNK - 1) / CHUNK;
         parallel_for(source.sets * chunks, threads,
                      [&](int64_t task) { pack(source, task / chunks, task % chunks * CHUNK); });
@@ -25,7 +26,7 @@ public:
     int64_t outer_size(int64_t V) const { return padded * odd_lines(V); }
     Product product(int64_t queries, int64_t centres) const { return Product(queries, centres); }
     const double* origin(int64_t set) const { return origin_.get() + set * pitch; }
-    double cut() const { return 42 + std::log(static_cast<double>(M)); }
+    double cut() const { return cut_; }
     void window(int64_t, const double*, double, int64_t& begin, int64_t& end) const {
         begin = 0;
         end = padded;
@@ -123,4 +124,5 @@ private:
     }
 
     Buffer<double> data_, origin_;
+    double cut_;
 };

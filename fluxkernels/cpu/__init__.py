@@ -16,6 +16,7 @@ try:
     import fluxkernels.cpu._kernels as _kernels
 except ImportError as error:
     _import_error = error
+    _kernels = None  # type: ignore[assignment]
 
 _TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -26,8 +27,9 @@ def missing() -> str | None:
         return None
     if isinstance(_import_error, ModuleNotFoundError):
         return (
-            "its C++ was not compiled when fluxkernels was installed; install a C++17 compiler and run "
-            "`FLUXKERNELS_CPU=require pip install --force-reinstall --no-deps fluxkernels` to see what it says"
+            "its C++ was left out when fluxkernels was installed, because FLUXKERNELS_CPU=0 said so or it did not "
+            "compile; with GCC or Clang, install again as before, adding FLUXKERNELS_CPU=require in front and "
+            "--force-reinstall --no-deps --no-cache-dir behind, to have it or see why not"
         )
     return f"its compiled module cannot be loaded: {_import_error}"
 

@@ -47,7 +47,7 @@ def kde_formula(z: Tensor, sigma2: Tensor, refs: Tensor) -> tuple[Tensor, Tensor
     """(m(z) `[B, N, D]`, log p̂(z) `[B, N]`) of one centred block."""
     _, w, normaliser = weights(z, refs, sigma2)
     M, D = refs.shape[-2:]
-    return w @ refs, normaliser - math.log(M) - 0.5 * D * torch.log(2 * math.pi * sigma2)
+    return w @ refs, normaliser - math.log(M) - 0.5 * D * (math.log(2 * math.pi) + sigma2.log())
 
 
 def kde_backward_formula(
