@@ -59,6 +59,7 @@ def test_speed(benchmark: Any, op: str, case: Case, who: str) -> None:
         "threads": torch.get_num_threads(),
         "cores": cores,
         "error": error,
+        "rates": limits.rates(),
         "live_share": limits.live_share(x, sigma2),
     }
     if op != peers.LOG_DENSITY and case.pairs > 1e8 and who in ("cpu", "published") and seconds < PATIENCE:

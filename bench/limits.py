@@ -1,7 +1,6 @@
 """How fast this machine could be: a model of the arithmetic, and the rates that a micro-benchmark measures."""
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,13 +14,9 @@ from fluxkernels.cpu import _kernels
 EVALUATIONS = {PASS: STEPS + 2, SCORE: 1, LOG_DENSITY: 1}
 
 
-@cache
 def rates() -> tuple[float, float]:
-    """(double-precision exponentials, multiply-adds) a second on PyTorch's number of threads, the best of a few."""
-    if _kernels is None:
-        return math.nan, math.nan
-    trials = [_kernels.rates(torch.get_num_threads()) for _ in range(5)]
-    return max(e for e, _ in trials), max(m for _, m in trials)
+    """(double-precision exponentials, multiply-adds) a second on PyTorch's number of threads."""
+    return (math.nan, math.nan) if _kernels is None else _kernels.rates(torch.get_num_threads())
 
 
 def machine() -> dict[str, Any]:
@@ -31,7 +26,6 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "target": "none" if _kernels is None else _kernels.target(),
         "thread_source": "none" if _kernels is None else _kernels.thread_source(),
-        "rates": rates(),
     }
 
 

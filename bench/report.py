@@ -5,6 +5,7 @@ python -m bench.report results.json     prints them and puts them into bench/res
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,8 @@ NOTES = """\
   return float64.
 - *Error*: relative, in the Euclidean norm, against the `torch` backend in float64 on the same inputs and noise, on the
   first 4 groups and 512 queries. A time whose answer is wrong is not printed.
-- *Limit*: the time that the exponentials and multiply-adds of all pairs need at the measured rates (`bench/limits.py`),
-  over that of *cpu*. Where *cpu* skips pairs that cannot matter it can exceed 100 %. *Live*: the share of pairs whose
+- *Limit*: the time that the exponentials and multiply-adds of all pairs need at the best rates measured beside the cases
+  (`bench/limits.py`), over that of *cpu*. Where *cpu* skips pairs that cannot matter it can exceed 100 %. *Live*: the share of pairs whose
   weight is above rounding.
 - *Memory*: growth of the resident set over one call, results included, in a process of its own; empty: not measured.
 """
@@ -101,10 +102,16 @@ def table(runs: list[Run], rates: tuple[float, float]) -> list[str]:
     return lines
 
 
-def header(results: dict[str, Any]) -> list[str]:
+def best_rates(runs: list[Run]) -> tuple[float, float]:
+    """The highest of those measured beside every case: a machine that others use as well is not always as fast."""
+    measured = [run.info["rates"] for run in runs if "rates" in run.info] or [(math.nan, math.nan)]
+    return max(e for e, _ in measured), max(m for _, m in measured)
+
+
+def header(results: dict[str, Any], rates: tuple[float, float]) -> list[str]:
     machine, commit = results["machine_info"], results["commit_info"]
     ours = machine["fluxkernels"]
-    exponentials, multiply_adds = ours["rates"]
+    exponentials, multiply_adds = rates
     changed = " with changes" if commit.get("dirty") else ""
     return [
         f"# Speed on a CPU, {results['datetime'][:10]}",
@@ -130,10 +137,11 @@ def cores(runs: list[Run]) -> str:
 def report(results: dict[str, Any]) -> str:
     """All tables of pytest-benchmark's JSON."""
     runs = [Run(entry) for entry in results["benchmarks"]]
-    lines = [*header(results), "", *NOTES.splitlines(), cores(runs)]
+    rates = best_rates(runs)
+    lines = [*header(results, rates), "", *NOTES.splitlines(), cores(runs)]
     for name in dict.fromkeys(run.table for run in runs):
         lines += ["", f"## {name}", ""]
-        lines += table([run for run in runs if run.table == name], results["machine_info"]["fluxkernels"]["rates"])
+        lines += table([run for run in runs if run.table == name], rates)
     return "\n".join(lines) + "\n"
 
 

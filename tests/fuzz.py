@@ -23,7 +23,7 @@ from torch import Tensor
 from fluxkernels import cpu, reference
 
 EPS = 2.0**-52
-# Roundings that may add up, in units of the bounds below, beside the square root of the number of centres for their sum.
+# Roundings that may add up, in units of the bounds below, beside the square root of the number of centres for a sum.
 # The largest of 10⁵ calls were 15 of them, with 549 centres.
 SLACK = 16.0
 # Logits less certain than this say nothing that could be compared.
