@@ -30,9 +30,9 @@ NOTES = """\
   return float64.
 - *Error*: relative, in the Euclidean norm, against the `torch` backend in float64 on the same inputs and noise, on the
   first 4 groups and 512 queries. A time whose answer is wrong is not printed.
-- *Limit*: the time that the exponentials and multiply-adds of all pairs need at the best rates measured beside the cases
-  (`bench/limits.py`), over that of *cpu*. Where *cpu* skips pairs that cannot matter it can exceed 100 %. *Live*: the share of pairs whose
-  weight is above rounding.
+- *Limit*: the time that the exponentials and multiply-adds of all pairs need at the best rates measured beside the
+  cases (`bench/limits.py`), over that of *cpu*. Where *cpu* skips pairs that cannot matter it can exceed 100 %. *Live*:
+  the share of pairs whose weight is above rounding.
 - *Memory*: growth of the resident set over one call, results included, in a process of its own; empty: not measured.
 """
 
