@@ -27,8 +27,8 @@ def missing() -> str | None:
         return None
     if isinstance(_import_error, ModuleNotFoundError):
         return (
-            "its C++ was left out when fluxkernels was installed, because FLUXKERNELS_CPU=0 said so or it did not "
-            "compile; with GCC or Clang, install again as before, adding FLUXKERNELS_CPU=require in front and "
+            "its C++ was not compiled when fluxkernels was installed: FLUXKERNELS_CPU=0 said so, or it did not work; "
+            "with GCC or Clang, install again as before, adding FLUXKERNELS_CPU=require in front and "
             "--force-reinstall --no-deps --no-cache-dir behind, to have it or see why not"
         )
     return f"its compiled module cannot be loaded: {_import_error}"
