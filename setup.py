@@ -66,7 +66,11 @@ def kernels() -> list[Extension]:
 
 
 setup(
-    packages=["fluxkernels", "fluxkernels.cpu", "fluxkernels.ops", "fluxkernels.reference", "fluxmatching"],
+    packages=[
+        "fluxkernels",
+        *(f"fluxkernels.{part}" for part in ("cpu", "ops", "reference", "triton_kernels")),
+        "fluxmatching",
+    ],
     package_dir={"fluxkernels": "fluxkernels", "fluxmatching": "python_api/fluxmatching"},
     package_data={"fluxkernels": ["py.typed", "MATH.md"], "fluxkernels.cpu": ["*.pyi"], "fluxmatching": ["py.typed"]},
     ext_modules=kernels(),

@@ -1,0 +1,66 @@
+"""Exponential Langevin chain (Eq. 8) in few dimensions: a whole chain in the registers of one program."""
+
+import triton
+import triton.language as tl
+
+from fluxkernels.triton_kernels.philox import normal_rows
+from fluxkernels.triton_kernels.streaming import load_points, one_minus_exp, place, store_points, sweep
+
+CHAIN = tl.constexpr(0)  # streams of random numbers, as in fluxkernels.philox
+START = tl.constexpr(1)
+
+
+@triton.jit
+def langevin_kernel(
+    x_in, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, tau, a_b,
+    seed, noise, noise_k, noise_b, noise_n, noise_d,
+    x0_out, shift0_out, xt_out, shift_t_out,
+    N, M, steps,
+    D: tl.constexpr, ACC: tl.constexpr, PASS: tl.constexpr, SEEDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x <- x + (1-e^{-h}) (m(x) - x) + σ √(1-e^{-2h}) ξ_k with h = τ/steps, `steps` times; sigma2 and tau `[B]`.
+
+    Where PASS, the chain starts from x + σ n0, which is stored, and m - x at its start and end are stored too.
+    """
+    b, n, inside = place(N, COLUMNS)
+    row = b * N + n
+    variance = tl.load(sigma2 + b * s_b).to(ACC)
+    h = tl.load(tau + b * a_b).to(ACC) / steps
+    pull, spread = one_minus_exp(h), tl.sqrt(variance * one_minus_exp(2 * h))
+    scale = tl.zeros([COLUMNS], ACC) + 0.7213475204444817 / variance  # log₂e/2σ²
+    base = refs + b * r_b
+    noise_at = noise + b * noise_b
+    if SEEDED:
+        key = tl.load(seed)
+    x = load_points(x_in + b * x_b, n * x_n, x_d, inside, D, ACC)
+    if PASS:
+        if SEEDED:
+            xi = normal_rows(key, START, 0, row, D, ACC)
+        else:
+            xi = load_points(noise_at, n * noise_n, noise_d, inside, D, ACC)
+        moved = ()
+        for d in tl.static_range(D):
+            moved = moved + ((x[d] + tl.sqrt(variance) * xi[d]).to(x0_out.dtype.element_ty).to(ACC),)
+        x = moved  # the chain starts from x0 as rounded
+        store_points(x0_out, row * D, 1, x, inside, D)
+    for k in range(steps):
+        _least, _total, shift = sweep(x, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, True, False)
+        if PASS:
+            if k == 0:
+                store_points(shift0_out, row * D, 1, shift, inside, D)
+        if SEEDED:
+            xi = normal_rows(key, CHAIN, k, row, D, ACC)
+        else:
+            xi = load_points(noise_at, (k + PASS) * noise_k + n * noise_n, noise_d, inside, D, ACC)
+        moved = ()
+        for d in tl.static_range(D):
+            moved = moved + (x[d] + pull * shift[d] + spread * xi[d],)
+        x = moved
+    store_points(xt_out, row * D, 1, x, inside, D)
+    if PASS:
+        rounded = ()
+        for d in tl.static_range(D):
+            rounded = rounded + (x[d].to(xt_out.dtype.element_ty).to(ACC),)
+        _least, _total, shift = sweep(rounded, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, True, False)
+        store_points(shift_t_out, row * D, 1, shift, inside, D)

@@ -1,0 +1,89 @@
+"""Normal numbers of `fluxkernels.philox`, made inside of a kernel."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def cosine_and_sine(angle, ACC: tl.constexpr):
+    """By Taylor series on [-π/4, π/4]: the hardware's own are not exact enough, the library's reduce large angles."""
+    square = angle * angle
+    if ACC == tl.float64:
+        s = square * (-1.0 / 1307674368000) + 1.0 / 6227020800
+        s = s * square - 1.0 / 39916800
+        s = s * square + 1.0 / 362880
+        c = square * (1.0 / 20922789888000) - 1.0 / 87178291200
+        c = c * square + 1.0 / 479001600
+        c = c * square - 1.0 / 3628800
+        c = c * square + 1.0 / 40320
+    else:  # what is left out is below 4e-9
+        s = tl.full(angle.shape, 1.0 / 362880, ACC)
+        c = tl.full(angle.shape, 1.0 / 40320, ACC)
+    s = s * square - 1.0 / 5040
+    s = s * square + 1.0 / 120
+    s = s * square - 1.0 / 6
+    c = c * square - 1.0 / 720
+    c = c * square + 1.0 / 24
+    c = c * square - 0.5
+    return c * square + 1, s * square * angle + angle
+
+
+@triton.jit
+def box_muller(a, b, ACC: tl.constexpr):
+    """(cosine, sine) normal numbers of two words: radius of u = (a + ½)/2³², angle 2πb/2³²."""
+    UNIT: tl.constexpr = 2.3283064365386963e-10  # 2⁻³²
+    lower = (a.to(ACC) + 0.5) * UNIT
+    upper = ((0xFFFFFFFF - a).to(ACC) + 0.5) * UNIT
+    # log(1 - upper) from the logarithm of the rounded 1 - upper, made good for that rounding.
+    rest = 1 - upper
+    near_one = tl.where(rest == 1, -upper, tl.log(rest) * (upper / tl.where(rest == 1, 1, 1 - rest)))
+    log_u = tl.where(a < 0x80000000, tl.log(lower), near_one)
+    radius = tl.sqrt(-2 * log_u)
+    # Whole quarter turns are taken off exactly, so that the angle keeps its digits.
+    shifted = b + 0x20000000
+    quarter = shifted >> 30
+    angle = ((shifted & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(ACC) * 1.4629180792671596e-09  # 2π/2³²
+    c, s = cosine_and_sine(angle, ACC)
+    odd = (quarter & 1) == 1
+    cosine, sine = tl.where(odd, s, c), tl.where(odd, c, s)
+    cosine = tl.where((quarter == 1) | (quarter == 2), -cosine, cosine)
+    sine = tl.where(quarter >= 2, -sine, sine)
+    return radius * cosine, radius * sine
+
+
+@triton.jit
+def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
+    """Standard normal numbers for the elements rows·D, ..., rows·D + D - 1 of a step: a tuple of D tensors like `rows`.
+
+    A block of Philox makes four numbers. Where D is even, a pair never straddles two blocks.
+    """
+    out = ()
+    for first in tl.static_range(0, D, 4 if D % 4 == 0 else (2 if D % 2 == 0 else 1)):
+        element = rows * D + first
+        block = element >> 2
+        low = (block & 0xFFFFFFFF).to(tl.uint32)
+        high = (block >> 32).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(
+            seed, low, high, (tl.zeros_like(low) + step).to(tl.uint32), tl.zeros_like(low) + stream
+        )
+        if D % 4 == 0:
+            n0, n1 = box_muller(w0, w1, ACC)
+            n2, n3 = box_muller(w2, w3, ACC)
+            out = out + (n0, n1, n2, n3)
+        else:
+            second = (element & 2) != 0
+            n0, n1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), ACC)
+            if D % 2 == 0:
+                out = out + (n0, n1)
+            else:
+                out = out + (tl.where((element & 1) != 0, n1, n0),)
+    return out
+
+
+@triton.jit
+def normal_kernel(seed, out, elements, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    """out[step, e] for all steps (second axis of the grid)."""
+    step = tl.program_id(1).to(tl.int64)
+    e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    (value,) = normal_rows(tl.load(seed), STREAM, step, e, 1, out.dtype.element_ty)
+    tl.store(out + step * elements + e, value, mask=e < elements)

@@ -1,0 +1,86 @@
+"""Transition weights (Eq. 52) and the average they define (Eq. 9), in few dimensions.
+
+Centres are the means μ_i = x0_i + (1-e^{-τ})(m(x0_i) - x0_i), queries the ends of the chains.
+"""
+
+import triton
+import triton.language as tl
+
+from fluxkernels.triton_kernels.streaming import differences, load_points, one_minus_exp, place, sweep
+
+
+@triton.jit
+def pull_and_scale(sigma2, tau, ACC: tl.constexpr):
+    """(1-e^{-τ}, log₂e/2v) with v = σ²(1-e^{-2τ}), kept above rounding, so that τ = 0 is the limit, where the nearest
+    start takes all the weight, and not 0/0."""
+    EPSILON: tl.constexpr = 2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
+    t = tl.load(tau).to(ACC)
+    # Not below what has a finite inverse.
+    v = tl.maximum(tl.load(sigma2).to(ACC) * tl.maximum(one_minus_exp(2 * t), EPSILON * EPSILON), 1e-37)
+    return one_minus_exp(t), 0.7213475204444817 / v
+
+
+@triton.jit
+def transition_ends_kernel(
+    x0, x_b, x_n, x_d, shift0, h_b, h_n, h_d, xt, t_b, t_n, t_d, sigma2, s_b, tau, a_b,
+    statistics, weights,
+    N, E,
+    D: tl.constexpr, ACC: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of every end the least distance to a mean and the total of its weights, `[B, 2, E]`; where WEIGHTS, the weights
+    `[B, N, E]` themselves."""
+    b, j, inside = place(E, COLUMNS)
+    y = load_points(xt + b * t_b, j * t_n, t_d, inside, D, ACC)
+    pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
+    scale = tl.zeros([COLUMNS], ACC) + scale
+    starts, moves = x0 + b * x_b, shift0 + b * h_b
+    least, total, _none = sweep(y, scale, starts, x_n, x_d, moves, h_n, h_d, pull, N, D, ROWS, False, True)
+    if WEIGHTS:
+        for start in range(0, N, ROWS):
+            i = (start + tl.arange(0, ROWS)).to(tl.int64)
+            _, a = differences(y, starts, moves, i * x_n, x_d, i * h_n, h_d, pull, i < N, D, True)
+            w = tl.exp2((least[None, :] - a) * scale[None, :]) / total[None, :]
+            at = (b * N + i)[:, None] * E + j[None, :]
+            tl.store(weights + at, w.to(weights.dtype.element_ty), mask=(i < N)[:, None] & inside[None, :])
+    else:
+        tl.store(statistics + b * 2 * E + j, least, mask=inside)
+        tl.store(statistics + b * 2 * E + E + j, total, mask=inside)
+
+
+@triton.jit
+def transition_average_kernel(
+    x0, x_b, x_n, x_d, shift0, h_b, h_n, h_d, xt, t_b, t_n, t_d, values, v_b, v_n, v_d, sigma2, s_b, tau, a_b,
+    statistics, average,
+    N, E, V,
+    D: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Σ_j w_ij values_j for WIDTH columns of the values: starts in columns, ends in rows."""
+    b, i, inside = place(N, COLUMNS)
+    first = tl.program_id(1) * WIDTH
+    pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
+    start_points = load_points(x0 + b * x_b, i * x_n, x_d, inside, D, ACC)
+    move = load_points(shift0 + b * h_b, i * h_n, h_d, inside, D, ACC)
+    result = ()
+    for _ in tl.static_range(WIDTH):
+        result = result + (tl.zeros([COLUMNS], ACC),)
+    for start in range(0, E, ROWS):
+        j = (start + tl.arange(0, ROWS)).to(tl.int64)
+        row = j < E
+        least = tl.load(statistics + b * 2 * E + j, mask=row, other=0.0)
+        total = tl.load(statistics + b * 2 * E + E + j, mask=row, other=1.0)
+        a = tl.zeros([ROWS, COLUMNS], ACC)
+        for d in tl.static_range(D):
+            y = tl.load(xt + b * t_b + j * t_n + d * t_d, mask=row, other=0.0).to(ACC)
+            difference = (start_points[d][None, :] - y[:, None]) + (pull * move[d])[None, :]
+            a += difference * difference
+        w = tl.exp2((least[:, None] - a) * scale) / total[:, None]
+        summed = ()
+        for u in tl.static_range(WIDTH):
+            column = tl.zeros_like(j) + first + u
+            value = tl.load(values + b * v_b + j * v_n + column * v_d, mask=row & (column < V), other=0.0)
+            summed = summed + (result[u] + tl.sum(w * value.to(ACC)[:, None], 0),)
+        result = summed
+    for u in tl.static_range(WIDTH):
+        column = tl.zeros_like(i) + first + u
+        at = (b * N + i) * V + column
+        tl.store(average + at, result[u].to(average.dtype.element_ty), mask=inside & (column < V))
