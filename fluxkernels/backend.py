@@ -5,6 +5,8 @@ FLUXKERNELS_BACKEND, else automatic: CUDA tensors take triton, CPU tensors take 
 for by name runs or raises; only the automatic choice goes on to `torch`, and it warns once a device type.
 """
 
+import importlib
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,13 +52,39 @@ class _Entry:
     what: str
     devices: tuple[str, ...]
     missing: Callable[[], str | None]
-    implementation: ModuleType | None
+    implementation: Callable[[], ModuleType]
+    most_dimensions: float = math.inf
+
+
+# Triton then runs kernels on the CPU, number by number: for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton() -> ModuleType:
+    """Imported only where it is wanted: Triton takes a second, and need not be installed."""
+    return importlib.import_module("fluxkernels.triton_kernels")
+
+
+def _triton_missing() -> str | None:
+    if not _INTERPRETED and not torch.cuda.is_available():
+        return "no CUDA device was found"
+    try:
+        _triton()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}); pip install triton"
+    return None
 
 
 _ENTRIES = {
-    "torch": _Entry("pure PyTorch, the definition of right", (), lambda: None, reference),
-    "cpu": _Entry("compiled C++", ("cpu",), cpu.missing, cpu),
-    "triton": _Entry("Triton kernels", ("cuda",), lambda: "this version has no Triton kernels yet", None),
+    "torch": _Entry("pure PyTorch, the definition of right", (), lambda: None, lambda: reference),
+    "cpu": _Entry("compiled C++", ("cpu",), cpu.missing, lambda: cpu),
+    "triton": _Entry(
+        "Triton kernels, up to 16 dimensions",
+        ("cuda", "cpu") if _INTERPRETED else ("cuda",),
+        _triton_missing,
+        _triton,
+        most_dimensions=16,
+    ),
 }
 _AUTOMATIC = {"cuda": "triton", "cpu": "cpu"}
 
@@ -102,12 +130,21 @@ def _asked_for(backend: str | None) -> tuple[str, str] | None:
     return None
 
 
-def resolve_backend(backend: str | None, device: torch.device | str) -> str:
+def _obstacle(name: str, dimensions: int | None) -> str | None:
+    """Why a backend cannot run ops in so many dimensions here, or None."""
+    entry = _ENTRIES[name]
+    if dimensions is not None and dimensions > entry.most_dimensions:
+        return f"its kernels take at most {entry.most_dimensions} dimensions, got {dimensions}"
+    return entry.missing()
+
+
+def resolve_backend(backend: str | None, device: torch.device | str, dimensions: int | None = None) -> str:
     """Name of the backend that runs an op on tensors of `device`.
 
     Args:
         backend: a name, or None for the choice described at the top of this module.
         device: where the op's tensors are.
+        dimensions: D of the points, where known.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -117,7 +154,7 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
     asked = _asked_for(backend)
     if asked is None:
         name = _AUTOMATIC.get(kind, "torch")
-        missing = _ENTRIES[name].missing()
+        missing = _obstacle(name, dimensions)
         if missing is None:
             return name
         if kind not in _warned:
@@ -130,7 +167,7 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
         return "torch"
     name = _known(*asked)
     entry = _ENTRIES[name]
-    if (missing := entry.missing()) is not None:
+    if (missing := _obstacle(name, dimensions)) is not None:
         raise BackendError(f"backend '{name}' was asked for but cannot run: {missing}")
     if entry.devices and kind not in entry.devices:
         raise BackendError(f"backend '{name}' takes tensors on {' or '.join(entry.devices)}, got {kind}")
@@ -139,7 +176,4 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
 
 def implementation(name: str) -> ModuleType:
     """The module that holds the ops of an available backend."""
-    module = _ENTRIES[name].implementation
-    if module is None:
-        raise BackendError(f"backend '{name}' cannot run: {_ENTRIES[name].missing()}")
-    return module
+    return _ENTRIES[name].implementation()

@@ -11,7 +11,7 @@ from fluxkernels import backends, cpu, use_backend
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
-AVAILABLE = [name for name, backend in backends().items() if backend.available]
+AVAILABLE = [name for name, b in backends().items() if b.available and (not b.devices or "cpu" in b.devices)]
 TARGETS = cpu._kernels.targets() if "cpu" in AVAILABLE else []
 
 

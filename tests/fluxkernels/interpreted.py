@@ -1,4 +1,5 @@
 """Every Triton kernel on the cases of tests/cases.py against the formulas in float64; one JSON line a case and dtype.
+The ops above them, with derivatives, against those of the torch backend.
 
 TRITON_INTERPRET=1 python -m tests.fluxkernels.interpreted
 """
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fluxkernels as fk
 from fluxkernels import philox, reference, triton_kernels
 from tests.cases import CASES, Case
 
@@ -88,7 +90,46 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
+def results_of_ops(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Public ops on groups with strides and a bandwidth each, and the derivatives of a sum of them all."""
+    generator = torch.Generator().manual_seed(1)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+    x, refs, values = leaf(3, 2, 17, 3).transpose(0, 1), leaf(2, 1, 3, 23).mT, leaf(2, 3, 17, 5)
+    leaves = x, refs, values
+    for t in leaves:
+        t.retain_grad()
+    sigma2 = torch.tensor([[0.1, 0.4, 2.0]] * 2, dtype=dtype, device=DEVICE).requires_grad_()
+    tau = torch.tensor(0.7, dtype=dtype, device=DEVICE).requires_grad_()
+    with fk.use_backend(backend):
+        step = fk.flux_pass(x, refs, sigma2, tau, steps=2, seed=5)
+        results = {
+            "kde_score": fk.kde_score(x, refs, sigma2),
+            "kde_mean": fk.kde_mean(x, refs, sigma2),
+            "kde_log_density": fk.kde_log_density(x, refs, sigma2),
+            "langevin_step": fk.langevin_step(x, refs, sigma2, 0.3, seed=6),
+            "langevin_chain": fk.langevin_chain(x, refs, sigma2, tau, seed=7),
+            "transition_weights": fk.transition_weights(step.x0, step.xt, refs, sigma2, tau),
+            "transition_average": step.transition_average(values),
+            "residual_gradient": fk.residual_gradient(x, torch.sin(x), refs, sigma2),
+            "x0": step.x0,
+            "score0": step.score0,
+            "xt": step.xt,
+            "score_t": step.score_t,
+        }
+        sum(r.sin().sum() for r in results.values()).backward()
+    named = dict(zip(("x", "refs", "values", "sigma2", "tau"), (*leaves, sigma2, tau), strict=True))
+    return {k: v.detach() for k, v in results.items()} | {f"gradient in {k}": t.grad for k, t in named.items()}
+
+
 def main() -> None:
+    assert fk.backends()["triton"].available
+    for dtype, largest in ((torch.float32, 1e-5), (torch.float64, 1e-11)):
+        got, truth = results_of_ops("triton", dtype), results_of_ops("torch", torch.float64)
+        found = dict(compare(" ".join(k.replace(" ", "_") for k in got), tuple(got.values()), tuple(truth.values())))
+        print(json.dumps({"case": "ops", "dtype": str(dtype), "limit": largest, "errors": found}), flush=True)
     for case in CASES:
         if case.D > triton_kernels.MOST_DIMENSIONS or case.N * case.M * case.D > MOST_PAIRS:
             continue
