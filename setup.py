@@ -68,7 +68,8 @@ def kernels() -> list[Extension]:
 setup(
     packages=[
         "fluxkernels",
-        *(f"fluxkernels.{part}" for part in ("cpu", "ops", "reference", "triton_kernels")),
+        *(f"fluxkernels.{part}" for part in ("cpu", "ops", "reference")),
+        *(f"fluxkernels.triton_kernels{part}" for part in ("", ".gram", ".streaming")),
         "fluxmatching",
     ],
     package_dir={"fluxkernels": "fluxkernels", "fluxmatching": "python_api/fluxmatching"},

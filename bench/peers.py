@@ -69,7 +69,7 @@ published_log_density = _in_chunks(published.kde_log_density)
 def published_pass(x: Tensor, refs: Tensor, sigma2: float, noise: Tensor | None = None) -> Tensor:
     """The same from the formulas; s(x0), which the transition needs, is taken once."""
     if noise is None:
-        noise = torch.randn(1 + STEPS, *x.shape)
+        noise = torch.randn(1 + STEPS, *x.shape, device=x.device)
     x0 = x + math.sqrt(sigma2) * noise[0]
     mean = x0 + (1 - math.exp(-TAU)) * sigma2 * published_score(x0, refs, sigma2)
     variance = sigma2 * (1 - math.exp(-2 * TAU))

@@ -6,7 +6,6 @@ for by name runs or raises; only the automatic choice goes on to `torch`, and it
 """
 
 import importlib
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,7 +52,6 @@ class _Entry:
     devices: tuple[str, ...]
     missing: Callable[[], str | None]
     implementation: Callable[[], ModuleType]
-    most_dimensions: float = math.inf
 
 
 # Triton then runs kernels on the CPU, number by number: for tests.
@@ -79,11 +77,10 @@ _ENTRIES = {
     "torch": _Entry("pure PyTorch, the definition of right", (), lambda: None, lambda: reference),
     "cpu": _Entry("compiled C++", ("cpu",), cpu.missing, lambda: cpu),
     "triton": _Entry(
-        "Triton kernels, up to 16 dimensions",
+        "Triton kernels",
         ("cuda", "cpu") if _INTERPRETED else ("cuda",),
         _triton_missing,
         _triton,
-        most_dimensions=16,
     ),
 }
 _AUTOMATIC = {"cuda": "triton", "cpu": "cpu"}
@@ -130,21 +127,12 @@ def _asked_for(backend: str | None) -> tuple[str, str] | None:
     return None
 
 
-def _obstacle(name: str, dimensions: int | None) -> str | None:
-    """Why a backend cannot run ops in so many dimensions here, or None."""
-    entry = _ENTRIES[name]
-    if dimensions is not None and dimensions > entry.most_dimensions:
-        return f"its kernels take at most {entry.most_dimensions} dimensions, got {dimensions}"
-    return entry.missing()
-
-
-def resolve_backend(backend: str | None, device: torch.device | str, dimensions: int | None = None) -> str:
+def resolve_backend(backend: str | None, device: torch.device | str) -> str:
     """Name of the backend that runs an op on tensors of `device`.
 
     Args:
         backend: a name, or None for the choice described at the top of this module.
         device: where the op's tensors are.
-        dimensions: D of the points, where known.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -154,7 +142,7 @@ def resolve_backend(backend: str | None, device: torch.device | str, dimensions:
     asked = _asked_for(backend)
     if asked is None:
         name = _AUTOMATIC.get(kind, "torch")
-        missing = _obstacle(name, dimensions)
+        missing = _ENTRIES[name].missing()
         if missing is None:
             return name
         if kind not in _warned:
@@ -167,7 +155,7 @@ def resolve_backend(backend: str | None, device: torch.device | str, dimensions:
         return "torch"
     name = _known(*asked)
     entry = _ENTRIES[name]
-    if (missing := _obstacle(name, dimensions)) is not None:
+    if (missing := entry.missing()) is not None:
         raise BackendError(f"backend '{name}' was asked for but cannot run: {missing}")
     if entry.devices and kind not in entry.devices:
         raise BackendError(f"backend '{name}' takes tensors on {' or '.join(entry.devices)}, got {kind}")

@@ -216,13 +216,11 @@ def check_noise(
     return noise, None
 
 
-def choose(backend: str | None, points: Tensor) -> str:
-    """`resolve_backend` for ops on `points` `[..., N, D]`, fixed once and for all inside a compiled graph."""
-    # Only there does D decide; elsewhere a graph for all D is not to be tied to one.
-    dimensions = points.shape[-1] if points.device.type == "cuda" or backend == "triton" else None
-    return _resolve_constant(backend, points.device.type, dimensions)
+def choose(backend: str | None, device: torch.device) -> str:
+    """`resolve_backend`, fixed once and for all inside a compiled graph."""
+    return _resolve_constant(backend, device.type)
 
 
 @torch.compiler.assume_constant_result
-def _resolve_constant(backend: str | None, device_type: str, dimensions: int | None) -> str:
-    return resolve_backend(backend, device_type, dimensions)
+def _resolve_constant(backend: str | None, device_type: str) -> str:
+    return resolve_backend(backend, device_type)

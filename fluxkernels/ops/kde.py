@@ -57,7 +57,7 @@ def prepare(
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
     groups = group(function, **{points: x, "refs": refs})
     queries = groups.per_query("sigma2", variance, x.shape[-2])
-    return groups, groups.points(x), groups.points(refs), queries, choose(backend, x)
+    return groups, groups.points(x), groups.points(refs), queries, choose(backend, x.device)
 
 
 def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:

@@ -128,7 +128,7 @@ def _prepare(
     ((time_name, time_value),) = times.items()
     time = as_number_tensor(function, time_name, time_value, like=x, zero=True)
     groups = group(function, **{name: x, "refs": refs})
-    chosen = choose(backend, x)
+    chosen = choose(backend, x.device)
     shape = (*(() if draws is None else (draws,)), *groups.batch, *x.shape[-2:])
     noise, seed = check_noise(function, noise, seed, shape, like=x)
     check_finite(function, noise=noise)

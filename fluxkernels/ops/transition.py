@@ -50,7 +50,7 @@ def _prepare(
     variance = as_number_tensor(function, "sigma2", sigma2, like=x0)
     time = as_number_tensor(function, "tau", tau, like=x0, zero=True)
     groups = group(function, x0=x0, xt=xt, refs=refs)
-    name = choose(backend, x0)
+    name = choose(backend, x0.device)
     start, variance, time = (
         groups.points(x0),
         groups.per_group("sigma2", variance),

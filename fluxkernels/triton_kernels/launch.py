@@ -1,8 +1,11 @@
-"""Grids and block sizes of the kernels, the device they run on, and what Triton needs to run at all."""
+"""How kernels are launched: on which device, in what type, and in which of a few layouts, the fastest by measurement."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Queries a program holds, one a thread and column: see streaming.py.
-COLUMNS, WARPS = 128, 4
+# "0" takes the layout that a rule of thumb prefers: no time goes into trying others, and results are the same to the
+# last bit on every GPU of a kind.
+AUTOTUNE = os.environ.get("FLUXKERNELS_AUTOTUNE", "1") != "0"
+CACHE = Path(os.environ.get("FLUXKERNELS_CACHE", Path.home() / ".cache" / "fluxkernels"))
+# Fused multiply-adds, which later releases of Triton leave out unless asked for.
+OPTIONS = {"enable_fp_fusion": True}
+# (queries, lanes) of a program of streaming/, whose product is its threads.
+LAYOUTS = ((128, 1), (32, 4), (32, 16))
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -20,22 +29,15 @@ def accumulator(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def blocks(numbers: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Block sizes of a kernel, as keyword arguments.
-
-    Args:
-        numbers: what a kernel loads of every row of its tiles. A thread holds all rows, in registers.
-        dtype: of the points.
-    """
-    registers = numbers * (3 if dtype == torch.float64 else 1)  # two a number, and temporaries
-    most = next(rows for rows in (16, 8, 4, 2, 1) if rows == 1 or rows * registers <= 64)
-    # Fused multiply-adds, which later releases of Triton leave out unless asked for.
-    return {"ROWS": most, "COLUMNS": COLUMNS, "num_warps": WARPS, "enable_fp_fusion": True}
+def triton_type(dtype: torch.dtype) -> Any:
+    """The type of that name in Triton's language."""
+    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}.get(dtype, tl.float64)
 
 
-def grid(columns: int, groups: int, *more: int) -> tuple[int, ...]:
-    """Programs for `columns` entries of each group; the first axis of a grid alone takes more than 65535."""
-    return triton.cdiv(columns, COLUMNS) * groups, *more
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; interpreted, of a small one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @contextmanager
@@ -46,3 +48,109 @@ def on_device_of(t: Tensor) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def rows(numbers: int, dtype: torch.dtype) -> int:
+    """Rows of a tile of which a kernel loads so many numbers each: a thread holds them all, in registers."""
+    registers = numbers * (3 if dtype == torch.float64 else 1)  # two a number, and temporaries
+    return next(rows for rows in (16, 8, 4, 2, 1) if rows == 1 or rows * registers <= 64)
+
+
+def layouts(queries: int, groups: int, centres: int, device: torch.device) -> list[tuple[int, int]]:
+    """Those of LAYOUTS that suit a problem, the preferred one first.
+
+    With few queries their centres are shared out over lanes until there are threads for the whole GPU.
+    """
+    threads = 512 * multiprocessors(device)
+    fitting = [layout for layout in LAYOUTS if layout[1] == 1 or 4 * layout[1] <= centres]
+    preferred = next((layout for layout in fitting if queries * groups * layout[1] >= threads), fitting[-1])
+    return sorted(fitting, key=lambda layout: layout != preferred)
+
+
+def launch_streaming(
+    kernel: Any,
+    arguments: Sequence[Any],
+    points: Tensor,
+    queries: int,
+    centres: int,
+    numbers: int | None = None,
+    more: tuple[int, ...] = (),
+    **constants: Any,
+) -> None:
+    """Launch a kernel of streaming/ for `queries` of each group of `points` `[groups, ..., D]`.
+
+    Args:
+        numbers: what it loads of every row of its tiles, D unless given.
+        more: further axes of the grid.
+        constants: its own compile-time arguments.
+    """
+    groups, D = points.shape[0], points.shape[-1]
+    fixed = {"D": D, "ACC": accumulator(points.dtype), "ROWS": rows(numbers or D, points.dtype), **OPTIONS, **constants}
+
+    def run(layout: tuple[int, int]) -> None:
+        columns, lanes = layout
+        # The first axis of a grid alone takes more than 65535.
+        kernel[(triton.cdiv(queries, columns) * groups, *more)](
+            *arguments, COLUMNS=columns, LANES=lanes, num_warps=columns * lanes // 32, **fixed
+        )
+
+    sizes = [(size - 1).bit_length() for size in (queries, groups, centres)]
+    key = [kernel.__name__, D, str(points.dtype), *sizes, *map(str, constants.values())]
+    fastest(" ".join(map(str, key)), layouts(queries, groups, centres, points.device), run)
+
+
+def fastest(key: str, choices: Sequence[Any], run: Callable[[Any], None]) -> None:
+    """Run the fastest of a few choices, which all leave the same results.
+
+    The first call with a key tries them all, on its own arguments; what it finds is kept in a file for later processes.
+    While a CUDA graph is captured nothing can be measured, and an unknown key takes the first choice.
+    """
+    if len(choices) == 1 or INTERPRETED or not AUTOTUNE:
+        return run(choices[0])
+    device = torch.cuda.get_device_name()
+    known = _known(device)
+    if key not in known:
+        if torch.cuda.is_current_stream_capturing():
+            return run(choices[0])
+        seconds = [_seconds(lambda choice=choice: run(choice)) for choice in choices]  # type: ignore[misc]
+        known[key] = list(choices[seconds.index(min(seconds))])
+        _save(device, known)
+    run(next((choice for choice in choices if list(choice) == known[key]), choices[0]))
+
+
+def _seconds(run: Callable[[], None]) -> float:
+    """Least time of a few runs, after one that compiles."""
+    run()
+    times = []
+    for _ in range(3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return min(times)
+
+
+def _file(device: str) -> Path:
+    return CACHE / f"{device.replace(' ', '-')}-triton-{triton.__version__}.json"
+
+
+@cache
+def _known(device: str) -> dict[str, Any]:
+    """Choices by key, as last saved; filled in place."""
+    try:
+        return dict(json.loads(_file(device).read_text()))
+    except (OSError, ValueError):  # none yet, or a file cut short
+        return {}
+
+
+def _save(device: str, known: dict[str, Any]) -> None:
+    file = _file(device)
+    part = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(known, indent=1))
+        part.replace(file)
+    except OSError:
+        pass  # a folder that cannot be written costs the next process its measurements, nothing else

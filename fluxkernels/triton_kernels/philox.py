@@ -1,7 +1,17 @@
 """Normal numbers of `fluxkernels.philox`, made inside of a kernel."""
 
+import math
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fluxkernels.triton_kernels.launch import on_device_of
+
+CHAIN = tl.constexpr(0)  # streams, as in fluxkernels.philox
+START = tl.constexpr(1)
 
 
 @triton.jit
@@ -81,9 +91,42 @@ def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def normal_tile(seed, stream, step, rows, columns, D, WHOLE: tl.constexpr, ACC: tl.constexpr):
+    """Standard normal numbers for the elements rows·D + columns of a step, `[rows, columns]`.
+
+    Where WHOLE, D and the first of the adjacent columns are multiples of four, so that whole blocks of Philox are used.
+    """
+    if WHOLE:
+        quarter: tl.constexpr = columns.shape[0] // 4
+        first = tl.min(columns, 0) + 4 * tl.arange(0, quarter)
+        block = (rows.to(tl.int64)[:, None] * D + first[None, :]) >> 2
+        low = (block & 0xFFFFFFFF).to(tl.uint32)
+        high = (block >> 32).to(tl.uint32)
+        w0, w1, w2, w3 = tl.philox(
+            seed, low, high, (tl.zeros_like(low) + step).to(tl.uint32), tl.zeros_like(low) + stream
+        )
+        n0, n1 = box_muller(w0, w1, ACC)
+        n2, n3 = box_muller(w2, w3, ACC)
+        value = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [rows.shape[0], columns.shape[0]])
+    else:
+        element = rows.to(tl.int64)[:, None] * D + columns[None, :]
+        (value,) = normal_rows(seed, stream, step, element, 1, ACC)
+    return value
+
+
+@triton.jit
 def normal_kernel(seed, out, elements, STREAM: tl.constexpr, BLOCK: tl.constexpr):
     """out[step, e] for all steps (second axis of the grid)."""
     step = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     (value,) = normal_rows(tl.load(seed), STREAM, step, e, 1, out.dtype.element_ty)
     tl.store(out + step * elements + e, value, mask=e < elements)
+
+
+def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
+    """`fluxkernels.philox.normal`."""
+    numbers = torch.empty(shape, dtype=dtype, device=seed.device)
+    elements, block = math.prod(shape[1:]), 1024
+    with on_device_of(seed):
+        normal_kernel[(-(-elements // block), shape[0])](seed, numbers, elements, STREAM=stream, BLOCK=block)
+    return numbers

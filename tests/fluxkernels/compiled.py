@@ -10,56 +10,101 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fluxkernels import triton_kernels
-from fluxkernels.triton_kernels.launch import accumulator, blocks
+from fluxkernels.triton_kernels import gram, streaming
+from fluxkernels.triton_kernels.launch import LAYOUTS, OPTIONS, accumulator, rows, triton_type
 
-POINTERS = {
-    "z", "x_in", "x0", "xt", "refs", "sigma2", "tau", "field", "noise", "shift0", "values", "g_shift", "g_mean",
-    "g_log_density", "g_z", "g_refs", "g_sigma2", "shift", "mean", "log_density", "gradient", "x0_out", "shift0_out",
-    "xt_out", "shift_t_out", "weights", "average",
+Constants = dict[str, Any]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+# Arguments by type; pointers not named here are to elements of the points' type, other arguments integers.
+INTEGERS = {"N", "M", "D", "E", "V", "steps", "noises", "span", "splits", "elements"}
+WIDE = {"sigma2", "tau", "statistics"}  # float32, for points of float64 float64
+DOUBLE = {
+    "products", "distances", "coefficients", "first_weights", "of_point", "of_field", "along", "g_sigma2", "weights",
 }  # fmt: skip
-STATISTICS = {"statistics"}
-DIMENSIONS = (1, 2, 3, 7, 16)
-ELEMENTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-NUMBERS: dict[str, Any] = {
-    "kde_backward_refs_kernel": lambda D, variant: 3 * D + 4,
-    "transition_average_kernel": lambda D, variant: D + variant["WIDTH"] + 2,
-}
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "langevin_kernel": [{"PASS": p, "SEEDED": s} for p in (False, True) for s in (False, True)],
-    "transition_ends_kernel": [{"WEIGHTS": w} for w in (False, True)],
-    "transition_average_kernel": [{"WIDTH": w} for w in (2, triton_kernels.MOST_VALUES)],
-}
 
 
-def signature(kernel: Any, element: str, constants: dict[str, Any]) -> dict[str, str]:
-    accumulator = "*fp64" if element == "fp64" else "*fp32"
+def kind_of(name: str, kernel: Any, element: str) -> str:
+    """Type of an argument in Triton's notation."""
+    in_gram = kernel in gram.KERNELS
+    if name == "seed":
+        return "*i64"
+    if name == "log_count":
+        return "fp32"
+    if name in WIDE or (name == "g_sigma2" and not in_gram):
+        return "*fp64" if element == "fp64" else "*fp32"
+    if in_gram and (name in DOUBLE or (kernel is gram.gather_kernel and name == "out")):
+        return "*fp64"
+    # Strides are called x_n, s_b, ...
+    return "i32" if name in INTEGERS or re.fullmatch(r"[a-z]{1,2}_[a-z]|noise_[a-z]", name) else f"*{element}"
 
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name == "seed":
-            return "*i64"
-        if name in ("sigma2", "tau", "g_sigma2", *STATISTICS):
-            return accumulator
-        if name in POINTERS or name == "out":
-            return f"*{element}"
-        return "fp32" if name == "log_count" else "i32"
 
-    return {name: kind(name) for name in kernel.arg_names}
+def variants(kernel: Any) -> list[Constants]:
+    both = (False, True)
+    passes = [{"PASS": p, "SEEDED": s} for p in both for s in both]
+    return {
+        "langevin_kernel": passes,
+        "transition_ends_kernel": [{"WEIGHTS": w} for w in both],
+        "transition_average_kernel": [{"WIDTH": w} for w in (2, streaming.MOST_VALUES)],
+        "normal_kernel": [{"STREAM": 0, "BLOCK": 1024}],
+        "products_kernel": [{"CENTRED": c, "MOVED": m} for c, m in ((True, False), (True, True), (False, False))],
+        "weights_kernel": [{"MOVED": m, "KDE": not m, "DEPTH": 512} for m in both],
+        "moments_kernel": [{"RESIDUAL": r} for r in both],
+        "combine_kernel": [{"KDE": k} for k in both],
+        "gather_kernel": [{"BOTH": b} for b in both],
+        "stack_kernel": [{**p, "WHOLE": w} for p in passes for w in both if p["SEEDED"] or w],
+        "chain_kernel": [{"PASS": p} for p in both],
+        "rebuild_kernel": [{**p, "WHOLE": w} for p in passes for w in both if p["SEEDED"] or w],
+    }.get(kernel.__name__, [{}])
+
+
+def cases(kernel: Any, element: str) -> Iterator[tuple[dict[str, Any], Constants]]:
+    """(what the row says, compile-time constants and options) of all that is compiled of a kernel for a type."""
+    dtype = TYPES[element]
+    for variant in variants(kernel):
+        if kernel is triton_kernels.normal_kernel:
+            yield {}, variant
+        elif kernel in streaming.KERNELS:
+            for D in (1, 2, 3, 7, 16) if element == "fp32" else (2,):
+                numbers = {
+                    "kde_backward_refs_kernel": 3 * D + 4,
+                    "transition_average_kernel": D + variant.get("WIDTH", 0) + 2,
+                }.get(kernel.__name__, D)
+                fixed = {"D": D, "ACC": accumulator(dtype), "ROWS": rows(numbers, dtype), **OPTIONS, **variant}
+                for columns, lanes in LAYOUTS if D in (2, 16) else LAYOUTS[:1]:
+                    layout = {"COLUMNS": columns, "LANES": lanes, "num_warps": columns * lanes // 32}
+                    yield {}, {**fixed, **layout}
+        elif kernel in (gram.weights_kernel, gram.moments_kernel):
+            yield {}, {**gram.ROW, **variant}
+        else:
+            for side in (16, 200) if element == "fp32" else (200,):
+                yield {"side": side}, {**gram_constants(kernel, side, dtype), **variant}
+
+
+def gram_constants(kernel: Any, side: int, dtype: torch.dtype) -> Constants:
+    sizes, _ = gram._tiles(side, side)
+    if kernel is gram.chain_kernel:
+        return gram._chain_tiles(side)
+    if kernel is gram.rebuild_kernel:
+        return {**gram._rebuild_tiles(side, side), "ACC": accumulator(dtype)}
+    if kernel is gram.stack_kernel:
+        return {**sizes, "ACC": accumulator(dtype), "DTYPE": triton_type(dtype)}
+    return sizes
 
 
 def resources(compiled: Any, capability: int) -> dict[str, Any]:
-    """Registers, spills and shared memory, as the assembler in Triton's package reports them."""
+    """Registers, spills and shared memory, as the assembler in Triton's package reports them; matrix instructions."""
     architecture = f"sm_{capability}{'a' if capability == 90 else ''}"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")
@@ -79,13 +124,17 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
         "registers": number("registers"),
         "spills": number("bytes spill stores"),
         "shared": compiled.metadata.shared,
-        "tf32": bool(re.search(r"mma[\w.]*tf32", compiled.asm["ptx"])),
+        "products": sorted(set(re.findall(r"mma[\w.]*\.((?:tf32|f64|f16|bf16))\b", compiled.asm["ptx"]))),
     }
 
 
-def compile_kernel(kernel: Any, element: str, constants: dict[str, Any], capability: int) -> dict[str, Any]:
-    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-    source = ASTSource(fn=kernel, signature=signature(kernel, element, constants), constexprs=constants)
+def compile_kernel(kernel: Any, element: str, constants: Constants, capability: int) -> dict[str, Any]:
+    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    constants = {name: value for name, value in constants.items() if name not in options}
+    signature = {
+        name: "constexpr" if name in constants else kind_of(name, kernel, element) for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return resources(compiled, capability)
 
@@ -93,14 +142,11 @@ def compile_kernel(kernel: Any, element: str, constants: dict[str, Any], capabil
 def main() -> None:
     for capability in map(int, sys.argv[1:]):
         for kernel in triton_kernels.KERNELS:
-            name = kernel.__name__
-            for variant in VARIANTS.get(name, [{}]):
-                for element, dtype in ELEMENTS.items():
-                    for D in DIMENSIONS if dtype == torch.float32 else (2,):
-                        numbers = NUMBERS[name](D, variant) if name in NUMBERS else D
-                        constants = {"D": D, "ACC": accumulator(dtype), **blocks(numbers, dtype), **variant}
-                        row = {"kernel": name, "element": element, "D": D, **variant, "rows": constants["ROWS"]}
-                        print(json.dumps(row | compile_kernel(kernel, element, constants, capability)), flush=True)
+            for element in TYPES:
+                for row, constants in cases(kernel, element):
+                    said = {k: v for k, v in constants.items() if not isinstance(v, tl.dtype)}
+                    row = {"kernel": kernel.__name__, "element": element, "capability": capability, **row, **said}
+                    print(json.dumps(row | compile_kernel(kernel, element, constants, capability)), flush=True)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
 
 
 def results_of_ops(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Public ops on groups with strides and a bandwidth each, and the derivatives of a sum of them all."""
+    """Public ops on groups with strides and a bandwidth each, and the derivatives of a combination of them all."""
     generator = torch.Generator().manual_seed(1)
 
     def leaf(*shape: int) -> Tensor:
@@ -119,7 +119,8 @@ def results_of_ops(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
             "xt": step.xt,
             "score_t": step.score_t,
         }
-        sum(r.sin().sum() for r in results.values()).backward()
+        # Of a fixed combination: a function with large arguments would only magnify their rounding.
+        sum((r * torch.arange(r.numel(), device=DEVICE).cos().view(r.shape)).sum() for r in results.values()).backward()
     named = dict(zip(("x", "refs", "values", "sigma2", "tau"), (*leaves, sigma2, tau), strict=True))
     return {k: v.detach() for k, v in results.items()} | {f"gradient in {k}": t.grad for k, t in named.items()}
 
@@ -131,7 +132,7 @@ def main() -> None:
         found = dict(compare(" ".join(k.replace(" ", "_") for k in got), tuple(got.values()), tuple(truth.values())))
         print(json.dumps({"case": "ops", "dtype": str(dtype), "limit": largest, "errors": found}), flush=True)
     for case in CASES:
-        if case.D > triton_kernels.MOST_DIMENSIONS or case.N * case.M * case.D > MOST_PAIRS:
+        if case.N * case.M * min(case.D, triton_kernels.MOST_STREAMED) > MOST_PAIRS:
             continue
         for dtype in (torch.float32, torch.float64):
             row = {"case": case.name, "dtype": str(dtype), "limit": limit(case, dtype)}

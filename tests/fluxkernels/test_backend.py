@@ -22,7 +22,7 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_entry(monkeypatch: pytest.MonkeyPatch, name: str, missing: str | None) -> None:
     entry = module._ENTRIES[name]
-    changed = module._Entry(entry.what, entry.devices, lambda: missing, lambda: reference, entry.most_dimensions)
+    changed = module._Entry(entry.what, entry.devices, lambda: missing, lambda: reference)
     monkeypatch.setitem(module._ENTRIES, name, changed)
 
 
@@ -67,16 +67,6 @@ def test_named_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(module.ENVIRONMENT, "cpu")
     with pytest.raises(fk.BackendError):
         fk.kde_score(X, X, 1.0)
-
-
-def test_a_backend_with_a_limit_on_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_entry(monkeypatch, "triton", None)
-    assert fk.resolve_backend(None, "cuda", 16) == "triton"
-    with pytest.warns(UserWarning, match="its kernels take at most 16 dimensions, got 17") as caught:
-        assert [fk.resolve_backend(None, "cuda", 17) for _ in range(2)] == ["torch", "torch"]
-    assert len(caught) == 1
-    with pytest.raises(fk.BackendError, match="'triton' was asked for but cannot run: .* at most 16 dimensions"):
-        fk.resolve_backend("triton", "cuda", 17)
 
 
 def test_wrong_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.streaming import differences, load_points, place, store_points, sweep
+from fluxkernels.triton_kernels.streaming.tiles import (
+    differences,
+    load_points,
+    over_lanes,
+    place,
+    store_points,
+    sweep,
+    tile_rows,
+)
 
 
 @triton.jit
@@ -11,26 +19,25 @@ def residual_kernel(
     z, z_b, z_n, z_d, field, f_b, f_n, f_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
     gradient,
     N, M,
-    D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Σ_j w_j e_j [e_j·f - a_j/σ²]/σ⁴ - f/σ² + 2(m - z)/σ⁴ with e_j = r_j - m: moments about m, after a first sweep for
     it. Because Σ_j w_j e_j = 0, a_j may be counted from the least, which keeps its digits."""
-    b, n, inside = place(N, COLUMNS)
+    b, n, inside, lane = place(N, COLUMNS, LANES)
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     f = load_points(field + b * f_b, n * f_n, f_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
     scale = 0.7213475204444817 / variance  # log₂e/2σ²
     base = refs + b * r_b
-    least, total, step = sweep(x, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, True, False)
+    least, total, step = sweep(x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False)
     moment = ()
     for _ in tl.static_range(D):
-        moment = moment + (tl.zeros([COLUMNS], ACC),)
-    for start in range(0, M, ROWS):
-        j = start + tl.arange(0, ROWS)
-        at = j.to(tl.int64) * r_m
-        e, a = differences(x, base, refs, at, r_d, at, 0, 0.0, j < M, D, False)
+        moment = moment + (tl.zeros([COLUMNS * LANES], ACC),)
+    for start in range(0, M, ROWS * LANES):
+        j = tile_rows(start, lane, ROWS, LANES)
+        e, a = differences(x, base, refs, j * r_m, r_d, j, 0, 0.0, j < M, D, False)
         w = tl.exp2((least[None, :] - a) * scale[None, :]) / total[None, :]
-        along = tl.zeros([ROWS, COLUMNS], ACC)
+        along = tl.zeros([ROWS, COLUMNS * LANES], ACC)
         for d in tl.static_range(D):
             along += (e[d] - step[d][None, :]) * f[d][None, :]
         c = tl.where(w > 0, w * (along - (a - least[None, :]) / variance[None, :]), 0.0)
@@ -40,5 +47,5 @@ def residual_kernel(
         moment = summed
     result = ()
     for d in tl.static_range(D):
-        result = result + (((moment[d] + 2 * step[d]) / variance - f[d]) / variance,)
-    store_points(gradient, (b * N + n) * D, 1, result, inside, D)
+        result = result + (((over_lanes(moment[d], LANES) + 2 * step[d]) / variance - f[d]) / variance,)
+    store_points(gradient, (b * N + n) * D, 1, result, inside & (lane == 0), D)

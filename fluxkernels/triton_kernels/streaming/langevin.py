@@ -3,11 +3,9 @@
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.philox import normal_rows
-from fluxkernels.triton_kernels.streaming import load_points, one_minus_exp, place, store_points, sweep
-
-CHAIN = tl.constexpr(0)  # streams of random numbers, as in fluxkernels.philox
-START = tl.constexpr(1)
+from fluxkernels.triton_kernels.philox import CHAIN, START, normal_rows
+from fluxkernels.triton_kernels.scalars import one_minus_exp
+from fluxkernels.triton_kernels.streaming.tiles import load_points, place, store_points, sweep
 
 
 @triton.jit
@@ -17,18 +15,19 @@ def langevin_kernel(
     x0_out, shift0_out, xt_out, shift_t_out,
     N, M, steps,
     D: tl.constexpr, ACC: tl.constexpr, PASS: tl.constexpr, SEEDED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """x <- x + (1-e^{-h}) (m(x) - x) + σ √(1-e^{-2h}) ξ_k with h = τ/steps, `steps` times; sigma2 and tau `[B]`.
 
     Where PASS, the chain starts from x + σ n0, which is stored, and m - x at its start and end are stored too.
     """
-    b, n, inside = place(N, COLUMNS)
+    b, n, inside, lane = place(N, COLUMNS, LANES)
+    written = inside & (lane == 0)
     row = b * N + n
     variance = tl.load(sigma2 + b * s_b).to(ACC)
     h = tl.load(tau + b * a_b).to(ACC) / steps
     pull, spread = one_minus_exp(h), tl.sqrt(variance * one_minus_exp(2 * h))
-    scale = tl.zeros([COLUMNS], ACC) + 0.7213475204444817 / variance  # log₂e/2σ²
+    scale = tl.zeros([COLUMNS * LANES], ACC) + 0.7213475204444817 / variance  # log₂e/2σ²
     base = refs + b * r_b
     noise_at = noise + b * noise_b
     if SEEDED:
@@ -43,12 +42,14 @@ def langevin_kernel(
         for d in tl.static_range(D):
             moved = moved + ((x[d] + tl.sqrt(variance) * xi[d]).to(x0_out.dtype.element_ty).to(ACC),)
         x = moved  # the chain starts from x0 as rounded
-        store_points(x0_out, row * D, 1, x, inside, D)
+        store_points(x0_out, row * D, 1, x, written, D)
     for k in range(steps):
-        _least, _total, shift = sweep(x, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, True, False)
+        _least, _total, shift = sweep(
+            x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
+        )
         if PASS:
             if k == 0:
-                store_points(shift0_out, row * D, 1, shift, inside, D)
+                store_points(shift0_out, row * D, 1, shift, written, D)
         if SEEDED:
             xi = normal_rows(key, CHAIN, k, row, D, ACC)
         else:
@@ -57,10 +58,12 @@ def langevin_kernel(
         for d in tl.static_range(D):
             moved = moved + (x[d] + pull * shift[d] + spread * xi[d],)
         x = moved
-    store_points(xt_out, row * D, 1, x, inside, D)
+    store_points(xt_out, row * D, 1, x, written, D)
     if PASS:
         rounded = ()
         for d in tl.static_range(D):
             rounded = rounded + (x[d].to(xt_out.dtype.element_ty).to(ACC),)
-        _least, _total, shift = sweep(rounded, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, True, False)
-        store_points(shift_t_out, row * D, 1, shift, inside, D)
+        _least, _total, shift = sweep(
+            rounded, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
+        )
+        store_points(shift_t_out, row * D, 1, shift, written, D)

@@ -1,0 +1,171 @@
+"""The check of a CUDA card: tests, then times of every case beside its peers, into one dated JSON of bench/results.
+
+python -m bench.gpu [--output FOLDER] [--skip-tests] [--minutes 7]     what `make gpu` runs
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from bench.gpu import rates
+from bench.gpu.cases import CASES, Case, contenders, error
+
+ROOT = Path(__file__).parents[2]
+# Seconds that the calls of one measurement may take together.
+BUDGET = 0.5
+
+
+def timed(call: Callable[[], object], calls_at_once: int = 1) -> list[float]:
+    """Seconds of single calls between CUDA events, after warm-up."""
+    call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    repetitions = max(3, min(200, int(BUDGET / (time.perf_counter() - start))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
+    for first, last in events:
+        first.record()
+        for _ in range(calls_at_once):
+            call()
+        last.record()
+    torch.cuda.synchronize()
+    return [first.elapsed_time(last) / 1e3 / calls_at_once for first, last in events]
+
+
+def graph_of(call: Callable[[], object]) -> Callable[[], object]:
+    """Replay of one call as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def quantiles(seconds: list[float]) -> dict[str, float]:
+    found = torch.quantile(torch.tensor(seconds, dtype=torch.float64), torch.tensor([0.1, 0.5, 0.9]).double())
+    return dict(zip(("p10", "median", "p90"), found.tolist(), strict=True))
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """Bytes allocated at most during a call, results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def measure(case: Case, limit: dict[str, float]) -> list[dict[str, Any]]:
+    """A row for each contender; one that fails has its error's text instead of figures."""
+    x, refs = case.inputs()
+    calls = contenders(case, x, refs)
+    rows = []
+    for who, call in calls.items():
+        row: dict[str, Any] = {"case": asdict(case), "who": who}
+        try:
+            with torch.no_grad():
+                row |= {"seconds": quantiles(timed(call)), "memory": peak_memory(call)}
+                if who == "triton":
+                    row |= {"error": error(case, who), "graph": quantiles(timed(graph_of(call), 10))}
+                    shape = (case.groups, case.queries, case.centres, case.dimensions)
+                    row["limit"] = rates.model_seconds(limit, case.kind, *shape)
+                elif who == "eager":
+                    row["error"] = error(case, who)
+        except Exception as problem:  # out of memory, a compiler that fails: the row stays
+            row["failed"] = f"{type(problem).__name__}: {problem}"[:500]
+        torch.cuda.empty_cache()
+        rows.append(row)
+        say(row)
+    return rows
+
+
+def say(row: dict[str, Any]) -> None:
+    figures = row.get("failed") or f"{1e6 * row['seconds']['median']:10.1f} us"
+    if "graph" in row:
+        figures += f", graph {1e6 * row['graph']['median']:.1f} us, error {row['error']:.1e}"
+        figures += f", limit {row['limit'] / row['graph']['median']:.0%}"
+    print(f"{row['case']['kind']:6}{row['case']['name']:40}{row['who']:15}{figures}", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "card": properties.name,
+        "memory": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": driver.stdout.split("\n")[0] or None,
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": sys.version.split()[0],
+        "commit": commit.stdout.strip() or None,
+    }
+
+
+def run_tests() -> dict[str, Any]:
+    """The GPU's tests, in a process of their own; (compiling for other cards needs none and is left out)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fluxkernels/test_gpu.py",
+         "tests/fluxkernels/test_triton.py", "-k", "not compile_for"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
+    return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-1:]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--minutes", type=float, default=7, help="no further case is begun after so long")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device was found: this check is for machines with an NVIDIA GPU")
+
+    begun = time.perf_counter()
+    results: dict[str, Any] = {"machine": machine(), "tests": None, "rows": [], "left_out": []}
+    print(json.dumps(results["machine"], indent=1), flush=True)
+    if not options.skip_tests:
+        results["tests"] = run_tests()
+    results["rates"] = rates.measure(timed)
+    print("rates a second:", {name: f"{rate:.3g}" for name, rate in results["rates"].items()}, flush=True)
+    card = results["machine"]["card"].replace(" ", "-")
+    file = options.output / f"{results['machine']['date'][:10]}-gpu-{card}.json"
+    options.output.mkdir(parents=True, exist_ok=True)
+    for case in CASES:
+        if time.perf_counter() - begun > 60 * options.minutes:
+            results["left_out"].append(f"{case.kind}: {case.name}")
+        else:
+            results["rows"] += measure(case, results["rates"])
+        file.write_text(json.dumps(results, indent=1) + "\n")  # after every case: what was measured is not lost
+    print(f"{file} after {time.perf_counter() - begun:.0f} s; left out: {results['left_out'] or 'none'}")
+    if results["tests"] and not results["tests"]["passed"]:
+        sys.exit("the GPU tests failed")
+
+
+if __name__ == "__main__":
+    main()

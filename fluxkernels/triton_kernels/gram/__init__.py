@@ -1,0 +1,326 @@
+"""Kernels for many dimensions: inner products with the centres on the matrix units, weights from those, and sums of
+centres again on the matrix units; a chain in Gram space. They compute in float64 whatever the input's dtype.
+
+Matrices of pairs are made for so many queries at a time that they stay small.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
+from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
+from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
+from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, multiprocessors, on_device_of, triton_type
+from fluxkernels.triton_kernels.philox import CHAIN, START, normal
+
+# Pairs in a matrix: 64 MiB in float64.
+MOST_PAIRS = 2**23
+# Centres up to which a chain runs in Gram space, whose steps cost M² a query and not M·D.
+MOST_CENTRES = 1024
+CHAINS = 16  # that a program steps together
+DEPTH = 16  # numbers a product sums between two loads
+# Vectors of a row's centres and of a point's coordinates.
+ROW = {"BLOCK": 1024, "num_warps": 4, **OPTIONS}
+
+
+def _tile(count: int, most: int = 64) -> int:
+    """Side of a tile for `count` rows or columns; the matrix units take no fewer than 16."""
+    return max(16, min(most, 1 << (count - 1).bit_length()))
+
+
+def _tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
+    """(tile sizes as keyword arguments, how many tiles cover so many rows and columns)."""
+    sizes = _sizes(_tile(rows), _tile(columns))
+    return sizes, -(-rows // sizes["ROWS"]) * -(-columns // sizes["COLUMNS"])
+
+
+def _sizes(rows: int, columns: int) -> dict[str, int]:
+    warps = 8 if rows * columns >= 2048 else 4  # a float64 takes two registers
+    return {"ROWS": rows, "COLUMNS": columns, "DEPTH": DEPTH, "num_warps": warps, **OPTIONS}
+
+
+def _chain_tiles(M: int) -> dict[str, int]:
+    return _sizes(CHAINS, _tile(M, 128))
+
+
+def _rebuild_tiles(N: int, D: int) -> dict[str, int]:
+    return _sizes(_tile(N, 32), _tile(D))  # three sums at once
+
+
+def _split(D: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(dimensions, parts): how the dimensions are shared out, so that there is work for the whole GPU."""
+    parts = min(-(-D // (4 * DEPTH)), -(-2 * multiprocessors(device) // programs))
+    span = -(-D // (parts * DEPTH)) * DEPTH
+    return span, -(-D // span)
+
+
+def _blocks(B: int, N: int, M: int) -> Iterator[tuple[slice, slice]]:
+    """Groups and queries whose matrices of pairs are made at once."""
+    groups = max(1, MOST_PAIRS // (min(N, 64) * M))
+    rows = max(64, MOST_PAIRS // (min(groups, B) * M))
+    for group in range(0, B, groups):
+        for row in range(0, N, rows):
+            yield slice(group, group + groups), slice(row, row + rows)
+
+
+def _products(x: Tensor, refs: Tensor, centred: bool, transition: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Inner products `[B, splits, N + 1, M + 1]` of queries and centres; of a transition's means with (shift0, τ)."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    sizes, tiles = _tiles(N, M)
+    span, splits = _split(D, B * tiles, x.device)
+    products = torch.empty((B, splits, N + 1, M + 1), dtype=torch.float64, device=x.device)
+    move, tau = transition or (refs, refs[:, 0, 0])
+    products_kernel[(B * splits * tiles,)](
+        *(part for t in (x, refs, move, tau) for part in (t, *t.stride())),
+        *(products, N, M, D, span, splits),
+        CENTRED=centred,
+        MOVED=transition is not None,
+        **sizes,
+    )
+    return products
+
+
+def _weights(
+    x: Tensor, refs: Tensor, sigma2: Tensor, transition: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, squared distances, both `[B, N, M]` in float64, log-density `[B, N]`)."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    products = _products(x, refs, True, transition)
+    weights = torch.empty((B, N, M), dtype=torch.float64, device=x.device)
+    distances, log_density = torch.empty_like(weights), x.new_empty((B, N))
+    move, tau = transition or (refs, refs[:, 0, 0])
+    weights_kernel[(B * N,)](
+        *(products, products.shape[1]),
+        *(part for t in (x, refs, move, sigma2, tau) for part in (t, *t.stride())),
+        *(weights, distances, log_density, N, M, D, math.log(M)),
+        MOVED=transition is not None,
+        KDE=transition is None,
+        DEPTH=512,
+        **ROW,
+    )
+    return weights, distances, log_density
+
+
+def _combine(
+    coefficients: Tensor, x: Tensor, refs: Tensor, of: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(Σ_j w_j r_j - x, Σ_j w_j r_j), or Σ_j c_j r_j + p x + f field, twice, of (p, f, field)."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    out = x.new_empty(x.shape)
+    mean = x.new_empty(x.shape) if of is None else out
+    of_point, of_field, field = of or (coefficients, coefficients, x)
+    sizes, tiles = _tiles(N, D)
+    combine_kernel[(B * tiles,)](
+        *(coefficients, of_point, of_field),
+        *(part for t in (x, field, refs) for part in (t, *t.stride())),
+        *(out, mean, N, M, D),
+        KDE=of is None,
+        **sizes,
+    )
+    return out, mean
+
+
+def _gather(
+    weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Tensor, Tensor] | None = None
+) -> None:
+    """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and Σ_n c_nj (x_n - r_j) of (c, x, refs)."""
+    B, N, M = weights.shape
+    V = values.shape[-1]
+    coefficients, x, refs = pull or (weights, values, values)
+    sizes, tiles = _tiles(M, V)
+    gather_kernel[(B * tiles,)](
+        *(weights, values, *values.stride(), coefficients, x, *x.stride(), refs, *refs.stride(), out, N, M, V),
+        BOTH=pull is not None,
+        **sizes,
+    )
+
+
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, _), M = z.shape, refs.shape[1]
+    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            block = z[group, rows]
+            weights, _, log_density[group, rows] = _weights(block, refs[group], sigma2[group, rows])
+            shift[group, rows], mean[group, rows] = _combine(weights, block, refs[group])
+    return shift, mean, log_density
+
+
+def _moments(
+    weights: Tensor, distances: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, g_log_density: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(coefficients of the centres `[B, N, M]`, of the query and of the field, and cotangent of σ², `[B, N]`)."""
+    (B, N, D), M = field.shape, refs.shape[1]
+    along = _products(field, refs, False)
+    of_point, of_field, g_sigma2 = torch.empty((3, B, N), dtype=torch.float64, device=field.device)
+    coefficients = torch.empty_like(weights)
+    g = sigma2 if g_log_density is None else g_log_density
+    moments_kernel[(B * N,)](
+        *(weights, distances, along, along.shape[1], sigma2, *sigma2.stride(), g, *g.stride()),
+        *(coefficients, of_point, of_field, g_sigma2, N, M, D),
+        RESIDUAL=g_log_density is None,
+        **ROW,
+    )
+    return coefficients, of_point, of_field, g_sigma2
+
+
+def kde_backward(
+    g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, _), M = z.shape, refs.shape[1]
+    g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
+    g_refs = torch.zeros(refs.shape, dtype=torch.float64, device=z.device)
+    g_mean = g_mean.double() + g_shift
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            at, centres = (group, rows), refs[group]
+            weights, distances, _ = _weights(z[at], centres, sigma2[at])
+            coefficients, of_point, of_field, g_sigma2[at] = _moments(
+                weights, distances, g_mean[at], centres, sigma2[at], g_log_density[at]
+            )
+            g_z[at], _ = _combine(coefficients, z[at], centres, (of_point, of_field, g_shift[at]))
+            _gather(weights, g_mean[at], g_refs[group], (coefficients, z[at], centres))
+    return g_z, g_refs.to(refs.dtype), g_sigma2
+
+
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+    (B, N, _), M = z.shape, refs.shape[1]
+    gradient = z.new_empty(z.shape)
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            at, centres = (group, rows), refs[group]
+            weights, distances, _ = _weights(z[at], centres, sigma2[at])
+            coefficients, of_point, of_field, _ = _moments(weights, distances, field[at], centres, sigma2[at], None)
+            gradient[at], _ = _combine(coefficients, z[at], centres, (of_point, of_field, field[at]))
+    return gradient
+
+
+def _chain_in_gram_space(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    whole_pass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ); without `whole_pass` only x_τ is made."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    noises = steps if whole_pass else steps - 1
+    # What is absent is never read; any tensor stands for it.
+    random = (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
+    inputs = [part for t in (x, refs, sigma2) for part in (t, *t.stride())]
+    kind: dict[str, Any] = {
+        "PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)
+    }  # fmt: skip
+    sizes, _ = _tiles(N, M)
+    tiles = ((1 + noises) * -(-N // sizes["ROWS"]) + -(-M // sizes["ROWS"])) * -(-M // sizes["COLUMNS"])
+    span, splits = _split(D, B * tiles, x.device)
+    parts = torch.empty((B, splits, (1 + noises) * N + M, M), dtype=torch.float64, device=x.device)
+    stack_kernel[(B * splits * tiles,)](
+        *(*inputs, *random, parts, N, M, D, noises, span, splits), DTYPE=triton_type(x.dtype), **kind, **sizes
+    )
+    products = parts.sum(1) if splits > 1 else parts
+    weights, coefficients, first_weights = torch.empty((3, B, N, M), dtype=torch.float64, device=x.device)
+    chain_kernel[(B * -(-N // CHAINS),)](
+        *(products, sigma2, *sigma2.stride(), tau, *tau.stride(), weights, coefficients, first_weights),
+        *(N, M, steps, noises),
+        PASS=whole_pass,
+        **_chain_tiles(M),
+    )
+    xt = x.new_empty(x.shape)
+    x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
+    sizes = _rebuild_tiles(N, D)
+    rebuild_kernel[(B * -(-N // sizes["ROWS"]) * -(-D // sizes["COLUMNS"]),)](
+        *(*inputs, tau, *tau.stride(), *random, weights, coefficients, first_weights),
+        *(x0, shift0, xt, shift_t, N, M, D, steps),
+        **kind,
+        **sizes,
+    )
+    return x0, shift0, xt, shift_t
+
+
+def _chain_by_steps(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(m(x0) - x0, x_τ), by one kernel density estimate a step: for more centres than Gram space is good for."""
+    if noise is None:
+        assert seed is not None
+        noise = normal(seed, (steps, *x0.shape), CHAIN.value, torch.float32)
+    variance = sigma2.unsqueeze(-1).expand(x0.shape[:2])
+    h = (tau.double() / steps).view(-1, 1, 1)
+    pull, spread = -torch.expm1(-h), (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
+    x, shifts = x0.double(), []
+    for k in range(steps):
+        shifts.append(kde(x, refs, variance)[0])
+        x = x + pull * shifts[k] + spread * noise[k]
+    return shifts[0].to(x0.dtype), x.to(x0.dtype)
+
+
+def langevin_chain(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    with on_device_of(x0):
+        if refs.shape[1] > MOST_CENTRES:
+            return _chain_by_steps(x0, refs, sigma2, tau, steps, noise, seed)[1]
+        return _chain_in_gram_space(x0, refs, sigma2, tau, steps, noise, seed, False)[2]
+
+
+def flux_pass(
+    x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with on_device_of(x):
+        if refs.shape[1] <= MOST_CENTRES:
+            return _chain_in_gram_space(x, refs, sigma2, tau, steps, noise, seed, True)
+        if noise is None:
+            assert seed is not None
+            start, rest = normal(seed, (1, *x.shape), START.value, torch.float32)[0], None
+        else:
+            start, rest = noise[0], noise[1:]
+        x0 = (x.double() + sigma2.view(-1, 1, 1).double().sqrt() * start).to(x.dtype)
+        shift0, xt = _chain_by_steps(x0, refs, sigma2, tau, steps, rest, seed)
+        return x0, shift0, xt, kde(xt, refs, sigma2.unsqueeze(-1).expand(x.shape[:2]))[0]
+
+
+def _transition(
+    x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(groups, ends j, weights `[groups, ends, N]`) block by block: the ends of a chain are queries of its means."""
+    (B, E, _), N = xt.shape, x0.shape[1]
+    variance = sigma2.unsqueeze(-1).expand(B, E)
+    for group, ends in _blocks(B, E, N):
+        moves = shift0[group], tau[group]
+        yield group, ends, _weights(xt[group, ends], x0[group], variance[group, ends], moves)[0]
+
+
+def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    weights = x0.new_empty((*x0.shape[:2], xt.shape[1]))
+    with on_device_of(x0):
+        for group, ends, of_ends in _transition(x0, shift0, xt, sigma2, tau):
+            weights[group, :, ends] = of_ends.mT
+    return weights
+
+
+def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    average = torch.zeros((*x0.shape[:2], values.shape[-1]), dtype=torch.float64, device=x0.device)
+    with on_device_of(x0):
+        for group, ends, weights in _transition(x0, shift0, xt, sigma2, tau):
+            _gather(weights, values[group, ends], average[group])
+    return average.to(values.dtype)
+
+
+KERNELS = (
+    products_kernel,
+    weights_kernel,
+    moments_kernel,
+    combine_kernel,
+    gather_kernel,
+    stack_kernel,
+    chain_kernel,
+    rebuild_kernel,
+)

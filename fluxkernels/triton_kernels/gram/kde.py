@@ -1,0 +1,137 @@
+"""Weights of centres from their inner products with the queries, and the coefficients of derivatives."""
+
+import triton
+import triton.language as tl
+
+from fluxkernels.triton_kernels.scalars import one_minus_exp
+
+# Part of |x|² + |r|² below which a distance made from them is taken anew, as the sum of squared differences.
+CANCELLED = tl.constexpr(1e-6)
+
+
+@triton.jit
+def distance(x, x_d, r, r_d, move, m_d, pull, D, MOVED: tl.constexpr, DEPTH: tl.constexpr):
+    """|x - r|² of one query and one centre, by differences."""
+    total = tl.zeros([DEPTH], tl.float64)
+    for start in range(0, D, DEPTH):
+        d = (start + tl.arange(0, DEPTH)).to(tl.int64)
+        centre = tl.load(r + d * r_d, mask=d < D, other=0.0).to(tl.float64)
+        if MOVED:
+            centre += pull * tl.load(move + d * m_d, mask=d < D, other=0.0).to(tl.float64)
+        difference = tl.load(x + d * x_d, mask=d < D, other=0.0).to(tl.float64) - centre
+        total += difference * difference
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def weights_kernel(
+    products, splits,
+    x, x_b, x_n, x_d, refs, r_b, r_m, r_d, move, m_b, m_m, m_d, sigma2, s_b, s_n, tau, a_b,
+    weights, distances, log_density,
+    N, M, D, log_count,
+    MOVED: tl.constexpr, KDE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """w_j = softmax_j(-a_j/2σ²) of one query with a_j = |x - r_j|²; both `[B, N, M]`. Where KDE, log p̂ too.
+
+    Where MOVED, centres are those of a transition, and the variance is σ²(1-e^{-2τ}), kept above rounding so that
+    τ = 0 is the limit.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b, n = row // N, row % N
+    width = tl.zeros([], tl.int64) + M + 1
+    products += b * splits * (N + 1) * width
+    x += b * x_b + n * x_n
+    refs += b * r_b
+    move += b * m_b
+    variance = tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64)
+    pull = variance
+    if MOVED:
+        t = tl.load(tau + b * a_b).to(tl.float64)
+        pull = one_minus_exp(t)
+        variance *= tl.maximum(one_minus_exp(2 * t), 4.930380657631324e-32)
+    square = tl.zeros([], tl.float64)
+    for s in range(splits):
+        square += tl.load(products + (s * (N + 1) + n) * width + M)
+    least = tl.full([], float("inf"), tl.float64)
+    total = tl.zeros([], tl.float64)
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        inner = tl.zeros([BLOCK], tl.float64)
+        norms = tl.zeros([BLOCK], tl.float64) + square
+        for s in range(splits):
+            inner += tl.load(products + (s * (N + 1) + n) * width + j, mask=j < M, other=0.0)
+            norms += tl.load(products + (s * (N + 1) + N) * width + j, mask=j < M, other=0.0)
+        a = tl.maximum(norms - 2 * inner, 0.0)
+        near = ((a < CANCELLED * norms) & (j < M)).to(tl.int32)
+        while tl.max(near, 0) > 0:
+            i = start + tl.argmax(near, 0)
+            exact = distance(
+                x, x_d, refs + i.to(tl.int64) * r_m, r_d, move + i.to(tl.int64) * m_m, m_d, pull, D, MOVED, DEPTH
+            )
+            a = tl.where(j == i, exact, a)
+            near = tl.where(j == i, 0, near)
+        a = tl.where(j < M, a, float("inf"))
+        tl.store(distances + row * M + j, a, mask=j < M)
+        lower = tl.minimum(least, tl.min(a, 0))
+        total = total * tl.exp(0.5 * (lower - least) / variance) + tl.sum(tl.exp(0.5 * (lower - a) / variance), 0)
+        least = lower
+    tl.debug_barrier()
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        a = tl.load(distances + row * M + j, mask=j < M, other=float("inf"))
+        tl.store(weights + row * M + j, tl.exp(0.5 * (least - a) / variance) / total, mask=j < M)
+    if KDE:
+        log_p = tl.log(total) - log_count - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))
+        tl.store(log_density + row, log_p.to(log_density.dtype.element_ty))
+
+
+@triton.jit
+def moments_kernel(
+    weights, distances, along, splits, sigma2, s_b, s_n, g_log_density, g_b, g_n,
+    coefficients, of_point, of_field, g_sigma2,
+    N, M, D,
+    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Coefficients of the centres, of the query and of the field in a derivative, for one query.
+
+    With V_j the products of a field with the centres, `along`, and bars for means under w, the cotangent of the logit
+    of centre j is w_j (V_j - V̄ + g); where RESIDUAL, the coefficient is w_j (V_j - V̄ - (a_j - ā)/σ² + 2)/σ⁴.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b, n = row // N, row % N
+    width = tl.zeros([], tl.int64) + M + 1
+    along += (b * splits * (N + 1) + n) * width
+    variance = tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64)
+    g = tl.zeros([], tl.float64)
+    if not RESIDUAL:
+        g += tl.load(g_log_density + b * g_b + n * g_n).to(tl.float64)
+    mean_along = tl.zeros([], tl.float64)
+    mean_distance = tl.zeros([], tl.float64)
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        w = tl.load(weights + row * M + j, mask=j < M, other=0.0)
+        for s in range(splits):
+            mean_along += tl.sum(w * tl.load(along + s * (N + 1) * width + j, mask=j < M, other=0.0), 0)
+        mean_distance += tl.sum(w * tl.load(distances + row * M + j, mask=j < M, other=0.0), 0)
+    of_variance = tl.zeros([], tl.float64)
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        w = tl.load(weights + row * M + j, mask=j < M, other=0.0)
+        a = tl.load(distances + row * M + j, mask=j < M, other=0.0)
+        v = tl.zeros([BLOCK], tl.float64) - mean_along
+        for s in range(splits):
+            v += tl.load(along + s * (N + 1) * width + j, mask=j < M, other=0.0)
+        if RESIDUAL:
+            c = w * (v - (a - mean_distance) / variance + 2) / (variance * variance)
+        else:
+            c = w * (v + g) / variance
+            of_variance += tl.sum(c * a, 0)
+        tl.store(coefficients + row * M + j, c, mask=j < M)
+    if RESIDUAL:
+        tl.store(of_point + row, -2 / (variance * variance))
+        tl.store(of_field + row, -1 / variance)
+    else:
+        tl.store(of_point + row, -g / variance)
+        tl.store(of_field + row, tl.full([], -1.0, tl.float64))
+        of_variance = 0.5 * (of_variance - D * g) / variance
+        tl.store(g_sigma2 + row, of_variance.to(g_sigma2.dtype.element_ty))

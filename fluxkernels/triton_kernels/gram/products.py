@@ -1,0 +1,142 @@
+"""Inner products of points in many dimensions, and sums of points with given coefficients.
+
+Both run as tiles on the matrix units, in float64: distances from inner products cancel, and no other type leaves enough
+of their digits at every σ. Coordinates count from an origin, the first centre of the group.
+"""
+
+import triton
+import triton.language as tl
+
+from fluxkernels.triton_kernels.scalars import one_minus_exp
+
+
+@triton.jit
+def load_tile(pointer, rows, stride_n, columns, stride_d, mask):
+    """`[rows, columns]` of points, as float64."""
+    at = rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    return tl.load(pointer + at, mask=mask, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def products_kernel(
+    x, x_b, x_n, x_d, refs, r_b, r_m, r_d, move, m_b, m_m, m_d, tau, a_b,
+    products,
+    N, M, D, span, splits,
+    CENTRED: tl.constexpr, MOVED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Inner products of N queries with M centres over `span` of the dimensions: a part of `[B, splits, N + 1, M + 1]`.
+
+    Where CENTRED, the queries count from the origin too, and the last row and column hold the squares of the centres
+    and queries. Where MOVED, a centre is r + (1-e^{-τ})·move: the means of a transition.
+    """
+    program = tl.program_id(0)
+    tiles_n, tiles_m = tl.cdiv(N, ROWS), tl.cdiv(M, COLUMNS)
+    n = (program % tiles_n) * ROWS + tl.arange(0, ROWS)
+    j = (program // tiles_n % tiles_m) * COLUMNS + tl.arange(0, COLUMNS)
+    part = program // (tiles_n * tiles_m)
+    split, b = part % splits, (part // splits).to(tl.int64)
+    x += b * x_b
+    refs += b * r_b
+    move += b * m_b
+    if MOVED:
+        pull = one_minus_exp(tl.load(tau + b * a_b).to(tl.float64))
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    of_queries = tl.zeros([ROWS], tl.float64)
+    of_centres = tl.zeros([COLUMNS], tl.float64)
+    for start in range(split * span, tl.minimum((split + 1) * span, D), DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        known = d < D
+        origin = tl.load(refs + d.to(tl.int64) * r_d, mask=known, other=0.0).to(tl.float64)[None, :]
+        inside_n, inside_j = (n < N)[:, None] & known[None, :], (j < M)[:, None] & known[None, :]
+        query = load_tile(x, n, x_n, d, x_d, inside_n)
+        centre = load_tile(refs, j, r_m, d, r_d, inside_j)
+        if MOVED:
+            centre += pull * load_tile(move, j, m_m, d, m_d, inside_j)
+        centre = tl.where(inside_j, centre - origin, 0.0)
+        if CENTRED:
+            query = tl.where(inside_n, query - origin, 0.0)
+            of_queries += tl.sum(query * query, 1)
+            of_centres += tl.sum(centre * centre, 1)
+        total = tl.dot(query, tl.trans(centre), total)
+    width = tl.zeros([], tl.int64) + M + 1
+    products += (b * splits + split) * (N + 1) * width
+    tl.store(products + n[:, None] * width + j[None, :], total, mask=(n < N)[:, None] & (j < M)[None, :])
+    if CENTRED:  # every program of a row or column finds the same squares
+        tl.store(products + n * width + M, of_queries, mask=n < N)
+        tl.store(products + N * width + j, of_centres, mask=j < M)
+
+
+@triton.jit
+def combine_kernel(
+    coefficients, of_point, of_field,
+    x, x_b, x_n, x_d, field, f_b, f_n, f_d, refs, r_b, r_m, r_d,
+    out, mean,
+    N, M, D,
+    KDE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Σ_j c_nj r_j + p_n x_n + f_n field_n, where r and x count from the origin.
+
+    Where KDE, the coefficients are weights, and the results m - x and m.
+    """
+    program = tl.program_id(0)
+    tiles_n, tiles_d = tl.cdiv(N, ROWS), tl.cdiv(D, COLUMNS)
+    n = (program % tiles_n) * ROWS + tl.arange(0, ROWS)
+    d = (program // tiles_n % tiles_d) * COLUMNS + tl.arange(0, COLUMNS)
+    b = (program // (tiles_n * tiles_d)).to(tl.int64)
+    refs += b * r_b
+    origin = tl.load(refs + d.to(tl.int64) * r_d, mask=d < D, other=0.0).to(tl.float64)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for start in range(0, M, DEPTH):
+        j = start + tl.arange(0, DEPTH)
+        c = load_tile(coefficients + b * N * M, n, M, j, 1, (n < N)[:, None] & (j < M)[None, :])
+        inside = (j < M)[:, None] & (d < D)[None, :]
+        total = tl.dot(c, tl.where(inside, load_tile(refs, j, r_m, d, r_d, inside) - origin, 0.0), total)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    row = b * N + n
+    at = row[:, None] * D + d[None, :]
+    point = load_tile(x + b * x_b, n, x_n, d, x_d, inside) - origin
+    if KDE:
+        tl.store(mean + at, (total + origin).to(mean.dtype.element_ty), mask=inside)
+        total -= point
+    else:
+        total += tl.load(of_point + row, mask=n < N, other=0.0)[:, None] * point
+        along = load_tile(field + b * f_b, n, f_n, d, f_d, inside)
+        total += tl.load(of_field + row, mask=n < N, other=0.0)[:, None] * along
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gather_kernel(
+    weights, values, v_b, v_n, v_d, coefficients, x, x_b, x_n, x_d, refs, r_b, r_m, r_d,
+    out,
+    N, M, V,
+    BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Σ_n w_nj values_n for every centre j, added to `out` (float64); where BOTH, with Σ_n c_nj (x_n - r_j)."""
+    program = tl.program_id(0)
+    tiles_m, tiles_v = tl.cdiv(M, ROWS), tl.cdiv(V, COLUMNS)
+    j = (program % tiles_m) * ROWS + tl.arange(0, ROWS)
+    d = (program // tiles_m % tiles_v) * COLUMNS + tl.arange(0, COLUMNS)
+    b = (program // (tiles_m * tiles_v)).to(tl.int64)
+    if BOTH:
+        origin = tl.load(refs + b * r_b + d.to(tl.int64) * r_d, mask=d < V, other=0.0).to(tl.float64)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float64)
+    of_centre = tl.zeros([ROWS], tl.float64)
+    for start in range(0, N, DEPTH):
+        n = start + tl.arange(0, DEPTH)
+        inside = (j < M)[:, None] & (n < N)[None, :]
+        known = (n < N)[:, None] & (d < V)[None, :]
+        w = load_tile(weights + b * N * M, j, 1, n, M, inside)
+        total = tl.dot(w, load_tile(values + b * v_b, n, v_n, d, v_d, known), total)
+        if BOTH:
+            c = load_tile(coefficients + b * N * M, j, 1, n, M, inside)
+            point = tl.where(known, load_tile(x + b * x_b, n, x_n, d, x_d, known) - origin, 0.0)
+            total = tl.dot(c, point, total)
+            of_centre += tl.sum(c, 1)
+    inside = (j < M)[:, None] & (d < V)[None, :]
+    if BOTH:
+        total -= of_centre[:, None] * (load_tile(refs + b * r_b, j, r_m, d, r_d, inside) - origin)
+    at = (b * M + j)[:, None] * V + d[None, :]
+    total += tl.load(out + at, mask=inside, other=0.0)
+    tl.store(out + at, total, mask=inside)
