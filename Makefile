@@ -2,6 +2,7 @@
 # make test      the whole test suite, with its own set-up
 # make check     formatting, lint and types
 # make bench     every benchmark in one run, as a table in bench/results/
+# make gpu       on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/
 # make accuracy  errors of every op against extended precision
 # make sanitize  the kernel tests on C++ compiled with the address and undefined-behaviour sanitizers
 # make arm64     whether the kernels compile for arm64 (needs aarch64-linux-gnu-g++)
@@ -15,7 +16,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check bench accuracy sanitize arm64 fuzz clean
+.PHONY: demo test check bench gpu accuracy sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +50,10 @@ check: $(VENV)/installed-dev
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench.json
 	$(BIN)/python -m bench.report bench.json
+
+# With the PyTorch and Triton of PYTHON itself, which suit the card's driver; pytest is all else it needs.
+gpu:
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api $(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
 
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m bench.accuracy --backend $(BACKEND)

@@ -96,4 +96,5 @@ def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed.to(device=device, dtype=torch.int64)
-    return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    # Filled in on the device: a copy from the host cannot be captured in a CUDA graph.
+    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

@@ -102,27 +102,29 @@ def say(row: dict[str, Any]) -> None:
     print(f"{row['case']['kind']:6}{row['case']['name']:40}{row['who']:15}{figures}", flush=True)
 
 
-def machine() -> dict[str, Any]:
+def output(*command: str) -> str | None:
+    """First line that a program prints, or None where there is no such program or no answer."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.partition("\n")[0]
+
+
+def machine(commit: str | None) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "card": properties.name,
         "memory": properties.total_memory,
         "multiprocessors": properties.multi_processor_count,
         "capability": f"{properties.major}.{properties.minor}",
-        "driver": driver.stdout.split("\n")[0] or None,
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": sys.version.split()[0],
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or output("git", "describe", "--always", "--dirty"),
     }
 
 
@@ -142,12 +144,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--minutes", type=float, default=7, help="no further case is begun after so long")
+    parser.add_argument("--commit", help="what is measured, where git cannot say it")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device was found: this check is for machines with an NVIDIA GPU")
 
     begun = time.perf_counter()
-    results: dict[str, Any] = {"machine": machine(), "tests": None, "rows": [], "left_out": []}
+    results: dict[str, Any] = {"machine": machine(options.commit), "tests": None, "rows": [], "left_out": []}
     print(json.dumps(results["machine"], indent=1), flush=True)
     if not options.skip_tests:
         results["tests"] = run_tests()

@@ -21,7 +21,7 @@ CACHE = Path(os.environ.get("FLUXKERNELS_CACHE", Path.home() / ".cache" / "fluxk
 # Fused multiply-adds, which later releases of Triton leave out unless asked for.
 OPTIONS = {"enable_fp_fusion": True}
 # (queries, lanes) of a program of streaming/, whose product is its threads.
-LAYOUTS = ((128, 1), (32, 4), (32, 16))
+LAYOUTS = ((128, 1), (32, 4), (32, 8))
 
 
 def accumulator(dtype: torch.dtype) -> Any:
@@ -51,7 +51,7 @@ def on_device_of(t: Tensor) -> Iterator[None]:
 
 
 def rows(numbers: int, dtype: torch.dtype) -> int:
-    """Rows of a tile of which a kernel loads so many numbers each: a thread holds them all, in registers."""
+    """Rows of a tile for each of which a kernel keeps so many numbers: a thread holds them all, in registers."""
     registers = numbers * (3 if dtype == torch.float64 else 1)  # two a number, and temporaries
     return next(rows for rows in (16, 8, 4, 2, 1) if rows == 1 or rows * registers <= 64)
 
@@ -80,7 +80,7 @@ def launch_streaming(
     """Launch a kernel of streaming/ for `queries` of each group of `points` `[groups, ..., D]`.
 
     Args:
-        numbers: what it loads of every row of its tiles, D unless given.
+        numbers: what it keeps for every row of its tiles, D unless given.
         more: further axes of the grid.
         constants: its own compile-time arguments.
     """

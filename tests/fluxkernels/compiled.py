@@ -1,6 +1,8 @@
 """Compiles every Triton kernel for NVIDIA targets without a GPU and prints what each needs, one JSON line a kernel.
 
-    python -m tests.fluxkernels.compiled 80 90
+    python -m tests.fluxkernels.compiled 90 [PART PARTS]     every PARTS-th of them, from PART on
+
+All types of points for sm_90, float32 and the last variant of a kernel for others.
 
 In a process of its own: where TRITON_INTERPRET is set the kernels cannot be compiled.
 """
@@ -46,8 +48,8 @@ def kind_of(name: str, kernel: Any, element: str) -> str:
         return "*fp64" if element == "fp64" else "*fp32"
     if in_gram and (name in DOUBLE or (kernel is gram.gather_kernel and name == "out")):
         return "*fp64"
-    # Strides are called x_n, s_b, ...
-    return "i32" if name in INTEGERS or re.fullmatch(r"[a-z]{1,2}_[a-z]|noise_[a-z]", name) else f"*{element}"
+    # Strides are called x_n, s_b, noise_k, ...
+    return "i32" if name in INTEGERS or re.fullmatch(r"([a-z]{1,2}|noise)_[bnmdk]", name) else f"*{element}"
 
 
 def variants(kernel: Any) -> list[Constants]:
@@ -72,19 +74,23 @@ def variants(kernel: Any) -> list[Constants]:
 def cases(kernel: Any, element: str) -> Iterator[tuple[dict[str, Any], Constants]]:
     """(what the row says, compile-time constants and options) of all that is compiled of a kernel for a type."""
     dtype = TYPES[element]
+    last = variants(kernel)[-1]
     for variant in variants(kernel):
         if kernel is triton_kernels.normal_kernel:
-            yield {}, variant
+            if element != "bf16":  # numbers are drawn in float32 or float64
+                yield {}, variant
         elif kernel in streaming.KERNELS:
-            for D in (1, 2, 3, 7, 16) if element == "fp32" else (2,):
+            # Variants differ where a point has few coordinates too; with many, registers run short.
+            for D in (2, 7, 16) if element == "fp32" and variant == last else (2,):
                 numbers = {
+                    "kde_backward_queries_kernel": 2 * D,
                     "kde_backward_refs_kernel": 3 * D + 4,
+                    "residual_kernel": 2 * D,
                     "transition_average_kernel": D + variant.get("WIDTH", 0) + 2,
                 }.get(kernel.__name__, D)
                 fixed = {"D": D, "ACC": accumulator(dtype), "ROWS": rows(numbers, dtype), **OPTIONS, **variant}
-                for columns, lanes in LAYOUTS if D in (2, 16) else LAYOUTS[:1]:
-                    layout = {"COLUMNS": columns, "LANES": lanes, "num_warps": columns * lanes // 32}
-                    yield {}, {**fixed, **layout}
+                for columns, lanes in LAYOUTS if D == 16 else LAYOUTS[:2]:
+                    yield {}, {**fixed, "COLUMNS": columns, "LANES": lanes, "num_warps": columns * lanes // 32}
         elif kernel in (gram.weights_kernel, gram.moments_kernel):
             yield {}, {**gram.ROW, **variant}
         else:
@@ -140,13 +146,18 @@ def compile_kernel(kernel: Any, element: str, constants: Constants, capability: 
 
 
 def main() -> None:
-    for capability in map(int, sys.argv[1:]):
-        for kernel in triton_kernels.KERNELS:
-            for element in TYPES:
-                for row, constants in cases(kernel, element):
-                    said = {k: v for k, v in constants.items() if not isinstance(v, tl.dtype)}
-                    row = {"kernel": kernel.__name__, "element": element, "capability": capability, **row, **said}
-                    print(json.dumps(row | compile_kernel(kernel, element, constants, capability)), flush=True)
+    capability, part, parts = map(int, (*sys.argv[1:], 0, 1)[:3])
+    every = [
+        (kernel, element, row, constants)
+        for kernel in triton_kernels.KERNELS
+        for element in (TYPES if capability == 90 else ["fp32"])
+        for row, constants in cases(kernel, element)
+        if capability == 90 or variants(kernel)[-1].items() <= constants.items()
+    ]
+    for kernel, element, row, constants in every[part::parts]:
+        said = {k: v for k, v in constants.items() if not isinstance(v, tl.dtype)}
+        row = {"kernel": kernel.__name__, "element": element, **row, **said}
+        print(json.dumps(row | compile_kernel(kernel, element, constants, capability)), flush=True)
 
 
 if __name__ == "__main__":

@@ -44,17 +44,17 @@ def kde_backward(
     statistics = torch.empty((B, N, 2 + D), dtype=_wide(z), device=z.device)
     inputs = [part for t in (z, refs, sigma2, g_shift, g_mean, g_log_density) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, statistics, N, M], z, N, M)
+        launch_streaming(kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, statistics, N, M], z, N, M, 2 * D)
         launch_streaming(kde_backward_refs_kernel, [*inputs, statistics, g_refs, N, M], z, M, N, 3 * D + 4)
     return g_z, g_refs, g_sigma2
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
-    N, M = z.shape[1], refs.shape[1]
+    (_, N, D), M = z.shape, refs.shape[1]
     gradient = z.new_empty(z.shape)
     inputs = [part for t in (z, field, refs, sigma2) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(residual_kernel, [*inputs, gradient, N, M], z, N, M)
+        launch_streaming(residual_kernel, [*inputs, gradient, N, M], z, N, M, 2 * D)
     return gradient
 
 

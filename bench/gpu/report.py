@@ -1,0 +1,86 @@
+"""The README's table of GPU results, from the newest JSON of each card in bench/results.
+
+python -m bench.gpu.report [--write]     prints it; --write puts it between the markers in README.md
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+BEGIN, END = "<!-- GPU results: python -m bench.gpu.report --write -->", "<!-- end of GPU results -->"
+PEERS = ("eager", "torch.compile", "KeOps")
+NONE = "No card has run `make gpu` yet: there are no figures."
+
+
+def newest(folder: Path) -> list[dict[str, Any]]:
+    """The last results of each card."""
+    by_card = {}
+    for file in sorted(folder.glob("*-gpu-*.json")):  # names begin with the date
+        results = json.loads(file.read_text())
+        by_card[results["machine"]["card"]] = results
+    return list(by_card.values())
+
+
+def duration(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
+
+
+def peer_cell(row: dict[str, Any] | None, ours: float) -> str:
+    if row is None:
+        return "–"
+    if "failed" in row:
+        return row["failed"].split(":")[0]
+    return f"{row['seconds']['median'] / ours:.3g} ×"
+
+
+def memory(row: dict[str, Any] | None) -> str:
+    return f"{row['memory'] / 1e6:.3g}" if row and "memory" in row else "–"
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    machine, tests = results["machine"], results["tests"]
+    lines = [
+        f"**{machine['card']}**, {machine['date'][:10]}, driver {machine['driver']}, torch {machine['torch']}, Triton "
+        f"{machine['triton']}, commit {machine['commit']}; tests: {' '.join(tests['summary']) if tests else 'not run'}.",
+        "",
+        "| what | size | `triton` | of the limit | eager | torch.compile | KeOps | MB: ours / eager | error |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    names = dict.fromkeys((row["case"]["kind"], row["case"]["name"]) for row in results["rows"])
+    for kind, name in names:
+        rows = {r["who"]: r for r in results["rows"] if (r["case"]["kind"], r["case"]["name"]) == (kind, name)}
+        ours = rows["triton"]
+        if "failed" in ours:
+            lines.append(f"| {kind} | {name} | {ours['failed'].split(':')[0]} |" + " |" * 6)
+            continue
+        # Peers take their launches one by one, or in graphs of their own where torch.compile makes them.
+        median = ours["graph"]["median"]
+        cells = [duration(median), f"{ours['limit'] / median:.0%}", *(peer_cell(rows.get(p), median) for p in PEERS)]
+        cells += [f"{memory(ours)} / {memory(rows.get('eager'))}", f"{ours['error']:.0e}"]
+        lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def report(folder: Path) -> str:
+    tables = [line for results in newest(folder) for line in [*table(results), ""]]
+    return "\n".join(tables).rstrip() or NONE
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--write", action="store_true", help="into README.md, between its markers")
+    options = parser.parse_args()
+    text = report(options.results)
+    print(text)
+    if options.write:
+        readme = ROOT / "README.md"
+        before, rest = readme.read_text().split(BEGIN)
+        after = rest.split(END)[1]
+        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()
