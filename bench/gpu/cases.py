@@ -14,7 +14,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """`kind` "pass" or "score", of `queries` points of each group at `centres` centres: the points themselves, if equal.
+    """A "pass" or a "score", by `kind`, of `queries` points a group: if as many as `centres`, the centres themselves.
 
     Attributes:
         compiled: mode of torch.compile for its peer, or None for no such peer, which takes long to compile.
@@ -30,10 +30,7 @@ class Case:
     compiled: str | None = None
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        if self.dimensions == 2 and self.groups > 1:
-            make = cases.phase_portraits
-        else:
-            make = cases.normal
+        make = cases.phase_portraits if self.dimensions == 2 and self.groups > 1 else cases.normal
         refs = make(self.groups, self.centres, self.dimensions, torch.Generator().manual_seed(0)).cuda()
         return (refs if self.queries == self.centres else refs[:, : self.queries] + 0.1), refs
 

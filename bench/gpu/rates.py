@@ -62,7 +62,9 @@ def measure(timed: Callable[[Callable[[], object]], list[float]]) -> dict[str, f
     return found
 
 
-def model_seconds(rates: dict[str, float], kind: str, groups: int, queries: int, centres: int, dimensions: int) -> float:
+def model_seconds(
+    rates: dict[str, float], kind: str, groups: int, queries: int, centres: int, dimensions: int
+) -> float:
     """Least time of a case: its exponentials and multiply-adds at the rates above, or its bytes if they take longer.
 
     `kind` is "pass" (with the transition, whose values have D coordinates too) or "score". Above 16 dimensions the

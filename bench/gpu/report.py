@@ -43,7 +43,8 @@ def table(results: dict[str, Any]) -> list[str]:
     machine, tests = results["machine"], results["tests"]
     lines = [
         f"**{machine['card']}**, {machine['date'][:10]}, driver {machine['driver']}, torch {machine['torch']}, Triton "
-        f"{machine['triton']}, commit {machine['commit']}; tests: {' '.join(tests['summary']) if tests else 'not run'}.",
+        f"{machine['triton']}, commit {machine['commit']}; tests: "
+        f"{' '.join(tests['summary']) if tests else 'not run'}.",
         "",
         "| what | size | `triton` | of the limit | eager | torch.compile | KeOps | MB: ours / eager | error |",
         "|---|---|---|---|---|---|---|---|---|",

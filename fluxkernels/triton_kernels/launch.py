@@ -1,4 +1,4 @@
-"""How kernels are launched: on which device, in what type, and in which of a few layouts, the fastest by measurement."""
+"""How kernels are launched: on which device, in what type, and in the fastest of a few layouts, as measured."""
 
 import json
 import os
@@ -89,10 +89,8 @@ def launch_streaming(
 
     def run(layout: tuple[int, int]) -> None:
         columns, lanes = layout
-        # The first axis of a grid alone takes more than 65535.
-        kernel[(triton.cdiv(queries, columns) * groups, *more)](
-            *arguments, COLUMNS=columns, LANES=lanes, num_warps=columns * lanes // 32, **fixed
-        )
+        grid = (triton.cdiv(queries, columns) * groups, *more)  # the first axis alone takes more than 65535
+        kernel[grid](*arguments, COLUMNS=columns, LANES=lanes, num_warps=columns * lanes // 32, **fixed)
 
     sizes = [(size - 1).bit_length() for size in (queries, groups, centres)]
     key = [kernel.__name__, D, str(points.dtype), *sizes, *map(str, constants.values())]

@@ -62,31 +62,42 @@ def box_muller(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
+def block_of(seed, stream, step, block):
+    """The four words of a block of Philox."""
+    low = (block & 0xFFFFFFFF).to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    return tl.philox(seed, low, high, (tl.zeros_like(low) + step).to(tl.uint32), tl.zeros_like(low) + stream)
+
+
+@triton.jit
 def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
     """Standard normal numbers for the elements rows·D, ..., rows·D + D - 1 of a step: a tuple of D tensors like `rows`.
 
-    A block of Philox makes four numbers. Where D is even, a pair never straddles two blocks.
+    A block of Philox makes four numbers, a pair of its words two.
     """
+    first = rows * D
     out = ()
-    for first in tl.static_range(0, D, 4 if D % 4 == 0 else (2 if D % 2 == 0 else 1)):
-        element = rows * D + first
-        block = element >> 2
-        low = (block & 0xFFFFFFFF).to(tl.uint32)
-        high = (block >> 32).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox(
-            seed, low, high, (tl.zeros_like(low) + step).to(tl.uint32), tl.zeros_like(low) + stream
-        )
-        if D % 4 == 0:
+    if D % 2 == 0:  # a row begins with a block or in the middle of one
+        for d in tl.static_range(0, D, 4 if D % 4 == 0 else 2):
+            w0, w1, w2, w3 = block_of(seed, stream, step, (first + d) >> 2)
+            if D % 4 == 0:
+                n0, n1 = box_muller(w0, w1, ACC)
+                n2, n3 = box_muller(w2, w3, ACC)
+                out = out + (n0, n1, n2, n3)
+            else:
+                second = ((first + d) & 2) != 0
+                out = out + box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), ACC)
+    else:  # anywhere: all blocks that it can touch, and of their numbers those from its place in the first
+        numbers = ()
+        for k in tl.static_range((D + 6) // 4):
+            w0, w1, w2, w3 = block_of(seed, stream, step, (first >> 2) + k)
             n0, n1 = box_muller(w0, w1, ACC)
             n2, n3 = box_muller(w2, w3, ACC)
-            out = out + (n0, n1, n2, n3)
-        else:
-            second = (element & 2) != 0
-            n0, n1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), ACC)
-            if D % 2 == 0:
-                out = out + (n0, n1)
-            else:
-                out = out + (tl.where((element & 1) != 0, n1, n0),)
+            numbers = numbers + (n0, n1, n2, n3)
+        place = first & 3
+        for d in tl.static_range(D):
+            late = tl.where(place == 2, numbers[d + 2], numbers[d + 3])
+            out = out + (tl.where(place == 0, numbers[d], tl.where(place == 1, numbers[d + 1], late)),)
     return out
 
 
@@ -99,12 +110,7 @@ def normal_tile(seed, stream, step, rows, columns, D, WHOLE: tl.constexpr, ACC: 
     if WHOLE:
         quarter: tl.constexpr = columns.shape[0] // 4
         first = tl.min(columns, 0) + 4 * tl.arange(0, quarter)
-        block = (rows.to(tl.int64)[:, None] * D + first[None, :]) >> 2
-        low = (block & 0xFFFFFFFF).to(tl.uint32)
-        high = (block >> 32).to(tl.uint32)
-        w0, w1, w2, w3 = tl.philox(
-            seed, low, high, (tl.zeros_like(low) + step).to(tl.uint32), tl.zeros_like(low) + stream
-        )
+        w0, w1, w2, w3 = block_of(seed, stream, step, (rows.to(tl.int64)[:, None] * D + first[None, :]) >> 2)
         n0, n1 = box_muller(w0, w1, ACC)
         n2, n3 = box_muller(w2, w3, ACC)
         value = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [rows.shape[0], columns.shape[0]])

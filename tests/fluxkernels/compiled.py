@@ -83,9 +83,10 @@ def cases(kernel: Any, element: str) -> Iterator[tuple[dict[str, Any], Constants
             # Variants differ where a point has few coordinates too; with many, registers run short.
             for D in (2, 7, 16) if element == "fp32" and variant == last else (2,):
                 numbers = {
-                    "kde_backward_queries_kernel": 2 * D,
+                    "kde_backward_queries_kernel": max(8, 2 * D),
                     "kde_backward_refs_kernel": 3 * D + 4,
-                    "residual_kernel": 2 * D,
+                    "langevin_kernel": 2 * D,
+                    "residual_kernel": max(8, 2 * D),
                     "transition_average_kernel": D + variant.get("WIDTH", 0) + 2,
                 }.get(kernel.__name__, D)
                 fixed = {"D": D, "ACC": accumulator(dtype), "ROWS": rows(numbers, dtype), **OPTIONS, **variant}
@@ -103,7 +104,7 @@ def gram_constants(kernel: Any, side: int, dtype: torch.dtype) -> Constants:
     if kernel is gram.chain_kernel:
         return gram._chain_tiles(side)
     if kernel is gram.rebuild_kernel:
-        return {**gram._rebuild_tiles(side, side), "ACC": accumulator(dtype)}
+        return {**gram._rebuild_tiles(side, side, dtype), "ACC": accumulator(dtype)}
     if kernel is gram.stack_kernel:
         return {**sizes, "ACC": accumulator(dtype), "DTYPE": triton_type(dtype)}
     return sizes
@@ -135,7 +136,9 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
 
 
 def compile_kernel(kernel: Any, element: str, constants: Constants, capability: int) -> dict[str, Any]:
-    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    options = {
+        name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")
+    }
     constants = {name: value for name, value in constants.items() if name not in options}
     signature = {
         name: "constexpr" if name in constants else kind_of(name, kernel, element) for name in kernel.arg_names

@@ -47,8 +47,8 @@ def _chain_tiles(M: int) -> dict[str, int]:
     return _sizes(CHAINS, _tile(M, 128))
 
 
-def _rebuild_tiles(N: int, D: int) -> dict[str, int]:
-    return _sizes(_tile(N, 32), _tile(D))  # three sums at once
+def _rebuild_tiles(N: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    return _sizes(_tile(N, 32), _tile(D, 32 if dtype == torch.float64 else 64))  # three sums at once, and the noise
 
 
 def _split(D: int, programs: int, device: torch.device) -> tuple[int, int]:
@@ -124,9 +124,7 @@ def _combine(
     return out, mean
 
 
-def _gather(
-    weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Tensor, Tensor] | None = None
-) -> None:
+def _gather(weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
     """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and Σ_n c_nj (x_n - r_j) of (c, x, refs)."""
     B, N, M = weights.shape
     V = values.shape[-1]
@@ -235,7 +233,7 @@ def _chain_in_gram_space(
     )
     xt = x.new_empty(x.shape)
     x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
-    sizes = _rebuild_tiles(N, D)
+    sizes = _rebuild_tiles(N, D, x.dtype)
     rebuild_kernel[(B * -(-N // sizes["ROWS"]) * -(-D // sizes["COLUMNS"]),)](
         *(*inputs, tau, *tau.stride(), *random, weights, coefficients, first_weights),
         *(x0, shift0, xt, shift_t, N, M, D, steps),

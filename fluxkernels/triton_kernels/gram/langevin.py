@@ -1,8 +1,8 @@
 """Exponential Langevin chain (Eq. 8) in Gram space.
 
 A point of the chain is a multiple of x0, plus a combination C of the centres R, plus noise. Its weights need only its
-inner products with the centres, which obey L <- e^{-h} L + (1-e^{-h}) w RRᵀ + σ√(1-e^{-2h}) ξRᵀ. So: one stacked product
-[x0; ξ_0; ξ_1; ...; R] Rᵀ, all steps on matrices of the size of L, and one product with R to rebuild the points.
+inner products with the centres, which obey L <- e^{-h} L + (1-e^{-h}) w RRᵀ + σ√(1-e^{-2h}) ξRᵀ. So: one stacked
+product [x0; ξ_0; ξ_1; ...; R] Rᵀ, all steps on matrices of the size of L, and one product with R for the points.
 """
 
 import triton
@@ -75,7 +75,7 @@ def stack_kernel(
         else:
             left = load_tile(refs, rows, r_m, d, r_d, inside) - origin
         right = tl.where(inside_j, load_tile(refs, j, r_m, d, r_d, inside_j) - origin, 0.0)
-        total = tl.dot(tl.where(inside, left, 0.0), tl.trans(right), total)
+        total = tl.dot(tl.where(inside, left, 0.0), tl.trans(right), total, out_dtype=tl.float64)
     height = tl.zeros([], tl.int64) + (1 + noises) * N + M
     products += (b * splits + split) * height * M
     tl.store(
@@ -146,7 +146,7 @@ def chain_kernel(
                     i = inner + tl.arange(0, DEPTH)
                     w = load_tile(weights + b * N * M, n, M, i, 1, (n < N)[:, None] & (i < M)[None, :])
                     right = load_tile(gram, i, M, j, 1, (i < M)[:, None] & (j < M)[None, :])
-                    mean = tl.dot(w, right, mean)
+                    mean = tl.dot(w, right, mean, out_dtype=tl.float64)
                 xi = load_tile(products + (1 + k) * of_noise, n, M, j, 1, inside)
                 now = load_tile(products, n, M, j, 1, inside)
                 at = n.to(tl.int64)[:, None] * M + j[None, :]
@@ -187,10 +187,12 @@ def rebuild_kernel(
         known = (j < M)[:, None] & (d < D)[None, :]
         right = tl.where(known, load_tile(refs, j, r_m, d, r_d, known) - origin, 0.0)
         pairs = (n < N)[:, None] & (j < M)[None, :]
-        drift = tl.dot(load_tile(coefficients + b * N * M, n, M, j, 1, pairs), right, drift)
+        drift = tl.dot(load_tile(coefficients + b * N * M, n, M, j, 1, pairs), right, drift, out_dtype=tl.float64)
         if PASS:
-            start_mean = tl.dot(load_tile(first_weights + b * N * M, n, M, j, 1, pairs), right, start_mean)
-            end_mean = tl.dot(load_tile(weights + b * N * M, n, M, j, 1, pairs), right, end_mean)
+            start_mean = tl.dot(
+                load_tile(first_weights + b * N * M, n, M, j, 1, pairs), right, start_mean, out_dtype=tl.float64
+            )
+            end_mean = tl.dot(load_tile(weights + b * N * M, n, M, j, 1, pairs), right, end_mean, out_dtype=tl.float64)
 
     point = load_tile(x + b * x_b, n, x_n, d, x_d, inside)
     if PASS:
@@ -201,9 +203,7 @@ def rebuild_kernel(
         tl.store(shift0_out + at, (start_mean - (point - origin)).to(shift0_out.dtype.element_ty), mask=inside)
     point -= origin
     for k in range(steps):
-        xi = noise_tile(
-            noise, noise_k, noise_n, noise_d, seed, CHAIN, k, k + PASS, b, n, d, N, D, SEEDED, WHOLE, ACC
-        )
+        xi = noise_tile(noise, noise_k, noise_n, noise_d, seed, CHAIN, k, k + PASS, b, n, d, N, D, SEEDED, WHOLE, ACC)
         point = point - pull * point + spread * xi
     end = (point + drift + origin).to(xt_out.dtype.element_ty)
     tl.store(xt_out + at, end, mask=inside)

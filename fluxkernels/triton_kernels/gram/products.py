@@ -58,7 +58,7 @@ def products_kernel(
             query = tl.where(inside_n, query - origin, 0.0)
             of_queries += tl.sum(query * query, 1)
             of_centres += tl.sum(centre * centre, 1)
-        total = tl.dot(query, tl.trans(centre), total)
+        total = tl.dot(query, tl.trans(centre), total, out_dtype=tl.float64)
     width = tl.zeros([], tl.int64) + M + 1
     products += (b * splits + split) * (N + 1) * width
     tl.store(products + n[:, None] * width + j[None, :], total, mask=(n < N)[:, None] & (j < M)[None, :])
@@ -91,7 +91,9 @@ def combine_kernel(
         j = start + tl.arange(0, DEPTH)
         c = load_tile(coefficients + b * N * M, n, M, j, 1, (n < N)[:, None] & (j < M)[None, :])
         inside = (j < M)[:, None] & (d < D)[None, :]
-        total = tl.dot(c, tl.where(inside, load_tile(refs, j, r_m, d, r_d, inside) - origin, 0.0), total)
+        total = tl.dot(
+            c, tl.where(inside, load_tile(refs, j, r_m, d, r_d, inside) - origin, 0.0), total, out_dtype=tl.float64
+        )
     inside = (n < N)[:, None] & (d < D)[None, :]
     row = b * N + n
     at = row[:, None] * D + d[None, :]
@@ -128,11 +130,11 @@ def gather_kernel(
         inside = (j < M)[:, None] & (n < N)[None, :]
         known = (n < N)[:, None] & (d < V)[None, :]
         w = load_tile(weights + b * N * M, j, 1, n, M, inside)
-        total = tl.dot(w, load_tile(values + b * v_b, n, v_n, d, v_d, known), total)
+        total = tl.dot(w, load_tile(values + b * v_b, n, v_n, d, v_d, known), total, out_dtype=tl.float64)
         if BOTH:
             c = load_tile(coefficients + b * N * M, j, 1, n, M, inside)
             point = tl.where(known, load_tile(x + b * x_b, n, x_n, d, x_d, known) - origin, 0.0)
-            total = tl.dot(c, point, total)
+            total = tl.dot(c, point, total, out_dtype=tl.float64)
             of_centre += tl.sum(c, 1)
     inside = (j < M)[:, None] & (d < V)[None, :]
     if BOTH:

@@ -44,7 +44,9 @@ def kde_backward(
     statistics = torch.empty((B, N, 2 + D), dtype=_wide(z), device=z.device)
     inputs = [part for t in (z, refs, sigma2, g_shift, g_mean, g_log_density) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, statistics, N, M], z, N, M, 2 * D)
+        launch_streaming(
+            kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, statistics, N, M], z, N, M, max(8, 2 * D)
+        )
         launch_streaming(kde_backward_refs_kernel, [*inputs, statistics, g_refs, N, M], z, M, N, 3 * D + 4)
     return g_z, g_refs, g_sigma2
 
@@ -54,7 +56,7 @@ def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) ->
     gradient = z.new_empty(z.shape)
     inputs = [part for t in (z, field, refs, sigma2) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(residual_kernel, [*inputs, gradient, N, M], z, N, M, 2 * D)
+        launch_streaming(residual_kernel, [*inputs, gradient, N, M], z, N, M, max(8, 2 * D))
     return gradient
 
 
@@ -75,7 +77,9 @@ def _langevin(
     random = [x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride()))]
     with on_device_of(x):
         launch_streaming(
-            langevin_kernel, [*inputs, *random, *results, N, M, steps], x, N, M, PASS=whole_pass, SEEDED=noise is None
+            *(langevin_kernel, [*inputs, *random, *results, N, M, steps], x, N, M, 2 * x.shape[-1]),
+            PASS=whole_pass,
+            SEEDED=noise is None,
         )
 
 

@@ -44,9 +44,7 @@ def langevin_kernel(
         x = moved  # the chain starts from x0 as rounded
         store_points(x0_out, row * D, 1, x, written, D)
     for k in range(steps):
-        _least, _total, shift = sweep(
-            x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
-        )
+        _least, _total, shift = sweep(x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False)
         if PASS:
             if k == 0:
                 store_points(shift0_out, row * D, 1, shift, written, D)

@@ -36,9 +36,7 @@ def transition_ends_kernel(
     pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
     scale = tl.zeros([COLUMNS * LANES], ACC) + scale
     starts, moves = x0 + b * x_b, shift0 + b * h_b
-    least, total, _none = sweep(
-        y, lane, scale, starts, x_n, x_d, moves, h_n, h_d, pull, N, D, ROWS, LANES, False, True
-    )
+    least, total, _none = sweep(y, lane, scale, starts, x_n, x_d, moves, h_n, h_d, pull, N, D, ROWS, LANES, False, True)
     if WEIGHTS:
         for start in range(0, N, ROWS * LANES):
             i = tile_rows(start, lane, ROWS, LANES)
