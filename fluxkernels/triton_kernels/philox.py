@@ -70,6 +70,15 @@ def block_of(seed, stream, step, block):
 
 
 @triton.jit
+def normal_at(seed, stream, step, element, ACC: tl.constexpr):
+    """One standard normal number for every element of a step."""
+    w0, w1, w2, w3 = block_of(seed, stream, step, element >> 2)
+    second = (element & 2) != 0
+    n0, n1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), ACC)
+    return tl.where((element & 1) != 0, n1, n0)
+
+
+@triton.jit
 def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
     """Standard normal numbers for the elements rows·D, ..., rows·D + D - 1 of a step: a tuple of D tensors like `rows`.
 
@@ -77,7 +86,9 @@ def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
     """
     first = rows * D
     out = ()
-    if D % 2 == 0:  # a row begins with a block or in the middle of one
+    if D == 1:
+        out = out + (normal_at(seed, stream, step, first, ACC),)
+    elif D % 2 == 0:  # a row begins with a block or in the middle of one
         for d in tl.static_range(0, D, 4 if D % 4 == 0 else 2):
             w0, w1, w2, w3 = block_of(seed, stream, step, (first + d) >> 2)
             if D % 4 == 0:
@@ -116,7 +127,7 @@ def normal_tile(seed, stream, step, rows, columns, D, WHOLE: tl.constexpr, ACC: 
         value = tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [rows.shape[0], columns.shape[0]])
     else:
         element = rows.to(tl.int64)[:, None] * D + columns[None, :]
-        (value,) = normal_rows(seed, stream, step, element, 1, ACC)
+        value = normal_at(seed, stream, step, element, ACC)
     return value
 
 
@@ -125,7 +136,7 @@ def normal_kernel(seed, out, elements, STREAM: tl.constexpr, BLOCK: tl.constexpr
     """out[step, e] for all steps (second axis of the grid)."""
     step = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    (value,) = normal_rows(tl.load(seed), STREAM, step, e, 1, out.dtype.element_ty)
+    value = normal_at(tl.load(seed), STREAM, step, e, out.dtype.element_ty)
     tl.store(out + step * elements + e, value, mask=e < elements)
 
 

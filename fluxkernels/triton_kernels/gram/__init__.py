@@ -39,7 +39,7 @@ def _tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
 
 
 def _sizes(rows: int, columns: int) -> dict[str, int]:
-    warps = 8 if rows * columns >= 2048 else 4  # a float64 takes two registers
+    warps = 8 if rows * columns >= 1024 else 4  # a float64 takes two registers
     return {"ROWS": rows, "COLUMNS": columns, "DEPTH": DEPTH, "num_warps": warps, **OPTIONS}
 
 
@@ -48,7 +48,8 @@ def _chain_tiles(M: int) -> dict[str, int]:
 
 
 def _rebuild_tiles(N: int, D: int, dtype: torch.dtype) -> dict[str, int]:
-    return _sizes(_tile(N, 32), _tile(D, 32 if dtype == torch.float64 else 64))  # three sums at once, and the noise
+    most = 16 if dtype == torch.float64 else 32  # three sums at once, and the noise
+    return _sizes(_tile(N, most), _tile(D, 2 * most))
 
 
 def _split(D: int, programs: int, device: torch.device) -> tuple[int, int]:
