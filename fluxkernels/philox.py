@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHAIN, START, PROBE, HORIZON = range(4)
+CHAIN, START, PROBE, HORIZON, ENDPOINTS = range(5)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

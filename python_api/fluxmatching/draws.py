@@ -22,12 +22,15 @@ class Draws:
         start: n0 of x0 = x + σ n0, standard normal, shape of x.
         chain: ξ of the Langevin chain, standard normal, `[steps, *x.shape]`.
         probe: ε of Hutchinson's trace estimator, signs ±1, shape of x.
+        endpoints: which chains' ends are differentiated, int64 indices `[n]` of the minibatch without repetition; None
+            takes all, or draws the loss's `endpoint_share` of them.
     """
 
     tau: Tensor | None = None
     start: Tensor | None = None
     chain: Tensor | None = None
     probe: Tensor | None = None
+    endpoints: Tensor | None = None
 
     def check(self, x: Tensor, horizon: Horizon, layout: Layout) -> None:
         """Raise ValueError or TypeError, naming the part, if one does not fit the minibatch x or the horizon."""
@@ -44,6 +47,13 @@ class Draws:
                     f"{function}: draws.chain must have shape [steps, *x.shape] = "
                     f"{['steps', *x.shape]}, got {list(self.chain.shape)}"
                 )
+        if (chosen := self.endpoints) is not None:
+            if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.ndim != 1 or not len(chosen):
+                raise TypeError(f"{function}: draws.endpoints must be int64 indices of shape [n], got {chosen!r}")
+            if looks_at_values(chosen) and not (
+                chosen.min() >= 0 and chosen.max() < len(x) and len(chosen.unique()) == len(chosen)
+            ):
+                raise ValueError(f"{function}: draws.endpoints must be different indices below {len(x)}, got {chosen}")
         if self.tau is not None:
             check_tensor(function, "draws.tau", self.tau)
             layout.check_number("draws.tau", self.tau)
@@ -59,6 +69,7 @@ class Draws:
         layout: Layout,
         *,
         steps: int,
+        endpoints: int | None,
         probing: bool,
         repeatable: bool,
     ) -> tuple[Draws, Tensor | None]:
@@ -68,6 +79,7 @@ class Draws:
             x, horizon, sigma, layout: of the loss.
             seed: or None.
             steps: number of Langevin updates.
+            endpoints: how many ends of chains are differentiated; None for all.
             probing: whether a probe is needed.
             repeatable: whether the chain will be run twice, so that its noise must come from a seed or be held.
 
@@ -86,6 +98,9 @@ class Draws:
             from_key = [alone] if alone else []
             from_key += wanted if seed is not None else []
             parts = {name: getattr(seeded, name)() for name in from_key}
+        if endpoints is not None and self.endpoints is None:
+            order = torch.rand(len(x), device=x.device) if seed is None else seeded.order()
+            parts["endpoints"] = order.argsort()[:endpoints]
         if seed is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             if "tau" in wanted:
@@ -153,6 +168,10 @@ class _Seeded:
     def chain(self) -> Tensor:
         """ξ, `[steps, *x.shape]`."""
         return self._normal(self.steps, philox.CHAIN)
+
+    def order(self) -> Tensor:
+        """Uniform numbers, one a sample: the ends with the least are differentiated."""
+        return philox.uniform(self.key, (1, len(self.x)), philox.ENDPOINTS, self._dtype)[0]
 
     def probe(self) -> Tensor:
         """ε, shape of x, in the order of x's own elements."""

@@ -13,10 +13,13 @@ hence a directional derivative of one vector-Jacobian product. Four ways to take
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from fluxmatching.networks import is_compiled, parameters_at_rest
 
 Field = Callable[[Tensor], Tensor]
 # torch annotates these as if has_aux were always possible, with results of two or three.
@@ -143,7 +146,9 @@ def _differentiated(
         raise RuntimeError("the field's derivatives cannot be taken inside torch.inference_mode(); use torch.no_grad()")
     way = {"reverse": _reverse, "forward": _forward, "central": _central}[method]
     try:
-        return way(field, z, score, probes, spread)
+        # A compiled graph keeps no more than it needs anyway.
+        with nullcontext() if torch.compiler.is_compiling() else parameters_at_rest(field):
+            return way(field, z, score, probes, spread)
     except (RuntimeError, NotImplementedError) as error:
         if (explained := _explained(error, method)) is None:
             raise
@@ -172,6 +177,9 @@ def _or_zeros(gradient: Tensor | None, z: Tensor) -> Tensor:
 def _reverse(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
 ) -> tuple[Tensor, Tensor]:
+    # PyTorch's own error comes only while parameters need gradients; else it leaves second derivatives out in silence.
+    if not torch.compiler.is_compiling() and is_compiled(field):
+        raise NotImplementedError("torch.compile has no double backward")
     with torch.enable_grad():
         z = z.requires_grad_()
         f = call_field(field, z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from fluxmatching.draws import Draws
 from fluxmatching.endpoint import METHODS, Field, call_field, endpoint_gradient
 from fluxmatching.horizon import Horizon, UniformHorizon
 from fluxmatching.layout import Layout
+from fluxmatching.networks import check_samples_are_independent
 from fluxmatching.noise import LossNormalizer
 
 T = TypeVar("T")
@@ -69,6 +71,7 @@ def flux_target(
     endpoint: str = "reverse",
     divergence: str = "hutchinson",
     chunk: int | None = None,
+    endpoint_share: float = 1.0,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
     steps: int | None = None,
@@ -93,6 +96,10 @@ def flux_target(
     _one_of(function, "divergence", divergence, DIVERGENCES)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
         raise ValueError(f"{function}: chunk must be None or a positive number of samples, got {chunk!r}")
+    if not isinstance(endpoint_share, Real) or isinstance(endpoint_share, bool) or not 0 < endpoint_share <= 1:
+        raise ValueError(f"{function}: endpoint_share must lie in (0, 1], got {endpoint_share!r}")
+    if endpoint != "closed_form" and not torch.compiler.is_compiling():
+        check_samples_are_independent(function, field)
     draws = _instance(function, "draws", Draws() if draws is None else draws, Draws)
     horizon = _instance(function, "horizon", UniformHorizon() if horizon is None else horizon, Horizon)
     layout = Layout(function, x, grouped)
@@ -109,6 +116,7 @@ def flux_target(
         sigma,
         layout,
         steps=steps,
+        endpoints=max(1, round(endpoint_share * len(x))) if endpoint_share < 1 else None,
         probing=divergence == "hutchinson",
         repeatable=estimator == "single_chain",
     )
@@ -122,11 +130,16 @@ def flux_target(
         bundle = flux_pass(
             layout.to_points(x), centres, variance, tau, steps=steps, noise=noise, seed=key, backend=backend
         )
+    ends, scores = layout.from_points(bundle.xt), layout.from_points(bundle.score_t)
+    probe = draws.probe if divergence == "hutchinson" else None
+    if draws.endpoints is not None:
+        ends, scores = ends[draws.endpoints], scores[draws.endpoints]
+        probe = None if probe is None else probe[draws.endpoints]
     bracket, field_at_end = endpoint_gradient(
         field,
-        layout.from_points(bundle.xt),
-        layout.from_points(bundle.score_t),
-        draws.probe if divergence == "hutchinson" else None,
+        ends,
+        scores,
+        probe,
         method=endpoint,
         grouped=grouped,
         chunk=chunk,
@@ -134,8 +147,12 @@ def flux_target(
     )
     with torch.no_grad():
         gradient = layout.to_points(bracket) + residual_gradient(
-            bundle.xt, layout.to_points(field_at_end), centres, variance, backend=backend
+            layout.to_points(ends), layout.to_points(field_at_end), centres, variance, backend=backend
         )
+        if draws.endpoints is not None:
+            # The others count as zero, and these for them: right on average.
+            whole = torch.zeros_like(bundle.xt)
+            gradient = whole.index_copy(-2, draws.endpoints, gradient * (len(x) / len(draws.endpoints)))
         importance = torch.exp(-horizon.log_density(tau, sigma)).reshape(-1, 1, 1)
         if estimator == "cross_chain":
             # e^{-τ} is the Jacobian of the linearised chain, whose transition the weights are.
@@ -191,6 +208,7 @@ def flux_matching_loss(
     endpoint: str = "reverse",
     divergence: str = "hutchinson",
     chunk: int | None = None,
+    endpoint_share: float = 1.0,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
     steps: int | None = None,
@@ -219,6 +237,8 @@ def flux_matching_loss(
         divergence: "hutchinson" (one probe ε of random signs) or "exact" (one pass for each coordinate; grouped: for
             each coordinate of a group, which supposes that the field does not mix groups).
         chunk: samples that go through the endpoint's derivatives at once; None for all. Bounds the memory.
+        endpoint_share: share of the chains, in (0, 1], whose end is differentiated, drawn anew each time; the others
+            count as zero and these for them. Unbiased, noisier, and less time.
         draws: fixes any of the random numbers.
         seed: fixes all others, the same numbers on every device and backend. None: torch's generator.
         steps: Langevin updates of a chain; None takes as many as `draws.chain` has, or the paper's 4.
@@ -242,6 +262,7 @@ def flux_matching_loss(
         endpoint=endpoint,
         divergence=divergence,
         chunk=chunk,
+        endpoint_share=endpoint_share,
         draws=draws,
         seed=seed,
         steps=steps,
@@ -277,6 +298,7 @@ def noise_annealed_flux_loss(
     endpoint: str = "reverse",
     divergence: str = "hutchinson",
     chunk: int | None = None,
+    endpoint_share: float = 1.0,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
     steps: int | None = None,
@@ -316,6 +338,7 @@ def noise_annealed_flux_loss(
         endpoint=endpoint,
         divergence=divergence,
         chunk=chunk,
+        endpoint_share=endpoint_share,
         draws=draws,
         seed=seed,
         steps=steps,

@@ -1,0 +1,73 @@
+"""What the losses do to the networks inside of a field while they differentiate it at the end of a chain."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+def _shown_by(field: Callable[..., Any]) -> Iterator[object]:
+    """A callable, and the modules and callables that it closes over or binds, as argument, owner or default."""
+    waiting: list[Any] = [field]
+    seen: set[int] = set()
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        yield thing
+        if isinstance(thing, functools.partial):
+            waiting += [thing.func, *thing.args, *thing.keywords.values()]
+        elif inspect.ismethod(thing):
+            waiting.append(thing.__self__)
+        elif inspect.isfunction(thing):
+            waiting += thing.__defaults__ or ()
+            for cell in thing.__closure__ or ():
+                with suppress(ValueError):  # a variable that is not assigned yet
+                    waiting.append(cell.cell_contents)
+
+
+def networks_of(field: Callable[..., Any]) -> list[nn.Module]:
+    """The modules that a callable shows."""
+    return [thing for thing in _shown_by(field) if isinstance(thing, nn.Module)]
+
+
+def is_compiled(field: Callable[..., Any]) -> bool:
+    """Whether a callable, or one that it shows, was made by `torch.compile`."""
+    modules = (module for network in networks_of(field) for module in network.modules())
+    return any(hasattr(thing, "_torchdynamo_orig_callable") for thing in _shown_by(field)) or any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in modules
+    )
+
+
+def check_samples_are_independent(function: str, field: Callable[..., Any]) -> None:
+    """Raise ValueError if a network normalises over the minibatch: a sample's derivative then needs all others."""
+    for network in networks_of(field):
+        for name, module in network.named_modules():
+            if isinstance(module, _BATCH_NORMS) and (module.training or not module.track_running_stats):
+                raise ValueError(
+                    f"{function}: field must treat each sample by itself, but its layer {name or 'itself'!r} is a "
+                    f"{type(module).__name__} in training mode; use GroupNorm or LayerNorm, or put it into eval()"
+                )
+
+
+@contextmanager
+def parameters_at_rest(field: Callable[..., Any]) -> Iterator[None]:
+    """Within, the field's parameters need no gradient: a derivative in z then keeps no activations for theirs."""
+    moving = [p for network in networks_of(field) for p in network.parameters() if p.requires_grad]
+    for parameter in moving:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moving:
+            parameter.requires_grad_(True)
