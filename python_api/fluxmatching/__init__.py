@@ -18,11 +18,13 @@ from fluxmatching.losses import (
     noise_annealed_flux_loss,
 )
 from fluxmatching.noise import LogNormalNoise, LogUniformNoise, LossNormalizer
+from fluxmatching.preconditioning import EDMField, UNet
 from fluxmatching.samplers import log_sigma_grid, reverse_ve, unadjusted_langevin
 
 __all__ = [
     "AnnealedLoss",
     "Draws",
+    "EDMField",
     "FluxTarget",
     "Horizon",
     "LearnedHorizon",
@@ -30,6 +32,7 @@ __all__ = [
     "LogUniformNoise",
     "LossNormalizer",
     "TruncatedExponentialHorizon",
+    "UNet",
     "UniformHorizon",
     "dsm_loss",
     "flux_matching_loss",
