@@ -468,7 +468,8 @@ class TestBackendArgument:
                 names.append(op)
                 return getattr(fk.reference, op)
 
-        entry = fk.backend._Entry("recorder", (), lambda: None, Recorder())
+        recorder = Recorder()
+        entry = fk.backend._Entry("recorder", (), lambda: None, lambda: recorder)
         monkeypatch.setitem(fk.backend._ENTRIES, "recorder", entry)
         # Whoever forgets to name it falls to an automatic choice that cannot run.
         monkeypatch.setenv(fk.backend.ENVIRONMENT, "triton")
