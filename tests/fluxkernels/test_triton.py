@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 def run(module: str, arguments: Sequence[object], environment: dict[str, str]) -> list[dict[str, Any]]:
     """The JSON lines that a module prints."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
         cwd=ROOT,
