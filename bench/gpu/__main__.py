@@ -5,6 +5,7 @@ python -m bench.gpu [--output FOLDER] [--skip-tests] [--minutes 7]     what `mak
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -137,11 +138,14 @@ def machine(commit: str | None) -> dict[str, Any]:
 
 
 def run_tests() -> dict[str, Any]:
-    """The GPU's tests, in a process of their own; (compiling for other cards needs none and is left out)."""
+    """The GPU's tests, in a process of their own; compiling for other cards needs none and is left out.
+
+    They do not tune: that would compile each kernel three times, and the benchmarks do.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fluxkernels/test_gpu.py",
          "tests/fluxkernels/test_triton.py", "-k", "not compile_for"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, "FLUXKERNELS_AUTOTUNE": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-1:]}

@@ -157,6 +157,20 @@ def of_half() -> dict[str, float]:
     return found
 
 
+def of_nan() -> dict[str, float]:
+    """Results that are finite though a query is not: a chain that diverges must not look sound."""
+    found = {}
+    for D in (3, 20):
+        z = torch.randn(1, 9, D, device=DEVICE)
+        z[0, 4, 1] = float("nan")
+        sigma2, tau = torch.ones(1, 9, device=DEVICE), torch.ones(1, device=DEVICE)
+        results = triton_kernels.kde(z, z.nan_to_num(), sigma2)
+        weights = triton_kernels.transition_weights(z.nan_to_num(), torch.zeros_like(z), z, sigma2[:, 0], tau)
+        parts = [result[0, 4].flatten() for result in results] + [weights[0, :, 4]]
+        found[f"finite_{D}"] = float(torch.cat(parts).isfinite().sum())
+    return found
+
+
 def checks() -> Iterator[tuple[str, torch.dtype, float, Callable[[], dict[str, float]]]]:
     """(name, dtype, largest error, what finds the errors by op)."""
     for dtype in (torch.float32, torch.float64):
@@ -176,6 +190,7 @@ def checks() -> Iterator[tuple[str, torch.dtype, float, Callable[[], dict[str, f
 
         return run
 
+    yield "NaN", torch.float32, 0.5, of_nan
     # The interpreter cuts float32 off to bfloat16, where a GPU rounds: a unit in the last place, 4e-3.
     yield "half precision", torch.bfloat16, 1e-2, of_half
     few, many = Case("layouts", N=40, M=130, D=3), Case("paths", N=70, M=90, D=50, sigma2=10.0)
