@@ -53,7 +53,7 @@ bench: $(VENV)/installed-bench
 
 # With the PyTorch and Triton of PYTHON itself, which suit the card's driver; pytest is all else it needs.
 gpu:
-	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api $(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api:$$PYTHONPATH $(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
 
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m bench.accuracy --backend $(BACKEND)

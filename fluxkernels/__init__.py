@@ -7,6 +7,7 @@
 torch.Size([1, 2])
 """
 
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 from fluxkernels.backend import Backend, BackendError, backends, resolve_backend, use_backend
@@ -23,7 +24,10 @@ from fluxkernels.ops import (
     transition_weights,
 )
 
-__version__ = _version("fluxkernels")
+try:
+    __version__ = _version("fluxkernels")
+except _PackageNotFoundError:  # run from a checkout, as `make gpu` does
+    __version__ = "not-installed"
 
 __all__ = [
     "Backend",

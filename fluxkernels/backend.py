@@ -66,6 +66,8 @@ def _triton() -> ModuleType:
 def _triton_missing() -> str | None:
     if not _INTERPRETED and not torch.cuda.is_available():
         return "no CUDA device was found"
+    if torch.version.hip:
+        return "its kernels are for NVIDIA GPUs"
     try:
         _triton()
     except ImportError as error:

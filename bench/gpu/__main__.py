@@ -5,6 +5,7 @@ python -m bench.gpu [--output FOLDER] [--skip-tests] [--minutes 7]     what `mak
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -18,29 +19,31 @@ import torch
 import triton
 
 from bench.gpu import rates
-from bench.gpu.cases import CASES, Case, contenders, error
+from bench.gpu.cases import CASES, Case, contenders, errors
 
 ROOT = Path(__file__).parents[2]
 # Seconds that the calls of one measurement may take together.
 BUDGET = 0.5
 
 
-def timed(call: Callable[[], object], calls_at_once: int = 1) -> list[float]:
-    """Seconds of single calls between CUDA events, after warm-up."""
+def timed(call: Callable[[], object]) -> list[float]:
+    """Seconds of single calls between CUDA events, after warm-up; of several at a time where one is too short."""
     call()
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
     torch.cuda.synchronize()
-    repetitions = max(3, min(200, int(BUDGET / (time.perf_counter() - start))))
+    seconds = time.perf_counter() - start
+    at_once = max(1, min(10, int(1e-3 / seconds)))
+    repetitions = max(2, min(200, int(BUDGET / seconds / at_once)))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repetitions)]
     for first, last in events:
         first.record()
-        for _ in range(calls_at_once):
+        for _ in range(at_once):
             call()
         last.record()
     torch.cuda.synchronize()
-    return [first.elapsed_time(last) / 1e3 / calls_at_once for first, last in events]
+    return [first.elapsed_time(last) / 1e3 / at_once for first, last in events]
 
 
 def graph_of(call: Callable[[], object]) -> Callable[[], object]:
@@ -70,22 +73,28 @@ def peak_memory(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(case: Case, limit: dict[str, float]) -> list[dict[str, Any]]:
+def measure(case: Case, limit: dict[str, float], deadline: float) -> list[dict[str, Any]]:
     """A row for each contender; one that fails has its error's text instead of figures."""
     x, refs = case.inputs()
     calls = contenders(case, x, refs)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    found: dict[str, float] = {}
     for who, call in calls.items():
         row: dict[str, Any] = {"case": asdict(case), "who": who}
         try:
+            if time.perf_counter() > deadline:
+                raise TimeoutError("no time was left")
             with torch.no_grad():
+                if who == "triton":
+                    found = errors(case)
                 row |= {"seconds": quantiles(timed(call)), "memory": peak_memory(call)}
                 if who == "triton":
-                    row |= {"error": error(case, who), "graph": quantiles(timed(graph_of(call), 10))}
+                    row["graph"] = quantiles(timed(graph_of(call)))
                     shape = (case.groups, case.queries, case.centres, case.dimensions)
                     row["limit"] = rates.model_seconds(limit, case.kind, *shape)
-                elif who == "eager":
-                    row["error"] = error(case, who)
+                    row["pairs_a_second"] = rates.pairs(case.kind, *shape[:3]) / row["graph"]["median"]
+                if who in found:
+                    row["error"] = found[who]
         except Exception as problem:  # out of memory, a compiler that fails: the row stays
             row["failed"] = f"{type(problem).__name__}: {problem}"[:500]
         torch.cuda.empty_cache()
@@ -129,11 +138,14 @@ def machine(commit: str | None) -> dict[str, Any]:
 
 
 def run_tests() -> dict[str, Any]:
-    """The GPU's tests, in a process of their own; (compiling for other cards needs none and is left out)."""
+    """The GPU's tests, in a process of their own; compiling for other cards needs none and is left out.
+
+    They do not tune: that would compile each kernel three times, and the benchmarks do.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fluxkernels/test_gpu.py",
          "tests/fluxkernels/test_triton.py", "-k", "not compile_for"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, env={**os.environ, "FLUXKERNELS_AUTOTUNE": "0"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-1:]}
@@ -143,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--skip-tests", action="store_true")
-    parser.add_argument("--minutes", type=float, default=7, help="no further case is begun after so long")
+    parser.add_argument("--minutes", type=float, default=7, help="nothing further is measured after so long")
     parser.add_argument("--commit", help="what is measured, where git cannot say it")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -159,11 +171,12 @@ def main() -> None:
     card = results["machine"]["card"].replace(" ", "-")
     file = options.output / f"{results['machine']['date'][:10]}-gpu-{card}.json"
     options.output.mkdir(parents=True, exist_ok=True)
+    deadline = begun + 60 * options.minutes
     for case in CASES:
-        if time.perf_counter() - begun > 60 * options.minutes:
+        if time.perf_counter() > deadline:
             results["left_out"].append(f"{case.kind}: {case.name}")
         else:
-            results["rows"] += measure(case, results["rates"])
+            results["rows"] += measure(case, results["rates"], deadline)
         file.write_text(json.dumps(results, indent=1) + "\n")  # after every case: what was measured is not lost
     print(f"{file} after {time.perf_counter() - begun:.0f} s; left out: {results['left_out'] or 'none'}")
     if results["tests"] and not results["tests"]["passed"]:

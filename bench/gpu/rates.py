@@ -62,6 +62,11 @@ def measure(timed: Callable[[Callable[[], object]], list[float]]) -> dict[str, f
     return found
 
 
+def pairs(kind: str, groups: int, queries: int, centres: int) -> int:
+    """Pairs of a query and a centre that a case evaluates; the pass has one evaluation for its transition too."""
+    return (STEPS + 2 if kind == "pass" else 1) * groups * queries * centres
+
+
 def model_seconds(
     rates: dict[str, float], kind: str, groups: int, queries: int, centres: int, dimensions: int
 ) -> float:
@@ -71,15 +76,15 @@ def model_seconds(
     multiply-adds are those of float64 products: a score has two, the pass the stacked product and three rebuilt points,
     and the transition's two.
     """
-    pairs = groups * queries * centres
-    evaluations = STEPS + 2 if kind == "pass" else 1
     if dimensions <= 16:
-        arithmetic = evaluations * pairs * (1 / rates["exponentials"] + 2 * dimensions / rates["multiply_adds"])
+        arithmetic = pairs(kind, groups, queries, centres) * (
+            1 / rates["exponentials"] + 2 * dimensions / rates["multiply_adds"]
+        )
     else:
         products = 2.0
         if kind == "pass":
             products = (1 + STEPS) + centres / queries + 3 + 2
-        arithmetic = products * pairs * dimensions / rates["product64"]
+        arithmetic = products * groups * queries * centres * dimensions / rates["product64"]
     # Queries and centres read once, results written once: one array for the score, five for the pass.
     numbers = groups * dimensions * (queries * (6 if kind == "pass" else 2) + centres)
     return max(arithmetic, 4 * numbers / rates["bytes"])

@@ -46,19 +46,24 @@ def table(results: dict[str, Any]) -> list[str]:
         f"{machine['triton']}, commit {machine['commit']}; tests: "
         f"{' '.join(tests['summary']) if tests else 'not run'}.",
         "",
-        "| what | size | `triton` | of the limit | eager | torch.compile | KeOps | MB: ours / eager | error |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| what | size | `triton` | pairs/s | limit | eager | torch.compile | KeOps | MB: ours / eager | error |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = dict.fromkeys((row["case"]["kind"], row["case"]["name"]) for row in results["rows"])
     for kind, name in names:
         rows = {r["who"]: r for r in results["rows"] if (r["case"]["kind"], r["case"]["name"]) == (kind, name)}
         ours = rows["triton"]
         if "failed" in ours:
-            lines.append(f"| {kind} | {name} | {ours['failed'].split(':')[0]} |" + " |" * 6)
+            lines.append(f"| {kind} | {name} | {ours['failed'].split(':')[0]} |" + " |" * 7)
             continue
         # Peers take their launches one by one, or in graphs of their own where torch.compile makes them.
         median = ours["graph"]["median"]
-        cells = [duration(median), f"{ours['limit'] / median:.0%}", *(peer_cell(rows.get(p), median) for p in PEERS)]
+        cells = [
+            duration(median),
+            f"{ours['pairs_a_second']:.1e}",
+            f"{ours['limit'] / median:.0%}",
+            *(peer_cell(rows.get(p), median) for p in PEERS),
+        ]
         cells += [f"{memory(ours)} / {memory(rows.get('eager'))}", f"{ours['error']:.0e}"]
         lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
     return lines

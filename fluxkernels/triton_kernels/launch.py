@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+import fluxkernels
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # "0" takes the layout that a rule of thumb prefers: no time goes into trying others, and results are the same to the
 # last bit on every GPU of a kind.
 AUTOTUNE = os.environ.get("FLUXKERNELS_AUTOTUNE", "1") != "0"
-CACHE = Path(os.environ.get("FLUXKERNELS_CACHE", Path.home() / ".cache" / "fluxkernels"))
+CACHE = Path(os.environ.get("FLUXKERNELS_CACHE") or os.path.expanduser("~/.cache/fluxkernels"))
 # Fused multiply-adds, which later releases of Triton leave out unless asked for.
 OPTIONS = {"enable_fp_fusion": True}
 # (queries, lanes) of a program of streaming/, whose product is its threads.
@@ -131,16 +133,18 @@ def _seconds(run: Callable[[], None]) -> float:
 
 
 def _file(device: str) -> Path:
-    return CACHE / f"{device.replace(' ', '-')}-triton-{triton.__version__}.json"
+    # Kernels that change are measured anew: the names of a release are its own.
+    return CACHE / f"{fluxkernels.__version__}-{device.replace(' ', '-')}-triton-{triton.__version__}.json"
 
 
 @cache
 def _known(device: str) -> dict[str, Any]:
     """Choices by key, as last saved; filled in place."""
     try:
-        return dict(json.loads(_file(device).read_text()))
+        known = json.loads(_file(device).read_text())
     except (OSError, ValueError):  # none yet, or a file cut short
         return {}
+    return known if isinstance(known, dict) else {}
 
 
 def _save(device: str, known: dict[str, Any]) -> None:

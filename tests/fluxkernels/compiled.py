@@ -30,6 +30,7 @@ from fluxkernels.triton_kernels.launch import LAYOUTS, OPTIONS, accumulator, row
 Constants = dict[str, Any]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # Arguments by type; pointers not named here are to elements of the points' type, other arguments integers.
+RESULTS = {"out", "mean", "log_density"}
 INTEGERS = {"N", "M", "D", "E", "V", "steps", "noises", "span", "splits", "elements"}
 WIDE = {"sigma2", "tau", "statistics"}  # float32, for points of float64 float64
 DOUBLE = {
@@ -48,6 +49,8 @@ def kind_of(name: str, kernel: Any, element: str) -> str:
         return "*fp64" if element == "fp64" else "*fp32"
     if in_gram and (name in DOUBLE or (kernel is gram.gather_kernel and name == "out")):
         return "*fp64"
+    if in_gram and element == "bf16" and not (name in RESULTS or name.endswith("_out")):
+        element = "fp32"  # half precision comes converted
     # Strides are called x_n, s_b, noise_k, ...
     return "i32" if name in INTEGERS or re.fullmatch(r"([a-z]{1,2}|noise)_[bnmdk]", name) else f"*{element}"
 

@@ -18,9 +18,15 @@ from fluxkernels import philox, reference, triton_kernels
 from fluxkernels.triton_kernels import gram, launch
 from tests.cases import CASES, Case
 
-# Pairs above which the interpreter takes too long.
-MOST_PAIRS = 60_000
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Pairs above which the interpreter takes too long, and cases that it runs in float64 too; a GPU runs all.
+MOST_PAIRS = 60_000
+IN_FLOAT64 = {
+    "plain", "offset 1000, spread 1", "sigma2 = 4e-6", "sigma2 = 6400", "duplicates, D = 17, sigma2 = 4e-6", "D = 3",
+    "M = 1", "N = 1", "D = 17", "tau = 0", "tau = 1e-6, D = 200", "tau = 4", "windows, one far outlier, tau = 4",
+}  # fmt: skip
+# Beyond tests/cases.py: more centres than a tile of the chain's kernels, and than a row's vector, has.
+MORE = [Case(f"D = 20, M = {M}", N=5, M=M, D=20, sigma2=6.0) for M in (150, 300, 1100)]
 
 
 def limit(case: Case, dtype: torch.dtype) -> float:
@@ -134,26 +140,65 @@ def of_ops(dtype: torch.dtype) -> dict[str, float]:
     return dict(compare(" ".join(k.replace(" ", "_") for k in got), tuple(got.values()), tuple(truth.values())))
 
 
+def of_half() -> dict[str, float]:
+    """A pass and a score in bfloat16 and float16, in few and many dimensions, against the torch backend's."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for D in (3, 20):
+            x = torch.randn(2, 11, D, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+            results = {}
+            for backend in ("triton", "torch"):
+                step = fk.flux_pass(x, x, 0.5 * D, 0.7, seed=3, backend=backend)
+                score = fk.kde_score(x, x, 0.5 * D, backend=backend)
+                results[backend] = step.x0, step.xt, step.score_t, score
+            assert all(r.dtype == dtype for r in results["triton"])
+            names = " ".join(f"{op}_{dtype}_{D}" for op in ("x0", "xt", "score_t", "score"))
+            found |= compare(names, results["triton"], tuple(r.double() for r in results["torch"]))
+    return found
+
+
+def of_nan() -> dict[str, float]:
+    """Results that are finite though a query is not: a chain that diverges must not look sound."""
+    found = {}
+    for D in (3, 20):
+        z = torch.randn(1, 9, D, device=DEVICE)
+        z[0, 4, 1] = float("nan")
+        sigma2, tau = torch.ones(1, 9, device=DEVICE), torch.ones(1, device=DEVICE)
+        results = triton_kernels.kde(z, z.nan_to_num(), sigma2)
+        weights = triton_kernels.transition_weights(z.nan_to_num(), torch.zeros_like(z), z, sigma2[:, 0], tau)
+        parts = [result[0, 4].flatten() for result in results] + [weights[0, :, 4]]
+        found[f"finite_{D}"] = float(torch.cat(parts).isfinite().sum())
+    return found
+
+
 def checks() -> Iterator[tuple[str, torch.dtype, float, Callable[[], dict[str, float]]]]:
     """(name, dtype, largest error, what finds the errors by op)."""
     for dtype in (torch.float32, torch.float64):
         yield "ops", dtype, 1e-5 if dtype == torch.float32 else 1e-11, lambda dtype=dtype: of_ops(dtype)
-        for case in CASES:
-            if case.N * case.M * min(case.D, triton_kernels.MOST_STREAMED) <= MOST_PAIRS:
+        for case in (*CASES, *MORE):
+            pairs = case.N * case.M * min(case.D, triton_kernels.MOST_STREAMED)
+            quick = pairs <= MOST_PAIRS and (dtype == torch.float32 or case.name in IN_FLOAT64)
+            if quick or case in MORE or DEVICE == "cuda":
                 yield case.name, dtype, limit(case, dtype), lambda case=case, dtype=dtype: errors(case, dtype)
 
-    def patched(case: Case, target: object, **changes: object) -> Callable[[], dict[str, float]]:
+    def patched(
+        case: Case, target: object, dtype: torch.dtype = torch.float32, **changes: object
+    ) -> Callable[[], dict[str, float]]:
         def run() -> dict[str, float]:
             with mock.patch.multiple(target, **changes):
-                return errors(case, torch.float32)
+                return errors(case, dtype)
 
         return run
 
+    yield "NaN", torch.float32, 0.5, of_nan
+    # The interpreter cuts float32 off to bfloat16, where a GPU rounds: a unit in the last place, 4e-3.
+    yield "half precision", torch.bfloat16, 1e-2, of_half
     few, many = Case("layouts", N=40, M=130, D=3), Case("paths", N=70, M=90, D=50, sigma2=10.0)
-    for layout in launch.LAYOUTS:
-        only = patched(few, launch, layouts=lambda *_, layout=layout: [layout])
-        yield f"layout {layout}", torch.float32, 1e-5, only
+    for each in launch.LAYOUTS:
+        only = patched(few, launch, layouts=lambda *_, each=each: [each])
+        yield f"layout {each}", torch.float32, 1e-5, only
     yield "a chain by steps", torch.float32, 1e-5, patched(many, gram, MOST_CENTRES=16)
+    yield "a chain by steps", torch.float64, 1e-9, patched(many, gram, torch.float64, MOST_PRODUCTS=16)
     yield "blocks of queries", torch.float32, 1e-5, patched(many, gram, MOST_PAIRS=2000)
 
 

@@ -4,7 +4,6 @@ centres again on the matrix units; a chain in Gram space. They compute in float6
 Matrices of pairs are made for so many queries at a time that they stay small.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,12 +18,19 @@ from fluxkernels.triton_kernels.philox import CHAIN, START, normal
 
 # Pairs in a matrix: 64 MiB in float64.
 MOST_PAIRS = 2**23
+# Products up to which a chain is made in Gram space, all at once: 256 MiB.
+MOST_PRODUCTS = 2**25
 # Centres up to which a chain runs in Gram space, whose steps cost M² a query and not M·D.
 MOST_CENTRES = 1024
 CHAINS = 16  # that a program steps together
 DEPTH = 16  # numbers a product sums between two loads
 # Vectors of a row's centres and of a point's coordinates.
 ROW = {"BLOCK": 1024, "num_warps": 4, **OPTIONS}
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """In float32 at least: products of converted half-precision numbers do not compile with every Triton."""
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
 
 
 def _tile(count: int, most: int = 64) -> int:
@@ -97,7 +103,7 @@ def _weights(
     weights_kernel[(B * N,)](
         *(products, products.shape[1]),
         *(part for t in (x, refs, move, sigma2, tau) for part in (t, *t.stride())),
-        *(weights, distances, log_density, N, M, D, math.log(M)),
+        *(weights, distances, log_density, N, M, D),
         MOVED=transition is not None,
         KDE=transition is None,
         DEPTH=512,
@@ -141,6 +147,7 @@ def _gather(weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Te
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, _), M = z.shape, refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
+    z, refs = _wide(z, refs)
     with on_device_of(z):
         for group, rows in _blocks(B, N, M):
             block = z[group, rows]
@@ -174,6 +181,8 @@ def kde_backward(
     g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
     g_refs = torch.zeros(refs.shape, dtype=torch.float64, device=z.device)
     g_mean = g_mean.double() + g_shift
+    refs_dtype = refs.dtype
+    z, refs, g_shift, g_log_density = _wide(z, refs, g_shift, g_log_density)
     with on_device_of(z):
         for group, rows in _blocks(B, N, M):
             at, centres = (group, rows), refs[group]
@@ -183,12 +192,13 @@ def kde_backward(
             )
             g_z[at], _ = _combine(coefficients, z[at], centres, (of_point, of_field, g_shift[at]))
             _gather(weights, g_mean[at], g_refs[group], (coefficients, z[at], centres))
-    return g_z, g_refs.to(refs.dtype), g_sigma2
+    return g_z, g_refs.to(refs_dtype), g_sigma2
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
     (B, N, _), M = z.shape, refs.shape[1]
     gradient = z.new_empty(z.shape)
+    z, field, refs = _wide(z, field, refs)
     with on_device_of(z):
         for group, rows in _blocks(B, N, M):
             at, centres = (group, rows), refs[group]
@@ -196,6 +206,16 @@ def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) ->
             coefficients, of_point, of_field, _ = _moments(weights, distances, field[at], centres, sigma2[at], None)
             gradient[at], _ = _combine(coefficients, z[at], centres, (of_point, of_field, field[at]))
     return gradient
+
+
+def _noises(steps: int, whole_pass: bool) -> int:
+    """Noises whose products a chain needs: that of the last step only for the mean at its end."""
+    return steps if whole_pass else steps - 1
+
+
+def _gram_space_pays(x: Tensor, refs: Tensor, steps: int, whole_pass: bool) -> bool:
+    (B, N, _), M = x.shape, refs.shape[1]
+    return M <= MOST_CENTRES and B * ((1 + _noises(steps, whole_pass)) * N + M) * M <= MOST_PRODUCTS
 
 
 def _chain_in_gram_space(
@@ -210,7 +230,11 @@ def _chain_in_gram_space(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ); without `whole_pass` only x_τ is made."""
     (B, N, D), M = x.shape, refs.shape[1]
-    noises = steps if whole_pass else steps - 1
+    noises = _noises(steps, whole_pass)
+    xt = x.new_empty(x.shape)
+    x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
+    x, refs = _wide(x, refs)
+    noise = None if noise is None else _wide(noise)[0]
     # What is absent is never read; any tensor stands for it.
     random = (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
     inputs = [part for t in (x, refs, sigma2) for part in (t, *t.stride())]
@@ -222,7 +246,7 @@ def _chain_in_gram_space(
     span, splits = _split(D, B * tiles, x.device)
     parts = torch.empty((B, splits, (1 + noises) * N + M, M), dtype=torch.float64, device=x.device)
     stack_kernel[(B * splits * tiles,)](
-        *(*inputs, *random, parts, N, M, D, noises, span, splits), DTYPE=triton_type(x.dtype), **kind, **sizes
+        *(*inputs, *random, parts, N, M, D, noises, span, splits), DTYPE=triton_type(xt.dtype), **kind, **sizes
     )
     products = parts.sum(1) if splits > 1 else parts
     weights, coefficients, first_weights = torch.empty((3, B, N, M), dtype=torch.float64, device=x.device)
@@ -232,8 +256,6 @@ def _chain_in_gram_space(
         PASS=whole_pass,
         **_chain_tiles(M),
     )
-    xt = x.new_empty(x.shape)
-    x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
     sizes = _rebuild_tiles(N, D, x.dtype)
     rebuild_kernel[(B * -(-N // sizes["ROWS"]) * -(-D // sizes["COLUMNS"]),)](
         *(*inputs, tau, *tau.stride(), *random, weights, coefficients, first_weights),
@@ -250,35 +272,37 @@ def _chain_by_steps(
     """(m(x0) - x0, x_τ), by one kernel density estimate a step: for more centres than Gram space is good for."""
     if noise is None:
         assert seed is not None
-        noise = normal(seed, (steps, *x0.shape), CHAIN.value, torch.float32)
+        noise = normal(seed, (steps, *x0.shape), CHAIN.value, _wide(x0)[0].dtype)
     variance = sigma2.unsqueeze(-1).expand(x0.shape[:2])
     h = (tau.double() / steps).view(-1, 1, 1)
     pull, spread = -torch.expm1(-h), (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
-    x, shifts = x0.double(), []
+    x = x0.double()
+    first = shift = kde(x, refs, variance)[0]
     for k in range(steps):
-        shifts.append(kde(x, refs, variance)[0])
-        x = x + pull * shifts[k] + spread * noise[k]
-    return shifts[0].to(x0.dtype), x.to(x0.dtype)
+        if k > 0:
+            shift = kde(x, refs, variance)[0]
+        x = x + pull * shift + spread * noise[k]
+    return first.to(x0.dtype), x.to(x0.dtype)
 
 
 def langevin_chain(
     x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> Tensor:
     with on_device_of(x0):
-        if refs.shape[1] > MOST_CENTRES:
-            return _chain_by_steps(x0, refs, sigma2, tau, steps, noise, seed)[1]
-        return _chain_in_gram_space(x0, refs, sigma2, tau, steps, noise, seed, False)[2]
+        if _gram_space_pays(x0, refs, steps, False):
+            return _chain_in_gram_space(x0, refs, sigma2, tau, steps, noise, seed, False)[2]
+        return _chain_by_steps(x0, refs, sigma2, tau, steps, noise, seed)[1]
 
 
 def flux_pass(
     x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device_of(x):
-        if refs.shape[1] <= MOST_CENTRES:
+        if _gram_space_pays(x, refs, steps, True):
             return _chain_in_gram_space(x, refs, sigma2, tau, steps, noise, seed, True)
         if noise is None:
             assert seed is not None
-            start, rest = normal(seed, (1, *x.shape), START.value, torch.float32)[0], None
+            start, rest = normal(seed, (1, *x.shape), START.value, _wide(x)[0].dtype)[0], None
         else:
             start, rest = noise[0], noise[1:]
         x0 = (x.double() + sigma2.view(-1, 1, 1).double().sqrt() * start).to(x.dtype)
@@ -292,6 +316,7 @@ def _transition(
     """(groups, ends j, weights `[groups, ends, N]`) block by block: the ends of a chain are queries of its means."""
     (B, E, _), N = xt.shape, x0.shape[1]
     variance = sigma2.unsqueeze(-1).expand(B, E)
+    x0, shift0, xt = _wide(x0, shift0, xt)
     for group, ends in _blocks(B, E, N):
         moves = shift0[group], tau[group]
         yield group, ends, _weights(xt[group, ends], x0[group], variance[group, ends], moves)[0]
@@ -309,7 +334,8 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
     average = torch.zeros((*x0.shape[:2], values.shape[-1]), dtype=torch.float64, device=x0.device)
     with on_device_of(x0):
         for group, ends, weights in _transition(x0, shift0, xt, sigma2, tau):
-            _gather(weights, values[group, ends], average[group])
+            (of_ends,) = _wide(values[group, ends])
+            _gather(weights, of_ends, average[group])
     return average.to(values.dtype)
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.scalars import one_minus_exp
+from fluxkernels.triton_kernels.scalars import one_minus_exp, rounded
 
 # Part of |x|² + |r|² below which a distance made from them is taken anew, as the sum of squared differences.
 CANCELLED = tl.constexpr(1e-6)
@@ -28,7 +28,7 @@ def weights_kernel(
     products, splits,
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, move, m_b, m_m, m_d, sigma2, s_b, s_n, tau, a_b,
     weights, distances, log_density,
-    N, M, D, log_count,
+    N, M, D,
     MOVED: tl.constexpr, KDE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """w_j = softmax_j(-a_j/2σ²) of one query with a_j = |x - r_j|²; both `[B, N, M]`. Where KDE, log p̂ too.
@@ -61,7 +61,8 @@ def weights_kernel(
         for s in range(splits):
             inner += tl.load(products + (s * (N + 1) + n) * width + j, mask=j < M, other=0.0)
             norms += tl.load(products + (s * (N + 1) + N) * width + j, mask=j < M, other=0.0)
-        a = tl.maximum(norms - 2 * inner, 0.0)
+        a = norms - 2 * inner
+        a = tl.where(a < 0, 0.0, a)  # not the larger of both, in which NaN is lost
         near = ((a < CANCELLED * norms) & (j < M)).to(tl.int32)
         while tl.max(near, 0) > 0:
             i = start + tl.argmax(near, 0)
@@ -81,8 +82,12 @@ def weights_kernel(
         a = tl.load(distances + row * M + j, mask=j < M, other=float("inf"))
         tl.store(weights + row * M + j, tl.exp(0.5 * (least - a) / variance) / total, mask=j < M)
     if KDE:
-        log_p = tl.log(total) - log_count - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))
-        tl.store(log_density + row, log_p.to(log_density.dtype.element_ty))
+        log_p = (
+            tl.log(total)
+            - tl.log(tl.zeros([], tl.float64) + M)
+            - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))
+        )
+        tl.store(log_density + row, rounded(log_p, log_density.dtype.element_ty))
 
 
 @triton.jit

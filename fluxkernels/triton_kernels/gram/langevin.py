@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fluxkernels.triton_kernels.gram.products import load_tile
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal_tile
-from fluxkernels.triton_kernels.scalars import one_minus_exp
+from fluxkernels.triton_kernels.scalars import one_minus_exp, rounded
 
 
 @triton.jit
@@ -22,7 +22,9 @@ def noise_tile(
     if SEEDED:
         value = normal_tile(tl.load(seed), stream, step, b * N + n, d, D, WHOLE, ACC).to(tl.float64)
     else:
-        value = load_tile(noise + at * noise_k, n, noise_n, d, noise_d, (n < N)[:, None] & (d < D)[None, :])
+        value = load_tile(
+            noise + (tl.zeros([], tl.int64) + at) * noise_k, n, noise_n, d, noise_d, (n < N)[:, None] & (d < D)[None, :]
+        )
     return value
 
 
@@ -65,7 +67,7 @@ def stack_kernel(
                 start_noise = noise_tile(
                     noise, noise_k, noise_n, noise_d, seed, START, 0, 0, b, rows, d, N, D, SEEDED, WHOLE, ACC
                 )
-                left = (left + sigma * start_noise).to(DTYPE).to(tl.float64)
+                left = rounded(left + sigma * start_noise, DTYPE).to(tl.float64)
             left -= origin
         elif block <= noises:
             left = noise_tile(
@@ -197,16 +199,16 @@ def rebuild_kernel(
     point = load_tile(x + b * x_b, n, x_n, d, x_d, inside)
     if PASS:
         xi = noise_tile(noise, noise_k, noise_n, noise_d, seed, START, 0, 0, b, n, d, N, D, SEEDED, WHOLE, ACC)
-        rounded = (point + tl.sqrt(variance) * xi).to(x0_out.dtype.element_ty)
-        tl.store(x0_out + at, rounded, mask=inside)
-        point = rounded.to(tl.float64)
-        tl.store(shift0_out + at, (start_mean - (point - origin)).to(shift0_out.dtype.element_ty), mask=inside)
+        start = rounded(point + tl.sqrt(variance) * xi, x0_out.dtype.element_ty)
+        tl.store(x0_out + at, start, mask=inside)
+        point = start.to(tl.float64)
+        tl.store(shift0_out + at, rounded(start_mean - (point - origin), shift0_out.dtype.element_ty), mask=inside)
     point -= origin
     for k in range(steps):
         xi = noise_tile(noise, noise_k, noise_n, noise_d, seed, CHAIN, k, k + PASS, b, n, d, N, D, SEEDED, WHOLE, ACC)
         point = point - pull * point + spread * xi
-    end = (point + drift + origin).to(xt_out.dtype.element_ty)
+    end = rounded(point + drift + origin, xt_out.dtype.element_ty)
     tl.store(xt_out + at, end, mask=inside)
     if PASS:
         shift = end_mean - (end.to(tl.float64) - origin)
-        tl.store(shift_t_out + at, shift.to(shift_t_out.dtype.element_ty), mask=inside)
+        tl.store(shift_t_out + at, rounded(shift, shift_t_out.dtype.element_ty), mask=inside)

@@ -7,7 +7,7 @@ of their digits at every σ. Coordinates count from an origin, the first centre 
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.scalars import one_minus_exp
+from fluxkernels.triton_kernels.scalars import one_minus_exp, rounded
 
 
 @triton.jit
@@ -99,13 +99,13 @@ def combine_kernel(
     at = row[:, None] * D + d[None, :]
     point = load_tile(x + b * x_b, n, x_n, d, x_d, inside) - origin
     if KDE:
-        tl.store(mean + at, (total + origin).to(mean.dtype.element_ty), mask=inside)
+        tl.store(mean + at, rounded(total + origin, mean.dtype.element_ty), mask=inside)
         total -= point
     else:
         total += tl.load(of_point + row, mask=n < N, other=0.0)[:, None] * point
         along = load_tile(field + b * f_b, n, f_n, d, f_d, inside)
         total += tl.load(of_field + row, mask=n < N, other=0.0)[:, None] * along
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, rounded(total, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

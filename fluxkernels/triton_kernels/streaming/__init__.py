@@ -3,7 +3,6 @@
 They compute in float32, for float64 in float64.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +31,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
     inputs = [part for t in (z, refs, sigma2) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(kde_kernel, [*inputs, shift, mean, log_density, N, M, math.log(M)], z, N, M)
+        launch_streaming(kde_kernel, [*inputs, shift, mean, log_density, N, M], z, N, M)
     return shift, mean, log_density
 
 

@@ -18,7 +18,7 @@ from fluxkernels.triton_kernels.streaming.tiles import (
 def kde_kernel(
     z, z_b, z_n, z_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
     shift, mean, log_density,
-    N, M, log_count,
+    N, M,
     D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """m - z, m and log p̂ of one block of queries of one group; results are contiguous."""
@@ -36,7 +36,11 @@ def kde_kernel(
     for d in tl.static_range(D):
         centre = centre + (x[d] + step[d],)
     store_points(mean, at, 1, centre, inside, D)
-    log_p = tl.log(total) - log_count - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))
+    log_p = (
+        tl.log(total)
+        - tl.log(tl.zeros([], ACC) + M)
+        - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))
+    )
     tl.store(log_density + b * N + n, log_p.to(log_density.dtype.element_ty), mask=inside)
 
 

@@ -33,35 +33,38 @@ def langevin_kernel(
     if SEEDED:
         key = tl.load(seed)
     x = load_points(x_in + b * x_b, n * x_n, x_d, inside, D, ACC)
-    if PASS:
-        if SEEDED:
-            xi = normal_rows(key, START, 0, row, D, ACC)
-        else:
-            xi = load_points(noise_at, n * noise_n, noise_d, inside, D, ACC)
-        moved = ()
-        for d in tl.static_range(D):
-            moved = moved + ((x[d] + tl.sqrt(variance) * xi[d]).to(x0_out.dtype.element_ty).to(ACC),)
-        x = moved  # the chain starts from x0 as rounded
-        store_points(x0_out, row * D, 1, x, written, D)
-    for k in range(steps):
-        _least, _total, shift = sweep(x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False)
+    shift = ()
+    for _ in tl.static_range(D):
+        shift = shift + (tl.zeros(x[0].shape, ACC),)
+    # A pass begins with a step of noise alone, and looks at the mean after each step; a chain looks before.
+    for k in range(steps + PASS):
+        if not PASS:
+            _least, _total, shift = sweep(
+                x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
+            )
+        stream, step, size = CHAIN, k, spread
         if PASS:
-            if k == 0:
-                store_points(shift0_out, row * D, 1, shift, written, D)
+            stream, step = tl.where(k == 0, START, CHAIN), tl.where(k == 0, 0, k - 1)
+            size = tl.where(k == 0, tl.sqrt(variance), spread)
         if SEEDED:
-            xi = normal_rows(key, CHAIN, k, row, D, ACC)
+            xi = normal_rows(key, stream, step, row, D, ACC)
         else:
-            xi = load_points(noise_at, (k + PASS) * noise_k + n * noise_n, noise_d, inside, D, ACC)
+            at = (tl.zeros([], tl.int64) + k) * noise_k + n * noise_n
+            xi = load_points(noise_at, at, noise_d, inside, D, ACC)
         moved = ()
         for d in tl.static_range(D):
-            moved = moved + (x[d] + pull * shift[d] + spread * xi[d],)
+            to = x[d] + pull * shift[d] + size * xi[d]
+            if PASS:  # the chain starts from x0 as rounded, and the mean at its end is that of x_τ as rounded
+                to = tl.where((k == 0) | (k == steps), to.to(x0_out.dtype.element_ty).to(ACC), to)
+            moved = moved + (to,)
         x = moved
+        if PASS:
+            _least, _total, shift = sweep(
+                x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
+            )
+            if k == 0:
+                store_points(x0_out, row * D, 1, x, written, D)
+                store_points(shift0_out, row * D, 1, shift, written, D)
     store_points(xt_out, row * D, 1, x, written, D)
     if PASS:
-        rounded = ()
-        for d in tl.static_range(D):
-            rounded = rounded + (x[d].to(xt_out.dtype.element_ty).to(ACC),)
-        _least, _total, shift = sweep(
-            rounded, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
-        )
         store_points(shift_t_out, row * D, 1, shift, written, D)

@@ -38,6 +38,7 @@ def over_lanes(t, LANES: tl.constexpr):
 @triton.jit
 def load_points(pointer, at, stride_d, inside, D: tl.constexpr, ACC: tl.constexpr):
     """The D coordinates of the points at offsets `at`, as a tuple."""
+    stride_d = tl.zeros([], tl.int64) + stride_d
     out = ()
     for d in tl.static_range(D):
         out = out + (tl.load(pointer + at + d * stride_d, mask=inside, other=0.0).to(ACC),)
@@ -62,6 +63,8 @@ def differences(x, refs, move, at, stride_d, move_at, move_d, pull, inside, D: t
 
     Where MOVED, a centre is r + pull·move instead.
     """
+    stride_d = tl.zeros([], tl.int64) + stride_d
+    move_d = tl.zeros([], tl.int64) + move_d
     out = ()
     square = tl.zeros(at.shape, x[0].dtype)
     for d in tl.static_range(D):
