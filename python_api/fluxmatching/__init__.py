@@ -20,6 +20,7 @@ from fluxmatching.losses import (
 from fluxmatching.noise import LogNormalNoise, LogUniformNoise, LossNormalizer
 from fluxmatching.preconditioning import EDMField, UNet
 from fluxmatching.samplers import log_sigma_grid, reverse_ve, unadjusted_langevin
+from fluxmatching.training import Trainer, TrainingError, TrainingOptions
 
 __all__ = [
     "AnnealedLoss",
@@ -31,6 +32,9 @@ __all__ = [
     "LogNormalNoise",
     "LogUniformNoise",
     "LossNormalizer",
+    "Trainer",
+    "TrainingError",
+    "TrainingOptions",
     "TruncatedExponentialHorizon",
     "UNet",
     "UniformHorizon",

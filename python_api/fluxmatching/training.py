@@ -1,0 +1,331 @@
+"""One training loop for every field: moving average, warm-up, clipping, bfloat16, checkpoints, exact resume.
+
+>>> import torch
+>>> from fluxmatching import Trainer, TrainingOptions, flux_matching_loss
+>>> field = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 2))
+>>> loss = lambda model, x, seed: flux_matching_loss(model, x, sigma2=0.1, seed=seed)
+>>> trainer = Trainer(field, loss, torch.randn(1000, 2), TrainingOptions(iterations=3, progress=False))
+>>> trainer.run()
+>>> trainer.iteration
+3
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
+LAST, PREVIOUS = "last.pt", "previous.pt"
+
+# loss(model, minibatch, seed) -> one number a sample, as `flux_matching_loss` returns them, or those and a dictionary
+# of what an error should say beside them, such as σ and τ. `seed` is an int64 tensor on the minibatch's device.
+Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which iteration and why."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a training run is, beside its model, loss and data.
+
+    Attributes:
+        iterations: minibatches in all.
+        batch_size: samples a minibatch, drawn without repetition; all passes over the data are shuffled anew.
+        lr: learning rate after warm-up.
+        optimizer: "adam" or "adamw".
+        weight_decay: of the optimizer.
+        warmup: iterations over which the learning rate rises linearly from 0.
+        ema: decay of the moving average of the parameters, 0 ≤ ema < 1.
+        clip: largest norm of the gradient, or None.
+        precision: "float32", or "bf16" for autocast to bfloat16.
+        seed: of minibatches, of the loss's random numbers and of dropout.
+        checkpoint_every: iterations between checkpoints; the last iteration always makes one.
+        log_every: iterations between lines of metrics.csv.
+        progress: whether to show a bar with loss, iterations a second and memory.
+        tensorboard: whether to write TensorBoard events beside metrics.csv.
+
+    Raises:
+        ValueError: a value out of its range; the message names it.
+    """
+
+    iterations: int
+    batch_size: int = 256
+    lr: float = 1e-3
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    warmup: int = 0
+    ema: float = 0.999
+    clip: float | None = 1.0
+    precision: str = "float32"
+    seed: int = 0
+    checkpoint_every: int = 1000
+    log_every: int = 50
+    progress: bool = True
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainingOptions: {name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"TrainingOptions: {name} must be positive and finite, got {getattr(self, name)}")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"TrainingOptions: warmup and weight_decay must not be negative, got {self.warmup} and "
+                f"{self.weight_decay}"
+            )
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"TrainingOptions: ema must lie in [0, 1), got {self.ema}")
+        for name, choices in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
+            if (got := getattr(self, name)) not in choices:
+                takes = ", ".join(map(repr, choices))
+                raise ValueError(f"TrainingOptions: {name} must be one of {takes}, got {got!r}")
+
+    # What may differ between a checkpoint and the run that goes on from it: how long and how visibly.
+    FREE = ("iterations", "checkpoint_every", "log_every", "progress", "tensorboard")
+
+
+class Trainer:
+    """Trains a model; with a folder it goes on from the last checkpoint there, as if it had never stopped.
+
+    Every iteration has its own seed, from which minibatch order, the loss's numbers and dropout follow. So a run that
+    was interrupted and resumed equals one that was not, bit for bit on the same CPU.
+
+    Args:
+        model: the field, or a module that holds it and all else that is learned.
+        loss: loss(model, minibatch, seed) -> `[n]`, whose mean is minimised; or `[n]` and a dictionary of tensors, such
+            as σ and τ, that the message says if the loss is not finite.
+        data: `[samples, *event]`, on the device of the model or on the CPU.
+        options: of the run.
+        folder: for `last.pt`, the checkpoint before it `previous.pt`, and `metrics.csv`; None keeps nothing.
+
+    Attributes:
+        model: as given.
+        average: the moving average of the model.
+        iteration: how many are done.
+
+    Raises:
+        ValueError: fewer samples than a minibatch, or a checkpoint of a run with other options.
+        TrainingError: the loss or its gradient is not finite, or no checkpoint can be read. The last good checkpoint
+            stays.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        data: Tensor,
+        options: TrainingOptions,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if len(data) < options.batch_size:
+            raise ValueError(f"Trainer: batch_size must be at most the {len(data)} samples, got {options.batch_size}")
+        self.model, self.loss, self.data, self.options = model, loss, data, options
+        self.folder = None if folder is None else Path(folder)
+        self.device = next(model.parameters()).device
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=False)
+        self.optimizer = OPTIMIZERS[options.optimizer](
+            model.parameters(), lr=options.lr, weight_decay=options.weight_decay
+        )
+        self.iteration = 0
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for part in self.folder.glob("part-*.pt"):  # of a process that was killed
+                part.unlink()
+            self._resume()
+
+    def run(self) -> None:
+        """Train up to `options.iterations`."""
+        with closing(_Log(self)) as log:
+            while self.iteration < self.options.iterations:
+                log.write(self.step())
+                done = self.iteration == self.options.iterations
+                if self.folder is not None and (done or self.iteration % self.options.checkpoint_every == 0):
+                    self.save()
+
+    def step(self) -> float:
+        """One minibatch; returns its mean loss."""
+        options = self.options
+        with self._own_random_numbers() as seed:
+            x = self._minibatch()
+            for group in self.optimizer.param_groups:
+                group["lr"] = options.lr * min(1.0, (self.iteration + 1) / max(1, options.warmup))
+            half = PRECISIONS[options.precision]
+            with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
+                result = self.loss(self.model, x, seed)
+            values, details = result if isinstance(result, tuple) else (result, {})
+            value = values.mean()
+            self.optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            norm = nn.utils.clip_grad_norm_(parameters, float("inf") if options.clip is None else options.clip)
+            finite = torch.stack([value.detach(), norm]).isfinite()
+            if not finite.all():
+                found = {"loss": value, "norm of the gradient": norm, **details}
+                said = ", ".join(f"{name} {v.detach().float().mean().item():.6g}" for name, v in found.items())
+                raise TrainingError(
+                    f"iteration {self.iteration}: the {'gradient' if finite[0] else 'loss'} is not finite ({said}); "
+                    f"nothing of it entered the model"
+                    + (f", and the last good checkpoint is in {self.folder}" if self.folder else "")
+                )
+            self.optimizer.step()
+            self.average.update_parameters(self.model)
+        self.iteration += 1
+        return value.item()
+
+    def save(self) -> None:
+        """Write `last.pt`; the one before becomes `previous.pt`. Never leaves a file cut short under either name."""
+        assert self.folder is not None
+        part = self.folder / f"part-{os.getpid()}.pt"
+        state = {
+            "iteration": self.iteration,
+            "options": asdict(self.options),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with part.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        last = self.folder / LAST
+        if last.exists():
+            last.replace(self.folder / PREVIOUS)
+        part.replace(last)
+
+    def _resume(self) -> None:
+        assert self.folder is not None
+        problems = []
+        for name in (LAST, PREVIOUS):
+            file = self.folder / name
+            if not file.exists():
+                continue
+            try:
+                state = torch.load(file, map_location=self.device, weights_only=True)
+            except Exception as error:  # whatever reading a damaged file raises
+                problems.append(f"{name} ({type(error).__name__})")
+                continue
+            self._check_same_run(state["options"], file)
+            self.model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.iteration = state["iteration"]
+            return
+        if problems:
+            raise TrainingError(f"no checkpoint in {self.folder} can be read: {', '.join(problems)}")
+
+    def _check_same_run(self, saved: dict[str, Any], file: Path) -> None:
+        changed = [
+            f"{field.name} {saved.get(field.name)!r} there, {getattr(self.options, field.name)!r} here"
+            for field in fields(self.options)
+            if field.name not in TrainingOptions.FREE and saved.get(field.name) != getattr(self.options, field.name)
+        ]
+        if changed:
+            raise ValueError(f"Trainer: {file} is of a run with other options: {'; '.join(changed)}")
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[Tensor]:
+        """The iteration's seed; torch's generators are set by it within, and are afterwards as before."""
+        seed = (self.options.seed * 0x9E3779B97F4A7C15 + self.iteration) % 2**63
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            yield torch.tensor(seed, device=self.device)
+
+    def _minibatch(self) -> Tensor:
+        """Samples of this iteration: a slice of a permutation that each pass over the data has of its own."""
+        size, batches = self.options.batch_size, len(self.data) // self.options.batch_size
+        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.iteration // batches)
+        first = self.iteration % batches * size
+        chosen = torch.randperm(len(self.data), generator=generator)[first : first + size]
+        return self.data[chosen.to(self.data.device)].to(self.device, non_blocking=True)
+
+
+class _Log:
+    """Progress bar, metrics.csv and TensorBoard of a run."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        from tqdm import tqdm
+
+        self.trainer, options = trainer, trainer.options
+        self.bar = tqdm(
+            total=options.iterations, initial=trainer.iteration, disable=not options.progress, unit="it",
+            dynamic_ncols=True,
+        )  # fmt: skip
+        self.losses: list[float] = []
+        self.since = time.perf_counter()
+        self.file = None if trainer.folder is None else self._table(trainer.folder / "metrics.csv")
+        self.board = self._board() if options.tensorboard else None
+
+    def _table(self, file: Path) -> Path:
+        """metrics.csv without the lines that the resumed run will write again."""
+        kept: list[list[str]] = []
+        if file.exists():
+            with file.open(newline="") as lines:
+                kept = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= self.trainer.iteration]
+        with file.open("w", newline="") as lines:
+            csv.writer(lines).writerows([["iteration", "loss", "iterations_per_second", "lr", "peak_memory_mb"], *kept])
+        return file
+
+    def _board(self) -> Any:
+        if self.trainer.folder is None:
+            raise ValueError("Trainer: tensorboard needs a folder")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TrainingOptions(tensorboard=True) needs tensorboard: pip install tensorboard") from error
+        return SummaryWriter(self.trainer.folder, purge_step=self.trainer.iteration)
+
+    def write(self, loss: float) -> None:
+        trainer = self.trainer
+        self.losses.append(loss)
+        self.bar.update()
+        if trainer.iteration % trainer.options.log_every and trainer.iteration < trainer.options.iterations:
+            return
+        mean, now = sum(self.losses) / len(self.losses), time.perf_counter()
+        row = {
+            "loss": mean,
+            "iterations_per_second": len(self.losses) / (now - self.since),
+            "lr": trainer.optimizer.param_groups[0]["lr"],
+            "peak_memory_mb": _peak_memory(trainer.device) / 1e6,
+        }
+        self.losses, self.since = [], now
+        self.bar.set_postfix(loss=f"{mean:.4g}", memory=f"{row['peak_memory_mb']:.0f} MB")
+        if self.file is not None:
+            with self.file.open("a", newline="") as lines:
+                csv.writer(lines).writerow([trainer.iteration, *row.values()])
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, trainer.iteration)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the CUDA allocator, elsewhere of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

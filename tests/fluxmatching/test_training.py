@@ -1,0 +1,238 @@
+"""The training loop: what it computes, that it resumes exactly, and that nothing is lost when it is killed."""
+
+import csv
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fluxmatching import Trainer, TrainingError, TrainingOptions, flux_matching_loss
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = TrainingOptions(iterations=12, batch_size=16, checkpoint_every=5, log_every=4, progress=False, ema=0.9)
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 2))
+
+
+def data() -> Tensor:
+    return torch.randn(70, 2, generator=torch.Generator().manual_seed(1))
+
+
+def loss(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+    return flux_matching_loss(net, x, 0.5, seed=seed)
+
+
+def trained(options: TrainingOptions = OPTIONS, **more: Any) -> Trainer:
+    trainer = Trainer(model(), loss, data(), options, **more)
+    trainer.run()
+    return trainer
+
+
+def assert_same(a: Trainer, b: Trainer) -> None:
+    assert a.iteration == b.iteration
+    for first, second in ((a.model, b.model), (a.average, b.average)):
+        for (name, p), q in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+            assert torch.equal(p, q), name
+    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        for key, value in a.optimizer.state[p].items():
+            assert torch.equal(value, b.optimizer.state[q][key])
+
+
+def test_is_the_loop_one_would_write() -> None:
+    """Plain SGD-style code with torch's own optimiser, given the same minibatches and seeds."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def recorded(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+        seen.append((x, seed))
+        return loss(net, x, seed)
+
+    options = replace(OPTIONS, warmup=5, clip=0.1, lr=0.01)
+    net = model().eval()
+    trainer = Trainer(net, recorded, data(), options)
+    trainer.run()
+
+    other = model().eval()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=0.0)
+    average: list[Tensor] = []
+    for k, (x, seed) in enumerate(seen):
+        optimizer.param_groups[0]["lr"] = 0.01 * min(1, (k + 1) / 5)
+        optimizer.zero_grad()
+        loss(other, x, seed).mean().backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.1)
+        optimizer.step()
+        now = [p.detach().clone() for p in other.parameters()]
+        average = now if not average else [0.9 * a + 0.1 * p for a, p in zip(average, now, strict=True)]
+    for p, q, a, b in zip(net.parameters(), other.parameters(), trainer.average.parameters(), average, strict=True):
+        assert torch.equal(p, q)
+        torch.testing.assert_close(a.detach(), b)
+
+
+def test_each_pass_shows_every_sample_once_in_an_order_of_its_own() -> None:
+    seen: list[Tensor] = []
+
+    def recorded(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+        seen.append(x)
+        return loss(net, x, seed)
+
+    Trainer(model(), recorded, data(), OPTIONS).run()
+    passes = [torch.cat(seen[k : k + 4]) for k in (0, 4, 8)]  # four minibatches of 16 out of 70
+    for samples in passes:
+        assert len(samples.unique(dim=0)) == 64
+    assert not torch.equal(passes[0], passes[1])
+
+
+def test_torch_generators_are_left_alone() -> None:
+    trainer = Trainer(model(), loss, data(), OPTIONS)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    trainer.run()
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("stop", [1, 5, 7, 10])
+def test_interrupted_and_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
+    """Stopped as by Ctrl-C, at a checkpoint or between two: dropout, seeds, order, moments and average go on."""
+    whole = trained(folder=tmp_path / "whole")
+    begun = Trainer(model(), loss, data(), OPTIONS, folder=tmp_path / "parts")
+    original = begun.step
+
+    def step() -> float:
+        if begun.iteration == stop:
+            raise KeyboardInterrupt
+        return original()
+
+    begun.step = step  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        begun.run()
+    resumed = Trainer(model(), loss, data(), OPTIONS, folder=tmp_path / "parts")
+    assert resumed.iteration == stop // 5 * 5
+    resumed.run()
+    assert_same(whole, resumed)
+    tables = [list(csv.reader((tmp_path / run / "metrics.csv").open())) for run in ("whole", "parts")]
+    assert [row[0] for row in tables[0]] == ["iteration", "4", "8", "12"]
+    assert [[row[0]] for row in tables[1]] == [[row[0]] for row in tables[0]]
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    trained(folder=tmp_path)
+    longer = trained(replace(OPTIONS, iterations=20), folder=tmp_path)
+    assert_same(longer, trained(replace(OPTIONS, iterations=20)))
+
+
+def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """SIGKILL at any moment, most of the time while a checkpoint is written."""
+    script = (
+        "from tests.fluxmatching.test_training import *\n"
+        "options = replace(OPTIONS, iterations=400, checkpoint_every=1)\n"
+        f"trained(options, folder={str(tmp_path)!r})"
+    )
+    started = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'python_api')!r}]\n{script}",
+    ]
+    reached = []
+    for k in range(4):
+        process = subprocess.Popen(started)
+        while not (tmp_path / "last.pt").exists() or (tmp_path / "last.pt").stat().st_mtime_ns in reached:
+            time.sleep(0.01)
+        reached.append((tmp_path / "last.pt").stat().st_mtime_ns)
+        time.sleep(0.05 + 0.07 * k)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        at = Trainer(model(), loss, data(), replace(OPTIONS, iterations=400, checkpoint_every=1), folder=tmp_path)
+        assert 0 < at.iteration < 400
+        assert list(tmp_path.glob("part-*")) == []
+    options = replace(OPTIONS, iterations=400)
+    assert_same(trained(options, folder=tmp_path), trained(options))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    trained(folder=tmp_path)
+    last = tmp_path / "last.pt"
+    last.write_bytes(last.read_bytes()[:1000])
+    resumed = Trainer(model(), loss, data(), OPTIONS, folder=tmp_path)
+    assert resumed.iteration == 10
+    resumed.run()
+    assert_same(resumed, trained())
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes(b"no")
+    with pytest.raises(TrainingError, match=r"no checkpoint in .* can be read: last\.pt \(\w+\), previous\.pt \(\w+\)"):
+        Trainer(model(), loss, data(), OPTIONS, folder=tmp_path)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_stops_and_leaves_the_model_as_it_was(what: str, tmp_path: Path) -> None:
+    def breaks(net: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values = loss(net, x, seed)
+        if trainer.iteration == 7:
+            values = values * float("nan") if what == "loss" else values + (values - values.detach()).abs().sqrt()
+        return values, {"sigma": torch.tensor(0.25), "tau": torch.tensor(1.5)}
+
+    trainer = Trainer(model(), breaks, data(), OPTIONS, folder=tmp_path)
+    with pytest.raises(TrainingError, match=rf"iteration 7: the {what} is not finite \(.*sigma 0\.25, tau 1\.5\)"):
+        trainer.run()
+    assert_same(trainer, trained(replace(OPTIONS, iterations=7)))
+    assert Trainer(model(), loss, data(), OPTIONS, folder=tmp_path).iteration == 5
+
+
+def test_bfloat16_trains_parameters_in_float32() -> None:
+    trainer = trained(replace(OPTIONS, precision="bf16"))
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+    assert not torch.equal(trainer.model[0].weight, trained().model[0].weight)
+
+
+def test_progress_says_loss_speed_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    trained(replace(OPTIONS, progress=True))
+    said = capsys.readouterr().err
+    assert "12/12" in said
+    assert "loss=" in said
+    assert "memory=" in said
+
+
+def test_tensorboard_is_asked_for_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tensorboard needs a folder"):
+        trained(replace(OPTIONS, tensorboard=True))
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(ImportError, match="pip install tensorboard"):
+            trained(replace(OPTIONS, tensorboard=True), folder=tmp_path)
+    else:
+        trained(replace(OPTIONS, tensorboard=True), folder=tmp_path)
+        assert list(tmp_path.glob("events.*"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    trained(folder=tmp_path)
+    with pytest.raises(ValueError, match=r"run with other options: lr 0\.001 there, 0\.1 here; seed 0 there, 3 here"):
+        Trainer(model(), loss, data(), replace(OPTIONS, lr=0.1, seed=3), folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("iterations", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", -1.0), ("warmup", -1),
+        ("weight_decay", -0.1), ("ema", 1.0), ("optimizer", "sgd"), ("precision", "fp8"), ("log_every", 0),
+        ("checkpoint_every", 0),
+    ],
+)  # fmt: skip
+def test_bad_options(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"TrainingOptions: .*{name}.*{value}"):
+        replace(OPTIONS, **{name: value})
+
+
+def test_fewer_samples_than_a_minibatch() -> None:
+    with pytest.raises(ValueError, match="batch_size must be at most the 70 samples, got 71"):
+        Trainer(model(), loss, data(), replace(OPTIONS, batch_size=71))
