@@ -104,6 +104,8 @@ def endpoint_gradient(
         ValueError: the field's results have another shape than z.
         RuntimeError: the field cannot be differentiated that way, or not here.
     """
+    if not z.shape[0]:  # a process whose share of the ends is none
+        return torch.empty_like(z), torch.empty_like(z)
     size = chunk or z.shape[0]
     gradients, values = [], []
     for start in range(0, z.shape[0], size):

@@ -25,7 +25,7 @@ class Layout:
         self.event = x.shape[1:]
 
     def to_points(self, x: Tensor) -> Tensor:
-        return x.movedim(0, 1) if self.grouped else x.reshape(x.shape[0], -1)
+        return x.movedim(0, 1) if self.grouped else x.flatten(1)
 
     def from_points(self, points: Tensor) -> Tensor:
         return points.movedim(0, 1) if self.grouped else points.reshape(points.shape[0], *self.event)

@@ -25,6 +25,7 @@ from fluxmatching.horizon import Horizon, UniformHorizon
 from fluxmatching.layout import Layout
 from fluxmatching.networks import check_samples_are_independent
 from fluxmatching.noise import LossNormalizer
+from fluxmatching.processes import joined, rank_and_size, shared_seed
 
 T = TypeVar("T")
 
@@ -72,6 +73,7 @@ def flux_target(
     divergence: str = "hutchinson",
     chunk: int | None = None,
     endpoint_share: float = 1.0,
+    gather: bool = False,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
     steps: int | None = None,
@@ -102,6 +104,10 @@ def flux_target(
         check_samples_are_independent(function, field)
     draws = _instance(function, "draws", Draws() if draws is None else draws, Draws)
     horizon = _instance(function, "horizon", UniformHorizon() if horizon is None else horizon, Horizon)
+    rank, processes = rank_and_size() if gather else (0, 1)
+    if processes > 1:
+        seed = shared_seed(seed, x.device)
+        x, own = joined(x), slice(rank * len(x), (rank + 1) * len(x))
     layout = Layout(function, x, grouped)
     centres = layout.centres(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
     variance = as_number_tensor(function, "sigma2", sigma2, like=x).detach()
@@ -132,9 +138,12 @@ def flux_target(
         )
     ends, scores = layout.from_points(bundle.xt), layout.from_points(bundle.score_t)
     probe = draws.probe if divergence == "hutchinson" else None
-    if draws.endpoints is not None:
-        ends, scores = ends[draws.endpoints], scores[draws.endpoints]
-        probe = None if probe is None else probe[draws.endpoints]
+    chosen = draws.endpoints
+    if processes > 1:  # the density estimate is cheap and everybody's; the network is not, and shared out
+        chosen = (torch.arange(len(x), device=x.device) if chosen is None else chosen)[rank::processes]
+    if chosen is not None:
+        ends, scores = ends[chosen], scores[chosen]
+        probe = None if probe is None else probe[chosen]
     bracket, field_at_end = endpoint_gradient(
         field,
         ends,
@@ -146,13 +155,17 @@ def flux_target(
         spread=_spread(x, variance) if endpoint == "central" else 1.0,
     )
     with torch.no_grad():
-        gradient = layout.to_points(bracket) + residual_gradient(
-            layout.to_points(ends), layout.to_points(field_at_end), centres, variance, backend=backend
-        )
-        if draws.endpoints is not None:
-            # The others count as zero, and these for them: right on average.
-            whole = torch.zeros_like(bundle.xt)
-            gradient = whole.index_copy(-2, draws.endpoints, gradient * (len(x) / len(draws.endpoints)))
+        gradient = layout.to_points(bracket)
+        if len(ends):
+            gradient = gradient + residual_gradient(
+                layout.to_points(ends), layout.to_points(field_at_end), centres, variance, backend=backend
+            )
+        if chosen is not None:
+            # Ends that nobody differentiates count as zero, and the others for them: right on average.
+            share = 1.0 if draws.endpoints is None else len(draws.endpoints) / len(x)
+            gradient = torch.zeros_like(bundle.xt).index_copy(-2, chosen, gradient / share)
+            if processes > 1:
+                torch.distributed.all_reduce(gradient)
         importance = torch.exp(-horizon.log_density(tau, sigma)).reshape(-1, 1, 1)
         if estimator == "cross_chain":
             # e^{-τ} is the Jacobian of the linearised chain, whose transition the weights are.
@@ -163,7 +176,8 @@ def flux_target(
                 bundle.x0, gradient, centres, variance, tau, steps=steps, noise=chain_noise, seed=key, backend=backend
             )
         target = target.reshape(bundle.x0.shape).to(x.dtype)
-    return FluxTarget(layout.from_points(bundle.x0), layout.from_points(bundle.score0), layout.from_points(target), tau)
+    parts = [layout.from_points(part) for part in (bundle.x0, bundle.score0, target)]
+    return FluxTarget(*(parts if processes == 1 else [part[own] for part in parts]), tau)
 
 
 def _instance(function: str, name: str, value: object, kind: type[T]) -> T:
@@ -209,6 +223,7 @@ def flux_matching_loss(
     divergence: str = "hutchinson",
     chunk: int | None = None,
     endpoint_share: float = 1.0,
+    gather: bool = False,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
     steps: int | None = None,
@@ -239,6 +254,9 @@ def flux_matching_loss(
         chunk: samples that go through the endpoint's derivatives at once; None for all. Bounds the memory.
         endpoint_share: share of the chains, in (0, 1], whose end is differentiated, drawn anew each time; the others
             count as zero and these for them. Unbiased, noisier, and less time.
+        gather: whether the minibatches of all processes of torch.distributed, of one size, make up one: one density
+            estimate and one average over chains. The network still sees each sample in one process only. The result
+            is that of the process's own samples; `draws` are of the joint minibatch, `seed` the same everywhere.
         draws: fixes any of the random numbers.
         seed: fixes all others, the same numbers on every device and backend. None: torch's generator.
         steps: Langevin updates of a chain; None takes as many as `draws.chain` has, or the paper's 4.
@@ -263,6 +281,7 @@ def flux_matching_loss(
         divergence=divergence,
         chunk=chunk,
         endpoint_share=endpoint_share,
+        gather=gather,
         draws=draws,
         seed=seed,
         steps=steps,
@@ -299,6 +318,7 @@ def noise_annealed_flux_loss(
     divergence: str = "hutchinson",
     chunk: int | None = None,
     endpoint_share: float = 1.0,
+    gather: bool = False,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
     steps: int | None = None,
@@ -339,6 +359,7 @@ def noise_annealed_flux_loss(
         divergence=divergence,
         chunk=chunk,
         endpoint_share=endpoint_share,
+        gather=gather,
         draws=draws,
         seed=seed,
         steps=steps,

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from fluxmatching.processes import average_gradients, rank_and_size
+
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 LAST, PREVIOUS = "last.pt", "previous.pt"
@@ -44,7 +46,7 @@ class TrainingOptions:
 
     Attributes:
         iterations: minibatches in all.
-        batch_size: samples a minibatch, drawn without repetition; all passes over the data are shuffled anew.
+        batch_size: samples a minibatch and process, drawn without repetition; each pass over the data is shuffled anew.
         lr: learning rate after warm-up.
         optimizer: "adam" or "adamw".
         weight_decay: of the optimizer.
@@ -106,6 +108,9 @@ class Trainer:
     Every iteration has its own seed, from which minibatch order, the loss's numbers and dropout follow. So a run that
     was interrupted and resumed equals one that was not, bit for bit on the same CPU.
 
+    Where torch.distributed was started (torchrun), each process takes its part of a joint minibatch, gradients are
+    averaged, and the first process writes the files. One density estimate for all: `flux_matching_loss(gather=True)`.
+
     Args:
         model: the field, or a module that holds it and all else that is learned.
         loss: loss(model, minibatch, seed) -> `[n]`, whose mean is minimised; or `[n]` and a dictionary of tensors, such
@@ -134,11 +139,17 @@ class Trainer:
         *,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
-        if len(data) < options.batch_size:
-            raise ValueError(f"Trainer: batch_size must be at most the {len(data)} samples, got {options.batch_size}")
+        self.rank, self.processes = rank_and_size()
+        if len(data) < options.batch_size * self.processes:
+            raise ValueError(
+                f"Trainer: batch_size must be at most the {len(data)} samples"
+                f"{f' over {self.processes} processes' if self.processes > 1 else ''}, got {options.batch_size}"
+            )
         self.model, self.loss, self.data, self.options = model, loss, data, options
         self.folder = None if folder is None else Path(folder)
         self.device = next(model.parameters()).device
+        for tensor in model.state_dict().values() if self.processes > 1 else ():
+            torch.distributed.broadcast(tensor, 0)
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=False)
         self.optimizer = OPTIMIZERS[options.optimizer](
             model.parameters(), lr=options.lr, weight_decay=options.weight_decay
@@ -146,7 +157,7 @@ class Trainer:
         self.iteration = 0
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for part in self.folder.glob("part-*.pt"):  # of a process that was killed
+            for part in self.folder.glob("part-*.pt") if self.rank == 0 else ():  # of a process that was killed
                 part.unlink()
             self._resume()
 
@@ -156,7 +167,11 @@ class Trainer:
             while self.iteration < self.options.iterations:
                 log.write(self.step())
                 done = self.iteration == self.options.iterations
-                if self.folder is not None and (done or self.iteration % self.options.checkpoint_every == 0):
+                if (
+                    self.folder is not None
+                    and self.rank == 0
+                    and (done or self.iteration % self.options.checkpoint_every == 0)
+                ):
                     self.save()
 
     def step(self) -> float:
@@ -173,6 +188,8 @@ class Trainer:
             value = values.mean()
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
+            if self.processes > 1:
+                average_gradients(list(self.model.parameters()))
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             norm = nn.utils.clip_grad_norm_(parameters, float("inf") if options.clip is None else options.clip)
             finite = torch.stack([value.detach(), norm]).isfinite()
@@ -245,15 +262,17 @@ class Trainer:
         seed = (self.options.seed * 0x9E3779B97F4A7C15 + self.iteration) % 2**63
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + self.rank)  # of dropout; the loss's seed is that of all processes
             yield torch.tensor(seed, device=self.device)
 
     def _minibatch(self) -> Tensor:
         """Samples of this iteration: a slice of a permutation that each pass over the data has of its own."""
-        size, batches = self.options.batch_size, len(self.data) // self.options.batch_size
+        size = self.options.batch_size * self.processes
+        batches = len(self.data) // size
         generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.iteration // batches)
         first = self.iteration % batches * size
-        chosen = torch.randperm(len(self.data), generator=generator)[first : first + size]
+        joint = torch.randperm(len(self.data), generator=generator)[first : first + size]
+        chosen = joint.tensor_split(self.processes)[self.rank]
         return self.data[chosen.to(self.data.device)].to(self.device, non_blocking=True)
 
 
@@ -264,14 +283,14 @@ class _Log:
         from tqdm import tqdm
 
         self.trainer, options = trainer, trainer.options
+        hidden = not options.progress or trainer.rank > 0
         self.bar = tqdm(
-            total=options.iterations, initial=trainer.iteration, disable=not options.progress, unit="it",
-            dynamic_ncols=True,
-        )  # fmt: skip
+            total=options.iterations, initial=trainer.iteration, disable=hidden, unit="it", dynamic_ncols=True
+        )
         self.losses: list[float] = []
         self.since = time.perf_counter()
-        self.file = None if trainer.folder is None else self._table(trainer.folder / "metrics.csv")
-        self.board = self._board() if options.tensorboard else None
+        self.file = None if trainer.folder is None or trainer.rank > 0 else self._table(trainer.folder / "metrics.csv")
+        self.board = self._board() if options.tensorboard and trainer.rank == 0 else None
 
     def _table(self, file: Path) -> Path:
         """metrics.csv without the lines that the resumed run will write again."""
