@@ -50,7 +50,7 @@ def test_every_case_against_the_formulas_in_float64() -> None:
     rows = run_in_parts(
         "tests.fluxkernels.interpreted", TRITON_INTERPRET="0" if on_gpu else "1", FLUXKERNELS_AUTOTUNE="0"
     )
-    assert len(rows) > 90
+    assert len(rows) > 50
     wrong = {
         (row["case"], row["dtype"], op): error
         for row in rows
