@@ -26,14 +26,19 @@ OPTIONS = {"enable_fp_fusion": True}
 LAYOUTS = ((128, 1), (32, 4), (32, 8))
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for all others."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def accumulator(dtype: torch.dtype) -> Any:
-    """What a kernel computes in: float64 for float64, float32 for all others."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
+    """What a kernel computes in."""
+    return triton_type(wide(dtype))
 
 
 def triton_type(dtype: torch.dtype) -> Any:
     """The type of that name in Triton's language."""
-    return {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}.get(dtype, tl.float64)
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 @cache
@@ -75,19 +80,19 @@ def launch_streaming(
     points: Tensor,
     queries: int,
     centres: int,
-    numbers: int | None = None,
+    numbers: int,
     more: tuple[int, ...] = (),
     **constants: Any,
 ) -> None:
     """Launch a kernel of streaming/ for `queries` of each group of `points` `[groups, ..., D]`.
 
     Args:
-        numbers: what it keeps for every row of its tiles, D unless given.
+        numbers: what it keeps for every row of its tiles.
         more: further axes of the grid.
         constants: its own compile-time arguments.
     """
     groups, D = points.shape[0], points.shape[-1]
-    fixed = {"D": D, "ACC": accumulator(points.dtype), "ROWS": rows(numbers or D, points.dtype), **OPTIONS, **constants}
+    fixed = {"D": D, "ACC": accumulator(points.dtype), "ROWS": rows(numbers, points.dtype), **OPTIONS, **constants}
 
     def run(layout: tuple[int, int]) -> None:
         columns, lanes = layout

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)  # powers of two are what the hardware computes
+
 
 @triton.jit
 def one_minus_exp(h):
@@ -19,3 +21,17 @@ def rounded(value, TYPE: tl.constexpr):
     else:
         result = value.to(tl.float32).to(TYPE)
     return result
+
+
+@triton.jit
+def step_sizes(variance, tau, steps):
+    """(1-e^{-h}, σ√(1-e^{-2h})) with h = τ/steps: the coefficients of an exponential Langevin step."""
+    h = tau / steps
+    return one_minus_exp(h), tl.sqrt(variance * one_minus_exp(2 * h))
+
+
+@triton.jit
+def normalised_log_density(total, least, variance, M, D):
+    """log p̂ of the total of M weights relative to that of the least distance."""
+    count = tl.zeros([], total.dtype) + M
+    return tl.log(total) - tl.log(count) - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -31,7 +33,7 @@ def shared_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return key
 
 
-def average_gradients(parameters: list[torch.nn.Parameter]) -> None:
+def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Make every gradient the mean over processes, in one message; a parameter without one counts as zero."""
     _, size = rank_and_size()
     wanted = [p for p in parameters if p.requires_grad]

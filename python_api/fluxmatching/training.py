@@ -18,18 +18,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
 
 from fluxmatching.processes import average_gradients, rank_and_size
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 LAST, PREVIOUS = "last.pt", "previous.pt"
+# Options that may differ between a checkpoint and the run that goes on from it: how long and how visibly.
+FREE = ("iterations", "checkpoint_every", "log_every", "progress", "tensorboard")
 
 # loss(model, minibatch, seed) -> one number a sample, as `flux_matching_loss` returns them, or those and a dictionary
 # of what an error should say beside them, such as σ and τ. `seed` is an int64 tensor on the minibatch's device.
@@ -97,9 +101,6 @@ class TrainingOptions:
             if (got := getattr(self, name)) not in choices:
                 takes = ", ".join(map(repr, choices))
                 raise ValueError(f"TrainingOptions: {name} must be one of {takes}, got {got!r}")
-
-    # What may differ between a checkpoint and the run that goes on from it: how long and how visibly.
-    FREE = ("iterations", "checkpoint_every", "log_every", "progress", "tensorboard")
 
 
 class Trainer:
@@ -189,9 +190,9 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
             if self.processes > 1:
-                average_gradients(list(self.model.parameters()))
-            parameters = [p for p in self.model.parameters() if p.grad is not None]
-            norm = nn.utils.clip_grad_norm_(parameters, float("inf") if options.clip is None else options.clip)
+                average_gradients(self.model.parameters())
+            most = float("inf") if options.clip is None else options.clip
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
             finite = torch.stack([value.detach(), norm]).isfinite()
             if not finite.all():
                 found = {"loss": value, "norm of the gradient": norm, **details}
@@ -251,7 +252,7 @@ class Trainer:
         changed = [
             f"{field.name} {saved.get(field.name)!r} there, {getattr(self.options, field.name)!r} here"
             for field in fields(self.options)
-            if field.name not in TrainingOptions.FREE and saved.get(field.name) != getattr(self.options, field.name)
+            if field.name not in FREE and saved.get(field.name) != getattr(self.options, field.name)
         ]
         if changed:
             raise ValueError(f"Trainer: {file} is of a run with other options: {'; '.join(changed)}")
@@ -269,19 +270,23 @@ class Trainer:
         """Samples of this iteration: a slice of a permutation that each pass over the data has of its own."""
         size = self.options.batch_size * self.processes
         batches = len(self.data) // size
-        generator = torch.Generator().manual_seed(self.options.seed * 1_000_003 + self.iteration // batches)
         first = self.iteration % batches * size
-        joint = torch.randperm(len(self.data), generator=generator)[first : first + size]
+        order = _order(len(self.data), self.options.seed * 1_000_003 + self.iteration // batches)
+        joint = order[first : first + size]
         chosen = joint.tensor_split(self.processes)[self.rank]
         return self.data[chosen.to(self.data.device)].to(self.device, non_blocking=True)
+
+
+@lru_cache(maxsize=1)
+def _order(samples: int, seed: int) -> Tensor:
+    """Permutation of the samples, made once for all minibatches of a pass."""
+    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
 
 
 class _Log:
     """Progress bar, metrics.csv and TensorBoard of a run."""
 
     def __init__(self, trainer: Trainer) -> None:
-        from tqdm import tqdm
-
         self.trainer, options = trainer, trainer.options
         hidden = not options.progress or trainer.rank > 0
         self.bar = tqdm(

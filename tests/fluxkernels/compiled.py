@@ -43,8 +43,6 @@ def kind_of(name: str, kernel: Any, element: str) -> str:
     in_gram = kernel in gram.KERNELS
     if name == "seed":
         return "*i64"
-    if name == "log_count":
-        return "fp32"
     if name in WIDE or (name == "g_sigma2" and not in_gram):
         return "*fp64" if element == "fp64" else "*fp32"
     if in_gram and (name in DOUBLE or (kernel is gram.gather_kernel and name == "out")):
@@ -85,13 +83,7 @@ def cases(kernel: Any, element: str) -> Iterator[tuple[dict[str, Any], Constants
         elif kernel in streaming.KERNELS:
             # Variants differ where a point has few coordinates too; with many, registers run short.
             for D in (2, 7, 16) if element == "fp32" and variant == last else (2,):
-                numbers = {
-                    "kde_backward_queries_kernel": max(8, 2 * D),
-                    "kde_backward_refs_kernel": 3 * D + 4,
-                    "langevin_kernel": 2 * D,
-                    "residual_kernel": max(8, 2 * D),
-                    "transition_average_kernel": D + variant.get("WIDTH", 0) + 2,
-                }.get(kernel.__name__, D)
+                numbers = streaming.kept(kernel, D, variant.get("WIDTH", 0))
                 fixed = {"D": D, "ACC": accumulator(dtype), "ROWS": rows(numbers, dtype), **OPTIONS, **variant}
                 for columns, lanes in LAYOUTS[::2] if D == 16 else LAYOUTS[:2]:
                     yield {}, {**fixed, "COLUMNS": columns, "LANES": lanes, "num_warps": columns * lanes // 32}
@@ -139,9 +131,7 @@ def resources(compiled: Any, capability: int) -> dict[str, Any]:
 
 
 def compile_kernel(kernel: Any, element: str, constants: Constants, capability: int) -> dict[str, Any]:
-    options = {
-        name: value for name, value in constants.items() if name in ("num_warps", "num_stages", "enable_fp_fusion")
-    }
+    options = {name: value for name, value in constants.items() if name in ("num_warps", "enable_fp_fusion")}
     constants = {name: value for name, value in constants.items() if name not in options}
     signature = {
         name: "constexpr" if name in constants else kind_of(name, kernel, element) for name in kernel.arg_names

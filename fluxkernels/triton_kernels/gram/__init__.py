@@ -13,7 +13,7 @@ from torch import Tensor
 from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
 from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
 from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
-from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, multiprocessors, on_device_of, triton_type
+from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, multiprocessors, on_device_of, triton_type, wide
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal
 
 # Pairs in a matrix: 64 MiB in float64.
@@ -30,7 +30,7 @@ ROW = {"BLOCK": 1024, "num_warps": 4, **OPTIONS}
 
 def _wide(*tensors: Tensor) -> list[Tensor]:
     """In float32 at least: products of converted half-precision numbers do not compile with every Triton."""
-    return [t if t.dtype == torch.float64 else t.float() for t in tensors]
+    return [t.to(wide(t.dtype)) for t in tensors]
 
 
 def _tile(count: int, most: int = 64) -> int:
@@ -272,7 +272,7 @@ def _chain_by_steps(
     """(m(x0) - x0, x_τ), by one kernel density estimate a step: for more centres than Gram space is good for."""
     if noise is None:
         assert seed is not None
-        noise = normal(seed, (steps, *x0.shape), CHAIN.value, _wide(x0)[0].dtype)
+        noise = normal(seed, (steps, *x0.shape), CHAIN.value, wide(x0.dtype))
     variance = sigma2.unsqueeze(-1).expand(x0.shape[:2])
     h = (tau.double() / steps).view(-1, 1, 1)
     pull, spread = -torch.expm1(-h), (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
@@ -302,7 +302,7 @@ def flux_pass(
             return _chain_in_gram_space(x, refs, sigma2, tau, steps, noise, seed, True)
         if noise is None:
             assert seed is not None
-            start, rest = normal(seed, (1, *x.shape), START.value, _wide(x)[0].dtype)[0], None
+            start, rest = normal(seed, (1, *x.shape), START.value, wide(x.dtype))[0], None
         else:
             start, rest = noise[0], noise[1:]
         x0 = (x.double() + sigma2.view(-1, 1, 1).double().sqrt() * start).to(x.dtype)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.scalars import one_minus_exp, rounded
+from fluxkernels.triton_kernels.scalars import normalised_log_density, one_minus_exp, rounded
 
 # Part of |x|² + |r|² below which a distance made from them is taken anew, as the sum of squared differences.
 CANCELLED = tl.constexpr(1e-6)
@@ -82,11 +82,7 @@ def weights_kernel(
         a = tl.load(distances + row * M + j, mask=j < M, other=float("inf"))
         tl.store(weights + row * M + j, tl.exp(0.5 * (least - a) / variance) / total, mask=j < M)
     if KDE:
-        log_p = (
-            tl.log(total)
-            - tl.log(tl.zeros([], tl.float64) + M)
-            - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))
-        )
+        log_p = normalised_log_density(total, least, variance, M, D)
         tl.store(log_density + row, rounded(log_p, log_density.dtype.element_ty))
 
 

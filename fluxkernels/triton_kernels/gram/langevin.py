@@ -8,9 +8,9 @@ product [x0; ξ_0; ξ_1; ...; R] Rᵀ, all steps on matrices of the size of L, a
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.gram.products import load_tile
+from fluxkernels.triton_kernels.gram.products import load_centred, load_origin, load_tile, place
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal_tile
-from fluxkernels.triton_kernels.scalars import one_minus_exp, rounded
+from fluxkernels.triton_kernels.scalars import rounded, step_sizes
 
 
 @triton.jit
@@ -59,7 +59,7 @@ def stack_kernel(
     for start in range(split * span, tl.minimum((split + 1) * span, D), DEPTH):
         d = start + tl.arange(0, DEPTH)
         known = d < D
-        origin = tl.load(refs + d.to(tl.int64) * r_d, mask=known, other=0.0).to(tl.float64)[None, :]
+        origin = load_origin(refs, d, r_d, D)
         inside, inside_j = (rows < count)[:, None] & known[None, :], (j < M)[:, None] & known[None, :]
         if block == 0:
             left = load_tile(x, rows, x_n, d, x_d, inside)
@@ -75,8 +75,8 @@ def stack_kernel(
                 SEEDED, WHOLE, ACC,
             )  # fmt: skip
         else:
-            left = load_tile(refs, rows, r_m, d, r_d, inside) - origin
-        right = tl.where(inside_j, load_tile(refs, j, r_m, d, r_d, inside_j) - origin, 0.0)
+            left = load_centred(refs, rows, r_m, d, r_d, inside, origin)
+        right = load_centred(refs, j, r_m, d, r_d, inside_j, origin)
         total = tl.dot(tl.where(inside, left, 0.0), tl.trans(right), total, out_dtype=tl.float64)
     height = tl.zeros([], tl.int64) + (1 + noises) * N + M
     products += (b * splits + split) * height * M
@@ -106,8 +106,7 @@ def chain_kernel(
     of_noise = (tl.zeros([], tl.int64) + N) * M
     gram = products + (1 + noises) * of_noise
     variance = tl.load(sigma2 + b * s_b).to(tl.float64)
-    h = tl.load(tau + b * a_b).to(tl.float64) / steps
-    pull, spread = one_minus_exp(h), tl.sqrt(variance * one_minus_exp(2 * h))
+    pull, spread = step_sizes(variance, tl.load(tau + b * a_b).to(tl.float64), steps)
     row = (b * N + n) * M
     for k in range(steps + PASS):
         top = tl.full([ROWS], float("-inf"), tl.float64)
@@ -167,19 +166,14 @@ def rebuild_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """x_τ from x0, the combination of the centres and the noise; where PASS, x0 and m - x at both ends too."""
-    program = tl.program_id(0)
-    tiles_n, tiles_d = tl.cdiv(N, ROWS), tl.cdiv(D, COLUMNS)
-    n = (program % tiles_n) * ROWS + tl.arange(0, ROWS)
-    d = (program // tiles_n % tiles_d) * COLUMNS + tl.arange(0, COLUMNS)
-    b = (program // (tiles_n * tiles_d)).to(tl.int64)
+    b, n, d = place(N, D, ROWS, COLUMNS)
     refs += b * r_b
     noise += b * noise_b
     inside = (n < N)[:, None] & (d < D)[None, :]
     at = (b * N + n)[:, None] * D + d[None, :]
-    origin = tl.load(refs + d.to(tl.int64) * r_d, mask=d < D, other=0.0).to(tl.float64)[None, :]
+    origin = load_origin(refs, d, r_d, D)
     variance = tl.load(sigma2 + b * s_b).to(tl.float64)
-    h = tl.load(tau + b * a_b).to(tl.float64) / steps
-    pull, spread = one_minus_exp(h), tl.sqrt(variance * one_minus_exp(2 * h))
+    pull, spread = step_sizes(variance, tl.load(tau + b * a_b).to(tl.float64), steps)
 
     start_mean = tl.zeros([ROWS, COLUMNS], tl.float64)
     drift = tl.zeros([ROWS, COLUMNS], tl.float64)
@@ -187,7 +181,7 @@ def rebuild_kernel(
     for start in range(0, M, DEPTH):
         j = start + tl.arange(0, DEPTH)
         known = (j < M)[:, None] & (d < D)[None, :]
-        right = tl.where(known, load_tile(refs, j, r_m, d, r_d, known) - origin, 0.0)
+        right = load_centred(refs, j, r_m, d, r_d, known, origin)
         pairs = (n < N)[:, None] & (j < M)[None, :]
         drift = tl.dot(load_tile(coefficients + b * N * M, n, M, j, 1, pairs), right, drift, out_dtype=tl.float64)
         if PASS:

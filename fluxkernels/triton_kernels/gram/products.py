@@ -18,6 +18,28 @@ def load_tile(pointer, rows, stride_n, columns, stride_d, mask):
 
 
 @triton.jit
+def load_origin(refs, columns, stride_d, D):
+    """Coordinates of the first centre of a group, `[1, columns]`."""
+    return tl.load(refs + columns.to(tl.int64) * stride_d, mask=columns < D, other=0.0).to(tl.float64)[None, :]
+
+
+@triton.jit
+def load_centred(pointer, rows, stride_n, columns, stride_d, mask, origin):
+    """The same as `load_tile`, counted from the origin, and zero where nothing is."""
+    return tl.where(mask, load_tile(pointer, rows, stride_n, columns, stride_d, mask) - origin, 0.0)
+
+
+@triton.jit
+def place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(group, rows, columns) of this program, where groups have a matrix of so many rows and columns each."""
+    program = tl.program_id(0)
+    tiles_r, tiles_c = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    row = (program % tiles_r) * ROWS + tl.arange(0, ROWS)
+    column = (program // tiles_r % tiles_c) * COLUMNS + tl.arange(0, COLUMNS)
+    return (program // (tiles_r * tiles_c)).to(tl.int64), row, column
+
+
+@triton.jit
 def products_kernel(
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, move, m_b, m_m, m_d, tau, a_b,
     products,
@@ -47,7 +69,7 @@ def products_kernel(
     for start in range(split * span, tl.minimum((split + 1) * span, D), DEPTH):
         d = start + tl.arange(0, DEPTH)
         known = d < D
-        origin = tl.load(refs + d.to(tl.int64) * r_d, mask=known, other=0.0).to(tl.float64)[None, :]
+        origin = load_origin(refs, d, r_d, D)
         inside_n, inside_j = (n < N)[:, None] & known[None, :], (j < M)[:, None] & known[None, :]
         query = load_tile(x, n, x_n, d, x_d, inside_n)
         centre = load_tile(refs, j, r_m, d, r_d, inside_j)
@@ -79,21 +101,15 @@ def combine_kernel(
 
     Where KDE, the coefficients are weights, and the results m - x and m.
     """
-    program = tl.program_id(0)
-    tiles_n, tiles_d = tl.cdiv(N, ROWS), tl.cdiv(D, COLUMNS)
-    n = (program % tiles_n) * ROWS + tl.arange(0, ROWS)
-    d = (program // tiles_n % tiles_d) * COLUMNS + tl.arange(0, COLUMNS)
-    b = (program // (tiles_n * tiles_d)).to(tl.int64)
+    b, n, d = place(N, D, ROWS, COLUMNS)
     refs += b * r_b
-    origin = tl.load(refs + d.to(tl.int64) * r_d, mask=d < D, other=0.0).to(tl.float64)[None, :]
+    origin = load_origin(refs, d, r_d, D)
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
     for start in range(0, M, DEPTH):
         j = start + tl.arange(0, DEPTH)
         c = load_tile(coefficients + b * N * M, n, M, j, 1, (n < N)[:, None] & (j < M)[None, :])
         inside = (j < M)[:, None] & (d < D)[None, :]
-        total = tl.dot(
-            c, tl.where(inside, load_tile(refs, j, r_m, d, r_d, inside) - origin, 0.0), total, out_dtype=tl.float64
-        )
+        total = tl.dot(c, load_centred(refs, j, r_m, d, r_d, inside, origin), total, out_dtype=tl.float64)
     inside = (n < N)[:, None] & (d < D)[None, :]
     row = b * N + n
     at = row[:, None] * D + d[None, :]
@@ -116,13 +132,9 @@ def gather_kernel(
     BOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Σ_n w_nj values_n for every centre j, added to `out` (float64); where BOTH, with Σ_n c_nj (x_n - r_j)."""
-    program = tl.program_id(0)
-    tiles_m, tiles_v = tl.cdiv(M, ROWS), tl.cdiv(V, COLUMNS)
-    j = (program % tiles_m) * ROWS + tl.arange(0, ROWS)
-    d = (program // tiles_m % tiles_v) * COLUMNS + tl.arange(0, COLUMNS)
-    b = (program // (tiles_m * tiles_v)).to(tl.int64)
+    b, j, d = place(M, V, ROWS, COLUMNS)
     if BOTH:
-        origin = tl.load(refs + b * r_b + d.to(tl.int64) * r_d, mask=d < V, other=0.0).to(tl.float64)[None, :]
+        origin = load_origin(refs + b * r_b, d, r_d, V)
     total = tl.zeros([ROWS, COLUMNS], tl.float64)
     of_centre = tl.zeros([ROWS], tl.float64)
     for start in range(0, N, DEPTH):
@@ -133,7 +145,7 @@ def gather_kernel(
         total = tl.dot(w, load_tile(values + b * v_b, n, v_n, d, v_d, known), total, out_dtype=tl.float64)
         if BOTH:
             c = load_tile(coefficients + b * N * M, j, 1, n, M, inside)
-            point = tl.where(known, load_tile(x + b * x_b, n, x_n, d, x_d, known) - origin, 0.0)
+            point = load_centred(x + b * x_b, n, x_n, d, x_d, known, origin)
             total = tl.dot(c, point, total, out_dtype=tl.float64)
             of_centre += tl.sum(c, 1)
     inside = (j < M)[:, None] & (d < V)[None, :]

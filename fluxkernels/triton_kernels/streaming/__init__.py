@@ -4,11 +4,12 @@ They compute in float32, for float64 in float64.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fluxkernels.triton_kernels.launch import launch_streaming, on_device_of
+from fluxkernels.triton_kernels.launch import launch_streaming, on_device_of, wide
 from fluxkernels.triton_kernels.streaming.kde import (
     kde_backward_queries_kernel,
     kde_backward_refs_kernel,
@@ -22,8 +23,31 @@ from fluxkernels.triton_kernels.streaming.transition import transition_average_k
 MOST_VALUES = 8
 
 
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+def kept(kernel: Any, D: int, width: int = 0) -> int:
+    """Numbers that a kernel keeps for every row of its tiles, where it takes `width` columns of values at once."""
+    return {
+        "kde_kernel": D,
+        "kde_backward_queries_kernel": max(8, 2 * D),
+        "kde_backward_refs_kernel": 3 * D + 4,
+        "residual_kernel": max(8, 2 * D),
+        "langevin_kernel": 2 * D,
+        "transition_ends_kernel": D,
+        "transition_average_kernel": D + width + 2,
+    }[kernel.__name__]
+
+
+def _launch(
+    kernel: Any,
+    arguments: Sequence[Any],
+    points: Tensor,
+    queries: int,
+    centres: int,
+    more: tuple[int, ...] = (),
+    **constants: Any,
+) -> None:
+    """`launch_streaming` with what the kernel keeps."""
+    numbers = kept(kernel, points.shape[-1], constants.get("WIDTH", 0))
+    launch_streaming(kernel, arguments, points, queries, centres, numbers, more, **constants)
 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -31,7 +55,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
     inputs = [part for t in (z, refs, sigma2) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(kde_kernel, [*inputs, shift, mean, log_density, N, M], z, N, M)
+        _launch(kde_kernel, [*inputs, shift, mean, log_density, N, M], z, N, M)
     return shift, mean, log_density
 
 
@@ -40,22 +64,20 @@ def kde_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, D), M = z.shape, refs.shape[1]
     g_z, g_refs, g_sigma2 = z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
-    statistics = torch.empty((B, N, 2 + D), dtype=_wide(z), device=z.device)
+    statistics = torch.empty((B, N, 2 + D), dtype=wide(z.dtype), device=z.device)
     inputs = [part for t in (z, refs, sigma2, g_shift, g_mean, g_log_density) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(
-            kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, statistics, N, M], z, N, M, max(8, 2 * D)
-        )
-        launch_streaming(kde_backward_refs_kernel, [*inputs, statistics, g_refs, N, M], z, M, N, 3 * D + 4)
+        _launch(kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, statistics, N, M], z, N, M)
+        _launch(kde_backward_refs_kernel, [*inputs, statistics, g_refs, N, M], z, M, N)
     return g_z, g_refs, g_sigma2
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
-    (_, N, D), M = z.shape, refs.shape[1]
+    N, M = z.shape[1], refs.shape[1]
     gradient = z.new_empty(z.shape)
     inputs = [part for t in (z, field, refs, sigma2) for part in (t, *t.stride())]
     with on_device_of(z):
-        launch_streaming(residual_kernel, [*inputs, gradient, N, M], z, N, M, max(8, 2 * D))
+        _launch(residual_kernel, [*inputs, gradient, N, M], z, N, M)
     return gradient
 
 
@@ -75,11 +97,8 @@ def _langevin(
     # What is absent is never read; any tensor stands for it.
     random = [x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride()))]
     with on_device_of(x):
-        launch_streaming(
-            *(langevin_kernel, [*inputs, *random, *results, N, M, steps], x, N, M, 2 * x.shape[-1]),
-            PASS=whole_pass,
-            SEEDED=noise is None,
-        )
+        arguments = [*inputs, *random, *results, N, M, steps]
+        _launch(langevin_kernel, arguments, x, N, M, PASS=whole_pass, SEEDED=noise is None)
 
 
 def langevin_chain(
@@ -104,7 +123,7 @@ def _ends(
     N, E = x0.shape[1], xt.shape[1]
     inputs = [part for t in (x0, shift0, xt, sigma2, tau) for part in (t, *t.stride())]
     results = [statistics, statistics if weights is None else weights]
-    launch_streaming(transition_ends_kernel, [*inputs, *results, N, E], x0, E, N, WEIGHTS=weights is not None)
+    _launch(transition_ends_kernel, [*inputs, *results, N, E], x0, E, N, WEIGHTS=weights is not None)
 
 
 def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
@@ -115,18 +134,15 @@ def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, t
 
 
 def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
-    (B, N, D), (E, V) = x0.shape, values.shape[1:]
+    (B, N, _), (E, V) = x0.shape, values.shape[1:]
     average = values.new_empty((B, N, V))
-    statistics = torch.empty((B, 2, E), dtype=_wide(x0), device=x0.device)
+    statistics = torch.empty((B, 2, E), dtype=wide(x0.dtype), device=x0.device)
     inputs = [part for t in (x0, shift0, xt, values, sigma2, tau) for part in (t, *t.stride())]
     width = min(V, MOST_VALUES)
     with on_device_of(x0):
         _ends(x0, shift0, xt, sigma2, tau, statistics, None)
-        launch_streaming(
-            *(transition_average_kernel, [*inputs, statistics, average, N, E, V], x0, N, E, D + width + 2),
-            more=(-(-V // width),),
-            WIDTH=width,
-        )
+        arguments = [*inputs, statistics, average, N, E, V]
+        _launch(transition_average_kernel, arguments, x0, N, E, more=(-(-V // width),), WIDTH=width)
     return average
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, normalised_log_density
 from fluxkernels.triton_kernels.streaming.tiles import (
     differences,
     load_points,
@@ -25,7 +26,7 @@ def kde_kernel(
     b, n, inside, lane = place(N, COLUMNS, LANES)
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
-    scale = 0.7213475204444817 / variance  # log₂e/2σ²
+    scale = HALF_LOG2_E / variance
     least, total, step = sweep(
         x, lane, scale, refs + b * r_b, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
     )
@@ -36,11 +37,7 @@ def kde_kernel(
     for d in tl.static_range(D):
         centre = centre + (x[d] + step[d],)
     store_points(mean, at, 1, centre, inside, D)
-    log_p = (
-        tl.log(total)
-        - tl.log(tl.zeros([], ACC) + M)
-        - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))
-    )
+    log_p = normalised_log_density(total, least, variance, M, D)
     tl.store(log_density + b * N + n, log_p.to(log_density.dtype.element_ty), mask=inside)
 
 
@@ -66,7 +63,7 @@ def kde_backward_queries_kernel(
     b, n, inside, lane = place(N, COLUMNS, LANES)
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
-    scale = 0.7213475204444817 / variance
+    scale = HALF_LOG2_E / variance
     base = refs + b * r_b
     least, total, step = sweep(x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False)
     at = (b * N + n) * (2 + D)
@@ -138,7 +135,7 @@ def kde_backward_refs_kernel(
             a += difference * difference
             e = e + (difference,)
             v = v + (of_shift[d] + of_mean[d],)
-        w = tl.where(row, tl.exp2((least - a) * (0.7213475204444817 / variance)) / total, 0.0)
+        w = tl.where(row, tl.exp2((least - a) * (HALF_LOG2_E / variance)) / total, 0.0)
         c = logit_cotangent(e, w, step, v, g, D) / variance
         summed = ()
         for d in tl.static_range(D):

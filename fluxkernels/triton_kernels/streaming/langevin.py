@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal_rows
-from fluxkernels.triton_kernels.scalars import one_minus_exp
+from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, step_sizes
 from fluxkernels.triton_kernels.streaming.tiles import load_points, place, store_points, sweep
 
 
@@ -25,9 +25,8 @@ def langevin_kernel(
     written = inside & (lane == 0)
     row = b * N + n
     variance = tl.load(sigma2 + b * s_b).to(ACC)
-    h = tl.load(tau + b * a_b).to(ACC) / steps
-    pull, spread = one_minus_exp(h), tl.sqrt(variance * one_minus_exp(2 * h))
-    scale = tl.zeros([COLUMNS * LANES], ACC) + 0.7213475204444817 / variance  # log₂e/2σ²
+    pull, spread = step_sizes(variance, tl.load(tau + b * a_b).to(ACC), steps)
+    scale = tl.zeros([COLUMNS * LANES], ACC) + HALF_LOG2_E / variance
     base = refs + b * r_b
     noise_at = noise + b * noise_b
     if SEEDED:

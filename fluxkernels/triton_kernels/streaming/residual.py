@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from fluxkernels.triton_kernels.scalars import HALF_LOG2_E
 from fluxkernels.triton_kernels.streaming.tiles import (
     differences,
     load_points,
@@ -27,7 +28,7 @@ def residual_kernel(
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     f = load_points(field + b * f_b, n * f_n, f_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
-    scale = 0.7213475204444817 / variance  # log₂e/2σ²
+    scale = HALF_LOG2_E / variance
     base = refs + b * r_b
     least, total, step = sweep(x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False)
     moment = ()

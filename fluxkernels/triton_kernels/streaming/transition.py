@@ -6,7 +6,7 @@ Centres are the means μ_i = x0_i + (1-e^{-τ})(m(x0_i) - x0_i), queries the end
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.scalars import one_minus_exp
+from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, one_minus_exp
 from fluxkernels.triton_kernels.streaming.tiles import differences, load_points, over_lanes, place, sweep, tile_rows
 
 
@@ -18,7 +18,7 @@ def pull_and_scale(sigma2, tau, ACC: tl.constexpr):
     t = tl.load(tau).to(ACC)
     # Not below what has a finite inverse.
     v = tl.maximum(tl.load(sigma2).to(ACC) * tl.maximum(one_minus_exp(2 * t), EPSILON * EPSILON), 1e-37)
-    return one_minus_exp(t), 0.7213475204444817 / v
+    return one_minus_exp(t), HALF_LOG2_E / v
 
 
 @triton.jit
