@@ -126,7 +126,7 @@ class Trainer:
         iteration: how many are done.
 
     Raises:
-        ValueError: fewer samples than a minibatch, or a checkpoint of a run with other options.
+        ValueError: nothing to train, fewer samples than a minibatch, or a checkpoint of a run with other options.
         TrainingError: the loss or its gradient is not finite, or no checkpoint can be read. The last good checkpoint
             stays.
     """
@@ -140,6 +140,8 @@ class Trainer:
         *,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(f"Trainer: model must have parameters that need a gradient, got {type(model).__name__}")
         self.rank, self.processes = rank_and_size()
         if len(data) < options.batch_size * self.processes:
             raise ValueError(

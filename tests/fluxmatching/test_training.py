@@ -236,3 +236,9 @@ def test_bad_options(name: str, value: Any) -> None:
 def test_fewer_samples_than_a_minibatch() -> None:
     with pytest.raises(ValueError, match="batch_size must be at most the 70 samples, got 71"):
         Trainer(model(), loss, data(), replace(OPTIONS, batch_size=71))
+
+
+def test_a_model_with_nothing_to_train() -> None:
+    for nothing in (nn.Tanh(), model().requires_grad_(False)):
+        with pytest.raises(ValueError, match="model must have parameters that need a gradient, got"):
+            Trainer(nothing, loss, data(), OPTIONS)
