@@ -6,7 +6,7 @@ hence a directional derivative of one vector-Jacobian product. Four ways to take
 - "reverse": twice reverse mode. Exact; needs a network that can be differentiated twice.
 - "forward": forward mode over reverse mode (`torch.func`). Exact; needs forward-mode rules for every op.
 - "central": central difference of two ordinary backward passes. Needs first derivatives only. Both sides see the same
-  dropout mask, except inside `torch.compile`. Autocast is off, for rounding to bfloat16 is not small beside the step.
+  dropout mask, except inside `torch.compile`. Its step grows as the network's precision falls; see `central_step`.
 - "closed_form": the field says it itself, by its method `endpoint_gradient`; see `ClosedForm`. Takes no derivative.
 """
 
@@ -19,15 +19,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fluxmatching.networks import is_compiled, parameters_at_rest
+from fluxmatching.networks import is_compiled, networks_of, parameters_at_rest
 
 Field = Callable[[Tensor], Tensor]
 # torch annotates these as if has_aux were always possible, with results of two or three.
 _jvp: Any = torch.func.jvp
 _vjp: Any = torch.func.vjp
 METHODS = ("reverse", "forward", "central", "closed_form")
-# Step of the central difference, in units of the points' root-mean-square spread √(σ² + σ_data²).
-RELATIVE_STEP = 0.003
+# Step of the central difference in units of `scale`, by precision of the network's products: large enough for the
+# difference to stand out of rounding, small enough for its bias; measured by bench/training/evidence.py.
+RELATIVE_STEPS = {"full": 0.003, "tf32": 0.01, "half": 0.03}
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ def endpoint_gradient(
     method: str,
     grouped: bool = False,
     chunk: int | None = None,
-    spread: Tensor | float = 1.0,
+    scale: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """∇(∇·f) + J_fᵀ s and f at the points z, both detached.
 
@@ -94,7 +95,7 @@ def endpoint_gradient(
         method: "reverse", "forward", "central" or "closed_form".
         grouped: `[N, G, D]` whose groups the field treats independently: the exact divergence then needs D passes.
         chunk: samples that go through the field at once; None for all.
-        spread: root-mean-square spread of the points, which scales the step of "central".
+        scale: length over which f bends, one number, the unit of the step of "central".
 
     Returns:
         (gradient, f), each shape of z.
@@ -115,7 +116,7 @@ def endpoint_gradient(
             gradient, value = _closed_form(field, z[rows].detach(), score[rows], part)
         else:
             probes = basis(z[rows], grouped) if part is None else iter((part,))
-            gradient, value = _differentiated(field, z[rows].detach(), score[rows], probes, method, spread)
+            gradient, value = _differentiated(field, z[rows].detach(), score[rows], probes, method, scale)
         gradients.append(gradient)
         values.append(value.detach())
     return torch.cat(gradients), torch.cat(values)
@@ -142,7 +143,7 @@ def _closed_form(field: Field, z: Tensor, score: Tensor, probe: Tensor | None) -
 
 
 def _differentiated(
-    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], method: str, spread: Tensor | float
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], method: str, scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise RuntimeError("the field's derivatives cannot be taken inside torch.inference_mode(); use torch.no_grad()")
@@ -150,7 +151,7 @@ def _differentiated(
     try:
         # A compiled graph keeps no more than it needs anyway.
         with nullcontext() if torch.compiler.is_compiling() else parameters_at_rest(field):
-            return way(field, z, score, probes, spread)
+            return way(field, z, score, probes, scale)
     except (RuntimeError, NotImplementedError) as error:
         if (explained := _explained(error, method)) is None:
             raise
@@ -177,7 +178,7 @@ def _or_zeros(gradient: Tensor | None, z: Tensor) -> Tensor:
 
 
 def _reverse(
-    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     # PyTorch's own error comes only while parameters need gradients; else it leaves second derivatives out in silence.
     if not torch.compiler.is_compiling() and is_compiled(field):
@@ -196,7 +197,7 @@ def _reverse(
 
 
 def _forward(
-    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     def pulled(z: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         f, pull = _vjp(lambda point: call_field(field, point), z)
@@ -210,13 +211,12 @@ def _forward(
 
 
 def _central(
-    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], spread: Tensor | float
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    step = RELATIVE_STEP * spread
+    step = central_step(field, z, scale)
 
     def pulled(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        # Rounding to bfloat16 is not small beside the step, so the field runs in the points' own dtype.
-        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        with torch.enable_grad():
             point = point.requires_grad_()
             f = call_field(field, point)
             if not f.requires_grad:
@@ -235,6 +235,18 @@ def _central(
         value, count = value + f_forward + f_backward, count + 2
         moving = torch.zeros_like(score)
     return gradient, value / count
+
+
+def central_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor | float:
+    """Step of the central difference: scale times the entry of `RELATIVE_STEPS` for the field's lowest precision."""
+    half = (torch.float16, torch.bfloat16)
+    if torch.is_autocast_enabled(z.device.type) or any(
+        parameter.dtype in half for network in networks_of(field) for parameter in network.parameters()
+    ):
+        return RELATIVE_STEPS["half"] * scale
+    # PyTorch convolves in tf32 on NVIDIA GPUs unless told otherwise.
+    products = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
+    return RELATIVE_STEPS["tf32" if z.device.type == "cuda" and "tf32" in products else "full"] * scale
 
 
 def _random_state(device: torch.device) -> Tensor | None:

@@ -152,7 +152,7 @@ def flux_target(
         method=endpoint,
         grouped=grouped,
         chunk=chunk,
-        spread=_spread(x, variance) if endpoint == "central" else 1.0,
+        scale=_scale(x, variance) if endpoint == "central" else 1.0,
     )
     with torch.no_grad():
         gradient = layout.to_points(bracket)
@@ -204,10 +204,14 @@ def _pathwise(x0: Tensor, gradient: Tensor, *problem: Tensor, **chain: Any) -> T
     return pulled
 
 
-def _spread(x: Tensor, variance: Tensor) -> Tensor:
-    """√(σ² + σ_data²), σ_data² the mean variance of a coordinate over the minibatch."""
+def _scale(x: Tensor, variance: Tensor) -> Tensor:
+    """Length over which a field at noise σ bends: √(σ² + σ_data²), the points' spread, but no more than 16 σ.
+
+    σ_data² is the mean variance of a coordinate over the minibatch. A field that has learned the data bends over a few
+    σ where σ is far below the spread; one step for all σ would be several σ long there.
+    """
     data = (x - x.mean(0, keepdim=True)).to(variance.dtype).square().mean()
-    return (variance.mean() + data).sqrt().to(x.dtype)
+    return torch.minimum((variance.mean() + data).sqrt(), 16 * variance.amin().sqrt()).to(x.dtype)
 
 
 def flux_matching_loss(

@@ -1,5 +1,6 @@
 """Flux Matching losses against closed forms, autograd in float64, and the paper's own statements."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -279,12 +280,24 @@ def test_autocast_field_in_half_precision(backend: str) -> None:
     assert torch.linalg.vector_norm(half - exact) < 0.2 * torch.linalg.vector_norm(exact)
 
 
-def test_central_difference_stays_out_of_autocast(backend: str) -> None:
-    """Rounded to bfloat16, two passes a small step apart differ by noise alone."""
+def test_central_difference_in_half_precision(backend: str) -> None:
+    """Its step is larger there: with that of float32 the rounding of two near passes would drown the difference."""
     field, x = smooth_field(2).float(), torch.randn(64, 2)
     exact = flux_target(field, x, 0.5, seed=1).target
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        central = flux_target(field, x, 0.5, seed=1, endpoint="central").target
+        autocast = flux_target(field, x, 0.5, seed=1, endpoint="central").target
+    halved = copy.deepcopy(field).bfloat16()
+    cast = flux_target(lambda z: halved(z.bfloat16()), x, 0.5, seed=1, endpoint="central").target
+    for central in (autocast, cast):
+        assert torch.linalg.vector_norm(central - exact) < 0.1 * torch.linalg.vector_norm(exact)
+
+
+@pytest.mark.parametrize("sigma", [0.002, 0.05, 1.0])
+def test_central_difference_follows_fields_that_bend_over_sigma(backend: str, sigma: float) -> None:
+    """Far below the data's spread a learned field bends over σ: here a sharp tanh on top of a Gaussian's score."""
+    x = torch.randn(64, 2, dtype=F64)
+    field = lambda z: (torch.tanh(z.flip(-1) / (4 * sigma)) - z) / (1 + sigma**2)  # noqa: E731
+    exact, central = (flux_target(field, x, sigma**2, seed=1, endpoint=e).target for e in ("reverse", "central"))
     assert torch.linalg.vector_norm(central - exact) < 1e-3 * torch.linalg.vector_norm(exact)
 
 
