@@ -289,16 +289,18 @@ def test_central_difference_in_half_precision(backend: str) -> None:
     halved = copy.deepcopy(field).bfloat16()
     cast = flux_target(lambda z: halved(z.bfloat16()), x, 0.5, seed=1, endpoint="central").target
     for central in (autocast, cast):
-        assert torch.linalg.vector_norm(central - exact) < 0.1 * torch.linalg.vector_norm(exact)
+        assert torch.linalg.vector_norm(central - exact) < 0.015 * torch.linalg.vector_norm(exact)
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.05, 1.0])
 def test_central_difference_follows_fields_that_bend_over_sigma(backend: str, sigma: float) -> None:
-    """Far below the data's spread a learned field bends over σ: here a sharp tanh on top of a Gaussian's score."""
+    """Far below the data's spread a learned field bends over σ: here a fine ripple on a Gaussian's score."""
     x = torch.randn(64, 2, dtype=F64)
-    field = lambda z: (torch.tanh(z.flip(-1) / (4 * sigma)) - z) / (1 + sigma**2)  # noqa: E731
-    exact, central = (flux_target(field, x, sigma**2, seed=1, endpoint=e).target for e in ("reverse", "central"))
-    assert torch.linalg.vector_norm(central - exact) < 1e-3 * torch.linalg.vector_norm(exact)
+    smooth = lambda z: -z / (1 + sigma**2)  # noqa: E731
+    rippled = lambda z: smooth(z) + torch.sin(z.flip(-1) / (2 * sigma))  # noqa: E731
+    exact, central = (flux_target(rippled, x, sigma**2, seed=1, endpoint=e).target for e in ("reverse", "central"))
+    of_the_ripple = exact - flux_target(smooth, x, sigma**2, seed=1).target
+    assert torch.linalg.vector_norm(central - exact) < 1e-3 * torch.linalg.vector_norm(of_the_ripple)
 
 
 def test_central_difference_is_free_of_units(backend: str) -> None:
