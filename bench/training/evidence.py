@@ -1,0 +1,197 @@
+"""Which way to differentiate a network at the end of a chain: error, variance of the loss's gradient, and time.
+
+python -m bench.training.evidence [--device cuda] [--problem mixture]     prints tables, and puts them into bench/results
+
+The same minibatches and random numbers for every way; time counts a step's two halves, target and backward pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.training.problems import PROBLEMS, Problem
+from bench.training.results import begin
+from fluxmatching import EDMField, TruncatedExponentialHorizon, endpoint
+from fluxmatching.losses import flux_target
+
+PRETRAINING = {"mixture": 1000, "springs": 300, "images": 100}
+MINIBATCHES = {"mixture": 300, "springs": 32, "images": 16}
+
+
+@dataclass(frozen=True)
+class Way:
+    """Options of a training step.
+
+    Attributes:
+        target: arguments of `flux_target`.
+        half: whether the network runs under autocast to bfloat16, in the target and in the loss.
+        step: of the central difference, relative to its scale; None for the library's.
+    """
+
+    name: str
+    target: dict[str, Any]
+    half_target: bool = False
+    half_loss: bool = False
+    step: float | None = None
+
+
+def central(**options: Any) -> dict[str, Any]:
+    return {"endpoint": "central", **options}
+
+
+EXACT = Way("reverse", {"endpoint": "reverse"})
+FLOAT32 = [
+    EXACT,
+    Way("forward", {"endpoint": "forward"}),
+    Way("**central**", central()),
+    Way("central, step × 10", central(), step=0.03),
+    Way("central, half of the ends", central(endpoint_share=0.5)),
+    Way("central, a quarter of the ends", central(endpoint_share=0.25)),
+    Way("central, τ from e^{-τ}", central(horizon=TruncatedExponentialHorizon())),
+    Way("the same, half of the ends", central(horizon=TruncatedExponentialHorizon(), endpoint_share=0.5)),
+]
+BFLOAT16 = [
+    Way("reverse", {"endpoint": "reverse"}, True, True),
+    Way("forward", {"endpoint": "forward"}, True, True),
+    Way("central in float32", central(), False, True),
+    Way("**central**", central(), True, True),
+    Way("central, step / 10", central(), True, True, step=0.003),
+    Way("central, step × 3", central(), True, True, step=0.1),
+]
+
+
+@dataclass
+class Sums:
+    """What is kept of the gradients of many minibatches."""
+
+    count: int = 0
+    total: Tensor | None = None
+    squares: float = 0.0
+    deviations: float = 0.0
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, gradient: Tensor, exact: Tensor, seconds: float) -> None:
+        gradient = gradient.double()
+        self.count += 1
+        self.total = gradient if self.total is None else self.total + gradient
+        self.squares += gradient.square().sum().item()
+        self.deviations += (gradient - exact.double()).square().sum().item()
+        self.seconds.append(seconds)
+
+    @property
+    def variance(self) -> float:
+        """Trace of the covariance."""
+        assert self.total is not None
+        return (self.squares - self.total.square().sum().item() / self.count) / (self.count - 1)
+
+
+def gradient(way: Way, network: EDMField, x: Tensor, sigma: float, seed: int) -> Tensor:
+    """Of the mean flux loss in the network's parameters, as one vector."""
+    level = torch.tensor(sigma, device=x.device)
+    at_level: Callable[[Tensor], Tensor] = lambda z: network(z, level)  # noqa: E731
+    # Fused attention has no double backward and no forward mode.
+    fused = way.target["endpoint"] == "central"
+    steps = dict.fromkeys(endpoint.RELATIVE_STEPS, way.step) if way.step else endpoint.RELATIVE_STEPS
+    with (
+        nullcontext() if fused else sdpa_kernel(SDPBackend.MATH),
+        mock.patch.object(endpoint, "RELATIVE_STEPS", steps),
+        torch.autocast(x.device.type, torch.bfloat16, enabled=way.half_target),
+    ):
+        target = flux_target(at_level, x, sigma**2, seed=seed, **way.target)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=way.half_loss):
+        loss = target.loss(at_level).flatten(1).sum(1).mean()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+def measure(problem: Problem, sigma: float, network: EDMField, data: Tensor, minibatches: int) -> dict[str, Any]:
+    """Sums by precision and way; a way that fails has the error's text instead."""
+    ways = [("float32", way) for way in FLOAT32] + [("bfloat16", way) for way in BFLOAT16]
+    sums: dict[tuple[str, str], Sums | str] = {(precision, way.name): Sums() for precision, way in ways}
+    for index in range(-1, minibatches):  # the first warms up
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(index + 1))
+        x = data[order[: problem.batch]]
+        exact = torch.empty(0)
+        for precision, way in ways:
+            kept = sums[precision, way.name]
+            if isinstance(kept, str):
+                continue
+            begun = time.perf_counter()
+            try:
+                found = gradient(way, network, x, sigma, seed=index + 1)
+            except (RuntimeError, NotImplementedError) as error:
+                sums[precision, way.name] = f"fails: {type(error).__name__}"
+                print(problem.name, precision, way.name, str(error)[:200])
+                continue
+            if x.is_cuda:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - begun
+            exact = found if way is EXACT else exact
+            if index >= 0:
+                kept.add(found, exact, seconds)
+    return {f"{precision}: {name}": kept for (precision, name), kept in sums.items()}
+
+
+def rows(problem: Problem, sigma: float, measured: dict[str, Any]) -> list[str]:
+    base = measured[f"float32: {EXACT.name}"]
+    lines = []
+    for name, sums in measured.items():
+        head = f"| {problem.name}, σ = {sigma} | {name} |"
+        if isinstance(sums, str):
+            lines.append(f"{head} {sums} | | | |")
+            continue
+        deviation = (sums.deviations / base.squares) ** 0.5
+        variance = sums.variance / base.variance
+        seconds = statistics.median(sums.seconds) / statistics.median(base.seconds)
+        # Other ends or other τ are other random numbers: no error, but variance.
+        same_numbers = "ends" not in name and "τ" not in name
+        lines.append(
+            f"{head} {f'{deviation:.0e}' if same_numbers else '–'} | {variance:.2f} | {seconds:.2f} | "
+            f"{variance * seconds:.2f} |"
+        )
+    return lines
+
+
+NOTES = """\
+*Error*: the gradient's distance to the one of `reverse` in float32, same numbers, root-mean-square over minibatches, over
+its norm. *Variance* (trace of the covariance over minibatches) and *time* of target, loss and backward pass over those of
+`reverse` in float32. Their product is what a given precision of the mean gradient costs: less is better. `reverse` and
+`forward` run with PyTorch's unfused attention, the only one that they can differentiate. Networks are trained by score
+matching beforehand. *Ends*: `endpoint_share`; *τ from e^{-τ}*: `TruncatedExponentialHorizon`. Bold: what
+`endpoint="central"` does at that precision.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--problem", choices=sorted(MINIBATCHES), help="one of them alone, printed and not kept")
+    parser.add_argument("--minibatches", type=int, help="of each problem, instead of 300, 32 and 16")
+    options = parser.parse_args()
+    chosen = [p for p in PROBLEMS if options.problem in (None, p.key)]
+    with begin("endpoint", options.device, keep=options.problem is None) as write:
+        write("# Ways to differentiate at the end of a chain\n")
+        write(NOTES)
+        write("| problem | way | error | variance | time | variance × time |\n|---|---|---|---|---|---|")
+        for problem in chosen:
+            network, data = problem.make(PRETRAINING[problem.key])
+            network, data = network.to(options.device), data.to(options.device)
+            for sigma in problem.sigmas:
+                count = options.minibatches or MINIBATCHES[problem.key]
+                write("\n".join(rows(problem, sigma, measure(problem, sigma, network, data, count))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Where the results of training steps go: bench/results/<date>-<what>-<device>.md, with the machine and the commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def machine(device: str) -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
+    )
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"{where}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, commit "
+        f"{described.stdout.strip() or 'unknown'}."
+    )
+
+
+@contextmanager
+def begin(what: str, device: str, *, keep: bool = True) -> Iterator[Callable[[str], None]]:
+    """A function that prints text, and at the end keeps all of it in place of the last results of that name."""
+    lines: list[str] = []
+
+    def write(text: str) -> None:
+        print(text, flush=True)
+        lines.append(text)
+
+    write(f"`python {' '.join(['-m', f'bench.training.{Path(sys.argv[0]).stem}', *sys.argv[1:]])}`, {machine(device)}\n")
+    yield write
+    if keep:
+        kind = "gpu" if device.startswith("cuda") else "cpu"
+        for old in RESULTS.glob(f"*-{what}-{kind}.md"):
+            old.unlink()
+        today = datetime.now(timezone.utc).date().isoformat()
+        (RESULTS / f"{today}-{what}-{kind}.md").write_text("\n".join(lines) + "\n")
