@@ -20,6 +20,7 @@ import triton
 
 from bench.gpu import rates
 from bench.gpu.cases import CASES, Case, contenders, errors
+from bench.training import cost
 
 ROOT = Path(__file__).parents[2]
 # Seconds that the calls of one measurement may take together.
@@ -162,7 +163,13 @@ def main() -> None:
         parser.error("no CUDA device was found: this check is for machines with an NVIDIA GPU")
 
     begun = time.perf_counter()
-    results: dict[str, Any] = {"machine": machine(options.commit), "tests": None, "rows": [], "left_out": []}
+    results: dict[str, Any] = {
+        "machine": machine(options.commit),
+        "tests": None,
+        "rows": [],
+        "training": [],
+        "left_out": [],
+    }
     print(json.dumps(results["machine"], indent=1), flush=True)
     if not options.skip_tests:
         results["tests"] = run_tests()
@@ -178,6 +185,13 @@ def main() -> None:
         else:
             results["rows"] += measure(case, results["rates"], deadline)
         file.write_text(json.dumps(results, indent=1) + "\n")  # after every case: what was measured is not lost
+    for setting in cost.GPU:
+        if time.perf_counter() > deadline:
+            results["left_out"].append(f"training: {setting.name}")
+            continue
+        results["training"] += cost.measure(setting, "cuda", repetitions=10)
+        print("\n".join(cost.table(results["training"][-len(setting.ways) :])), flush=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{file} after {time.perf_counter() - begun:.0f} s; left out: {results['left_out'] or 'none'}")
     if results["tests"] and not results["tests"]["passed"]:
         sys.exit("the GPU tests failed")

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.training import cost
+
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- GPU results: python -m bench.gpu.report --write -->", "<!-- end of GPU results -->"
 PEERS = ("eager", "torch.compile", "KeOps")
@@ -66,6 +68,10 @@ def table(results: dict[str, Any]) -> list[str]:
         ]
         cells += [f"{memory(ours)} / {memory(rows.get('eager'))}", f"{ours['error']:.0e}"]
         lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
+    if results.get("training"):
+        lines += ["", "A training step beside one of score matching:", "", *cost.HEAD.splitlines()]
+        for name in dict.fromkeys(row["setting"]["name"] for row in results["training"]):
+            lines += cost.table([row for row in results["training"] if row["setting"]["name"] == name])
     return lines
 
 

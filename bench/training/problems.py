@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.mixture import GaussianMixture, triangle_means
+from experiments.common.networks import Perceptron
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import EDMField, UNet, dsm_loss
@@ -16,22 +17,8 @@ from fluxmatching import EDMField, UNet, dsm_loss
 SAMPLES = 512
 
 
-class Perceptron(nn.Module):
-    """F(x, c_noise) of `EDMField` in the plane: three hidden layers."""
-
-    def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(3, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-            nn.Linear(width, 2),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        return self.layers(torch.cat([x, c_noise[:, None]], 1))
-
-
 def images(count: int, generator: torch.Generator, size: int = 32) -> Tensor:
-    """Colour images with the power spectrum of photographs, 1/frequency², and standard deviation 0.5, `[count, 3, size, size]`."""
+    """Noise with the power spectrum of photographs, 1/frequency², and deviation 0.5: `[count, 3, size, size]`."""
     frequency = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None])
     spectrum = torch.fft.rfft2(torch.randn(count, 3, size, size, generator=generator)) / (frequency + 1 / size)
     pictures = torch.fft.irfft2(spectrum, s=(size, size))

@@ -35,7 +35,9 @@ def begin(what: str, device: str, *, keep: bool = True) -> Iterator[Callable[[st
         print(text, flush=True)
         lines.append(text)
 
-    write(f"`python {' '.join(['-m', f'bench.training.{Path(sys.argv[0]).stem}', *sys.argv[1:]])}`, {machine(device)}\n")
+    write(
+        f"`python {' '.join(['-m', f'bench.training.{Path(sys.argv[0]).stem}', *sys.argv[1:]])}`, {machine(device)}\n"
+    )
     yield write
     if keep:
         kind = "gpu" if device.startswith("cuda") else "cpu"

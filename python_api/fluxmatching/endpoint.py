@@ -26,9 +26,10 @@ Field = Callable[[Tensor], Tensor]
 _jvp: Any = torch.func.jvp
 _vjp: Any = torch.func.vjp
 METHODS = ("reverse", "forward", "central", "closed_form")
-# Step of the central difference in units of `scale`, by precision of the network's products: large enough for the
-# difference to stand out of rounding, small enough for its bias; measured by bench/training/evidence.py.
-RELATIVE_STEPS = {"full": 0.003, "tf32": 0.01, "half": 0.03}
+# Steps of the central difference in units of `scale`: large enough for the difference to stand out of rounding, small
+# enough for its bias, which is the worse of the two: rounding averages out. Measured by bench/training/evidence.py.
+RELATIVE_STEP = 0.003
+RELATIVE_STEP_HALF = 0.01  # networks in bfloat16 or float16
 
 
 @runtime_checkable
@@ -238,15 +239,13 @@ def _central(
 
 
 def central_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor | float:
-    """Step of the central difference: scale times the entry of `RELATIVE_STEPS` for the field's lowest precision."""
-    half = (torch.float16, torch.bfloat16)
-    if torch.is_autocast_enabled(z.device.type) or any(
-        parameter.dtype in half for network in networks_of(field) for parameter in network.parameters()
-    ):
-        return RELATIVE_STEPS["half"] * scale
-    # PyTorch convolves in tf32 on NVIDIA GPUs unless told otherwise.
-    products = (torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
-    return RELATIVE_STEPS["tf32" if z.device.type == "cuda" and "tf32" in products else "full"] * scale
+    """Step of the central difference, by the precision that the field computes in."""
+    half = torch.is_autocast_enabled(z.device.type) or any(
+        parameter.dtype in (torch.float16, torch.bfloat16)
+        for network in networks_of(field)
+        for parameter in network.parameters()
+    )
+    return (RELATIVE_STEP_HALF if half else RELATIVE_STEP) * scale
 
 
 def _random_state(device: torch.device) -> Tensor | None:

@@ -69,7 +69,7 @@ def flux_target(
     horizon: Horizon | None = None,
     grouped: bool = False,
     estimator: str = "cross_chain",
-    endpoint: str = "reverse",
+    endpoint: str | None = None,
     divergence: str = "hutchinson",
     chunk: int | None = None,
     endpoint_share: float = 1.0,
@@ -81,8 +81,8 @@ def flux_target(
 ) -> FluxTarget:
     """The detached half of the Flux Matching loss: where the field is evaluated, and q̂ there.
 
-    Arguments and errors as in `flux_matching_loss`; `endpoint` is one of "reverse", "forward", "central", and
-    "closed_form" for a field that is a `fluxmatching.endpoint.ClosedForm`. For losses that need more than one number a
+    Arguments and errors as in `flux_matching_loss`; a field with `endpoint="closed_form"` is a
+    `fluxmatching.endpoint.ClosedForm`. For losses that need more than one number a
     sample, such as one for each group: `target.loss(field)` keeps the event's dimensions.
     """
     function = "flux_matching_loss"
@@ -94,6 +94,8 @@ def flux_target(
         )
     check_seed(function, seed)
     _one_of(function, "estimator", estimator, ESTIMATORS)
+    if endpoint is None:
+        endpoint = "reverse" if x.dtype == torch.float64 or divergence == "exact" else "central"
     _one_of(function, "endpoint", endpoint, METHODS)
     _one_of(function, "divergence", divergence, DIVERGENCES)
     if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
@@ -223,7 +225,7 @@ def flux_matching_loss(
     horizon: Horizon | None = None,
     grouped: bool = False,
     estimator: str = "cross_chain",
-    endpoint: str = "reverse",
+    endpoint: str | None = None,
     divergence: str = "hutchinson",
     chunk: int | None = None,
     endpoint_share: float = 1.0,
@@ -250,9 +252,11 @@ def flux_matching_loss(
         estimator: "cross_chain" averages over all chains of the minibatch (Eq. 9); "single_chain" takes each sample's
             own chain, differentiated pathwise (Sec. D.2).
         endpoint: how the field's second derivatives at x_τ are taken; see `fluxmatching.endpoint`. "reverse" and
-            "forward" are exact; "central" needs no double backward; "closed_form" asks the field, by its method
-            `endpoint_gradient(z, score, probe)`, for (∇(∇·f) + J_fᵀ s, f) if probe is None, as it is with the exact
-            divergence, and else for (∇(εᵀ J_f ε) + J_fᵀ s, f), ε the probe; all in the shape of z, `[n, *event]`.
+            "forward" are exact; "central" needs no double backward, and half the time or less; None takes it, but
+            "reverse" where exactness is asked for, by x in float64 or an exact divergence. "closed_form" asks the
+            field, by its method `endpoint_gradient(z, score, probe)`, for (∇(∇·f) + J_fᵀ s, f) if probe is None, as it
+            is with the exact divergence, and else for (∇(εᵀ J_f ε) + J_fᵀ s, f), ε the probe; all in the shape of z,
+            `[n, *event]`.
         divergence: "hutchinson" (one probe ε of random signs) or "exact" (one pass for each coordinate; grouped: for
             each coordinate of a group, which supposes that the field does not mix groups).
         chunk: samples that go through the endpoint's derivatives at once; None for all. Bounds the memory.
@@ -318,7 +322,7 @@ def noise_annealed_flux_loss(
     horizon: Horizon | None = None,
     refs: Tensor | None = None,
     estimator: str = "cross_chain",
-    endpoint: str = "reverse",
+    endpoint: str | None = None,
     divergence: str = "hutchinson",
     chunk: int | None = None,
     endpoint_share: float = 1.0,

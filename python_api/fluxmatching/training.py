@@ -20,7 +20,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,14 @@ FREE = ("iterations", "checkpoint_every", "log_every", "progress", "tensorboard"
 # loss(model, minibatch, seed) -> one number a sample, as `flux_matching_loss` returns them, or those and a dictionary
 # of what an error should say beside them, such as σ and τ. `seed` is an int64 tensor on the minibatch's device.
 Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
+
+
+class Samples(Protocol):
+    """Data that are no tensor: a number of samples, and those of given indices, `[n]` on the CPU."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor: ...
 
 
 class TrainingError(RuntimeError):
@@ -116,7 +124,7 @@ class Trainer:
         model: the field, or a module that holds it and all else that is learned.
         loss: loss(model, minibatch, seed) -> `[n]`, whose mean is minimised; or `[n]` and a dictionary of tensors, such
             as σ and τ, that the message says if the loss is not finite.
-        data: `[samples, *event]`, on the device of the model or on the CPU.
+        data: `[samples, *event]`, on the device of the model or on the CPU; or any `Samples`.
         options: of the run.
         folder: for `last.pt`, the checkpoint before it `previous.pt`, and `metrics.csv`; None keeps nothing.
 
@@ -135,7 +143,7 @@ class Trainer:
         self,
         model: nn.Module,
         loss: Loss,
-        data: Tensor,
+        data: Tensor | Samples,
         options: TrainingOptions,
         *,
         folder: str | os.PathLike[str] | None = None,
@@ -276,7 +284,7 @@ class Trainer:
         order = _order(len(self.data), self.options.seed * 1_000_003 + self.iteration // batches)
         joint = order[first : first + size]
         chosen = joint.tensor_split(self.processes)[self.rank]
-        return self.data[chosen.to(self.data.device)].to(self.device, non_blocking=True)
+        return self.data[chosen].to(self.device, non_blocking=True)
 
 
 @lru_cache(maxsize=1)

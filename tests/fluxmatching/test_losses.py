@@ -326,8 +326,21 @@ def test_chunk_bounds_what_the_field_sees(backend: str) -> None:
         sizes.append(len(z))
         return -z
 
-    flux_target(field, torch.randn(7, 2), 0.5, chunk=3)
+    flux_target(field, torch.randn(7, 2), 0.5, endpoint="reverse", chunk=3)
     assert sizes == [3, 3, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+def test_default_endpoint_is_exact_where_exactness_is_asked_for(dtype: torch.dtype, divergence: str) -> None:
+    field, x = smooth_field(2).to(dtype), torch.randn(16, 2, dtype=dtype)
+    found = {
+        endpoint: flux_target(field, x, 0.5, seed=1, divergence=divergence, endpoint=endpoint).target
+        for endpoint in ("reverse", "central", None)
+    }
+    exact = dtype == F64 or divergence == "exact"
+    assert torch.equal(found[None], found["reverse" if exact else "central"])
+    assert not torch.equal(found["reverse"], found["central"])
 
 
 def test_importance_weight_is_detached_from_a_learned_horizon(backend: str) -> None:

@@ -6,6 +6,7 @@ from itertools import combinations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fluxmatching import Draws, LossNormalizer, flux_matching_loss, flux_target, noise_annealed_flux_loss
 from fluxmatching.networks import networks_of, parameters_at_rest
@@ -99,6 +100,25 @@ def test_a_compiled_network_is_never_differentiated_twice(frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("endpoint", ["reverse", "central"])
+def test_activations_may_be_checkpointed(endpoint: str) -> None:
+    """Computed a second time in the backward pass, with the dropout masks of the first."""
+    net, x = mlp(nn.Dropout(0.5)), torch.randn(8, 2, dtype=F64)
+
+    def checkpointed(z: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(net[:-1], z, use_reentrant=False)
+        return net[-1](hidden)
+
+    losses, gradients = [], []
+    for field in (net, checkpointed):
+        torch.manual_seed(3)
+        loss = flux_matching_loss(field, x, 0.5, seed=1, endpoint=endpoint)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss.mean(), list(net.parameters())))
+    assert torch.equal(*losses)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("endpoint", ["reverse", "central"])
 def test_dropout_of_all_samples_differs_from_call_to_call(endpoint: str) -> None:
     net, x = mlp(nn.Dropout(0.5)), torch.randn(8, 2, dtype=F64)
     first, second = (flux_target(net, x, 0.5, seed=1, endpoint=endpoint).target for _ in range(2))
@@ -126,7 +146,7 @@ class TestShareOfEndpoints:
             sizes.append(len(z))
             return -z
 
-        flux_target(field, torch.randn(10, 2), 0.5, endpoint_share=0.25)
+        flux_target(field, torch.randn(10, 2), 0.5, endpoint="reverse", endpoint_share=0.25)
         assert sizes == [2]
         flux_target(field, torch.randn(10, 2), 0.5, endpoint_share=1e-9, chunk=1)
         assert sizes[1:] == [1]

@@ -1,0 +1,248 @@
+"""What a training step of Flux Matching costs beside one of score matching: time, peak memory, share of the KDE.
+
+python -m bench.training.cost [--device cuda]     prints a table, and puts it into bench/results
+
+Every step is one of `fluxmatching.Trainer`: minibatch, loss, backward pass, clipping, AdamW, moving average. All ways
+take turns, with the same network, minibatches and precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import fluxkernels as fk
+from bench.training.problems import images
+from bench.training.results import begin
+from experiments.springs.network import TrajectoryTransformer
+from experiments.springs.simulator import trajectories
+from fluxmatching import EDMField, LossNormalizer, Trainer, TrainingOptions, UNet, dsm_loss, noise_annealed_flux_loss
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A network and how it is trained.
+
+    Attributes:
+        key: one word for the command line.
+        precision: as in `TrainingOptions`.
+        size: of the images, or None for trajectories.
+        width: channels of the UNet's first level, or width of the transformer.
+        dropout: of the UNet.
+        compiled: whether the field is, for score matching as well; then only the plain ways are measured.
+        paper: iterations a second that the paper's Table 1 names, (score matching, Flux Matching).
+    """
+
+    key: str
+    name: str
+    batch: int
+    precision: str = "float32"
+    size: int | None = None
+    width: int = 128
+    dropout: float = 0.1
+    compiled: bool = False
+    paper: tuple[float, float] | None = None
+
+    @property
+    def ways(self) -> list[str]:
+        return list(WAYS)[: 2 if self.compiled else None]
+
+    def data(self, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return images(count, generator, self.size) if self.size else trajectories(count, generator)
+
+    def trainer(self, way: str, device: str) -> Trainer:
+        data = self.data(512)
+        torch.manual_seed(0)
+        network: nn.Module = (
+            UNet(self.size, 3, width=self.width, dropout=self.dropout, norm_num_groups=min(32, self.width // 4))
+            if self.size
+            else TrajectoryTransformer(width=self.width)
+        )
+        field = EDMField(network, data.std().item()).to(device)
+        if self.compiled:
+            field.compile()
+        model = nn.ModuleDict({"field": field, "normalizer": LossNormalizer().to(device)})
+        options = TrainingOptions(10**9, self.batch, precision=self.precision, progress=False)
+        return Trainer(model, WAYS[way], data.to(device), options)
+
+
+def _sigma(device: torch.device) -> Tensor:
+    """EDM's noise levels, log-normal; one a minibatch, from torch's generator, which the trainer sets."""
+    return (-1.2 + 1.2 * torch.randn((), device=device)).exp()
+
+
+def score_matching(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+    sigma = _sigma(x.device)
+    loss = dsm_loss(lambda z: model["field"](z, sigma), x, sigma.square(), seed=seed)
+    return model["normalizer"](loss, sigma)
+
+
+def flux(**options: Any) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+        sigma = _sigma(x.device)
+        return noise_annealed_flux_loss(model["field"], x, sigma, model["normalizer"], seed=seed, **options).total
+
+    return loss
+
+
+def double_backward(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+    """As published; fused attention has no double backward."""
+    with sdpa_kernel(SDPBackend.MATH):
+        return flux(endpoint="reverse")(model, x, seed)
+
+
+WAYS = {
+    "score matching": score_matching,
+    "flux": flux(),
+    "flux, in chunks of a quarter": lambda model, x, seed: flux(chunk=-(-len(x) // 4))(model, x, seed),
+    "flux, half of the ends": flux(endpoint_share=0.5),
+    "flux, double backward": double_backward,
+}
+CPU = [
+    Setting("unet", "UNet, 32 × 32, 32 channels, 2.2 M parameters, batch 8", 8, size=32, width=32, dropout=0.0),
+    Setting("springs", "springs transformer, 38 M parameters, batch 16", 16, width=512),
+]
+GPU = [
+    Setting("cifar32", "CIFAR-10 UNet, 35.7 M, batch 32, bf16", 32, "bf16", 32, paper=(11.63, 4.01)),
+    Setting("cifar128", "the same, batch 128", 128, "bf16", 32, paper=(11.63, 4.01)),
+    Setting("celeba", "64 × 64 UNet, 35.7 M, batch 32, bf16", 32, "bf16", 64, paper=(7.20, 1.77)),
+    Setting("compiled", "CIFAR-10 UNet, batch 128, bf16, torch.compile", 128, "bf16", 32, compiled=True),
+]
+SETTINGS = {setting.key: setting for setting in CPU + GPU}
+
+
+def kde_seconds(x: Tensor) -> float:
+    """Of all that a step on the minibatch x asks of the density estimate."""
+    points = x.flatten(1)
+
+    def call() -> None:
+        step = fk.flux_pass(points, points, 0.25, 1.0)
+        step.transition_average(step.score_t)
+        fk.residual_gradient(step.xt, step.xt, points, 0.25)
+
+    return statistics.median(timed([call], 20)[0])
+
+
+def timed(calls: list[Callable[[], object]], repetitions: int) -> list[list[float]]:
+    """Seconds of each call, taking turns, after one turn to warm up."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(-1, repetitions):
+        for call, kept in zip(calls, seconds, strict=True):
+            begun = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 0:
+                kept.append(time.perf_counter() - begun)
+    return seconds
+
+
+def resident(key: str) -> int:
+    """Bytes that /proc says: VmRSS is resident now, VmHWM its peak."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def peak_memory(setting: Setting, way: str, device: str) -> int:
+    """Bytes that training takes at most, parameters and optimizer included; on a CPU in a process of its own."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        trainer = setting.trainer(way, device)
+        trainer.step()
+        torch.cuda.reset_peak_memory_stats()
+        trainer.step()
+        return torch.cuda.max_memory_allocated()
+    command = [sys.executable, "-m", "bench.training.cost", "--memory", setting.key, way]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_memory(setting: Setting, way: str) -> None:
+    # The libraries' own memory comes first: a step of a small network loads all of them.
+    before = resident("VmRSS")
+    trainer = setting.trainer(way, "cpu")
+    trainer.step()
+    trainer.step()
+    print(resident("VmHWM") - before)
+
+
+def measure(setting: Setting, device: str, repetitions: int) -> list[dict[str, Any]]:
+    """A row for each way; one that fails has its error's text instead of figures."""
+    rows = [{"setting": asdict(setting), "way": way} for way in setting.ways]
+    for row in rows:
+        try:
+            row["memory"] = peak_memory(setting, row["way"], device)
+        except Exception as problem:  # out of memory, a compiler that fails, no diffusers: the row stays
+            row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
+            print(row["way"], row["failed"])
+    able = [row for row in rows if "failed" not in row]
+    # Only now: trainers that stay would count in the others' memory.
+    steps = [setting.trainer(row["way"], device).step for row in able]
+    for row, seconds in zip(able, timed(steps, repetitions), strict=True):
+        row["seconds"] = statistics.median(seconds)
+    if able:
+        rows[0]["kde"] = kde_seconds(setting.data(setting.batch).to(device))
+    return rows
+
+
+HEAD = (
+    "| network | way | time | of score matching | peak memory | of score matching | KDE, of the step |\n"
+    + "|---" * 7
+    + "|"
+)
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown of one setting's rows, the first of which is score matching."""
+    base, lines = rows[0], []
+    for row in rows:
+        head = f"| {row['setting']['name']} | {row['way']} |"
+        if "failed" in row:
+            lines.append(f"{head} {row['failed'].split(':')[0]} | | | | |")
+            continue
+        paper = row["setting"]["paper"]
+        published = f"; paper: {paper[row['way'] != 'score matching']:.3g}" if paper else ""
+        each = f"{1e3 * row['seconds']:.3g} ms ({1 / row['seconds']:.3g} it/s{published})"
+        times = memory = kde = "–"
+        if row is not base and "seconds" in base:
+            times = f"{row['seconds'] / base['seconds']:.2f} ×"
+            memory = f"{row['memory'] / base['memory']:.2f} ×"
+            kde = f"{base['kde'] / row['seconds']:.1%}"
+        lines.append(f"{head} {each} | {times} | {row['memory'] / 1e9:.2f} GB | {memory} | {kde} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--setting", choices=sorted(SETTINGS), help="one of them alone, printed and not kept")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--memory", nargs=2, metavar=("SETTING", "WAY"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        print_memory(SETTINGS[options.memory[0]], options.memory[1])
+        return
+    chosen = [SETTINGS[options.setting]] if options.setting else GPU if options.device == "cuda" else CPU
+    with begin("training", options.device, keep=options.setting is None) as write:
+        write("# A training step beside one of score matching\n")
+        write(HEAD)
+        for setting in chosen:
+            write("\n".join(table(measure(setting, options.device, options.repetitions))))
+
+
+if __name__ == "__main__":
+    main()

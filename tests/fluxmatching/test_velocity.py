@@ -1,0 +1,178 @@
+"""The splicing model against autograd, its fit against a stationary truth, and what is written where."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+from torch.nn import functional as F
+
+from fluxmatching import flux_target
+from fluxmatching.endpoint import ClosedForm, endpoint_gradient
+from fluxmatching.velocity import SplicingField, flux_velocity
+
+anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
+F64 = torch.float64
+QUICK: dict[str, Any] = {"passes": 2, "batch_size": 16, "progress": False}
+
+
+def field(genes: int, seed: int = 0) -> SplicingField:
+    """With parameters of every sign."""
+    made = SplicingField(genes).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn(genes, generator=generator))
+    return made
+
+
+def cells(count: int = 40, genes: int = 5, seed: int = 0) -> Any:
+    """Switching on and off: unspliced rises first, then spliced follows."""
+    generator = np.random.default_rng(seed)
+    time = generator.uniform(0, 6, (count, 1))
+    gamma = generator.uniform(0.3, 0.9, genes)
+    unspliced = 1 - np.exp(-time) + 0 * gamma
+    spliced = (1 - np.exp(-gamma * time)) / gamma
+    noise = generator.normal(scale=0.02, size=(2, count, genes))
+    layers = {"Mu": (unspliced + noise[0]).astype(np.float32), "Ms": (spliced + noise[1]).astype(np.float32)}
+    return anndata.AnnData(np.zeros((count, genes), dtype=np.float32), layers=layers)
+
+
+class TestSplicingField:
+    def test_is_the_equation(self) -> None:
+        made, x = field(1), torch.tensor([[[0.5, 2.0]]], dtype=F64)
+        a, b, c = (getattr(made, name).item() for name in "abc")
+        alpha = np.log1p(np.exp(a * 0.5 + b * 2.0 + c))
+        beta, gamma = (np.log1p(np.exp(p.item())) for p in (made.splicing, made.degradation))
+        expected = [alpha - beta * 0.5, beta * 0.5 - gamma * 2.0]
+        torch.testing.assert_close(made(x).squeeze(), torch.tensor(expected, dtype=F64))
+
+    def test_starts_as_linear_kinetics(self) -> None:
+        x = torch.rand(3, 4, 2)
+        half = F.softplus(torch.zeros(()))
+        torch.testing.assert_close(SplicingField(4)(x)[..., 0], half - half * x[..., 0])
+
+    @pytest.mark.parametrize("probing", [False, True])
+    def test_its_endpoint_gradient_is_autograds(self, probing: bool) -> None:
+        made = field(6)
+        assert isinstance(made, ClosedForm)
+        z, score, probe = torch.randn(3, 9, 6, 2, dtype=F64)
+        ways = [
+            endpoint_gradient(made, z, score, probe.sign() if probing else None, method=method, grouped=True)
+            for method in ("closed_form", "reverse")
+        ]
+        for closed, exact in zip(*ways, strict=True):
+            torch.testing.assert_close(closed, exact.detach(), rtol=1e-12, atol=1e-12)
+
+    def test_the_loss_uses_it(self, backend: str) -> None:
+        made, x = field(3), torch.rand(12, 3, 2, dtype=F64)
+        options: dict[str, Any] = {"grouped": True, "divergence": "exact", "seed": 1}
+        closed = flux_target(made, x, 0.01, endpoint="closed_form", **options).target
+        torch.testing.assert_close(closed, flux_target(made, x, 0.01, endpoint="reverse", **options).target)
+
+
+class TestFluxVelocity:
+    def test_writes_scvelos_names_and_nothing_else(self) -> None:
+        adata = cells()
+        before = {key: value.copy() for key, value in adata.layers.items()}
+        assert flux_velocity(adata, **QUICK) is None
+        assert set(adata.layers) == {"Mu", "Ms", "velocity", "velocity_u", "velocity_alpha"}
+        names = {f"velocity_{name}" for name in ("a", "b", "c", "beta", "gamma", "genes")}
+        assert set(adata.var) == names
+        assert set(adata.uns) == {"velocity_params"}
+        assert adata.uns["velocity_params"]["mode"] == "flux"
+        for key, value in before.items():
+            np.testing.assert_array_equal(adata.layers[key], value)
+
+    def test_velocities_follow_from_the_rates(self) -> None:
+        adata = cells()
+        flux_velocity(adata, vkey="v", **QUICK)
+        u, s = adata.layers["Mu"], adata.layers["Ms"]
+        a, b, c, beta, gamma = (adata.var[f"v_{name}"].to_numpy() for name in ("a", "b", "c", "beta", "gamma"))
+        alpha = np.log1p(np.exp(a * u + b * s + c))
+        np.testing.assert_allclose(adata.layers["v_alpha"], alpha, rtol=1e-5)
+        np.testing.assert_allclose(adata.layers["v_u"], alpha - beta * u, atol=1e-5)
+        np.testing.assert_allclose(adata.layers["v"], beta * u - gamma * s, atol=1e-5)
+
+    def test_the_same_seed_gives_the_same_answer(self) -> None:
+        first, second, third = (
+            flux_velocity(cells(), seed=seed, copy=True, **QUICK).layers["velocity"] for seed in (1, 1, 2)
+        )
+        np.testing.assert_array_equal(first, second)
+        assert not np.array_equal(first, third)
+
+    def test_a_copy_leaves_the_original_alone(self) -> None:
+        adata = cells()
+        copied = flux_velocity(adata, copy=True, **QUICK)
+        assert "velocity" in copied.layers
+        assert set(adata.layers) == {"Mu", "Ms"}
+        assert not len(adata.uns)
+
+    @pytest.mark.parametrize("kind", ["csr", "csc", "integer", "view", "float64"])
+    def test_any_kind_of_layer(self, kind: str) -> None:
+        adata = cells()
+        for key in ("Mu", "Ms"):
+            adata.layers[key] = np.round(10 * adata.layers[key])
+        expected = flux_velocity(adata, copy=True, **QUICK).layers["velocity"]
+        if kind == "view":
+            adata = anndata.concat([adata, adata], index_unique="-")[: adata.n_obs]
+        else:
+            convert: dict[str, Any] = {
+                "csr": sparse.csr_matrix, "csc": sparse.csc_matrix,
+                "integer": lambda layer: layer.astype(int), "float64": lambda layer: layer.astype(float),
+            }  # fmt: skip
+            for key in ("Mu", "Ms"):
+                adata.layers[key] = convert[kind](adata.layers[key])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of anndata, that a view becomes a copy
+            flux_velocity(adata, **QUICK)
+        np.testing.assert_array_equal(adata.layers["velocity"], expected)
+
+    def test_genes_that_cannot_be_fitted_are_left_out(self) -> None:
+        adata, whole = cells(genes=5), cells(genes=5)
+        adata.layers["Mu"][:, 1] = 0.3
+        adata.layers["Ms"][7, 3] = np.nan
+        with pytest.warns(UserWarning, match="2 of 5 genes are constant or not finite"):
+            flux_velocity(adata, **QUICK)
+        assert adata.var["velocity_genes"].tolist() == [True, False, True, False, True]
+        assert np.isnan(adata.layers["velocity"]).all(0).tolist() == [False, True, False, True, False]
+        assert np.isnan(adata.var["velocity_gamma"]).tolist() == [False, True, False, True, False]
+        flux_velocity(whole[:, [0, 2, 4]], copy=True, **QUICK)
+
+    def test_fewer_cells_than_a_minibatch(self) -> None:
+        adata = cells(count=10)
+        flux_velocity(adata, passes=2, progress=False)
+        assert adata.uns["velocity_params"]["batch_size"] == 10
+        assert np.isfinite(adata.layers["velocity"]).all()
+
+    @pytest.mark.parametrize(
+        ("change", "options", "error", "message"),
+        [
+            (lambda a: a.layers.pop("Mu"), {}, KeyError, r"no 'Mu' \(it has \['Ms'\]\); scvelo.pp.moments"),
+            (lambda a: a, {"xkey": "M"}, KeyError, "no 'M'"),
+            (lambda a: a.layers["Ms"].fill(1), {}, ValueError, "no gene varies in both layers with finite values"),
+            (lambda a: a, {"passes": 0}, ValueError, "passes must be at least 1 and batch_size 2, got 0 and 16"),
+            (lambda a: a, {"sigma2": -1.0}, ValueError, "sigma2 must be"),
+            (lambda a: a, {"lr": 0.0}, ValueError, "lr must be positive"),
+            (lambda a: a, {"backend": "gpu"}, ValueError, "backend"),
+        ],
+    )
+    def test_errors_leave_the_object_unchanged(
+        self, change: Any, options: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
+        adata = cells()
+        change(adata)
+        layers = set(adata.layers)
+        with pytest.raises(error, match=message):
+            flux_velocity(adata, **QUICK | options)
+        assert set(adata.layers) == layers
+        assert not len(adata.uns)
+        assert not len(adata.var.columns)
+
+    def test_one_cell(self) -> None:
+        with pytest.raises(ValueError, match="at least two cells, got 1"):
+            flux_velocity(cells(count=1))
