@@ -1,0 +1,124 @@
+"""How well velocities agree with known transitions between clusters, and with their neighbours' (Sec. 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+@dataclass(frozen=True)
+class CrossBoundaryCorrectness:
+    """What `cross_boundary_correctness` returns; all numbers in [-1, 1].
+
+    Attributes:
+        edges: mean over the boundary cells of each edge, by (source, target).
+        cells: number of boundary cells of each edge.
+        mean_over_edges: mean of `edges`: every transition counts the same.
+        mean_over_cells: mean over the boundary cells of all edges together: large clusters count more.
+    """
+
+    edges: dict[tuple[str, str], float]
+    cells: dict[tuple[str, str], int]
+    mean_over_edges: float
+    mean_over_cells: float
+
+
+def cross_boundary_correctness(
+    adata: AnnData,
+    edges: Iterable[tuple[str, str]],
+    *,
+    cluster_key: str = "clusters",
+    vkey: str = "velocity",
+    basis: str = "umap",
+) -> CrossBoundaryCorrectness:
+    """Whether cells at a boundary move across it: cos(v_i, y_j - y_i) of cells i and their neighbours j behind it.
+
+    A boundary cell of an edge (A, B) is one of A with at least one neighbour in B. Its value is the mean over those
+    neighbours; positions y and velocities v are those of an embedding.
+
+    Args:
+        adata: with `obsm["X_" + basis]`, `obsm[vkey + "_" + basis]` (`scv.tl.velocity_embedding`) and
+            `obsp["distances"]` (`scanpy.pp.neighbors`).
+        edges: known transitions, (source, target) by name.
+        cluster_key: column of obs that names each cell's cluster.
+        vkey: name of the velocities.
+        basis: name of the embedding.
+
+    Raises:
+        KeyError: something that adata must hold is missing.
+        ValueError: a cluster that does not exist, or no edge with boundary cells.
+    """
+    function = "cross_boundary_correctness"
+    positions = np.asarray(_found(function, "obsm", adata.obsm, f"X_{basis}"), dtype=float)
+    velocities = np.asarray(
+        _found(function, "obsm", adata.obsm, f"{vkey}_{basis}", "scvelo.tl.velocity_embedding makes it"), dtype=float
+    )
+    clusters = np.asarray(_found(function, "obs", adata.obs, cluster_key)).astype(str)
+    neighbours = _neighbours(function, adata)
+    values: dict[tuple[str, str], np.ndarray] = {}
+    for source, target in edges:
+        for name in (source, target):
+            if name not in clusters:
+                raise ValueError(f"{function}: no cluster {name!r}; there are {sorted(set(clusters))}")
+        boundary = []
+        for cell in np.flatnonzero(clusters == source):
+            across = neighbours[cell][clusters[neighbours[cell]] == target]
+            if len(across):
+                boundary.append(np.mean(_cosine(positions[across] - positions[cell], velocities[cell])))
+        if boundary:
+            values[source, target] = np.array(boundary)
+    if not values:
+        raise ValueError(f"{function}: no edge has a cell with a neighbour on its other side")
+    means = {edge: float(found.mean()) for edge, found in values.items()}
+    return CrossBoundaryCorrectness(
+        edges=means,
+        cells={edge: len(found) for edge, found in values.items()},
+        mean_over_edges=float(np.mean(list(means.values()))),
+        mean_over_cells=float(np.concatenate(list(values.values())).mean()),
+    )
+
+
+def velocity_consistency(adata: AnnData, *, vkey: str = "velocity") -> np.ndarray:
+    """Mean correlation of each cell's velocity with those of its neighbours, `[cells]`; scVelo's velocity confidence.
+
+    Genes with NaN, and those that `var[vkey + "_genes"]` leaves out, do not count.
+
+    Args:
+        adata: with `layers[vkey]` and `obsp["distances"]` (`scanpy.pp.neighbors`).
+        vkey: name of the velocities.
+
+    Raises:
+        KeyError: something that adata must hold is missing.
+    """
+    function = "velocity_consistency"
+    velocities = np.asarray(_found(function, "layers", adata.layers, vkey), dtype=float)
+    genes = np.isfinite(velocities).all(0)
+    if f"{vkey}_genes" in adata.var:
+        genes &= np.asarray(adata.var[f"{vkey}_genes"], dtype=bool)
+    centred = velocities[:, genes] - velocities[:, genes].mean(1, keepdims=True)
+    neighbours = _neighbours(function, adata)
+    return np.array([_cosine(centred[others], own).mean() for others, own in zip(neighbours, centred, strict=True)])
+
+
+def _found(function: str, where: str, mapping: Any, key: str, hint: str = "") -> Any:
+    if key not in mapping:
+        raise KeyError(f"{function}: adata.{where} has no {key!r}{f'; {hint}' if hint else ''}")
+    return mapping[key]
+
+
+def _neighbours(function: str, adata: AnnData) -> list[np.ndarray]:
+    """Indices of each cell's neighbours."""
+    distances = _found(function, "obsp", adata.obsp, "distances", "scanpy.pp.neighbors makes it").tocsr()
+    return np.split(distances.indices, distances.indptr[1:-1])
+
+
+def _cosine(vectors: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """Of each row of `vectors` with `one`; 0 where either vanishes."""
+    norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(one)
+    return np.divide(vectors @ one, norms, out=np.zeros(len(vectors)), where=norms > 0)

@@ -1,0 +1,138 @@
+"""The evidence and the cost of training steps are computed as their tables say."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.gpu import report as gpu_report
+from bench.training import cost, evidence, results
+from bench.training.problems import MIXTURE, images
+
+
+def test_variance_is_the_trace_of_the_covariance() -> None:
+    gradients = torch.randn(7, 5, dtype=torch.float64)
+    sums = evidence.Sums()
+    for g in gradients:
+        sums.add(g, torch.zeros(5), 1.0)
+    assert sums.variance == pytest.approx(gradients.var(0).sum().item())
+    assert sums.deviations == pytest.approx(gradients.square().sum().item())
+
+
+def test_evidence_of_the_small_problem() -> None:
+    network, data = MIXTURE.make(pretrained=20)
+    problem = dataclasses.replace(MIXTURE, batch=64)
+    measured = evidence.measure(problem, 0.5, network, data, minibatches=3)
+    errors = {name: (s.deviations / measured["float32: reverse"].squares) ** 0.5 for name, s in measured.items()}
+    assert errors["float32: reverse"] == 0
+    assert errors["float32: forward"] < 1e-5
+    assert 1e-7 < errors["float32: **central**"] < 1e-3
+    assert errors["float32: **central**"] < errors["float32: central, step × 10"] < 0.1
+    assert 1e-3 < errors["bfloat16: **central**"] < 0.3
+    lines = evidence.rows(problem, 0.5, measured)
+    assert len(lines) == len(evidence.FLOAT32) + len(evidence.BFLOAT16)
+    cells = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert cells == ["mixture, perceptron, σ = 0.5", "float32: reverse", "0e+00", "1.00", "1.00", "1.00"]
+
+
+def test_evidence_leaves_the_library_as_it_was() -> None:
+    before = evidence.endpoint.RELATIVE_STEP
+    network, data = MIXTURE.make()
+    evidence.gradient(evidence.FLOAT32[3], network, data[:8], 0.5, seed=1)
+    assert before == evidence.endpoint.RELATIVE_STEP
+
+
+def test_a_way_that_fails_keeps_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    network, data = MIXTURE.make()
+    gradient = evidence.gradient
+    monkeypatch.setattr(
+        evidence, "gradient", lambda way, *a, **k: (gradient if way is evidence.EXACT else broken)(way, *a, **k)
+    )
+    measured = evidence.measure(dataclasses.replace(MIXTURE, batch=8), 0.5, network, data, minibatches=2)
+    assert "fails: RuntimeError" in evidence.rows(MIXTURE, 0.5, measured)[1]
+
+
+def test_images_have_the_spectrum_of_photographs() -> None:
+    pictures = images(200, torch.Generator().manual_seed(0))
+    assert pictures.shape == (200, 3, 32, 32)
+    assert pictures.std().item() == pytest.approx(0.5)
+    power = torch.fft.rfft2(pictures).abs().square().mean((0, 1))
+    # Amplitude 1/(frequency + 1/32): from frequency 2/32 to 8/32 the power falls by (9/3)².
+    assert (power[2, 0] / power[8, 0]).item() == pytest.approx(9, rel=0.2)
+
+
+SETTING = cost.Setting("springs", "tiny", 4, width=16)
+
+
+def test_cost_of_a_small_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "peak_memory", lambda *_: 1000)
+    rows = cost.measure(SETTING, "cpu", repetitions=2)
+    assert [row["way"] for row in rows] == list(cost.WAYS)
+    assert all(row["seconds"] > 0 for row in rows)
+    assert rows[0]["kde"] > 0
+
+
+def row(way: str, **figures: Any) -> dict[str, Any]:
+    return {"setting": dataclasses.asdict(SETTING), "way": way, **figures}
+
+
+def test_table_shows_ratios_and_failures() -> None:
+    rows = [
+        row("score matching", seconds=0.1, memory=2e9, kde=0.002),
+        row("flux", seconds=0.2, memory=3e9),
+        row("double backward", failed="OutOfMemoryError: much text"),
+    ]
+    assert cost.table(rows) == [
+        "| tiny | score matching | 100 ms (10 it/s) | – | 2.00 GB | – | – |",
+        "| tiny | flux | 200 ms (5 it/s) | 2.00 × | 3.00 GB | 1.50 × | 1.0% |",
+        "| tiny | double backward | OutOfMemoryError | | | | |",
+    ]
+
+
+def test_the_papers_speed_stands_beside_ours() -> None:
+    rows = [row("score matching", seconds=0.1, memory=1e9, kde=0.001), row("flux", seconds=0.2, memory=1e9)]
+    for each in rows:
+        each["setting"] |= {"paper": (11.63, 4.01)}
+    score_matching, flux = cost.table(rows)
+    assert "10 it/s; paper: 11.6" in score_matching
+    assert "5 it/s; paper: 4.01" in flux
+
+
+def test_a_way_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(_: cost.Setting, way: str, __: str) -> int:
+        if way == "flux":
+            raise MemoryError("too large")
+        return 1
+
+    monkeypatch.setattr(cost, "peak_memory", peak)
+    rows = cost.measure(SETTING, "cpu", repetitions=1)
+    assert [r["way"] for r in rows if "failed" in r] == ["flux"]
+    assert rows[1]["failed"] == "MemoryError: too large"
+
+
+def test_gpu_report_shows_training_steps() -> None:
+    rows = [row("score matching", seconds=0.1, memory=1e9, kde=0.001), row("flux", seconds=0.2, memory=1e9)]
+    machine = dict.fromkeys(("card", "date", "driver", "torch", "triton", "commit"), "x")
+    lines = gpu_report.table({"machine": machine, "tests": None, "rows": [], "training": rows})
+    assert lines[-2:] == cost.table(rows)
+
+
+def test_results_replace_the_last_ones_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    for name in ("2020-01-01-training-cpu.md", "2020-01-01-training-gpu.md"):
+        (tmp_path / name).write_text("old")
+    with results.begin("training", "cpu") as write:
+        write("new")
+    with results.begin("training", "cpu", keep=False) as write:
+        write("not kept")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 2
+    assert files[0] == "2020-01-01-training-gpu.md"
+    text = (tmp_path / files[1]).read_text()
+    assert text.endswith("new\n")
+    assert "CPU" in text
