@@ -148,7 +148,7 @@ class TestShareOfEndpoints:
 
         flux_target(field, torch.randn(10, 2), 0.5, endpoint="reverse", endpoint_share=0.25)
         assert sizes == [2]
-        flux_target(field, torch.randn(10, 2), 0.5, endpoint_share=1e-9, chunk=1)
+        flux_target(field, torch.randn(10, 2), 0.5, endpoint="reverse", endpoint_share=1e-9, chunk=1)
         assert sizes[1:] == [1]
 
     def test_a_seed_fixes_the_choice(self, backend: str) -> None:
