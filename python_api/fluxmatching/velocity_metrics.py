@@ -65,7 +65,7 @@ def cross_boundary_correctness(
     for source, target in edges:
         for name in (source, target):
             if name not in clusters:
-                raise ValueError(f"{function}: no cluster {name!r}; there are {sorted(set(clusters))}")
+                raise ValueError(f"{function}: no cluster {name!r}; there are {sorted(set(clusters.tolist()))}")
         boundary = []
         for cell in np.flatnonzero(clusters == source):
             across = neighbours[cell][clusters[neighbours[cell]] == target]

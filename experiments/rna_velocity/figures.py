@@ -1,0 +1,74 @@
+"""Streams on the embedding, phase portraits with the fitted field, and the metrics beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.common import figures as style
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+
+def draw_stream(path: Path, adata: AnnData, clusters: str, title: str) -> None:
+    """scVelo's stream plot of `layers["velocity"]` on the embedding."""
+    import scvelo as scv
+
+    fig, axes = style.new_figure(5.0, 4.4)
+    scv.pl.velocity_embedding_stream(adata, basis="umap", color=clusters, ax=axes, show=False, title=title)
+    style.save(fig, path)
+
+
+def draw_portraits(path: Path, adata: AnnData, genes: Sequence[str], clusters: str) -> None:
+    """Spliced against unspliced abundance of single genes, coloured by cluster, with the fitted field as streams.
+
+    Args:
+        path: where to save.
+        adata: as `flux_velocity` leaves it.
+        genes: names.
+        clusters: column of obs.
+    """
+    labels = np.asarray(adata.obs[clusters]).astype(str)
+    names = sorted(set(labels))
+    fig, axes = style.new_figure(9.0, 2.9 * -(-len(genes) // 3), -(-len(genes) // 3), 3, squeeze=False)
+    for panel in axes.flat[len(genes) :]:
+        panel.set_axis_off()
+    for panel, gene in zip(axes.flat, genes, strict=False):
+        index = adata.var_names.get_loc(gene)
+        s, u = (np.asarray(adata.layers[key][:, index]).ravel() for key in ("Ms", "Mu"))
+        for number, name in enumerate(names):
+            chosen = labels == name
+            panel.scatter(
+                s[chosen],
+                u[chosen],
+                s=3,
+                lw=0,
+                alpha=0.6,
+                color=f"C{number % 10}",
+                label=name if gene == genes[0] else None,
+            )
+        a, b, c, beta, gamma = (
+            float(adata.var[f"velocity_{key}"].iloc[index]) for key in ("a", "b", "c", "beta", "gamma")
+        )
+        grid_s, grid_u = np.meshgrid(np.linspace(0, s.max(), 20), np.linspace(0, u.max(), 20))
+        du = np.logaddexp(0, a * grid_u + b * grid_s + c) - beta * grid_u
+        ds = beta * grid_u - gamma * grid_s
+        panel.streamplot(grid_s, grid_u, ds, du, color=style.DATA, density=0.7, linewidth=0.6, arrowsize=0.7)
+        panel.set(title=gene, xlabel="spliced", ylabel="unspliced")
+    fig.legend(loc="outside lower center", ncols=4, markerscale=3)
+    style.save(fig, path)
+
+
+def draw_metrics(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """A panel a metric, a row of points a method: its seeds, and the paper's number as a lone one."""
+    fig, axes = style.new_figure(3.4 * len(values), 2.4, 1, len(values), squeeze=False)
+    for panel, (metric, by_method) in zip(axes[0], values.items(), strict=True):
+        for height, (method, found) in enumerate(by_method.items()):
+            panel.plot(found, [height] * len(found), "o", color=style.FLUX if "flux" in method.lower() else style.DATA)
+        panel.set(title=metric, yticks=range(len(by_method)), ylim=(-0.5, len(by_method) - 0.5))
+        panel.set_yticklabels(by_method)
+    style.save(fig, path)
