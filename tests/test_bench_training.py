@@ -126,9 +126,9 @@ def test_results_replace_the_last_ones_of_their_name(tmp_path: Path, monkeypatch
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     for name in ("2020-01-01-training-cpu.md", "2020-01-01-training-gpu.md"):
         (tmp_path / name).write_text("old")
-    with results.begin("training", "cpu") as write:
+    with results.begin("training", torch.device("cpu")) as write:
         write("new")
-    with results.begin("training", "cpu", keep=False) as write:
+    with results.begin("training", torch.device("cpu"), keep=False) as write:
         write("not kept")
     files = sorted(path.name for path in tmp_path.iterdir())
     assert len(files) == 2

@@ -24,10 +24,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxkernels as fk
 from bench.training.problems import images
-from bench.training.results import begin
+from bench.training.results import begin, device_argument
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import EDMField, LossNormalizer, Trainer, TrainingOptions, UNet, dsm_loss, noise_annealed_flux_loss
+from fluxmatching.training import Loss
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,16 @@ def score_matching(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
     return model["normalizer"](loss, sigma)
 
 
-def flux(**options: Any) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+def flux(**options: Any) -> Loss:
+    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sigma = _sigma(x.device)
-        return noise_annealed_flux_loss(model["field"], x, sigma, model["normalizer"], seed=seed, **options).total
+        found = noise_annealed_flux_loss(model["field"], x, sigma, model["normalizer"], seed=seed, **options)
+        return found.total, {"sigma": sigma, "tau": found.tau}
 
     return loss
 
 
-def double_backward(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+def double_backward(model: nn.Module, x: Tensor, seed: Tensor) -> Any:
     """As published; fused attention has no double backward."""
     with sdpa_kernel(SDPBackend.MATH):
         return flux(endpoint="reverse")(model, x, seed)
@@ -159,7 +161,7 @@ def resident(key: str) -> int:
 
 def peak_memory(setting: Setting, way: str, device: str) -> int:
     """Bytes that training takes at most, parameters and optimizer included; on a CPU in a process of its own."""
-    if device == "cuda":
+    if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         trainer = setting.trainer(way, device)
         trainer.step()
@@ -230,18 +232,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--setting", choices=sorted(SETTINGS), help="one of them alone, printed and not kept")
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=int, default=9, help="of every step; with fewer than 5 nothing is kept")
     parser.add_argument("--memory", nargs=2, metavar=("SETTING", "WAY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         print_memory(SETTINGS[options.memory[0]], options.memory[1])
         return
-    chosen = [SETTINGS[options.setting]] if options.setting else GPU if options.device == "cuda" else CPU
-    with begin("training", options.device, keep=options.setting is None) as write:
+    device = device_argument(parser, options.device)
+    if options.repetitions < 1:
+        parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
+    chosen = [SETTINGS[options.setting]] if options.setting else GPU if device.type == "cuda" else CPU
+    with begin("training", device, keep=options.setting is None and options.repetitions >= 5) as write:
         write("# A training step beside one of score matching\n")
         write(HEAD)
         for setting in chosen:
-            write("\n".join(table(measure(setting, options.device, options.repetitions))))
+            write("\n".join(table(measure(setting, str(device), options.repetitions))))
 
 
 if __name__ == "__main__":

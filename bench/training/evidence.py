@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.training.problems import PROBLEMS, Problem
-from bench.training.results import begin
-from fluxmatching import EDMField, TruncatedExponentialHorizon, endpoint
+from bench.training.results import begin, device_argument
+from fluxmatching import EDMField, TruncatedExponentialHorizon, endpoint, losses
 from fluxmatching.losses import flux_target
 
 PRETRAINING = {"mixture": 1000, "springs": 300, "images": 100}
@@ -37,6 +37,7 @@ class Way:
         target: arguments of `flux_target`.
         half: whether the network runs under autocast to bfloat16, in the target and in the loss.
         step: of the central difference, relative to its scale; None for the library's.
+        compiled: whether torch.compile makes one graph of all derivatives.
     """
 
     name: str
@@ -44,6 +45,10 @@ class Way:
     half_target: bool = False
     half_loss: bool = False
     step: float | None = None
+    compiled: bool = False
+
+
+COMPILED = torch.compile(endpoint.endpoint_gradient)
 
 
 def central(**options: Any) -> dict[str, Any]:
@@ -54,6 +59,7 @@ EXACT = Way("reverse", {"endpoint": "reverse"})
 FLOAT32 = [
     EXACT,
     Way("forward", {"endpoint": "forward"}),
+    Way("forward, compiled", {"endpoint": "forward"}, compiled=True),
     Way("**central**", central()),
     Way("central, step × 10", central(), step=0.03),
     Way("central, half of the ends", central(endpoint_share=0.5)),
@@ -63,6 +69,7 @@ FLOAT32 = [
 BFLOAT16 = [
     Way("reverse", {"endpoint": "reverse"}, True, True),
     Way("forward", {"endpoint": "forward"}, True, True),
+    Way("forward, compiled", {"endpoint": "forward"}, True, True, compiled=True),
     Way("central in float32", central(), False, True),
     Way("**central**", central(), True, True),
     Way("central, step / 3", central(), True, True, step=0.003),
@@ -105,6 +112,7 @@ def gradient(way: Way, network: EDMField, x: Tensor, sigma: float, seed: int) ->
     with (
         nullcontext() if fused else sdpa_kernel(SDPBackend.MATH),
         mock.patch.multiple(endpoint, **steps) if steps else nullcontext(),
+        mock.patch.object(losses, "endpoint_gradient", COMPILED) if way.compiled else nullcontext(),
         torch.autocast(x.device.type, torch.bfloat16, enabled=way.half_target),
     ):
         target = flux_target(at_level, x, sigma**2, seed=seed, **way.target)
@@ -132,7 +140,7 @@ def measure(problem: Problem, sigma: float, network: EDMField, data: Tensor, min
                 found = gradient(way, network, x, sigma, seed=index + 1)
             except (RuntimeError, NotImplementedError) as error:
                 sums[precision, way.name] = f"fails: {type(error).__name__}"
-                print(problem.name, precision, way.name, str(error)[:200])
+                print(problem.name, precision, way.name, " ".join(str(error)[:300].split()))
                 continue
             if x.is_cuda:
                 torch.cuda.synchronize()
@@ -177,16 +185,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--problem", choices=sorted(MINIBATCHES), help="one of them alone, printed and not kept")
-    parser.add_argument("--minibatches", type=int, help="of each problem, instead of 200, 24 and 12")
+    parser.add_argument("--minibatches", type=int, help="of each problem, instead of 200, 24 and 12; not kept")
     options = parser.parse_args()
+    device = device_argument(parser, options.device)
+    if options.minibatches is not None and options.minibatches < 2:
+        parser.error(f"--minibatches must be at least 2, got {options.minibatches}")
     chosen = [p for p in PROBLEMS if options.problem in (None, p.key)]
-    with begin("endpoint", options.device, keep=options.problem is None) as write:
+    with begin("endpoint", device, keep=options.problem is None and options.minibatches is None) as write:
         write("# Ways to differentiate at the end of a chain\n")
         write(NOTES)
         write("| problem | way | error | variance | time | variance × time |\n|---|---|---|---|---|---|")
         for problem in chosen:
             network, data = problem.make(PRETRAINING[problem.key])
-            network, data = network.to(options.device), data.to(options.device)
+            network, data = network.to(device), data.to(device)
             for sigma in problem.sigmas:
                 count = options.minibatches or MINIBATCHES[problem.key]
                 write("\n".join(rows(problem, sigma, measure(problem, sigma, network, data, count))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import subprocess
 import sys
@@ -15,11 +16,21 @@ import torch
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-def machine(device: str) -> str:
+def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """The device of that name, or the command line's error if it is not here."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where PyTorch has no CUDA
+        parser.error(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
+    return device
+
+
+def machine(device: torch.device) -> str:
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
     )
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (
         f"{where}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, commit "
         f"{described.stdout.strip() or 'unknown'}."
@@ -27,7 +38,7 @@ def machine(device: str) -> str:
 
 
 @contextmanager
-def begin(what: str, device: str, *, keep: bool = True) -> Iterator[Callable[[str], None]]:
+def begin(what: str, device: torch.device, *, keep: bool = True) -> Iterator[Callable[[str], None]]:
     """A function that prints text, and at the end keeps all of it in place of the last results of that name."""
     lines: list[str] = []
 
@@ -40,7 +51,7 @@ def begin(what: str, device: str, *, keep: bool = True) -> Iterator[Callable[[st
     )
     yield write
     if keep:
-        kind = "gpu" if device.startswith("cuda") else "cpu"
+        kind = "gpu" if device.type == "cuda" else "cpu"
         for old in RESULTS.glob(f"*-{what}-{kind}.md"):
             old.unlink()
         today = datetime.now(timezone.utc).date().isoformat()

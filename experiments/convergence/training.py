@@ -29,6 +29,7 @@ from fluxmatching import (
     noise_annealed_flux_loss,
     reverse_ve,
 )
+from fluxmatching.training import Loss
 
 WINDOWS = 20  # of a loss curve
 
@@ -62,14 +63,14 @@ PROBLEMS = {
 }
 
 
-def flux(problem: Problem, run: Run, **options: Any) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+def flux(problem: Problem, run: Run, **options: Any) -> Loss:
     """The noise-annealed loss of a minibatch; σ from torch's generator, which the trainer sets."""
     horizon = TruncatedExponentialHorizon()
 
-    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         sigma = problem.noise.sample().to(x.device)
         with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward; the same one for both
-            return noise_annealed_flux_loss(
+            found = noise_annealed_flux_loss(
                 model["field"],
                 x,
                 sigma,
@@ -78,7 +79,8 @@ def flux(problem: Problem, run: Run, **options: Any) -> Callable[[nn.Module, Ten
                 seed=seed,
                 backend=run.backend,
                 **options,
-            ).total
+            )
+        return found.total, {"sigma": sigma, "tau": found.tau}
 
     return loss
 

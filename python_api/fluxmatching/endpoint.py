@@ -63,6 +63,8 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> T
         raise TypeError(f"field must return a torch.Tensor, got {type(f).__name__}")
     if f.shape != z.shape:
         raise ValueError(f"field must return the shape of its input, {list(z.shape)}, got {list(f.shape)}")
+    if not f.is_floating_point():
+        raise TypeError(f"field must return floating-point numbers, got {f.dtype}")
     return f.to(z.dtype)
 
 
@@ -186,7 +188,7 @@ def _reverse(
         raise NotImplementedError("torch.compile has no double backward")
     with torch.enable_grad():
         z = z.requires_grad_()
-        f = call_field(field, z)
+        f = call_field(field, z.clone())  # some networks begin with an operation in place
         if not f.requires_grad:
             return torch.zeros_like(z), f
         total = (f * score).sum()
@@ -219,7 +221,7 @@ def _central(
     def pulled(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             point = point.requires_grad_()
-            f = call_field(field, point)
+            f = call_field(field, point.clone())  # some networks begin with an operation in place
             if not f.requires_grad:
                 return torch.zeros_like(z), f
             (gradient,) = torch.autograd.grad(f, point, cotangent, allow_unused=True)
@@ -238,14 +240,19 @@ def _central(
     return gradient, value / count
 
 
-def central_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor | float:
-    """Step of the central difference, by the precision that the field computes in."""
+def central_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor:
+    """Step of the central difference, by the precision that the field computes in.
+
+    That is seen from autocast around the loss, or from half-precision parameters; not from autocast within the field.
+    """
     half = torch.is_autocast_enabled(z.device.type) or any(
         parameter.dtype in (torch.float16, torch.bfloat16)
         for network in networks_of(field)
         for parameter in network.parameters()
     )
-    return (RELATIVE_STEP_HALF if half else RELATIVE_STEP) * scale
+    step = torch.as_tensor((RELATIVE_STEP_HALF if half else RELATIVE_STEP) * scale, dtype=z.dtype, device=z.device)
+    # A power of two: z ± step ε is then exact even where z is far from the origin, as ε has components 0 and ±1.
+    return torch.exp2(torch.log2(step).round())
 
 
 def _random_state(device: torch.device) -> Tensor | None:

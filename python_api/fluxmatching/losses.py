@@ -25,7 +25,7 @@ from fluxmatching.horizon import Horizon, UniformHorizon
 from fluxmatching.layout import Layout
 from fluxmatching.networks import check_samples_are_independent
 from fluxmatching.noise import LossNormalizer
-from fluxmatching.processes import joined, rank_and_size, shared_seed
+from fluxmatching.processes import check_shared, joined, rank_and_size, shared_seed
 
 T = TypeVar("T")
 
@@ -108,6 +108,7 @@ def flux_target(
     horizon = _instance(function, "horizon", UniformHorizon() if horizon is None else horizon, Horizon)
     rank, processes = rank_and_size() if gather else (0, 1)
     if processes > 1:
+        check_shared(function, "sigma2", as_number_tensor(function, "sigma2", sigma2, like=x))
         seed = shared_seed(seed, x.device)
         x, own = joined(x), slice(rank * len(x), (rank + 1) * len(x))
     layout = Layout(function, x, grouped)
@@ -156,6 +157,9 @@ def flux_target(
         chunk=chunk,
         scale=_scale(x, variance) if endpoint == "central" else 1.0,
     )
+    if not field_at_end.is_cuda and not torch.compiler.is_compiling() and not field_at_end.isfinite().all():
+        at = f"sigma2 {variance.tolist()}, tau {tau.tolist()}" if variance.numel() == 1 else "the end of a chain"
+        raise ValueError(f"{function}: field must be finite, got NaN or infinity at {at}")
     with torch.no_grad():
         gradient = layout.to_points(bracket)
         if len(ends):
@@ -264,7 +268,8 @@ def flux_matching_loss(
             count as zero and these for them. Unbiased, noisier, and less time.
         gather: whether the minibatches of all processes of torch.distributed, of one size, make up one: one density
             estimate and one average over chains. The network still sees each sample in one process only. The result
-            is that of the process's own samples; `draws` are of the joint minibatch, `seed` the same everywhere.
+            is that of the process's own samples; `draws` are of the joint minibatch, `sigma2`, `refs` and `seed` the
+            same everywhere.
         draws: fixes any of the random numbers.
         seed: fixes all others, the same numbers on every device and backend. None: torch's generator.
         steps: Langevin updates of a chain; None takes as many as `draws.chain` has, or the paper's 4.

@@ -6,6 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,25 +15,51 @@ from torch import nn
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
+# How far a field's references are followed: field -> owner -> its list -> a wrapper -> the network.
+_DEPTH = 5
+
+
 def _shown_by(field: Callable[..., Any]) -> Iterator[object]:
-    """A callable, and the modules and callables that it closes over or binds, as argument, owner or default."""
-    waiting: list[Any] = [field]
+    """A callable and what it refers to: by closure, global name, argument, owner, attribute or container."""
+    waiting: list[tuple[Any, int]] = [(field, 0)]
     seen: set[int] = set()
     while waiting:
-        thing = waiting.pop()
+        thing, depth = waiting.pop()
         if id(thing) in seen:
             continue
         seen.add(id(thing))
         yield thing
-        if isinstance(thing, functools.partial):
-            waiting += [thing.func, *thing.args, *thing.keywords.values()]
-        elif inspect.ismethod(thing):
-            waiting.append(thing.__self__)
-        elif inspect.isfunction(thing):
-            waiting += thing.__defaults__ or ()
-            for cell in thing.__closure__ or ():
-                with suppress(ValueError):  # a variable that is not assigned yet
-                    waiting.append(cell.cell_contents)
+        if depth < _DEPTH:
+            waiting += [(other, depth + 1) for other in _referred_to(thing)]
+
+
+def _referred_to(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    elif inspect.ismethod(thing):
+        yield from (thing.__self__, thing.__func__)
+    elif inspect.isfunction(thing):
+        yield from thing.__defaults__ or ()
+        yield from (thing.__kwdefaults__ or {}).values()
+        for cell in thing.__closure__ or ():
+            with suppress(ValueError):  # a variable that is not assigned yet
+                yield cell.cell_contents
+        if not _of_a_library(thing):
+            yield from (thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__)
+    elif isinstance(thing, dict):
+        yield from list(thing.values())
+    elif isinstance(thing, (list, tuple)):
+        yield from thing
+    elif not hasattr(thing, "__dict__") or isinstance(thing, (nn.Module, type, ModuleType)):
+        return
+    elif not _of_a_library(thing):
+        yield from list(vars(thing).values())
+
+
+def _of_a_library(thing: Any) -> bool:
+    """Whether a function, or a thing's class, is of a library in which no user keeps a network."""
+    named = thing if inspect.isfunction(thing) else type(thing)
+    return (named.__module__ or "").partition(".")[0] in ("torch", "numpy", "fluxkernels", "builtins")
 
 
 def networks_of(field: Callable[..., Any]) -> list[nn.Module]:

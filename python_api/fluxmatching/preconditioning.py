@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -23,7 +24,7 @@ class EDMField(nn.Module):
         sigma_data: σ_d > 0, the standard deviation of the data.
 
     Shape:
-        z `[n, *event]`, σ `[]` or `[n]`; returns the shape of z.
+        z `[n, *event]`, σ > 0 `[]` or `[n]`; returns the shape of z.
 
     Raises:
         ValueError: sigma_data is not positive, or σ has another shape.
@@ -36,7 +37,8 @@ class EDMField(nn.Module):
         self.network = network
         self.sigma_data = sigma_data
 
-    def forward(self, z: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, z: Tensor, sigma: Tensor | float) -> Tensor:
+        sigma = torch.as_tensor(sigma, device=z.device)
         if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(z)):
             raise ValueError(f"EDMField: sigma must be one number or one a sample, got shape {list(sigma.shape)}")
         sigma = sigma.to(z).expand(len(z))
@@ -61,7 +63,8 @@ class UNet(nn.Module):
 
     Raises:
         ImportError: diffusers is not installed.
-        ValueError: size cannot be halved that often, or no level has a resolution of `attention`.
+        ValueError: size cannot be halved that often, no level has a resolution of `attention`, or width is no multiple
+            of the groups of GroupNorm (`norm_num_groups`, 32).
     """
 
     def __init__(
@@ -88,6 +91,12 @@ class UNet(nn.Module):
         if missing := set(attention) - set(resolutions):
             raise ValueError(
                 f"UNet: attention must be at resolutions of its levels, {resolutions}, got {sorted(missing)}"
+            )
+        groups = options.get("norm_num_groups", 32)
+        if width % groups:
+            raise ValueError(
+                f"UNet: width must be a multiple of norm_num_groups, the groups of its GroupNorm layers, got {width} "
+                f"and {groups}"
             )
         down = tuple("AttnDownBlock2D" if r in attention else "DownBlock2D" for r in resolutions)
         model: Any = diffusers.UNet2DModel  # loaded when asked for, which type checkers do not see

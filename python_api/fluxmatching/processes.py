@@ -33,6 +33,18 @@ def shared_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return key
 
 
+def check_shared(function: str, name: str, value: Tensor) -> None:
+    """Raise ValueError in all processes unless all of them have the same value."""
+    least, most = value.clone(), value.clone()
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise ValueError(
+            f"{function}: {name} must be the same in all processes, got values from {least.min().item():.6g} to "
+            f"{most.max().item():.6g}; draw it from a seed that they share"
+        )
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Make every gradient the mean over processes, in one message; a parameter without one counts as zero."""
     _, size = rank_and_size()

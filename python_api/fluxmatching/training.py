@@ -13,11 +13,14 @@
 from __future__ import annotations
 
 import csv
+import operator
 import os
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,11 +30,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from fluxmatching.processes import average_gradients, rank_and_size
+from fluxmatching.processes import average_gradients, check_shared, rank_and_size
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
 LAST, PREVIOUS = "last.pt", "previous.pt"
+COLUMNS = ("iteration", "loss", "iterations_per_second", "lr", "peak_memory_mb")
 # Options that may differ between a checkpoint and the run that goes on from it: how long and how visibly.
 FREE = ("iterations", "checkpoint_every", "log_every", "progress", "tensorboard")
 
@@ -92,13 +96,18 @@ class TrainingOptions:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        # Python's own numbers, whatever NumPy's were given: a checkpoint holds no others.
+        for name in ("iterations", "batch_size", "warmup", "seed", "checkpoint_every", "log_every"):
+            self._convert(name, operator.index)
+        for name in ("lr", "weight_decay", "ema", *(() if self.clip is None else ("clip",))):
+            self._convert(name, float)
         for name in ("iterations", "batch_size", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainingOptions: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"TrainingOptions: {name} must be positive and finite, got {getattr(self, name)}")
-        if self.warmup < 0 or self.weight_decay < 0:
+        if not (self.warmup >= 0 and 0 <= self.weight_decay < float("inf")):
             raise ValueError(
                 f"TrainingOptions: warmup and weight_decay must not be negative, got {self.warmup} and "
                 f"{self.weight_decay}"
@@ -110,6 +119,13 @@ class TrainingOptions:
                 takes = ", ".join(map(repr, choices))
                 raise ValueError(f"TrainingOptions: {name} must be one of {takes}, got {got!r}")
 
+    def _convert(self, name: str, kind: Callable[[Any], Any]) -> None:
+        try:
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        except (TypeError, ValueError):
+            wanted = "a number" if kind is float else "a whole number"
+            raise TypeError(f"TrainingOptions: {name} must be {wanted}, got {getattr(self, name)!r}") from None
+
 
 class Trainer:
     """Trains a model; with a folder it goes on from the last checkpoint there, as if it had never stopped.
@@ -118,7 +134,8 @@ class Trainer:
     was interrupted and resumed equals one that was not, bit for bit on the same CPU.
 
     Where torch.distributed was started (torchrun), each process takes its part of a joint minibatch, gradients are
-    averaged, and the first process writes the files. One density estimate for all: `flux_matching_loss(gather=True)`.
+    averaged, and the first process writes the files, which all must see. One density estimate for all:
+    `flux_matching_loss(gather=True)`. What all processes must share, such as σ there, is to be drawn from `seed`.
 
     Args:
         model: the field, or a module that holds it and all else that is learned.
@@ -134,7 +151,7 @@ class Trainer:
         iteration: how many are done.
 
     Raises:
-        ValueError: nothing to train, fewer samples than a minibatch, or a checkpoint of a run with other options.
+        ValueError: nothing to train, fewer samples than a minibatch, or a checkpoint of another run or model.
         TrainingError: the loss or its gradient is not finite, or no checkpoint can be read. The last good checkpoint
             stays.
     """
@@ -166,11 +183,14 @@ class Trainer:
             model.parameters(), lr=options.lr, weight_decay=options.weight_decay
         )
         self.iteration = 0
+        self.recent: list[float] = []  # losses since the last line of metrics.csv
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             for part in self.folder.glob("part-*.pt") if self.rank == 0 else ():  # of a process that was killed
                 part.unlink()
             self._resume()
+        if self.processes > 1:
+            check_shared("Trainer", "the iteration of the checkpoint in folder", torch.tensor(self.iteration))
 
     def run(self) -> None:
         """Train up to `options.iterations`."""
@@ -194,8 +214,7 @@ class Trainer:
                 group["lr"] = options.lr * min(1.0, (self.iteration + 1) / max(1, options.warmup))
             half = PRECISIONS[options.precision]
             with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
-                result = self.loss(self.model, x, seed)
-            values, details = result if isinstance(result, tuple) else (result, {})
+                values, details = self._losses(x, seed)
             value = values.mean()
             self.optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -206,24 +225,46 @@ class Trainer:
             finite = torch.stack([value.detach(), norm]).isfinite()
             if not finite.all():
                 found = {"loss": value, "norm of the gradient": norm, **details}
-                said = ", ".join(f"{name} {v.detach().float().mean().item():.6g}" for name, v in found.items())
-                raise TrainingError(
-                    f"iteration {self.iteration}: the {'gradient' if finite[0] else 'loss'} is not finite ({said}); "
-                    f"nothing of it entered the model"
-                    + (f", and the last good checkpoint is in {self.folder}" if self.folder else "")
+                said = ", ".join(
+                    f"{name} {torch.as_tensor(v).detach().float().mean().item():.6g}" for name, v in found.items()
                 )
+                raise self._not_finite(f"the {'gradient' if finite[0] else 'loss'} is not finite ({said})")
             self.optimizer.step()
             self.average.update_parameters(self.model)
         self.iteration += 1
         return value.item()
 
+    def _losses(self, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each sample, and details. On a CPU the library's own losses refuse what is not finite."""
+        try:
+            result = self.loss(self.model, x, seed)
+        except ValueError as error:
+            if "must be finite" not in str(error):
+                raise
+            raise self._not_finite(str(error)) from error
+        values, details = result if isinstance(result, tuple) else (result, {})
+        if not isinstance(values, Tensor) or not isinstance(details, dict):
+            raise TypeError(
+                f"Trainer: loss must return a tensor with one number a sample, or that and a dictionary of details; "
+                f"got {type(result).__name__}"
+            )
+        return values, details
+
+    def _not_finite(self, what: str) -> TrainingError:
+        kept = f", and the last good checkpoint is in {self.folder}" if self.folder else ""
+        return TrainingError(f"iteration {self.iteration}: {what}; nothing of it entered the model{kept}")
+
     def save(self) -> None:
         """Write `last.pt`; the one before becomes `previous.pt`. Never leaves a file cut short under either name."""
-        assert self.folder is not None
+        if self.folder is None:
+            raise ValueError("Trainer: save needs the folder that Trainer(folder=...) was not given")
         part = self.folder / f"part-{os.getpid()}.pt"
         state = {
             "iteration": self.iteration,
             "options": asdict(self.options),
+            "samples": len(self.data),
+            "processes": self.processes,
+            "recent": self.recent,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -245,24 +286,35 @@ class Trainer:
             if not file.exists():
                 continue
             try:
-                state = torch.load(file, map_location=self.device, weights_only=True)
+                state = _read(file, self.device)
             except Exception as error:  # whatever reading a damaged file raises
                 problems.append(f"{name} ({type(error).__name__})")
                 continue
-            self._check_same_run(state["options"], file)
-            self.model.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.iteration = state["iteration"]
+            if problems:
+                warnings.warn(f"Trainer: {problems[0]} in {self.folder} cannot be read; {name} is used", stacklevel=3)
+            self._check_same_run(state, file)
+            try:
+                self.model.load_state_dict(state["model"])
+                self.average.load_state_dict(state["average"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"Trainer: {file} is of another model: {error}") from error
+            self.iteration, self.recent = state["iteration"], state["recent"]
             return
         if problems:
             raise TrainingError(f"no checkpoint in {self.folder} can be read: {', '.join(problems)}")
 
-    def _check_same_run(self, saved: dict[str, Any], file: Path) -> None:
+    def _check_same_run(self, state: dict[str, Any], file: Path) -> None:
+        here = {
+            "samples": len(self.data),
+            "processes": self.processes,
+            **{name: value for name, value in asdict(self.options).items() if name not in FREE},
+        }
+        there = {name: state[name] for name in ("samples", "processes")} | state["options"]
         changed = [
-            f"{field.name} {saved.get(field.name)!r} there, {getattr(self.options, field.name)!r} here"
-            for field in fields(self.options)
-            if field.name not in FREE and saved.get(field.name) != getattr(self.options, field.name)
+            f"{name} {there.get(name)!r} there, {value!r} here"
+            for name, value in here.items()
+            if there.get(name) != value
         ]
         if changed:
             raise ValueError(f"Trainer: {file} is of a run with other options: {'; '.join(changed)}")
@@ -271,9 +323,16 @@ class Trainer:
     def _own_random_numbers(self) -> Iterator[Tensor]:
         """The iteration's seed; torch's generators are set by it within, and are afterwards as before."""
         seed = (self.options.seed * 0x9E3779B97F4A7C15 + self.iteration) % 2**63
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed + self.rank)  # of dropout; the loss's seed is that of all processes
+        # Dropout's, another in each process and iteration; the loss's seed is that of all processes.
+        own = (seed * self.processes + self.rank) % 2**63
+        on_cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if on_cuda else []):
+            torch.default_generator.manual_seed(own)
+            if on_cuda:
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(own)
+            elif self.device.type == "mps":
+                torch.mps.manual_seed(own)
             yield torch.tensor(seed, device=self.device)
 
     def _minibatch(self) -> Tensor:
@@ -284,7 +343,25 @@ class Trainer:
         order = _order(len(self.data), self.options.seed * 1_000_003 + self.iteration // batches)
         joint = order[first : first + size]
         chosen = joint.tensor_split(self.processes)[self.rank]
-        return self.data[chosen].to(self.device, non_blocking=True)
+        x = self.data[chosen]
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"Trainer: data must be a tensor, or give one for a tensor of indices; got {type(x).__name__} from "
+                f"{type(self.data).__name__}"
+            )
+        return x.to(self.device, non_blocking=True)
+
+
+def _read(file: Path, device: torch.device) -> dict[str, Any]:
+    """A checkpoint whose contents are what was written; `torch.load` alone takes damaged numbers as they are."""
+    with zipfile.ZipFile(file) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise OSError(f"{damaged} is damaged")
+    state = torch.load(file, map_location=device, weights_only=True)
+    wanted = {"iteration", "options", "samples", "processes", "recent", "model", "average", "optimizer"}
+    if not isinstance(state, dict) or not wanted <= set(state):
+        raise KeyError("not a checkpoint of Trainer")
+    return state
 
 
 @lru_cache(maxsize=1)
@@ -302,8 +379,7 @@ class _Log:
         self.bar = tqdm(
             total=options.iterations, initial=trainer.iteration, disable=hidden, unit="it", dynamic_ncols=True
         )
-        self.losses: list[float] = []
-        self.since = time.perf_counter()
+        self.steps, self.since = 0, time.perf_counter()  # since the last line, in this process
         self.file = None if trainer.folder is None or trainer.rank > 0 else self._table(trainer.folder / "metrics.csv")
         self.board = self._board() if options.tensorboard and trainer.rank == 0 else None
 
@@ -312,9 +388,12 @@ class _Log:
         kept: list[list[str]] = []
         if file.exists():
             with file.open(newline="") as lines:
-                kept = [row for row in list(csv.reader(lines))[1:] if int(row[0]) <= self.trainer.iteration]
-        with file.open("w", newline="") as lines:
-            csv.writer(lines).writerows([["iteration", "loss", "iterations_per_second", "lr", "peak_memory_mb"], *kept])
+                rows = [row for row in csv.reader(lines) if len(row) == len(COLUMNS) and row[0].isdigit()]
+            kept = [row for row in rows if int(row[0]) <= self.trainer.iteration]
+        part = file.with_name("part-metrics.csv")
+        with part.open("w", newline="") as lines:
+            csv.writer(lines).writerows([COLUMNS, *kept])
+        part.replace(file)
         return file
 
     def _board(self) -> Any:
@@ -328,18 +407,19 @@ class _Log:
 
     def write(self, loss: float) -> None:
         trainer = self.trainer
-        self.losses.append(loss)
+        trainer.recent.append(loss)
+        self.steps += 1
         self.bar.update()
         if trainer.iteration % trainer.options.log_every and trainer.iteration < trainer.options.iterations:
             return
-        mean, now = sum(self.losses) / len(self.losses), time.perf_counter()
+        mean, now = sum(trainer.recent) / len(trainer.recent), time.perf_counter()
         row = {
             "loss": mean,
-            "iterations_per_second": len(self.losses) / (now - self.since),
+            "iterations_per_second": self.steps / (now - self.since),
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "peak_memory_mb": _peak_memory(trainer.device) / 1e6,
         }
-        self.losses, self.since = [], now
+        trainer.recent, self.steps, self.since = [], 0, now
         self.bar.set_postfix(loss=f"{mean:.4g}", memory=f"{row['peak_memory_mb']:.0f} MB")
         if self.file is not None:
             with self.file.open("a", newline="") as lines:

@@ -303,12 +303,30 @@ def test_central_difference_follows_fields_that_bend_over_sigma(backend: str, si
     assert torch.linalg.vector_norm(central - exact) < 1e-3 * torch.linalg.vector_norm(of_the_ripple)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+def test_central_difference_far_from_the_origin(backend: str, offset: float) -> None:
+    """z ± step is exact in float32, so an offset that the field takes off costs nothing."""
+    net, x = smooth_field(2).float(), torch.randn(64, 2) + offset
+    field = lambda z: net(z - offset)  # noqa: E731
+    exact, central = (flux_target(field, x, 0.5, seed=1, endpoint=e).target for e in ("reverse", "central"))
+    assert torch.linalg.vector_norm(central - exact) < 2e-5 * torch.linalg.vector_norm(exact)
+
+
+@pytest.mark.parametrize("endpoint", ["reverse", "central"])
+def test_a_network_that_begins_in_place(endpoint: str) -> None:
+    net = nn.Sequential(nn.SiLU(inplace=True), nn.Linear(2, 2))
+    same = nn.Sequential(nn.SiLU(), net[1])
+    x = torch.randn(8, 2)
+    found, expected = (flux_target(f, x, 0.5, seed=1, endpoint=endpoint).target for f in (net, same))
+    assert torch.equal(found, expected)
+
+
 def test_central_difference_is_free_of_units(backend: str) -> None:
-    """x and σ in other units: the step follows, so the relative error does not."""
+    """x and σ in other units: the step, a power of two, follows, so the relative error stays."""
     field = smooth_field(2)
     x = torch.randn(64, 2, dtype=F64)
     errors = []
-    for unit in (1e-3, 1.0, 1e3):
+    for unit in (2.0**-10, 1.0, 2.0**10):
         scaled = lambda z, unit=unit: field(z / unit) / unit  # noqa: E731
         exact, central = (
             flux_target(scaled, unit * x, 0.5 * unit**2, seed=1, endpoint=e).target for e in ("reverse", "central")

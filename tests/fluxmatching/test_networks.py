@@ -27,6 +27,32 @@ class Owner:
         return self.net(z)
 
 
+GLOBAL = mlp()
+
+
+class Wrapper:
+    def __init__(self, net: nn.Module) -> None:
+        self.parts = {"nets": [net]}
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.parts["nets"][0](z)
+
+
+def of_a_global(z: Tensor) -> Tensor:
+    return GLOBAL(z)
+
+
+def test_networks_are_found_in_globals_attributes_and_containers() -> None:
+    """As in a script, where a field is a function of names at its top."""
+    assert networks_of(of_a_global) == [GLOBAL]
+    assert networks_of(lambda z: of_a_global(z)) == [GLOBAL]
+    owner, net = Owner(), mlp()
+    assert networks_of(owner.field) == [owner.net]
+    assert networks_of(Wrapper(net)) == [net]
+    wrapper = Wrapper(net)
+    assert networks_of(lambda z, *, by=wrapper: by(z)) == [net]
+
+
 def test_networks_are_found_where_callables_show_them() -> None:
     net, other = mlp(), mlp()
     assert networks_of(net) == [net]

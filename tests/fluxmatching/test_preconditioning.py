@@ -30,6 +30,16 @@ def test_float32_keeps_its_digits_at_small_sigma() -> None:
     assert (EDMField(shifted)(z, sigma) - exact).norm() < 1e-6 * exact.norm()
 
 
+def test_a_level_may_be_a_number() -> None:
+    field, z = EDMField(lambda x, c_noise: x * c_noise[:, None]), torch.randn(3, 2)
+    assert torch.equal(field(z, 0.5), field(z, torch.tensor(0.5)))
+
+
+def test_a_width_that_its_layers_cannot_have() -> None:
+    with pytest.raises(ValueError, match=r"width must be a multiple of norm_num_groups.* got 20 and 32"):
+        UNet(32, width=20)
+
+
 def test_a_level_for_each_sample() -> None:
     field, z, sigma = EDMField(shifted), torch.randn(3, 2, dtype=F64), torch.tensor([0.1, 1.0, 5.0], dtype=F64)
     one_by_one = torch.cat([field(z[i : i + 1], sigma[i]) for i in range(3)])

@@ -61,3 +61,11 @@ def test_training_ends_where_one_process_with_twice_the_minibatch_ends(
     assert found["processes agree"]["error"] == 0
     assert found["resumed"]["error"] == 0
     assert [row[0] for row in csv.reader((folder / "metrics.csv").open())] == ["iteration", "3", "6", "7"]
+
+
+def test_noise_levels_that_differ_are_refused(found: dict[str, dict[str, Any]]) -> None:
+    assert found["refused"]["error"] == 0
+
+
+def test_no_process_repeats_the_numbers_of_another(found: dict[str, dict[str, Any]]) -> None:
+    assert found["own numbers"]["error"] == 0

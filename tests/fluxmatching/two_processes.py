@@ -47,6 +47,25 @@ def main() -> None:
     # Kept local, the density estimate is another: of half the centres.
     compare("local", gradients(mine), gradients(x))
 
+    try:
+        flux_matching_loss(network(), mine, 0.1 + rank, seed=3, gather=True)
+        refused = 0.0
+    except ValueError as error:
+        refused = float("sigma2 must be the same in all processes, got values from 0.1 to 1.1" in str(error))
+    compare("refused", torch.tensor(refused), torch.tensor(1.0))
+
+    numbers: list[Tensor] = []
+
+    def recorded(net: nn.Module, batch: Tensor, seed: Tensor) -> Tensor:
+        numbers.append(torch.rand(()))
+        return net(batch).square().sum(1)
+
+    Trainer(network(), recorded, x, TrainingOptions(iterations=4, batch_size=6, progress=False)).run()
+    drawn = [torch.empty(4) for _ in range(2)]
+    distributed.all_gather(drawn, torch.stack(numbers))
+    # Dropout's random numbers repeat neither from iteration to iteration nor from process to process.
+    compare("own numbers", torch.tensor(float(len(torch.cat(drawn).unique()))), torch.tensor(8.0))
+
     def loss(net: nn.Module, batch: Tensor, seed: Tensor) -> Tensor:
         return flux_matching_loss(net, batch, 0.5, seed=seed, gather=True)
 
