@@ -85,9 +85,9 @@ def cross_boundary_correctness(
 
 
 def velocity_consistency(adata: AnnData, *, vkey: str = "velocity") -> np.ndarray:
-    """Mean correlation of each cell's velocity with those of its neighbours, `[cells]`; scVelo's velocity confidence.
+    """Mean correlation of each cell's velocity with those of its neighbours, `[cells]`, in [0, 1].
 
-    Genes with NaN, and those that `var[vkey + "_genes"]` leaves out, do not count.
+    As in scVelo's velocity confidence a negative mean counts as 0. Genes with NaN, and those that `var[vkey + "_genes"]` leaves out, do not count.
 
     Args:
         adata: with `layers[vkey]` and `obsp["distances"]` (`scanpy.pp.neighbors`).
@@ -103,7 +103,8 @@ def velocity_consistency(adata: AnnData, *, vkey: str = "velocity") -> np.ndarra
         genes &= np.asarray(adata.var[f"{vkey}_genes"], dtype=bool)
     centred = velocities[:, genes] - velocities[:, genes].mean(1, keepdims=True)
     neighbours = _neighbours(function, adata)
-    return np.array([_cosine(centred[others], own).mean() for others, own in zip(neighbours, centred, strict=True)])
+    means = [_cosine(centred[others], own).mean() for others, own in zip(neighbours, centred, strict=True)]
+    return np.clip(means, 0, None)
 
 
 def _found(function: str, where: str, mapping: Any, key: str, hint: str = "") -> Any:

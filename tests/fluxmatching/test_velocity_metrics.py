@@ -1,0 +1,106 @@
+"""Cross-boundary correctness and consistency by hand, and consistency against scVelo's."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from fluxmatching.velocity_metrics import cross_boundary_correctness, velocity_consistency
+
+anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
+
+
+def adata(positions: Any, velocities: Any, clusters: list[str], neighbours: list[list[int]]) -> Any:
+    """Cells in the plane; the velocities are those of the embedding and, in two genes, of the layer."""
+    count = len(clusters)
+    distances = sparse.lil_matrix((count, count))
+    for cell, others in enumerate(neighbours):
+        for other in others:
+            distances[cell, other] = 1.0 + other
+    made = anndata.AnnData(np.zeros((count, np.shape(velocities)[1]), dtype=np.float32))
+    made.layers["velocity"] = np.array(velocities, dtype=np.float32)
+    made.obsm["X_umap"], made.obsm["velocity_umap"] = np.array(positions, dtype=float), made.layers["velocity"][:, :2]
+    made.obs["clusters"] = clusters
+    made.obsp["distances"] = distances.tocsr()
+    return made
+
+
+# Two cells of A beside one of B at the right and one of C above; the third cell of A has no neighbour elsewhere.
+POSITIONS = [[0, 0], [0, 1], [-5, 0], [1, 0], [0, 3]]
+CLUSTERS = ["A", "A", "A", "B", "C"]
+NEIGHBOURS = [[1, 3], [3, 4], [0], [0], [1]]
+VELOCITIES = [[2, 0], [1, 1], [0, 0], [-1, 0], [0, 1]]
+
+
+def test_cross_boundary_correctness_by_hand() -> None:
+    found = cross_boundary_correctness(
+        adata(POSITIONS, VELOCITIES, CLUSTERS, NEIGHBOURS), [("A", "B"), ("A", "C"), ("B", "C")]
+    )
+    # A -> B: cell 0 moves right to it, cos 1; cell 1 moves at (1, 1) and B lies at (1, -1), cos 0.
+    # A -> C: cell 1 alone, which lies at (0, 2): cos 1/√2. B -> C: no neighbours.
+    assert found.edges == pytest.approx({("A", "B"): 0.5, ("A", "C"): 0.5**0.5})
+    assert found.cells == {("A", "B"): 2, ("A", "C"): 1}
+    assert found.mean_over_edges == pytest.approx((0.5 + 0.5**0.5) / 2)
+    assert found.mean_over_cells == pytest.approx((1 + 0 + 0.5**0.5) / 3)
+
+
+def test_it_averages_over_the_neighbours_of_a_cell_first() -> None:
+    found = cross_boundary_correctness(
+        adata(
+            [[0, 0], [0, 5], [1, 0], [-1, 0]], [[1, 0], [0, -1], [0, 0], [0, 0]], list("AABB"), [[2, 3], [2], [], []]
+        ),
+        [("A", "B")],
+    )
+    # Cell 0: (1 - 1)/2 = 0; cell 1: (1, -5)/√26 against (0, -1).
+    assert found.edges["A", "B"] == pytest.approx((0 + 5 / 26**0.5) / 2)
+
+
+def test_consistency_by_hand() -> None:
+    velocities = [[1, 2, 3], [2, 4, 6], [3, 2, 1], [1, 0, 1]]
+    made = adata(np.zeros((4, 2)), velocities, list("AAAA"), [[1, 2], [0], [0, 1], [0, 1, 2]])
+    # Pearson correlations: cells 0 and 1 agree, 2 is opposite, which counts as 0, and 3 is uncorrelated with all.
+    np.testing.assert_allclose(velocity_consistency(made), [0, 1, 0, 0], atol=1e-12)
+
+
+def test_consistency_leaves_out_genes() -> None:
+    velocities = np.array([[1, 2, 3, 9], [2, 4, 6, -50], [1, 2, 3, 7]], dtype=float)
+    made = adata(np.zeros((3, 2)), velocities, list("AAA"), [[1], [2], [0]])
+    assert velocity_consistency(made).min() < 0.9
+    made.var["velocity_genes"] = [True, True, True, False]
+    np.testing.assert_allclose(velocity_consistency(made), 1)
+    del made.var["velocity_genes"]
+    made.layers["velocity"][1, 3] = np.nan
+    np.testing.assert_allclose(velocity_consistency(made), 1)
+
+
+def test_consistency_is_scvelos_confidence() -> None:
+    scvelo = pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
+    generator = np.random.default_rng(0)
+    neighbours = [list(generator.choice(np.delete(np.arange(60), i), 8, replace=False)) for i in range(60)]
+    made = adata(np.zeros((60, 2)), generator.normal(size=(60, 20)), ["A"] * 60, neighbours)
+    made.var["velocity_genes"] = generator.random(20) < 0.7
+    made.uns["neighbors"] = {"distances_key": "distances", "connectivities_key": "distances", "params": {}}
+    made.obsp["connectivities"] = made.obsp["distances"]
+    ours = velocity_consistency(made)
+    with suppress(KeyError):  # it is written before another result asks for moments, which these cells have not
+        scvelo.tl.velocity_confidence(made)
+    np.testing.assert_allclose(ours, made.obs["velocity_confidence"], rtol=1e-5, atol=1e-6)
+
+
+def test_errors_say_what_is_missing() -> None:
+    made = adata(POSITIONS, VELOCITIES, CLUSTERS, NEIGHBOURS)
+    with pytest.raises(ValueError, match=r"no cluster 'D'; there are \['A', 'B', 'C'\]"):
+        cross_boundary_correctness(made, [("A", "D")])
+    with pytest.raises(ValueError, match="no edge has a cell with a neighbour on its other side"):
+        cross_boundary_correctness(made, [("B", "C")])
+    with pytest.raises(KeyError, match=r"adata\.obsm has no 'velocity_tsne'|adata\.obsm has no 'X_tsne'"):
+        cross_boundary_correctness(made, [("A", "B")], basis="tsne")
+    with pytest.raises(KeyError, match=r"adata\.layers has no 'other'"):
+        velocity_consistency(made, vkey="other")
+    del made.obsp["distances"]
+    with pytest.raises(KeyError, match=r"no 'distances'; scanpy\.pp\.neighbors makes it"):
+        velocity_consistency(made)
