@@ -87,7 +87,8 @@ def cross_boundary_correctness(
 def velocity_consistency(adata: AnnData, *, vkey: str = "velocity") -> np.ndarray:
     """Mean correlation of each cell's velocity with those of its neighbours, `[cells]`, in [0, 1].
 
-    As in scVelo's velocity confidence a negative mean counts as 0. Genes with NaN, and those that `var[vkey + "_genes"]` leaves out, do not count.
+    As in scVelo's velocity confidence a negative mean counts as 0. Genes with NaN, and those that
+    `var[vkey + "_genes"]` leaves out, do not count.
 
     Args:
         adata: with `layers[vkey]` and `obsp["distances"]` (`scanpy.pp.neighbors`).
