@@ -139,13 +139,13 @@ def compare(
         ),
         Result(
             f"{name}: their difference over the seed-to-seed spread",
-            f"{difference / spread:+.2f}",
+            f"{difference / spread:+.2g}",
             "criterion: within ±1",
             abs(difference) <= spread,
         ),
         Result(
             f"{name}: the same of the loss curves, root-mean-square over {WINDOWS} windows",
-            f"{off:.2f}",
+            f"{off:.2g}",
             "criterion: at most 1",
             off <= 1,
         ),

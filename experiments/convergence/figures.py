@@ -23,7 +23,8 @@ def draw_curves(path: Path, curves: Mapping[str, Mapping[str, Curves]], iteratio
             mean, std = values.mean(0), values.std(0, ddof=1)
             panel.plot(at, mean, line, color=colour, label=way)
             panel.fill_between(at, mean - std, mean + std, color=colour, alpha=0.2, lw=0)
-        panel.set(title=problem, xlabel="iteration")
+        # At random weights the loss at the smallest σ is millions; later it is a few units, of either sign.
+        panel.set(title=problem, xlabel="iteration", yscale="symlog")
     axes[0, 0].set_ylabel("loss")
     axes[0, 0].legend()
     style.save(fig, path)
