@@ -9,6 +9,7 @@ take turns, with the same network, minibatches and precision.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def resident(key: str) -> int:
 def peak_memory(setting: Setting, way: str, device: str) -> int:
     """Bytes that training takes at most, parameters and optimizer included; on a CPU in a process of its own."""
     if torch.device(device).type == "cuda":
+        gc.collect()  # the last trainer, which compiled code can hold in a cycle
         torch.cuda.empty_cache()
         trainer = setting.trainer(way, device)
         trainer.step()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from types import ModuleType
+from functools import lru_cache
+from itertools import islice
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -15,22 +19,23 @@ from torch import nn
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
-# How far a field's references are followed: field -> owner -> its list -> a wrapper -> the network.
-_DEPTH = 5
+# How far a field's references are followed, field -> owner -> its list -> a wrapper -> the network, and to how many
+# things at most: a field may close over a data set.
+_DEPTH, _MOST = 5, 2000
 
 
 def _shown_by(field: Callable[..., Any]) -> Iterator[object]:
     """A callable and what it refers to: by closure, global name, argument, owner, attribute or container."""
-    waiting: list[tuple[Any, int]] = [(field, 0)]
+    waiting: deque[tuple[Any, int]] = deque([(field, 0)])
     seen: set[int] = set()
-    while waiting:
-        thing, depth = waiting.pop()
+    while waiting and len(seen) < _MOST:
+        thing, depth = waiting.popleft()
         if id(thing) in seen:
             continue
         seen.add(id(thing))
         yield thing
         if depth < _DEPTH:
-            waiting += [(other, depth + 1) for other in _referred_to(thing)]
+            waiting += [(other, depth + 1) for other in islice(_referred_to(thing), _MOST)]
 
 
 def _referred_to(thing: Any) -> Iterator[Any]:
@@ -45,15 +50,22 @@ def _referred_to(thing: Any) -> Iterator[Any]:
             with suppress(ValueError):  # a variable that is not assigned yet
                 yield cell.cell_contents
         if not _of_a_library(thing):
-            yield from (thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__)
+            yield from (thing.__globals__[name] for name in _global_names(thing.__code__) if name in thing.__globals__)
     elif isinstance(thing, dict):
-        yield from list(thing.values())
+        yield from thing.copy().values()
     elif isinstance(thing, (list, tuple)):
         yield from thing
     elif not hasattr(thing, "__dict__") or isinstance(thing, (nn.Module, type, ModuleType)):
         return
     elif not _of_a_library(thing):
-        yield from list(vars(thing).values())
+        yield from vars(thing).copy().values()
+
+
+@lru_cache(maxsize=1000)
+def _global_names(code: CodeType) -> frozenset[str]:
+    """Global names that a function's code reads, functions within it included; no names of attributes."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return frozenset(own).union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
 
 
 def _of_a_library(thing: Any) -> bool:

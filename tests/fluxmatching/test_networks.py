@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fluxmatching import Draws, LossNormalizer, flux_matching_loss, flux_target, noise_annealed_flux_loss
-from fluxmatching.networks import networks_of, parameters_at_rest
+from fluxmatching.networks import _shown_by, networks_of, parameters_at_rest
 
 F64 = torch.float64
 
@@ -49,8 +49,17 @@ def test_networks_are_found_in_globals_attributes_and_containers() -> None:
     owner, net = Owner(), mlp()
     assert networks_of(owner.field) == [owner.net]
     assert networks_of(Wrapper(net)) == [net]
+    assert networks_of(lambda z: (lambda y: GLOBAL(y))(z)) == [GLOBAL]
+    assert networks_of(lambda z: z.GLOBAL) == []  # the name of an attribute is no global one
     wrapper = Wrapper(net)
     assert networks_of(lambda z, *, by=wrapper: by(z)) == [net]
+
+
+def test_a_field_may_close_over_a_data_set() -> None:
+    rows, net = [[float(i)] for i in range(100_000)], mlp()
+    field = lambda z: net(z) + len(rows)  # noqa: E731
+    assert networks_of(field) == [net]
+    assert len(list(_shown_by(field))) <= 2000
 
 
 def test_networks_are_found_where_callables_show_them() -> None:
