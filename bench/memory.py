@@ -18,7 +18,7 @@ def peak_extra(op: str, case: Case, who: str) -> int:
     return int(run.stdout.split()[-1])
 
 
-def _status(key: str) -> int:
+def resident(key: str) -> int:
     """Bytes that /proc says: VmRSS is resident now, VmHWM its peak.
 
     The peak of `getrusage` would not do: a process starts with that of the one that started it.
@@ -34,9 +34,9 @@ def _measure(op: str, case: Case, who: str) -> int:
     function = peers.function(op, who)
     function(x[:1, :8], x[:1, :8], case.sigma2)
     # The peak so far may be above what is resident now: the difference is counted in, never out.
-    before = _status("VmRSS")
+    before = resident("VmRSS")
     function(x, x, case.sigma2)
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxkernels as fk
+from bench.memory import resident
 from bench.training.problems import images
 from bench.training.results import begin, device_argument
 from experiments.springs.network import TrajectoryTransformer
@@ -150,14 +151,6 @@ def timed(calls: list[Callable[[], object]], repetitions: int) -> list[list[floa
             if turn >= 0:
                 kept.append(time.perf_counter() - begun)
     return seconds
-
-
-def resident(key: str) -> int:
-    """Bytes that /proc says: VmRSS is resident now, VmHWM its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def peak_memory(setting: Setting, way: str, device: str) -> int:

@@ -37,7 +37,7 @@ class Way:
 
     Attributes:
         target: arguments of `flux_target`.
-        half: whether the network runs under autocast to bfloat16, in the target and in the loss.
+        half_target, half_loss: whether the network runs under autocast to bfloat16 in the target, and in the loss.
         step: of the central difference, relative to its scale; None for the library's.
         compiled: whether torch.compile makes one graph of all derivatives.
     """

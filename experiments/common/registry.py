@@ -92,6 +92,13 @@ class Experiment:
         return [f"{key}={_text(value)}" for key, value in changed.items()]
 
 
+def check_sizes(config: Any, **least: int) -> None:
+    """Raise ValueError unless every field of a config is above 0, and those named at least so large."""
+    for name, value in vars(config).items():
+        if value <= 0 or value < least.get(name, 0):
+            raise ValueError(f"{name} must be at least {least.get(name, 'above 0')}, got {value}")
+
+
 def load_experiment(name: str) -> Experiment:
     """Import one experiment.
 

@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 
 from experiments.common.distances import wasserstein2
-from experiments.common.registry import Experiment
+from experiments.common.registry import Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run
 from experiments.convergence.figures import Curves, draw_curves, draw_distances
 from experiments.convergence.training import PROBLEMS, WAYS, WINDOWS, train
@@ -52,10 +52,7 @@ class Config:
     springs_lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = {"seeds": 2, "mixture_iterations": 20, "springs_iterations": 20}.get(name, 0)
-            if value <= 0 or value < least:
-                raise ValueError(f"{name} must be at least {least or 'above 0'}, got {value}")
+        check_sizes(self, seeds=2, mixture_iterations=20, springs_iterations=20)
 
     def size(self, problem: str) -> Size:
         return Size(*(getattr(self, f"{problem}_{name}") for name in ("iterations", "batch", "width", "lr")))

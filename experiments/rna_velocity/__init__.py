@@ -81,14 +81,12 @@ def run(run: Run) -> None:
         for method, seed in missing:
             adata = prepared.copy()
             seconds = fits.fit(run, adata, method, run.seed + seed)
-            if seed == 0:
-                genes = genes_to_show(adata)
             fits.judge(run, adata, name, dataset, method, seed, seconds)
             if seed == 0:
                 with fits.quiet():
                     figures.draw_stream(streams[method], adata, dataset.clusters, f"{name}, {method}")
                 if method == fits.FLUX:
-                    figures.draw_portraits(portraits, adata, genes, dataset.clusters)
+                    figures.draw_portraits(portraits, adata, genes_to_show(adata), dataset.clusters)
         metrics = run.figure(f"{name}-metrics")
         figures.draw_metrics(metrics, collected(run, name))
         results += compare(run, name)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from anndata import AnnData
 
 FLUX = "flux"
-SCVELO = ("stochastic", "dynamical")
 
 
 def fit(run: Run, adata: AnnData, method: str, seed: int) -> float:

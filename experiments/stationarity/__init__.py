@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from experiments.common.mixture import GaussianMixture, triangle_means
-from experiments.common.registry import Experiment
+from experiments.common.registry import Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run
 from experiments.stationarity.checks import (
     Bins,
@@ -72,10 +72,7 @@ class Config:
     points: int = 20_000
 
     def __post_init__(self) -> None:
-        least = {"segment": 2, "segments": 2, "batch": 2}
-        for name, value in vars(self).items():
-            if value <= 0 or value < least.get(name, 0):
-                raise ValueError(f"{name} must be at least {least.get(name, 'above 0')}, got {value}")
+        check_sizes(self, segment=2, segments=2, batch=2)
 
 
 def make_target(run: Run) -> tuple[GaussianMixture, torch.Tensor]:
