@@ -51,11 +51,11 @@ def draw_portraits(path: Path, adata: AnnData, genes: Sequence[str], clusters: s
                 color=f"C{number % 10}",
                 label=name if gene == genes[0] else None,
             )
-        a, b, c, beta, gamma = (
-            float(adata.var[f"velocity_{key}"].iloc[index]) for key in ("a", "b", "c", "beta", "gamma")
+        a, b, c, beta, gamma, unit = (
+            float(adata.var[f"velocity_{key}"].iloc[index]) for key in ("a", "b", "c", "beta", "gamma", "scale")
         )
         grid_s, grid_u = np.meshgrid(np.linspace(0, s.max(), 20), np.linspace(0, u.max(), 20))
-        du = np.logaddexp(0, a * grid_u + b * grid_s + c) - beta * grid_u
+        du = unit * np.logaddexp(0, (a * grid_u + b * grid_s) / unit + c) - beta * grid_u
         ds = beta * grid_u - gamma * grid_s
         panel.streamplot(grid_s, grid_u, ds, du, color=style.DATA, density=0.7, linewidth=0.6, arrowsize=0.7)
         panel.set(title=gene, xlabel="spliced", ylabel="unspliced")
@@ -65,8 +65,11 @@ def draw_portraits(path: Path, adata: AnnData, genes: Sequence[str], clusters: s
 
 def draw_metrics(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """A panel a metric, a row of points a method: its seeds, and the paper's number as a lone one."""
-    fig, axes = style.new_figure(3.4 * len(values), 2.4, 1, len(values), squeeze=False)
-    for panel, (metric, by_method) in zip(axes[0], values.items(), strict=True):
+    rows = -(-len(values) // 2)
+    fig, axes = style.new_figure(9.0, 2.0 * rows, rows, 2, squeeze=False)
+    for panel in axes.flat[len(values) :]:
+        panel.set_axis_off()
+    for panel, (metric, by_method) in zip(axes.flat, values.items(), strict=False):
         for height, (method, found) in enumerate(by_method.items()):
             panel.plot(found, [height] * len(found), "o", color=style.FLUX if "flux" in method.lower() else style.DATA)
         panel.set(title=metric, yticks=range(len(by_method)), ylim=(-0.5, len(by_method) - 0.5))

@@ -8,67 +8,114 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from experiments.common.run import Run
 from experiments.rna_velocity.datasets import Dataset
-from fluxmatching.velocity import flux_velocity
-from fluxmatching.velocity_metrics import cross_boundary_correctness, velocity_consistency
+from fluxmatching.velocity import CIRCULATING, flux_velocity
+from fluxmatching.velocity_metrics import (
+    CrossBoundaryCorrectness,
+    cross_boundary_correctness,
+    velocity_consistency,
+)
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-FLUX = "flux"
+PROJECTIONS = ("plain", "root")
+FLUX = "flux"  # the paper's settings
+CIRCULATING_FLUX = "flux circulating"
+UNTRAINED = "flux untrained"  # the paper's settings before the first step
 
 
 def fit(run: Run, adata: AnnData, method: str, seed: int) -> float:
-    """Write the method's velocities to `layers["velocity"]` of a copy's layers; returns the seconds it took."""
-    import scvelo as scv
-
+    """Write the method's velocities to `layers["velocity"]`; returns the seconds it took."""
     begun = time.perf_counter()
-    if method == FLUX:
-        flux_velocity(
-            adata,
-            passes=run.config.passes,
-            batch_size=run.config.batch,
-            sigma2=run.config.sigma2,
-            lr=run.config.learning_rate,
-            seed=seed,
-            device=run.device,
-            backend=run.backend,
-            progress=run.progress,
-        )
+    if method.startswith(FLUX):
+        fit_flux(run, adata, method, seed)
     else:
-        with quiet():
-            if method == "dynamical":
-                scv.tl.recover_dynamics(adata, var_names="all", n_jobs=1, show_progress_bar=False)
-            scv.tl.velocity(adata, mode=method)
+        fit_scvelo(adata, method)
     return time.perf_counter() - begun
 
 
-def judge(run: Run, adata: AnnData, name: str, dataset: Dataset, method: str, seed: int, seconds: float) -> None:
-    """Project the velocities on the embedding, and log both metrics: a row for the fit, and one for each edge."""
+def fit_flux(run: Run, adata: AnnData, method: str, seed: int) -> None:
+    config = run.config
+    settings: dict[str, Any] = {"passes": config.passes, "sigma2": config.sigma2, "lr": config.learning_rate}
+    if method == UNTRAINED:
+        settings["passes"] = 0
+    elif method == CIRCULATING_FLUX:
+        settings = {**CIRCULATING, "passes": config.circulating_passes}
+    flux_velocity(
+        adata,
+        batch_size=config.batch,
+        seed=seed,
+        device=run.device,
+        backend=run.backend,
+        progress=run.progress,
+        **settings,
+    )
+
+
+def fit_scvelo(adata: AnnData, mode: str) -> None:
     import scvelo as scv
 
     with quiet():
-        scv.tl.velocity_graph(adata, n_jobs=1, show_progress_bar=False)
-        scv.tl.velocity_embedding(adata, basis="umap")
-    known = {"dataset": name, "method": method, "seed": seed}
+        if mode == "dynamical":
+            scv.tl.recover_dynamics(adata, var_names="all", n_jobs=1, show_progress_bar=False)
+        scv.tl.velocity(adata, mode=mode)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What is said of one fit.
+
+    Attributes:
+        correctness: by projection, of `PROJECTIONS`.
+        consistency: mean over cells.
+        genes: number of genes that the method kept.
+    """
+
+    correctness: dict[str, CrossBoundaryCorrectness]
+    consistency: float
+    genes: int
+
+
+def judge(adata: AnnData, dataset: Dataset) -> Judgement:
+    """Project the velocities on the embedding and measure them.
+
+    scVelo's `velocity_graph` compares velocities with differences of cells, either as they are or after sign(x) √|x|.
+    By default it takes roots for its stochastic mode alone. Here every method is judged both ways; what `adata` keeps
+    is the projection by roots.
+    """
+    import scvelo as scv
+
     present = set(adata.obs[dataset.clusters].astype(str))  # few cells need not be of all clusters
     edges = [edge for edge in dataset.edges if present.issuperset(edge)]
-    correctness = cross_boundary_correctness(adata, edges, cluster_key=dataset.clusters)
-    logged = {row["edge"] for row in run.rows("edge") if all(row[key] == value for key, value in known.items())}
-    for (source, target), value in correctness.edges.items():
+    found: dict[str, CrossBoundaryCorrectness] = {}
+    for projection in PROJECTIONS:
+        with quiet():
+            scv.tl.velocity_graph(adata, n_jobs=1, show_progress_bar=False, sqrt_transform=projection == "root")
+            scv.tl.velocity_embedding(adata, basis="umap")
+        found[projection] = cross_boundary_correctness(adata, edges, cluster_key=dataset.clusters)
+    return Judgement(found, float(velocity_consistency(adata).mean()), int(adata.var["velocity_genes"].sum()))
+
+
+def log(run: Run, judged: Judgement, known: dict[str, Any], seconds: float) -> None:
+    """A row for each edge, and one for the fit, which marks it as done."""
+    logged = {row["edge"] for row in run.rows("edge") if known.items() <= row.items()}
+    for (source, target), cells in judged.correctness["plain"].cells.items():
         edge = f"{source} → {target}"
         if edge not in logged:
-            run.log(kind="edge", **known, edge=edge, correctness=value, cells=correctness.cells[source, target])
+            by_projection = {f"correctness_{key}": c.edges[source, target] for key, c in judged.correctness.items()}
+            run.log(kind="edge", **known, edge=edge, cells=cells, **by_projection)
     run.log(
         kind="fit",
         **known,
-        over_cells=correctness.mean_over_cells,
-        over_edges=correctness.mean_over_edges,
-        consistency=float(velocity_consistency(adata).mean()),
-        genes=int(adata.var["velocity_genes"].sum()),
+        **{f"over_cells_{key}": value.mean_over_cells for key, value in judged.correctness.items()},
+        **{f"over_edges_{key}": value.mean_over_edges for key, value in judged.correctness.items()},
+        consistency=judged.consistency,
+        genes=judged.genes,
         seconds=seconds,
     )
 

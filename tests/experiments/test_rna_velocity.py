@@ -95,10 +95,13 @@ def test_smoke_run_and_its_summary(folder: Path, tmp_path: Path) -> None:
     made = Run(rna_velocity.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "run", progress=False)
     rna_velocity.run(made)
     fits = made.rows("fit")
-    assert [(row["method"], row["seed"]) for row in fits] == [("stochastic", 0), ("flux", 0)]
-    assert all(-1 <= row[key] <= 1 for row in fits for key in ("over_cells", "over_edges", "consistency"))
-    assert [row["edge"] for row in made.rows("edge")] == ["Ductal → Ngn3 low EP"] * 2
-    assert {path.stem for path in made.figures} >= {"pancreas-stream-flux", "pancreas-portraits", "pancreas-metrics"}
+    methods = ["stochastic", "flux untrained", "flux", "flux circulating"]
+    assert [(row["method"], row["seed"]) for row in fits] == [(method, 0) for method in methods]
+    columns = [f"over_{what}_{how}" for what in ("cells", "edges") for how in ("plain", "root")]
+    assert all(-1 <= row[key] <= 1 for row in fits for key in [*columns, "consistency"])
+    assert [row["edge"] for row in made.rows("edge")] == ["Ductal → Ngn3 low EP"] * 4
+    drawn = {"pancreas-metrics", "pancreas-flux-portraits", "pancreas-flux-circulating-stream"}
+    assert {path.stem for path in made.figures} >= drawn
     assert "scvelo 0." in (tmp_path / "run" / "summary.md").read_text()
     before = made.rows()
     rna_velocity.run(made)  # all is done: nothing is fitted again

@@ -81,7 +81,7 @@ class TestFluxVelocity:
         before = {key: value.copy() for key, value in adata.layers.items()}
         assert flux_velocity(adata, **QUICK) is None
         assert set(adata.layers) == {"Mu", "Ms", "velocity", "velocity_u", "velocity_alpha"}
-        names = {f"velocity_{name}" for name in ("a", "b", "c", "beta", "gamma", "genes")}
+        names = {f"velocity_{name}" for name in ("a", "b", "c", "beta", "gamma", "scale", "genes")}
         assert set(adata.var) == names
         assert set(adata.uns) == {"velocity_params"}
         assert adata.uns["velocity_params"]["mode"] == "flux"
@@ -155,7 +155,7 @@ class TestFluxVelocity:
             (lambda a: a.layers.pop("Mu"), {}, KeyError, r"no 'Mu' \(it has \['Ms'\]\); scvelo.pp.moments"),
             (lambda a: a, {"xkey": "M"}, KeyError, "no 'M'"),
             (lambda a: a.layers["Ms"].fill(1), {}, ValueError, "no gene varies in both layers with finite values"),
-            (lambda a: a, {"passes": 0}, ValueError, "passes must be at least 1 and batch_size 2, got 0 and 16"),
+            (lambda a: a, {"passes": -1}, ValueError, "passes must be at least 0 and batch_size 2, got -1 and 16"),
             (lambda a: a, {"sigma2": -1.0}, ValueError, "sigma2 must be"),
             (lambda a: a, {"lr": 0.0}, ValueError, "lr must be positive"),
             (lambda a: a, {"backend": "gpu"}, ValueError, "backend"),
