@@ -1,0 +1,139 @@
+"""Real cells: every method fits a data set, is judged, drawn, and put beside the paper's numbers."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.common.run import Figure, Result, Run
+from experiments.rna_velocity import figures, fits
+from experiments.rna_velocity.datasets import DATASETS, load, preprocess, subsample
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+# Genes with a known course in the pancreas; other data sets show those that vary most.
+PORTRAITS = ("Cpe", "Nnat", "Sulf2", "Top2a", "Pyy", "Gnas")
+COLUMNS = {
+    f"CBC, mean over {what}, {title}": f"over_{what}_{key}"
+    for key, title in (("plain", "velocities as they are"), ("root", "square roots"))
+    for what in ("cells", "edges")
+} | {"consistency": "consistency"}
+
+
+def methods(run: Run) -> list[str]:
+    return [*run.config.scvelo, fits.UNTRAINED, fits.FLUX, fits.CIRCULATING_FLUX]
+
+
+def fit_all(run: Run, name: str) -> None:
+    """What is not yet in the run's rows is fitted, judged, drawn and logged."""
+    dataset = DATASETS[name]
+    several = (fits.FLUX, fits.CIRCULATING_FLUX)
+    planned = [(m, seed) for m in methods(run) for seed in range(run.config.seeds if m in several else 1)]
+    done = {(row["method"], row["seed"]) for row in run.rows("fit") if row["dataset"] == name}
+    missing = [pair for pair in planned if pair not in done]
+    if not missing:
+        return
+    prepared = subsample(load(name), run.config.cells, run.seed)
+    with fits.quiet():
+        preprocess(prepared, dataset, run.config.genes, run.seed)
+    for method, seed in missing:
+        adata = prepared.copy()
+        seconds = fits.fit(run, adata, method, run.seed + seed)
+        judged = fits.judge(adata, dataset)
+        if seed == 0:
+            with fits.quiet():
+                figures.draw_stream(stream(run, name, method), adata, dataset.clusters, f"{name}, {method}")
+            if method in several:
+                figures.draw_portraits(portraits(run, name, method), adata, genes_to_show(adata), dataset.clusters)
+                adata.var.to_csv(run.out / f"{slug(name, method)}-genes.csv")
+        fits.log(run, judged, {"dataset": name, "method": method, "seed": seed}, seconds)
+
+
+def slug(name: str, method: str) -> str:
+    return f"{name}-{method}".replace(" ", "-")
+
+
+def stream(run: Run, name: str, method: str) -> Path:
+    return run.figure(f"{slug(name, method)}-stream")
+
+
+def portraits(run: Run, name: str, method: str) -> Path:
+    return run.figure(f"{slug(name, method)}-portraits")
+
+
+def genes_to_show(adata: AnnData) -> list[str]:
+    """Six genes: those with a known course if they are there, else those whose moments vary most."""
+    known = [gene for gene in PORTRAITS if gene in adata.var_names]
+    spread = np.asarray(adata.layers["Ms"]).std(0) * np.asarray(adata.layers["Mu"]).std(0)
+    others = [gene for gene in adata.var_names[np.argsort(-spread)] if gene not in known]
+    return (known + others)[:6]
+
+
+def of_fits(run: Run, name: str, method: str, column: str) -> list[float]:
+    rows = [row for row in run.rows("fit") if (row["dataset"], row["method"]) == (name, method)]
+    return [row[column] for row in sorted(rows, key=lambda row: row["seed"])]
+
+
+def shown(run: Run, name: str) -> list[Figure]:
+    """All figures of a data set, the metrics drawn anew."""
+    metrics = run.figure(f"{name}-metrics")
+    flux, dynamical = DATASETS[name].paper
+    figures.draw_metrics(
+        metrics,
+        {
+            title: {
+                **{method: of_fits(run, name, method, column) for method in methods(run)},
+                "paper: dynamical": [dynamical[column == "consistency"]],
+                "paper: flux": [flux[column == "consistency"]],
+            }
+            for title, column in COLUMNS.items()
+        },
+    )
+    return [
+        Figure(
+            metrics, f"{name}: the metrics; a point a seed, and the paper's numbers in every panel of their metric."
+        ),
+        *(Figure(stream(run, name, m), f"{name}: velocities by {m} on the embedding.") for m in methods(run)),
+        *(
+            Figure(portraits(run, name, m), f"{name}, {m}: single genes and the fitted fields du/dt, ds/dt as streams.")
+            for m in (fits.FLUX, fits.CIRCULATING_FLUX)
+        ),
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def results(run: Run, name: str) -> list[Result]:
+    """The table: a line for each method and metric that the paper gives."""
+    flux, dynamical = DATASETS[name].paper
+    said = {fits.FLUX: flux, "dynamical": dynamical}
+    lines: list[Result] = []
+    for method in methods(run):
+        paper = said.get(method)
+        values = {column: of_fits(run, name, method, column) for column in (*COLUMNS.values(), "seconds")}
+        lines.append(
+            Result(
+                f"{name}, {method}: CBC over cells / over edges; by square roots",
+                f"{spread(values['over_cells_plain'])} / {spread(values['over_edges_plain'])}; "
+                f"{spread(values['over_cells_root'])} / {spread(values['over_edges_root'])}",
+                "–" if paper is None else f"{paper[0]} (which of these, it does not say)",
+            )
+        )
+        asked = method == fits.FLUX
+        lines.append(
+            Result(
+                f"{name}, {method}: consistency; time of a fit",
+                f"{spread(values['consistency'])}; {statistics.median(values['seconds']):.0f} s",
+                "–" if paper is None else f"{paper[1]}{' (criterion: at least that, to 0.01)' if asked else ''}",
+                statistics.mean(values["consistency"]) >= flux[1] - 0.01 if asked else None,
+            )
+        )
+    return lines
