@@ -14,31 +14,39 @@ class Config:
     """Settings of the experiment; the defaults are the paper's (Table 2).
 
     Args:
-        datasets: by name: pancreas, gastrulation, dentate_gyrus, bone_marrow, hindbrain.
+        datasets: by name: pancreas, gastrulation, dentate_gyrus, bone_marrow, hindbrain, dentate_gyrus_fitted.
         seeds: fits by Flux Matching.
         passes: over all cells.
         batch: cells a minibatch.
         sigma2: σ² of the density estimates.
         learning_rate: of Adam.
-        circulating_passes: over all cells, of the fits that start from a circulating field.
+        circulating_iterations: of the fits that start from a circulating field.
         genes: most variable ones that are kept.
         cells: at most so many, chosen at random.
         scvelo: its models to fit beside.
+        simulations: sets of simulated cells for each course and level of noise; 0 for none.
+        noise: its levels, in tenths of a gene's 99th percentile.
+        simulated_cells, simulated_genes: of each set.
     """
 
-    datasets: tuple[str, ...] = ("pancreas",)
+    datasets: tuple[str, ...] = ("pancreas", "dentate_gyrus_fitted")
     seeds: int = 5
     passes: int = 100
     batch: int = 256
     sigma2: float = 1e-3
     learning_rate: float = 1e-3
-    circulating_passes: int = 20
+    circulating_iterations: int = 280
     genes: int = 2000
     cells: int = 1_000_000
     scvelo: tuple[str, ...] = ("stochastic", "dynamical")
+    simulations: int = 5
+    noise: tuple[float, ...] = (0.2, 1.0, 2.0)
+    simulated_cells: int = 1000
+    simulated_genes: int = 60
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "passes", "batch", "sigma2", "learning_rate", "circulating_passes", "genes", "cells"):
+        positive = ("seeds", "passes", "batch", "sigma2", "learning_rate", "circulating_iterations", "genes", "cells")
+        for name in (*positive, "simulated_cells", "simulated_genes"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if unknown := set(self.datasets) - set(DATASETS):
@@ -53,7 +61,7 @@ def run(run: Run) -> None:
         import scvelo  # noqa: F401
     except ImportError as error:
         raise UsageError("rna_velocity needs scVelo: pip install 'fluxkernels[rna]'") from error
-    from experiments.rna_velocity import fits, real
+    from experiments.rna_velocity import fits, real, simulated
 
     results: list[Result] = []
     shown: list[Figure] = []
@@ -61,6 +69,10 @@ def run(run: Run) -> None:
         real.fit_all(run, name)
         results += real.results(run, name)
         shown += real.shown(run, name)
+    if run.config.simulations:
+        simulated.fit_all(run)
+        results += simulated.results(run)
+        shown += simulated.shown(run)
     run.summary(results, shown, [f"Versions: {', '.join(f'{k} {v}' for k, v in fits.versions().items())}."])
 
 
@@ -73,8 +85,13 @@ EXPERIMENT = Experiment(
         "and its velocities are more consistent between neighbouring cells."
     ),
     presets={
-        "smoke": Config(seeds=1, passes=2, batch=32, genes=30, cells=100, scvelo=("stochastic",)),
-        "small": Config(seeds=2, passes=20, genes=1000, cells=2000, scvelo=("stochastic",)),
+        "smoke": Config(
+            datasets=("pancreas",), seeds=1, passes=2, batch=32, circulating_iterations=6, genes=30, cells=100,
+            scvelo=("stochastic",), simulations=1, noise=(1.0,), simulated_cells=60, simulated_genes=8,
+        ),
+        "small": Config(
+            seeds=2, passes=20, genes=1000, cells=2000, scvelo=("stochastic",), simulations=3, simulated_genes=30,
+        ),
         "paper": Config(),
     },
     run=run,

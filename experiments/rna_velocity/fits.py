@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
+import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from experiments.common.run import Run
 from experiments.rna_velocity.datasets import Dataset
@@ -27,6 +31,8 @@ PROJECTIONS = ("plain", "root")
 FLUX = "flux"  # the paper's settings
 CIRCULATING_FLUX = "flux circulating"
 UNTRAINED = "flux untrained"  # the paper's settings before the first step
+CIRCULATING_UNTRAINED = "flux circulating untrained"
+STORED = "stored"  # velocities that came with the file
 
 
 def fit(run: Run, adata: AnnData, method: str, seed: int) -> float:
@@ -34,18 +40,20 @@ def fit(run: Run, adata: AnnData, method: str, seed: int) -> float:
     begun = time.perf_counter()
     if method.startswith(FLUX):
         fit_flux(run, adata, method, seed)
-    else:
+    elif method != STORED:
         fit_scvelo(adata, method)
     return time.perf_counter() - begun
 
 
 def fit_flux(run: Run, adata: AnnData, method: str, seed: int) -> None:
     config = run.config
-    settings: dict[str, Any] = {"passes": config.passes, "sigma2": config.sigma2, "lr": config.learning_rate}
-    if method == UNTRAINED:
+    if "circulating" in method:
+        in_a_pass = max(1, adata.n_obs // config.batch)
+        settings = {**CIRCULATING, "passes": math.ceil(config.circulating_iterations / in_a_pass)}
+    else:
+        settings = {"passes": config.passes, "sigma2": config.sigma2, "lr": config.learning_rate}
+    if "untrained" in method:
         settings["passes"] = 0
-    elif method == CIRCULATING_FLUX:
-        settings = {**CIRCULATING, "passes": config.circulating_passes}
     flux_velocity(
         adata,
         batch_size=config.batch,
@@ -74,11 +82,13 @@ class Judgement:
         correctness: by projection, of `PROJECTIONS`.
         consistency: mean over cells.
         genes: number of genes that the method kept.
+        agreement: with the velocities stored in the file, if there are any: mean over genes of the cosine.
     """
 
     correctness: dict[str, CrossBoundaryCorrectness]
     consistency: float
     genes: int
+    agreement: float | None
 
 
 def judge(adata: AnnData, dataset: Dataset) -> Judgement:
@@ -98,7 +108,21 @@ def judge(adata: AnnData, dataset: Dataset) -> Judgement:
             scv.tl.velocity_graph(adata, n_jobs=1, show_progress_bar=False, sqrt_transform=projection == "root")
             scv.tl.velocity_embedding(adata, basis="umap")
         found[projection] = cross_boundary_correctness(adata, edges, cluster_key=dataset.clusters)
-    return Judgement(found, float(velocity_consistency(adata).mean()), int(adata.var["velocity_genes"].sum()))
+    return Judgement(
+        found,
+        float(velocity_consistency(adata).mean()),
+        int(adata.var["velocity_genes"].sum()),
+        agreement(adata) if STORED in adata.layers else None,
+    )
+
+
+def agreement(adata: AnnData) -> float:
+    """Mean cosine of a gene's velocities with the stored ones, over genes that both have."""
+    velocity, stored = (np.asarray(adata.layers[key], dtype=float) for key in ("velocity", STORED))
+    genes = np.isfinite(velocity).all(0) & adata.var[STORED].to_numpy(dtype=bool)
+    velocity, stored = velocity[:, genes], stored[:, genes]
+    norms = np.linalg.norm(velocity, axis=0) * np.linalg.norm(stored, axis=0)
+    return float(np.mean((velocity * stored).sum(0) / np.maximum(norms, 1e-30)))
 
 
 def log(run: Run, judged: Judgement, known: dict[str, Any], seconds: float) -> None:
@@ -116,8 +140,15 @@ def log(run: Run, judged: Judgement, known: dict[str, Any], seconds: float) -> N
         **{f"over_edges_{key}": value.mean_over_edges for key, value in judged.correctness.items()},
         consistency=judged.consistency,
         genes=judged.genes,
+        agreement=judged.agreement,
         seconds=seconds,
     )
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean, and standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 @contextmanager

@@ -25,22 +25,27 @@ COLUMNS = {
 } | {"consistency": "consistency"}
 
 
-def methods(run: Run) -> list[str]:
-    return [*run.config.scvelo, fits.UNTRAINED, fits.FLUX, fits.CIRCULATING_FLUX]
+def methods(run: Run, name: str) -> list[str]:
+    others = [fits.STORED] if DATASETS[name].fitted else run.config.scvelo
+    return [*others, fits.UNTRAINED, fits.FLUX, fits.CIRCULATING_FLUX]
 
 
 def fit_all(run: Run, name: str) -> None:
     """What is not yet in the run's rows is fitted, judged, drawn and logged."""
     dataset = DATASETS[name]
     several = (fits.FLUX, fits.CIRCULATING_FLUX)
-    planned = [(m, seed) for m in methods(run) for seed in range(run.config.seeds if m in several else 1)]
+    planned = [(m, seed) for m in methods(run, name) for seed in range(run.config.seeds if m in several else 1)]
     done = {(row["method"], row["seed"]) for row in run.rows("fit") if row["dataset"] == name}
     missing = [pair for pair in planned if pair not in done]
     if not missing:
         return
     prepared = subsample(load(name), run.config.cells, run.seed)
-    with fits.quiet():
-        preprocess(prepared, dataset, run.config.genes, run.seed)
+    if dataset.fitted:
+        prepared.layers[fits.STORED] = prepared.layers["velocity"]
+        prepared.var[fits.STORED] = prepared.var["velocity_genes"]
+    else:
+        with fits.quiet():
+            preprocess(prepared, dataset, run.config.genes, run.seed)
     for method, seed in missing:
         adata = prepared.copy()
         seconds = fits.fit(run, adata, method, run.seed + seed)
@@ -82,23 +87,17 @@ def of_fits(run: Run, name: str, method: str, column: str) -> list[float]:
 def shown(run: Run, name: str) -> list[Figure]:
     """All figures of a data set, the metrics drawn anew."""
     metrics = run.figure(f"{name}-metrics")
-    flux, dynamical = DATASETS[name].paper
-    figures.draw_metrics(
-        metrics,
-        {
-            title: {
-                **{method: of_fits(run, name, method, column) for method in methods(run)},
-                "paper: dynamical": [dynamical[column == "consistency"]],
-                "paper: flux": [flux[column == "consistency"]],
-            }
-            for title, column in COLUMNS.items()
-        },
-    )
+    paper = {} if DATASETS[name].fitted else DATASETS[name].paper
+    panels: dict[str, dict[str, Sequence[float]]] = {}
+    for title, column in COLUMNS.items():
+        panels[title] = {method: of_fits(run, name, method, column) for method in methods(run, name)}
+        panels[title] |= {f"paper: {method}": [said[column == "consistency"]] for method, said in paper.items()}
+    figures.draw_metrics(metrics, panels)
     return [
         Figure(
             metrics, f"{name}: the metrics; a point a seed, and the paper's numbers in every panel of their metric."
         ),
-        *(Figure(stream(run, name, m), f"{name}: velocities by {m} on the embedding.") for m in methods(run)),
+        *(Figure(stream(run, name, m), f"{name}: velocities by {m} on the embedding.") for m in methods(run, name)),
         *(
             Figure(portraits(run, name, m), f"{name}, {m}: single genes and the fitted fields du/dt, ds/dt as streams.")
             for m in (fits.FLUX, fits.CIRCULATING_FLUX)
@@ -106,34 +105,35 @@ def shown(run: Run, name: str) -> list[Figure]:
     ]
 
 
-def spread(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
-
-
 def results(run: Run, name: str) -> list[Result]:
     """The table: a line for each method and metric that the paper gives."""
-    flux, dynamical = DATASETS[name].paper
-    said = {fits.FLUX: flux, "dynamical": dynamical}
     lines: list[Result] = []
-    for method in methods(run):
-        paper = said.get(method)
+    for method in methods(run, name):
+        paper = DATASETS[name].paper.get(method)
         values = {column: of_fits(run, name, method, column) for column in (*COLUMNS.values(), "seconds")}
         lines.append(
             Result(
                 f"{name}, {method}: CBC over cells / over edges; by square roots",
-                f"{spread(values['over_cells_plain'])} / {spread(values['over_edges_plain'])}; "
-                f"{spread(values['over_cells_root'])} / {spread(values['over_edges_root'])}",
+                f"{fits.spread(values['over_cells_plain'])} / {fits.spread(values['over_edges_plain'])}; "
+                f"{fits.spread(values['over_cells_root'])} / {fits.spread(values['over_edges_root'])}",
                 "–" if paper is None else f"{paper[0]} (which of these, it does not say)",
             )
         )
-        asked = method == fits.FLUX
+        asked = method == fits.FLUX and paper is not None
         lines.append(
             Result(
                 f"{name}, {method}: consistency; time of a fit",
-                f"{spread(values['consistency'])}; {statistics.median(values['seconds']):.0f} s",
+                f"{fits.spread(values['consistency'])}; {statistics.median(values['seconds']):.0f} s",
                 "–" if paper is None else f"{paper[1]}{' (criterion: at least that, to 0.01)' if asked else ''}",
-                statistics.mean(values["consistency"]) >= flux[1] - 0.01 if asked else None,
+                statistics.mean(values["consistency"]) >= paper[1] - 0.01 if asked and paper else None,
             )
         )
+        if DATASETS[name].fitted:
+            lines.append(
+                Result(
+                    f"{name}, {method}: cosine with the stored velocities, mean over genes",
+                    fits.spread(of_fits(run, name, method, "agreement")),
+                    "1 if they were the same",
+                )
+            )
     return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,55 @@ def test_bad_settings(name: str, value: Any, message: str) -> None:
         rna_velocity.Config(**{name: value})
 
 
+@pytest.fixture
+def simulated() -> Any:
+    pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
+    from experiments.rna_velocity import simulated
+
+    return simulated
+
+
+@pytest.mark.parametrize("course", ["complete", "cut short"])
+def test_simulated_truth(simulated: Any, course: str) -> None:
+    """Without noise our closed form is scVelo's course, and its velocity the difference quotient of that."""
+    adata = simulated.simulate(0, 0.0, course, cells=400, genes=6)
+    time = adata.obs["true_t"].to_numpy()
+    order = np.argsort(time, kind="stable")
+    time, spliced, velocity = time[order], adata.layers["spliced"][order], adata.layers["true_velocity"][order]
+    steps = np.diff(time)
+    middle = (velocity[1:] + velocity[:-1]) / 2
+    same_phase = (time[:-1, None] < adata.var["true_t_"].to_numpy()) == (
+        time[1:, None] < adata.var["true_t_"].to_numpy()
+    )
+    # Times are kept to 0.01, so a quotient is right only over the whole way.
+    travelled = np.where(same_phase, middle * steps[:, None], np.diff(spliced, axis=0)).sum(0)
+    np.testing.assert_allclose(travelled, spliced[-1] - spliced[0], atol=0.02 * spliced.max())
+    assert np.abs(velocity).max() > 0.5
+
+
+def test_measures_by_hand(simulated: Any) -> None:
+    made = anndata.AnnData(np.zeros((2, 3), np.float32))
+    made.layers["true_velocity"] = np.array([[1.0, 1.0, 1.0], [1.0, -0.01, 1.0]])
+    made.layers["velocity"] = np.array([[2.0, 1.0, np.nan], [0.0, 1.0, np.nan]])
+    made.var["true_beta"], made.var["true_gamma"] = 1.0, [1.0, 2.0, 1.0]
+    found = simulated.measure(made, np.array([np.e, 2.0, 9.0]))
+    # Gene 0: cos 45 degrees, signs + and 0; gene 1: (1 - 0.01)/(√2 √1.0001), one sign counted; gene 2: no velocity.
+    assert found["cosine"] == pytest.approx((np.sqrt(0.5) + 0.99 / np.sqrt(2 * 1.0001)) / 2)
+    assert found["sign"] == pytest.approx(2 / 3)
+    assert found["ratio_error"] == pytest.approx(0.5)
+    assert found["ratio_bias"] == pytest.approx(0.5)
+    assert found["genes"] == 2
+
+
+def test_a_perfect_method_is_measured_as_one(simulated: Any) -> None:
+    adata = simulated.simulate(1, 1.0, "complete", cells=60, genes=5)
+    adata.layers["velocity"] = 3 * adata.layers["true_velocity"]
+    found = simulated.measure(adata, (adata.var["true_gamma"] / adata.var["true_beta"]).to_numpy())
+    assert found["cosine"] == pytest.approx(1)
+    assert found["sign"] == 1
+    assert found["ratio_error"] == pytest.approx(0)
+
+
 def test_smoke_run_and_its_summary(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
     path = folder / DATASETS["pancreas"].file
@@ -102,7 +153,61 @@ def test_smoke_run_and_its_summary(folder: Path, tmp_path: Path) -> None:
     assert [row["edge"] for row in made.rows("edge")] == ["Ductal → Ngn3 low EP"] * 4
     drawn = {"pancreas-metrics", "pancreas-flux-portraits", "pancreas-flux-circulating-stream"}
     assert {path.stem for path in made.figures} >= drawn
+    assert [row["method"] for row in made.rows("simulated")][-1] == "flux circulating"
+    assert "simulated" in {path.stem for path in made.figures}
     assert "scvelo 0." in (tmp_path / "run" / "summary.md").read_text()
     before = made.rows()
     rna_velocity.run(made)  # all is done: nothing is fitted again
     assert made.rows() == before
+
+
+def test_a_fitted_file_is_compared_with_its_own_velocities(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
+    import scanpy as sc
+    import scvelo as scv
+
+    dataset = DATASETS["dentate_gyrus_fitted"]
+    made = counts()
+    made.obs["clusters"] = np.where(made.obs["clusters"] == "Ductal", *dataset.edges[0])
+    for key, layer in (("Mu", "unspliced"), ("Ms", "spliced")):
+        made.layers[key] = made.layers[layer]
+    sc.pp.pca(made)
+    sc.pp.neighbors(made)
+    sc.tl.umap(made)
+    scv.tl.velocity(made, mode="deterministic")
+    (folder / dataset.file).parent.mkdir()
+    made.write_h5ad(folder / dataset.file)
+    config = dataclasses.replace(
+        rna_velocity.EXPERIMENT.presets["smoke"], datasets=("dentate_gyrus_fitted",), simulations=0
+    )
+    run = Run(rna_velocity.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "run", progress=False)
+    rna_velocity.run(run)
+    agreement = {row["method"]: row["agreement"] for row in run.rows("fit")}
+    assert agreement["stored"] == pytest.approx(1, abs=1e-5)
+    assert agreement["flux"] != agreement["flux circulating"]
+    assert all(-1 <= value <= 1 for value in agreement.values())
+
+
+def test_scvelo_and_cellrank_take_the_result_as_it_is() -> None:
+    scv = pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
+    kernels = pytest.importorskip("cellrank.kernels", reason="cellrank is not installed: pip install cellrank")
+    import scanpy as sc
+
+    from fluxmatching.velocity import CIRCULATING, flux_velocity
+
+    made = counts()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sc.pp.pca(made)
+        sc.pp.neighbors(made)
+        sc.tl.umap(made)
+        scv.pp.moments(made, n_neighbors=None, n_pcs=None)
+        flux_velocity(made, vkey="flux", passes=3, progress=False, **CIRCULATING)
+        scv.tl.velocity_graph(made, vkey="flux", n_jobs=1, show_progress_bar=False)
+        scv.tl.velocity_confidence(made, vkey="flux")
+        scv.pl.velocity_embedding_stream(made, vkey="flux", basis="umap", color="clusters", show=False)
+        kernel = kernels.VelocityKernel(made, vkey="flux", attr="layers").compute_transition_matrix(
+            show_progress_bar=False, n_jobs=1
+        )
+    np.testing.assert_allclose(np.asarray(kernel.transition_matrix.sum(1)).ravel(), 1, atol=1e-5)
+    assert made.obs["flux_confidence"].between(0, 1).all()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fluxmatching import flux_target
 from fluxmatching.endpoint import ClosedForm, endpoint_gradient
-from fluxmatching.velocity import SplicingField, flux_velocity
+from fluxmatching.velocity import CIRCULATING, SplicingField, flux_velocity
 
 anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
 F64 = torch.float64
@@ -42,6 +42,14 @@ def cells(count: int = 40, genes: int = 5, seed: int = 0) -> Any:
     return anndata.AnnData(np.zeros((count, genes), dtype=np.float32), layers=layers)
 
 
+def counted_cells(**size: int) -> Any:
+    """With abundances of at least 0, as counts have."""
+    adata = cells(**size)
+    for key in ("Mu", "Ms"):
+        adata.layers[key] = np.abs(adata.layers[key])
+    return adata
+
+
 class TestSplicingField:
     def test_is_the_equation(self) -> None:
         made, x = field(1), torch.tensor([[[0.5, 2.0]]], dtype=F64)
@@ -55,6 +63,23 @@ class TestSplicingField:
         x = torch.rand(3, 4, 2)
         half = F.softplus(torch.zeros(()))
         torch.testing.assert_close(SplicingField(4)(x)[..., 0], half - half * x[..., 0])
+
+    @pytest.mark.parametrize("rate", [0.5, 10.0, 300.0])
+    def test_circulates_about_the_mean(self, rate: float) -> None:
+        made, means = SplicingField(3).double(), torch.tensor([[0.2, 1.0], [3.0, 2.0], [1e-3, 5.0]], dtype=F64)
+        made.circulate(means, rate)
+        torch.testing.assert_close((made.beta * made.gamma).sqrt(), torch.full((3,), rate, dtype=F64))
+        unspliced, spliced = means.unbind(-1)
+        torch.testing.assert_close(made.beta * unspliced, made.gamma * spliced)
+        # α is a softplus, so it is c = β ū at the mean to within log(1 + e^-c).
+        velocity, excess = made(means[None])[0], torch.log1p(torch.exp(-made.c))
+        torch.testing.assert_close(velocity, torch.stack([excess, torch.zeros(3, dtype=F64)], -1), atol=1e-9, rtol=1e-9)
+        divergence = made.a - made.beta - made.gamma
+        assert (divergence < 0).all()
+        assert (divergence > -0.051 * (made.beta + made.gamma)).all()
+        # Above the line u/s = ū/s̄ there is transcription, below it hardly any.
+        above, below = means * torch.tensor([3.0, 1.0]), means * torch.tensor([1.0, 3.0])
+        assert (made.transcription(above[None]) > made.transcription(below[None])).all()
 
     @pytest.mark.parametrize("probing", [False, True])
     def test_its_endpoint_gradient_is_autograds(self, probing: bool) -> None:
@@ -112,6 +137,70 @@ class TestFluxVelocity:
         assert set(adata.layers) == {"Mu", "Ms"}
         assert not len(adata.uns)
 
+    def test_no_passes_writes_the_start(self) -> None:
+        adata = cells()
+        flux_velocity(adata, passes=0)
+        half = np.log(2, dtype=np.float32)
+        np.testing.assert_allclose(adata.var["velocity_beta"], half)
+        np.testing.assert_allclose(
+            adata.layers["velocity"], half * (adata.layers["Mu"] - adata.layers["Ms"]), atol=1e-6
+        )
+
+    def test_scaled_genes_have_no_unit(self) -> None:
+        first, second = counted_cells(), counted_cells()
+        units = np.array([1e-4, 1e-2, 1.0, 64.0, 4096.0], dtype=np.float32)
+        for key in ("Mu", "Ms"):
+            second.layers[key] *= units
+        for adata in (first, second):
+            flux_velocity(adata, **QUICK | CIRCULATING)
+        for layer in ("velocity", "velocity_u", "velocity_alpha"):
+            scale = np.abs(first.layers[layer]).max()
+            np.testing.assert_allclose(second.layers[layer] / units, first.layers[layer], atol=1e-4 * scale)
+        for name in ("beta", "gamma"):
+            np.testing.assert_allclose(second.var[f"velocity_{name}"], first.var[f"velocity_{name}"], rtol=1e-4)
+        np.testing.assert_allclose(second.var["velocity_scale"] / units, first.var["velocity_scale"], rtol=1e-5)
+
+    def test_scaled_velocities_follow_from_the_rates(self) -> None:
+        adata = counted_cells()
+        flux_velocity(adata, **QUICK | CIRCULATING)
+        u, s = adata.layers["Mu"], adata.layers["Ms"]
+        a, b, c, beta, gamma, k = (
+            adata.var[f"velocity_{n}"].to_numpy() for n in ("a", "b", "c", "beta", "gamma", "scale")
+        )
+        np.testing.assert_allclose(k, s.std(0), rtol=1e-5)
+        alpha = k * np.logaddexp(0, (a * u + b * s) / k + c)
+        np.testing.assert_allclose(adata.layers["velocity_alpha"], alpha, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(adata.layers["velocity_u"], alpha - beta * u, atol=1e-3)
+        np.testing.assert_allclose(adata.layers["velocity"], beta * u - gamma * s, atol=1e-4)
+
+    def test_circulating_fits_recover_directions_and_rates(self) -> None:
+        """Genes that are switched on and off in time; the start alone has larger errors than are asked here."""
+        generator = np.random.default_rng(0)
+        genes, time = 12, generator.uniform(0, 25, (600, 1))
+        beta, gamma = np.exp(generator.normal(-0.7, 0.4, genes)), np.exp(generator.normal(-1.2, 0.4, genes))
+        switch = generator.uniform(5, 14, genes)
+        on = time < switch
+
+        def course(rising: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            u = (1 - np.exp(-beta * rising)) / beta
+            return u, (1 - np.exp(-gamma * rising)) / gamma + (np.exp(-gamma * rising) - np.exp(-beta * rising)) / (
+                gamma - beta
+            )
+
+        # A gene that is off decays as the difference of two rises does: the equations are linear.
+        whole, since = course(time), course(np.maximum(time - switch, 0))
+        u, s = (np.where(on, rise, rise - fall) for rise, fall in zip(whole, since, strict=True))
+        noisy = {
+            key: (x + generator.normal(size=x.shape) * 0.02 * x.max(0)).clip(0) for key, x in (("Mu", u), ("Ms", s))
+        }
+        adata = anndata.AnnData(np.zeros((600, genes), np.float32), layers=noisy)
+        flux_velocity(adata, passes=100, progress=False, **CIRCULATING)
+        truth, found = beta * u - gamma * s, adata.layers["velocity"]
+        cosine = (truth * found).sum(0) / np.linalg.norm(truth, axis=0) / np.linalg.norm(found, axis=0)
+        assert cosine.min() > 0.95
+        error = np.log(adata.var["velocity_gamma"] / adata.var["velocity_beta"] / (gamma / beta))
+        assert np.abs(error).median() < 0.08
+
     @pytest.mark.parametrize("kind", ["csr", "csc", "integer", "view", "float64"])
     def test_any_kind_of_layer(self, kind: str) -> None:
         adata = cells()
@@ -157,6 +246,13 @@ class TestFluxVelocity:
             (lambda a: a.layers["Ms"].fill(1), {}, ValueError, "no gene varies in both layers with finite values"),
             (lambda a: a, {"passes": -1}, ValueError, "passes must be at least 0 and batch_size 2, got -1 and 16"),
             (lambda a: a, {"sigma2": -1.0}, ValueError, "sigma2 must be"),
+            (lambda a: a, {"circulation": 0.0}, ValueError, "circulation must be a positive number, got 0.0"),
+            (
+                lambda a: a,
+                {"circulation": 10.0},
+                ValueError,
+                r"with circulation abundances must be at least 0, got -0\.",
+            ),
             (lambda a: a, {"lr": 0.0}, ValueError, "lr must be positive"),
             (lambda a: a, {"backend": "gpu"}, ValueError, "backend"),
         ],

@@ -1,0 +1,170 @@
+"""Simulated cells, whose velocities and rates are known: how near does each method come?"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from experiments.common.run import Figure, Result, Run
+from experiments.rna_velocity import figures, fits
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+DURATION = 25.0  # of the simulated course, in units in which rates are near 0.5
+# When a gene is switched off, as shares of the course: early enough for cells to decay again, or not.
+COURSES = {"complete": (0.2, 0.6), "cut short": (0.6, 1.0)}
+METRICS = {
+    "cosine": "cosine with the true velocity, mean over genes",
+    "sign": "right signs, share",
+    "ratio_error": "error of γ/β, median of |log|",
+}
+
+
+def kinetics(
+    time: np.ndarray, alpha: float, beta: float, gamma: float, start: tuple[float, float] = (0.0, 0.0)
+) -> tuple[np.ndarray, np.ndarray]:
+    """u and s after `time` with constant rates, β ≠ γ: the solution of du/dt = α - β u, ds/dt = β u - γ s."""
+    u0, s0 = start
+    by_splicing, by_degradation = np.exp(-beta * time), np.exp(-gamma * time)
+    unspliced = alpha / beta + (u0 - alpha / beta) * by_splicing
+    mixed = (u0 * beta - alpha) / (gamma - beta)
+    spliced = alpha / gamma + mixed * by_splicing + (s0 - alpha / gamma - mixed) * by_degradation
+    return unspliced, spliced
+
+
+def simulate(seed: int, noise: float, course: str, cells: int, genes: int) -> AnnData:
+    """Cells by `scvelo.datasets.simulation`, their moments, and the truth: `layers["true_velocity"]`, `var["true_*"]`.
+
+    Rates are log-normal; the noise is normal, its standard deviation a tenth of a gene's 99th percentile times `noise`.
+    """
+    import scanpy as sc
+    import scvelo as scv
+
+    generator = np.random.default_rng(seed)
+    rates = {
+        name: np.exp(generator.normal(np.log(middle), 0.5, genes))
+        for name, middle in (("alpha", 5.0), ("beta", 0.5), ("gamma", 0.3))
+    }
+    switches = list(generator.uniform(*COURSES[course], genes))
+    with fits.quiet():
+        adata = scv.datasets.simulation(
+            n_obs=cells, n_vars=genes, t_max=DURATION, noise_level=noise, switches=switches, random_seed=seed, **rates
+        )
+        sc.pp.pca(adata, n_comps=min(30, genes - 1), random_state=seed)
+        sc.pp.neighbors(adata, n_neighbors=30, random_state=seed)
+        scv.pp.moments(adata, n_neighbors=None, n_pcs=None)
+    adata.layers["true_velocity"] = true_velocity(adata)
+    return adata
+
+
+def true_velocity(adata: AnnData) -> np.ndarray:
+    """ds/dt of the noiseless course, `[cells, genes]`, from the rates and times that the simulation keeps."""
+    time = adata.obs["true_t"].to_numpy()
+    found = np.empty(adata.shape)
+    rates = adata.var[["true_t_", "true_alpha", "true_beta", "true_gamma"]].to_numpy()
+    for gene, (switch, alpha, beta, gamma) in enumerate(rates):
+        at_switch = tuple(float(part[0]) for part in kinetics(np.array([switch]), alpha, beta, gamma))
+        rising = kinetics(time, alpha, beta, gamma)
+        falling = kinetics(np.maximum(time - switch, 0), 0.0, beta, gamma, (at_switch[0], at_switch[1]))
+        unspliced, spliced = np.where(time < switch, rising, falling)
+        found[:, gene] = beta * unspliced - gamma * spliced
+    return found
+
+
+def measure(adata: AnnData, ratio: np.ndarray) -> dict[str, float]:
+    """How near `layers["velocity"]` and γ/β are to the truth, over genes that the method has velocities for.
+
+    Signs are counted where the true velocity is at least a twentieth of the gene's largest; below that it is a
+    matter of noise.
+    """
+    velocity, truth = np.asarray(adata.layers["velocity"], dtype=float), adata.layers["true_velocity"]
+    known = np.isfinite(velocity).all(0)
+    velocity, truth = velocity[:, known], truth[:, known]
+    norms = np.linalg.norm(velocity, axis=0) * np.linalg.norm(truth, axis=0)
+    moving = np.abs(truth) > np.abs(truth).max(0) / 20
+    error = np.log(ratio[known] * (adata.var["true_beta"] / adata.var["true_gamma"]).to_numpy()[known])
+    return {
+        "cosine": float(np.mean((velocity * truth).sum(0) / np.maximum(norms, 1e-30))),
+        "sign": float(np.mean((np.sign(velocity) == np.sign(truth))[moving])),
+        "ratio_error": float(np.median(np.abs(error))),
+        "ratio_bias": float(np.mean(error)),
+        "genes": int(known.sum()),
+    }
+
+
+def fit(run: Run, adata: AnnData, method: str, seed: int) -> tuple[float, np.ndarray]:
+    """Seconds, and γ/β of every gene; velocities go to `layers["velocity"]`."""
+    seconds = fits.fit(run, adata, method, seed)
+    if method.startswith(fits.FLUX):
+        ratio = adata.var["velocity_gamma"] / adata.var["velocity_beta"]
+    elif method == "dynamical":
+        ratio = adata.var["fit_gamma"] / adata.var["fit_beta"]
+    else:
+        ratio = adata.var["velocity_gamma"]  # in units of β
+    return seconds, ratio.to_numpy()
+
+
+def methods(run: Run) -> list[str]:
+    return [*run.config.scvelo, fits.UNTRAINED, fits.FLUX, fits.CIRCULATING_UNTRAINED, fits.CIRCULATING_FLUX]
+
+
+def fit_all(run: Run) -> None:
+    """What is not yet in the run's rows is simulated, fitted and logged."""
+    config = run.config
+    keys = [(course, noise, seed) for course in COURSES for noise in config.noise for seed in range(config.simulations)]
+    done = {(row["course"], row["noise"], row["seed"], row["method"]) for row in run.rows("simulated")}
+    for course, noise, seed in run.bar(keys, "simulated cells"):
+        missing = [method for method in methods(run) if (course, noise, seed, method) not in done]
+        if not missing:
+            continue
+        adata = simulate(run.seed + seed, noise, course, config.simulated_cells, config.simulated_genes)
+        for method in missing:
+            fitted = adata.copy()
+            seconds, ratio = fit(run, fitted, method, run.seed + seed)
+            known = {"course": course, "noise": noise, "seed": seed, "method": method}
+            run.log(kind="simulated", **known, **measure(fitted, ratio), seconds=seconds)
+
+
+def collected(run: Run, course: str, metric: str) -> dict[str, dict[float, list[float]]]:
+    """Values by method and noise, a value a seed."""
+    rows = [row for row in run.rows("simulated") if row["course"] == course]
+    return {
+        method: {
+            noise: [row[metric] for row in rows if (row["method"], row["noise"]) == (method, noise)]
+            for noise in run.config.noise
+        }
+        for method in methods(run)
+    }
+
+
+def results(run: Run) -> list[Result]:
+    """A line for each course, method and level of noise."""
+    lines: list[Result] = []
+    for course in COURSES:
+        values = {metric: collected(run, course, metric) for metric in (*METRICS, "seconds")}
+        for method in methods(run):
+            for noise in run.config.noise:
+                found = {metric: values[metric][method][noise] for metric in values}
+                lines.append(
+                    Result(
+                        f"simulated, course {course}, noise {noise:g}, {method}: cosine / signs / error of γ/β; time",
+                        " / ".join(fits.spread(found[metric]) for metric in METRICS)
+                        + f"; {statistics.median(found['seconds']):.1f} s",
+                        "–",
+                    )
+                )
+    return lines
+
+
+def shown(run: Run) -> list[Figure]:
+    path = run.figure("simulated")
+    panels = {
+        f"course {course}: {title}": collected(run, course, metric)
+        for course in COURSES
+        for metric, title in METRICS.items()
+    }
+    figures.draw_against_noise(path, panels)
+    return [Figure(path, "Simulated cells against the truth; mean and standard deviation over seeds.")]
