@@ -45,10 +45,18 @@ class Config:
     simulated_genes: int = 60
 
     def __post_init__(self) -> None:
-        positive = ("seeds", "passes", "batch", "sigma2", "learning_rate", "circulating_iterations", "genes", "cells")
-        for name in (*positive, "simulated_cells", "simulated_genes"):
-            if getattr(self, name) <= 0:
+        least = {
+            "seeds": 1, "passes": 1, "batch": 2, "circulating_iterations": 1, "genes": 2, "cells": 2, "simulations": 0,
+            "simulated_genes": 3, "simulated_cells": self.simulated_genes + 1,
+        }  # fmt: skip
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+        for name in ("sigma2", "learning_rate"):
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.simulations and not (self.noise and min(self.noise) >= 0):
+            raise ValueError(f"noise must be one or more levels of at least 0, got {self.noise}")
         if unknown := set(self.datasets) - set(DATASETS):
             raise ValueError(f"datasets must be among {', '.join(DATASETS)}, got {', '.join(sorted(unknown))}")
         if unknown := set(self.scvelo) - {"stochastic", "dynamical", "deterministic"}:

@@ -30,7 +30,7 @@ class Dataset:
         clusters: column of obs.
         edges: known transitions between clusters.
         paper: (CBC, consistency) in the paper's Figure 5, by method.
-        preselected: whether the file holds chosen genes only, so that no gene may be dropped for few counts.
+        preselected: whether the file holds chosen genes only.
         fitted: whether the file holds moments and velocities of scVelo's dynamical model already, a reference.
     """
 
@@ -165,13 +165,14 @@ def _scvelo(loader: str) -> AnnData:
 def preprocess(adata: AnnData, dataset: Dataset, genes: int, seed: int) -> None:
     """The paper's pipeline (B.2), in place: selection, normalisation, neighbours, moments; an embedding if it has none.
 
-    A file of chosen genes keeps them all: with some genes gone already, a gene's own counts say nothing on the rest.
+    A file of chosen genes keeps them all, those with few counts too: somebody chose them by a rule of their own.
     """
     import scanpy as sc
     import scvelo as scv
 
+    chosen = dataset.preselected and adata.n_vars <= genes  # the download has all genes, whatever a file has
     sc.pp.filter_cells(adata, min_counts=1)
-    scv.pp.filter_and_normalize(adata, min_shared_counts=None if dataset.preselected else 20)
+    scv.pp.filter_and_normalize(adata, min_shared_counts=None if chosen else 20)
     # scVelo did this in that function up to 0.2; gene selection and neighbours suppose it.
     sc.pp.log1p(adata)
     if adata.n_vars > genes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import statistics
 import time
 import warnings
@@ -32,6 +31,7 @@ FLUX = "flux"  # the paper's settings
 CIRCULATING_FLUX = "flux circulating"
 UNTRAINED = "flux untrained"  # the paper's settings before the first step
 CIRCULATING_UNTRAINED = "flux circulating untrained"
+FLUX_METHODS = (UNTRAINED, FLUX, CIRCULATING_UNTRAINED, CIRCULATING_FLUX)
 STORED = "stored"  # velocities that came with the file
 
 
@@ -48,12 +48,11 @@ def fit(run: Run, adata: AnnData, method: str, seed: int) -> float:
 def fit_flux(run: Run, adata: AnnData, method: str, seed: int) -> None:
     config = run.config
     if "circulating" in method:
-        in_a_pass = max(1, adata.n_obs // config.batch)
-        settings = {**CIRCULATING, "passes": math.ceil(config.circulating_iterations / in_a_pass)}
+        settings = {**CIRCULATING, "iterations": config.circulating_iterations}
     else:
         settings = {"passes": config.passes, "sigma2": config.sigma2, "lr": config.learning_rate}
     if "untrained" in method:
-        settings["passes"] = 0
+        settings["iterations"] = 0
     flux_velocity(
         adata,
         batch_size=config.batch,
@@ -111,7 +110,7 @@ def judge(adata: AnnData, dataset: Dataset) -> Judgement:
     return Judgement(
         found,
         float(velocity_consistency(adata).mean()),
-        int(adata.var["velocity_genes"].sum()),
+        int(kept_genes(adata).sum()),
         agreement(adata) if STORED in adata.layers else None,
     )
 
@@ -120,9 +119,20 @@ def agreement(adata: AnnData) -> float:
     """Mean cosine of a gene's velocities with the stored ones, over genes that both have."""
     velocity, stored = (np.asarray(adata.layers[key], dtype=float) for key in ("velocity", STORED))
     genes = np.isfinite(velocity).all(0) & adata.var[STORED].to_numpy(dtype=bool)
-    velocity, stored = velocity[:, genes], stored[:, genes]
-    norms = np.linalg.norm(velocity, axis=0) * np.linalg.norm(stored, axis=0)
-    return float(np.mean((velocity * stored).sum(0) / np.maximum(norms, 1e-30)))
+    return float(gene_cosines(velocity[:, genes], stored[:, genes]).mean())
+
+
+def kept_genes(adata: AnnData) -> np.ndarray:
+    """Genes that a method keeps for what follows; scVelo says nothing where it keeps all."""
+    if "velocity_genes" in adata.var:
+        return adata.var["velocity_genes"].to_numpy(dtype=bool)
+    return np.ones(adata.n_vars, dtype=bool)
+
+
+def gene_cosines(velocity: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Cosine of each gene's velocities over all cells with the true ones, `[genes]`; 0 where either vanishes."""
+    norms = np.linalg.norm(velocity, axis=0) * np.linalg.norm(truth, axis=0)
+    return (velocity * truth).sum(0) / np.maximum(norms, 1e-30)
 
 
 def log(run: Run, judged: Judgement, known: dict[str, Any], seconds: float) -> None:

@@ -27,7 +27,7 @@ COLUMNS = {
 
 def methods(run: Run, name: str) -> list[str]:
     others = [fits.STORED] if DATASETS[name].fitted else run.config.scvelo
-    return [*others, fits.UNTRAINED, fits.FLUX, fits.CIRCULATING_FLUX]
+    return [*others, *fits.FLUX_METHODS]
 
 
 def fit_all(run: Run, name: str) -> None:
@@ -124,8 +124,8 @@ def results(run: Run, name: str) -> list[Result]:
             Result(
                 f"{name}, {method}: consistency; time of a fit",
                 f"{fits.spread(values['consistency'])}; {statistics.median(values['seconds']):.0f} s",
-                "–" if paper is None else f"{paper[1]}{' (criterion: at least that, to 0.01)' if asked else ''}",
-                statistics.mean(values["consistency"]) >= paper[1] - 0.01 if asked and paper else None,
+                "–" if paper is None else f"{paper[1]}{' (criterion: at least that, to two digits)' if asked else ''}",
+                round(statistics.mean(values["consistency"]), 2) >= round(paper[1], 2) if asked and paper else None,
             )
         )
         if DATASETS[name].fitted:

@@ -18,6 +18,7 @@ DURATION = 25.0  # of the simulated course, in units in which rates are near 0.5
 COURSES = {"complete": (0.2, 0.6), "cut short": (0.6, 1.0)}
 METRICS = {
     "cosine": "cosine with the true velocity, mean over genes",
+    "cosine_kept": "the same, of genes that the method keeps",
     "sign": "right signs, share",
     "ratio_error": "error of γ/β, median of |log|",
 }
@@ -38,7 +39,8 @@ def kinetics(
 def simulate(seed: int, noise: float, course: str, cells: int, genes: int) -> AnnData:
     """Cells by `scvelo.datasets.simulation`, their moments, and the truth: `layers["true_velocity"]`, `var["true_*"]`.
 
-    Rates are log-normal; the noise is normal, its standard deviation a tenth of a gene's 99th percentile times `noise`.
+    Rates are log-normal; the noise is normal, its standard deviation a tenth of a gene's 99th percentile times `noise`,
+    cut off at 0. `cells` must differ from `genes`: scVelo takes as many rates as cells for rates of the cells.
     """
     import scanpy as sc
     import scvelo as scv
@@ -77,21 +79,25 @@ def true_velocity(adata: AnnData) -> np.ndarray:
 def measure(adata: AnnData, ratio: np.ndarray) -> dict[str, float]:
     """How near `layers["velocity"]` and γ/β are to the truth, over genes that the method has velocities for.
 
+    A method may keep fewer of them, `var["velocity_genes"]`, for what follows; their cosine is given too.
     Signs are counted where the true velocity is at least a twentieth of the gene's largest; below that it is a
     matter of noise.
     """
     velocity, truth = np.asarray(adata.layers["velocity"], dtype=float), adata.layers["true_velocity"]
     known = np.isfinite(velocity).all(0)
+    kept = fits.kept_genes(adata)[known]
     velocity, truth = velocity[:, known], truth[:, known]
-    norms = np.linalg.norm(velocity, axis=0) * np.linalg.norm(truth, axis=0)
+    cosines = fits.gene_cosines(velocity, truth)
     moving = np.abs(truth) > np.abs(truth).max(0) / 20
     error = np.log(ratio[known] * (adata.var["true_beta"] / adata.var["true_gamma"]).to_numpy()[known])
     return {
-        "cosine": float(np.mean((velocity * truth).sum(0) / np.maximum(norms, 1e-30))),
+        "cosine": float(cosines.mean()),
+        "cosine_kept": float(cosines[kept].mean()),
         "sign": float(np.mean((np.sign(velocity) == np.sign(truth))[moving])),
         "ratio_error": float(np.median(np.abs(error))),
         "ratio_bias": float(np.mean(error)),
         "genes": int(known.sum()),
+        "kept": int(kept.sum()),
     }
 
 
@@ -108,7 +114,7 @@ def fit(run: Run, adata: AnnData, method: str, seed: int) -> tuple[float, np.nda
 
 
 def methods(run: Run) -> list[str]:
-    return [*run.config.scvelo, fits.UNTRAINED, fits.FLUX, fits.CIRCULATING_UNTRAINED, fits.CIRCULATING_FLUX]
+    return [*run.config.scvelo, *fits.FLUX_METHODS]
 
 
 def fit_all(run: Run) -> None:
@@ -150,7 +156,7 @@ def results(run: Run) -> list[Result]:
                 found = {metric: values[metric][method][noise] for metric in values}
                 lines.append(
                     Result(
-                        f"simulated, course {course}, noise {noise:g}, {method}: cosine / signs / error of γ/β; time",
+                        f"simulated, {course}, noise {noise:g}, {method}: cosine / of genes kept / signs / γ/β error",
                         " / ".join(fits.spread(found[metric]) for metric in METRICS)
                         + f"; {statistics.median(found['seconds']):.1f} s",
                         "–",

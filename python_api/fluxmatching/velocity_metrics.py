@@ -62,7 +62,7 @@ def cross_boundary_correctness(
     clusters = np.asarray(_found(function, "obs", adata.obs, cluster_key)).astype(str)
     neighbours = _neighbours(function, adata)
     values: dict[tuple[str, str], np.ndarray] = {}
-    for source, target in edges:
+    for source, target in ((str(one), str(other)) for one, other in edges):
         for name in (source, target):
             if name not in clusters:
                 raise ValueError(f"{function}: no cluster {name!r}; there are {sorted(set(clusters.tolist()))}")
@@ -87,7 +87,8 @@ def cross_boundary_correctness(
 def velocity_consistency(adata: AnnData, *, vkey: str = "velocity") -> np.ndarray:
     """Mean correlation of each cell's velocity with those of its neighbours, `[cells]`, in [0, 1].
 
-    As in scVelo's velocity confidence a negative mean counts as 0. Genes with NaN, and those that
+    As in scVelo's velocity confidence a negative mean counts as 0. There every cell is cut to as many neighbours as the
+    one with the fewest has; here all count. A cell without neighbours has NaN. Genes with NaN, and those that
     `var[vkey + "_genes"]` leaves out, do not count.
 
     Args:
@@ -96,15 +97,26 @@ def velocity_consistency(adata: AnnData, *, vkey: str = "velocity") -> np.ndarra
 
     Raises:
         KeyError: something that adata must hold is missing.
+        ValueError: no gene has velocities.
     """
     function = "velocity_consistency"
-    velocities = np.asarray(_found(function, "layers", adata.layers, vkey), dtype=float)
-    genes = np.isfinite(velocities).all(0)
+    velocities = _found(function, "layers", adata.layers, vkey)
+    velocities = np.asarray(velocities.toarray() if hasattr(velocities, "toarray") else velocities)
+    genes = np.isfinite(velocities.sum(0, dtype=float))
     if f"{vkey}_genes" in adata.var:
         genes &= np.asarray(adata.var[f"{vkey}_genes"], dtype=bool)
-    centred = velocities[:, genes] - velocities[:, genes].mean(1, keepdims=True)
+    if not genes.any():
+        raise ValueError(f"{function}: no gene has finite velocities in layers[{vkey!r}]")
+    # The one copy: in the layer's precision, for there may be hundreds of millions of values.
+    centred = velocities[:, genes].astype(np.promote_types(velocities.dtype, np.float32), copy=False)
+    centred -= centred.mean(1, keepdims=True, dtype=float).astype(centred.dtype)
     neighbours = _neighbours(function, adata)
-    means = [_cosine(centred[others], own).mean() for others, own in zip(neighbours, centred, strict=True)]
+    means = np.array(
+        [
+            _cosine(centred[others].astype(float), own.astype(float)).mean() if len(others) else np.nan
+            for others, own in zip(neighbours, centred, strict=True)
+        ]
+    )
     return np.clip(means, 0, None)
 
 

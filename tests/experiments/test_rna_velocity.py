@@ -75,11 +75,31 @@ def test_subsample_keeps_the_order() -> None:
     assert subsample(made, 1000, seed=0) is made
 
 
+@pytest.mark.parametrize(("genes", "asked"), [(40, None), (30, 20)])
+def test_only_a_file_of_chosen_genes_keeps_those_with_few_counts(
+    genes: int, asked: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scv = pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
+    given = []
+    real = scv.pp.filter_and_normalize
+    monkeypatch.setattr(
+        scv.pp, "filter_and_normalize", lambda a, **options: (given.append(options["min_shared_counts"]), real(a))
+    )
+    made = counts()
+    datasets.preprocess(made, DATASETS["pancreas"], genes, seed=0)
+    assert given == [asked]
+    assert made.n_vars == genes
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("datasets", ("liver",), "datasets must be among pancreas, .* got liver"),
-        ("passes", 0, "passes must be above 0, got 0"),
+        ("passes", 0, "passes must be at least 1, got 0"),
+        ("sigma2", 0.0, "sigma2 must be above 0, got 0.0"),
+        ("simulations", -1, "simulations must be at least 0, got -1"),
+        ("simulated_genes", 1000, "simulated_cells must be at least 1001, got 1000"),
+        ("noise", (), "noise must be one or more levels of at least 0"),
         ("scvelo", ("steady",), "scvelo must be among"),
     ],
 )
@@ -118,6 +138,7 @@ def test_measures_by_hand(simulated: Any) -> None:
     made = anndata.AnnData(np.zeros((2, 3), np.float32))
     made.layers["true_velocity"] = np.array([[1.0, 1.0, 1.0], [1.0, -0.01, 1.0]])
     made.layers["velocity"] = np.array([[2.0, 1.0, np.nan], [0.0, 1.0, np.nan]])
+    made.var["velocity_genes"] = [True, False, True]
     made.var["true_beta"], made.var["true_gamma"] = 1.0, [1.0, 2.0, 1.0]
     found = simulated.measure(made, np.array([np.e, 2.0, 9.0]))
     # Gene 0: cos 45 degrees, signs + and 0; gene 1: (1 - 0.01)/(√2 √1.0001), one sign counted; gene 2: no velocity.
@@ -125,12 +146,14 @@ def test_measures_by_hand(simulated: Any) -> None:
     assert found["sign"] == pytest.approx(2 / 3)
     assert found["ratio_error"] == pytest.approx(0.5)
     assert found["ratio_bias"] == pytest.approx(0.5)
-    assert found["genes"] == 2
+    assert (found["genes"], found["kept"]) == (2, 1)
+    assert found["cosine_kept"] == pytest.approx(np.sqrt(0.5))
 
 
 def test_a_perfect_method_is_measured_as_one(simulated: Any) -> None:
     adata = simulated.simulate(1, 1.0, "complete", cells=60, genes=5)
     adata.layers["velocity"] = 3 * adata.layers["true_velocity"]
+    adata.var["velocity_genes"] = True
     found = simulated.measure(adata, (adata.var["true_gamma"] / adata.var["true_beta"]).to_numpy())
     assert found["cosine"] == pytest.approx(1)
     assert found["sign"] == 1
@@ -146,11 +169,11 @@ def test_smoke_run_and_its_summary(folder: Path, tmp_path: Path) -> None:
     made = Run(rna_velocity.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "run", progress=False)
     rna_velocity.run(made)
     fits = made.rows("fit")
-    methods = ["stochastic", "flux untrained", "flux", "flux circulating"]
+    methods = ["stochastic", "flux untrained", "flux", "flux circulating untrained", "flux circulating"]
     assert [(row["method"], row["seed"]) for row in fits] == [(method, 0) for method in methods]
     columns = [f"over_{what}_{how}" for what in ("cells", "edges") for how in ("plain", "root")]
     assert all(-1 <= row[key] <= 1 for row in fits for key in [*columns, "consistency"])
-    assert [row["edge"] for row in made.rows("edge")] == ["Ductal → Ngn3 low EP"] * 4
+    assert [row["edge"] for row in made.rows("edge")] == ["Ductal → Ngn3 low EP"] * 5
     drawn = {"pancreas-metrics", "pancreas-flux-portraits", "pancreas-flux-circulating-stream"}
     assert {path.stem for path in made.figures} >= drawn
     assert [row["method"] for row in made.rows("simulated")][-1] == "flux circulating"

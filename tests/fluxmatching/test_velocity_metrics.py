@@ -104,3 +104,23 @@ def test_errors_say_what_is_missing() -> None:
     del made.obsp["distances"]
     with pytest.raises(KeyError, match=r"no 'distances'; scanpy\.pp\.neighbors makes it"):
         velocity_consistency(made)
+
+
+def test_consistency_of_sparse_velocities_and_lonely_cells() -> None:
+    made = adata(POSITIONS, [[2, 0], [1, 3], [0, 0], [-1, 0], [0, 1]], CLUSTERS, [[1, 3], [3, 4], [], [0], [1]])
+    expected = velocity_consistency(made)
+    # Of two genes a correlation is ±1: cell 0 falls, 1 rises, 3 rises. Cell 2 has no neighbours.
+    np.testing.assert_allclose(expected, [0, 1, np.nan, 0, 1], atol=1e-6)
+    made.layers["velocity"] = sparse.csr_matrix(made.layers["velocity"])
+    np.testing.assert_array_equal(velocity_consistency(made), expected)
+
+
+def test_consistency_without_velocities() -> None:
+    made = adata(POSITIONS, np.full((5, 2), np.nan), CLUSTERS, NEIGHBOURS)
+    with pytest.raises(ValueError, match="no gene has finite velocities in layers\\['velocity'\\]"):
+        velocity_consistency(made)
+
+
+def test_clusters_may_be_numbers() -> None:
+    made = adata(POSITIONS, VELOCITIES, [1, 1, 1, 2, 3], NEIGHBOURS)
+    assert cross_boundary_correctness(made, [(1, 2)]).edges == pytest.approx({("1", "2"): 0.5})

@@ -1,0 +1,113 @@
+"""What `flux_velocity` costs at the paper's size: time of a step by backend, time of a fit, and peak memory.
+
+python -m bench.training.velocity            about 5 minutes on two cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bench.memory import resident
+from bench.training.cost import timed
+from bench.training.results import begin, device_argument
+from fluxkernels import backends
+from fluxmatching import Trainer, TrainingOptions
+from fluxmatching.velocity import SplicingField, flux_velocity, splicing_loss
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+GENES, BATCH, SIGMA2 = 2000, 256, 1e-3
+PANCREAS, LARGE = 3696, 100_000  # cells
+
+
+def made_cells(cells: int, genes: int = GENES, seed: int = 0) -> AnnData:
+    """Moments of genes whose spreads differ as those of real ones do: log-normal, u smaller than s."""
+    from anndata import AnnData
+
+    generator = np.random.default_rng(seed)
+    layers = {}
+    for key, middle in (("Mu", 0.02), ("Ms", 0.15)):
+        layers[key] = generator.random((cells, genes), dtype=np.float32)
+        layers[key] *= generator.lognormal(np.log(middle), 1.5, genes).astype(np.float32)
+    return AnnData(layers=layers, shape=(cells, genes))
+
+
+def step_seconds(device: torch.device, names: list[str], repetitions: int) -> dict[str, float]:
+    """Median of a training step by backend, in one run and taking turns."""
+    adata = made_cells(4 * BATCH)
+    x = torch.from_numpy(np.stack([adata.layers["Mu"], adata.layers["Ms"]], -1)).to(device)
+    steps = []
+    for name in names:
+
+        def loss(field: SplicingField, batch: torch.Tensor, seed: torch.Tensor, backend: str = name) -> torch.Tensor:
+            return splicing_loss(field, batch, SIGMA2, seed=seed, backend=backend)
+
+        options = TrainingOptions(10**6, BATCH, lr=1e-3, optimizer="adam", ema=0.0, clip=None, progress=False)
+        steps.append(Trainer(SplicingField(GENES).to(device), loss, x, options).step)
+    return dict(zip(names, map(statistics.median, timed(steps, repetitions)), strict=True))
+
+
+def memory(cells: int) -> tuple[int, int, float]:
+    """Bytes that a fit of one pass adds at most, the process's peak, and seconds; in a process of its own."""
+    command = [sys.executable, "-m", "bench.training.velocity", "--memory", str(cells)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
+    added, peak, seconds = done.stdout.split()[-3:]
+    return int(added), int(peak), float(seconds)
+
+
+def print_memory(cells: int) -> None:
+    flux_velocity(made_cells(16, 8), passes=1, progress=False)  # the libraries' own memory comes first
+    adata = made_cells(cells)
+    before, begun = resident("VmRSS"), time.perf_counter()
+    flux_velocity(adata, passes=1, progress=False)
+    print(resident("VmHWM") - before, resident("VmHWM"), time.perf_counter() - begun)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repetitions", type=int, default=5, help="of a step; with fewer than 5 nothing is kept")
+    parser.add_argument("--passes", type=int, default=100, help="of the whole fit")
+    parser.add_argument("--memory", type=int, metavar="CELLS", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        print_memory(options.memory)
+        return
+    device = device_argument(parser, options.device)
+    names = [b.name for b in backends().values() if not b.missing and (not b.devices or device.type in b.devices)]
+    with begin("velocity", device, keep=options.repetitions >= 5 and options.passes == 100) as write:
+        write(f"# RNA velocity: {PANCREAS} cells x {GENES} genes, minibatches of {BATCH}\n")
+        write("| backend | a training step | of the torch backend |\n|---|---|---|")
+        seconds = step_seconds(device, names, options.repetitions)
+        for name, value in seconds.items():
+            write(f"| {name} | {1e3 * value:.3g} ms | {seconds['torch'] / value:.1f} x faster |")
+        begun = time.perf_counter()
+        flux_velocity(made_cells(PANCREAS), passes=options.passes, progress=False, device=device)
+        write(f"\nA whole fit of {options.passes} passes: {time.perf_counter() - begun:.0f} s.\n")
+        if device.type == "cpu":
+            write(
+                "| cells | the two layers | the three written | more, at most | the process | a pass |\n"
+                + "|---" * 6
+                + "|"
+            )
+            for cells in (PANCREAS, LARGE):
+                added, peak, took = memory(cells)
+                layer = 4 * cells * GENES
+                sizes = " | ".join(
+                    f"{bytes_ / 1e9:.3g} GB" for bytes_ in (2 * layer, 3 * layer, added - 3 * layer, peak)
+                )
+                write(f"| {cells} | {sizes} | {took:.0f} s |")
+
+
+if __name__ == "__main__":
+    main()
