@@ -20,7 +20,7 @@ import triton
 
 from bench.gpu import rates
 from bench.gpu.cases import CASES, Case, contenders, errors
-from bench.training import cost
+from bench.training import cost, velocity
 
 ROOT = Path(__file__).parents[2]
 # Seconds that the calls of one measurement may take together.
@@ -168,6 +168,7 @@ def main() -> None:
         "tests": None,
         "rows": [],
         "training": [],
+        "velocity": None,
         "left_out": [],
     }
     print(json.dumps(results["machine"], indent=1), flush=True)
@@ -190,6 +191,16 @@ def main() -> None:
         else:
             results["rows"] += measure(item, results["rates"], deadline)
         file.write_text(json.dumps(results, indent=1) + "\n")  # each time: what was measured is not lost
+    try:
+        device = torch.device("cuda")
+        results["velocity"] = {
+            "steps": velocity.step_seconds(device, ["torch", "triton"], 5),
+            "fit": velocity.fit_seconds(device, passes=100),
+        }
+    except Exception as problem:  # no anndata, out of memory: the other results stay
+        results["velocity"] = {"failed": f"{type(problem).__name__}: {problem}"[:300]}
+    print("velocity", results["velocity"], flush=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{file} after {time.perf_counter() - begun:.0f} s; left out: {results['left_out'] or 'none'}")
     if results["tests"] and not results["tests"]["passed"]:
         sys.exit("the GPU tests failed")
