@@ -30,7 +30,7 @@ GENES, BATCH, SIGMA2 = 2000, 256, 1e-3
 PANCREAS, LARGE = 3696, 100_000  # cells
 
 
-def made_cells(cells: int, genes: int = GENES, seed: int = 0) -> AnnData:
+def made_cells(cells: int, genes: int, seed: int = 0) -> AnnData:
     """Uniform numbers; spreads of genes are log-normal with the medians of the pancreas, 0.02 (u) and 0.14 (s)."""
     from anndata import AnnData
 
@@ -44,7 +44,7 @@ def made_cells(cells: int, genes: int = GENES, seed: int = 0) -> AnnData:
 
 def step_seconds(device: torch.device, names: list[str], repetitions: int) -> dict[str, float]:
     """Median of a training step by backend, in one run and taking turns."""
-    adata = made_cells(4 * BATCH)
+    adata = made_cells(4 * BATCH, GENES)
     x = torch.from_numpy(np.stack([adata.layers["Mu"], adata.layers["Ms"]], -1)).to(device)
     steps = []
     for name in names:
@@ -59,7 +59,7 @@ def step_seconds(device: torch.device, names: list[str], repetitions: int) -> di
 
 def fit_seconds(device: torch.device, passes: int) -> float:
     """Of a whole fit at the size of the pancreas, from layers in main memory to layers in main memory."""
-    adata = made_cells(PANCREAS)
+    adata = made_cells(PANCREAS, GENES)
     begun = time.perf_counter()
     flux_velocity(adata, passes=passes, progress=False, device=device)
     return time.perf_counter() - begun
@@ -75,7 +75,7 @@ def memory(cells: int) -> tuple[int, int, float]:
 
 def print_memory(cells: int) -> None:
     flux_velocity(made_cells(16, 8), passes=1, progress=False)  # the libraries' own memory comes first
-    adata = made_cells(cells)
+    adata = made_cells(cells, GENES)
     before, begun = resident("VmRSS"), time.perf_counter()
     flux_velocity(adata, passes=1, progress=False)
     print(resident("VmHWM") - before, resident("VmHWM"), time.perf_counter() - begun)
