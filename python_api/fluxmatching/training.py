@@ -337,7 +337,7 @@ class Trainer:
         size = self.options.batch_size * self.processes
         batches = len(self.data) // size
         first = self.iteration % batches * size
-        order = _order(len(self.data), self.options.seed * 1_000_003 + self.iteration // batches)
+        order = _order(len(self.data), (self.options.seed * 1_000_003 + self.iteration // batches) % 2**63)
         joint = order[first : first + size]
         chosen = joint.tensor_split(self.processes)[self.rank]
         x = self.data[chosen]

@@ -49,6 +49,13 @@ def assert_same(a: Trainer, b: Trainer) -> None:
             assert torch.equal(value, b.optimizer.state[q][key])
 
 
+@pytest.mark.parametrize("seed", [2**63 - 1, -5])
+def test_any_seed(seed: int) -> None:
+    options = replace(OPTIONS, seed=seed)
+    assert_same(trained(options), trained(options))
+    assert not torch.equal(trained(options).model[0].weight, trained().model[0].weight)
+
+
 def test_is_the_loop_one_would_write() -> None:
     """Plain SGD-style code with torch's own optimiser, given the same minibatches and seeds."""
     seen: list[tuple[Tensor, Tensor]] = []
