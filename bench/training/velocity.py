@@ -1,6 +1,6 @@
 """What `flux_velocity` costs at the paper's size: time of a step by backend, time of a fit, and peak memory.
 
-python -m bench.training.velocity            about 5 minutes on two cores
+python -m bench.training.velocity            about 12 minutes on two cores
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def main() -> None:
     names = [b.name for b in backends().values() if not b.missing and (not b.devices or device.type in b.devices)]
     with begin("velocity", device, keep=options.repetitions >= 5 and options.passes == 100) as write:
         write(f"# RNA velocity: {PANCREAS} cells x {GENES} genes, minibatches of {BATCH}\n")
-        write("| backend | a training step | of the torch backend |\n|---|---|---|")
+        write("| backend | a training step | the torch backend takes |\n|---|---|---|")
         seconds = step_seconds(device, names, options.repetitions)
         for name, value in seconds.items():
-            write(f"| {name} | {1e3 * value:.3g} ms | {seconds['torch'] / value:.1f} x faster |")
+            write(f"| {name} | {1e3 * value:.3g} ms | {seconds['torch'] / value:.1f} × as long |")
         write(f"\nA whole fit of {options.passes} passes: {fit_seconds(device, options.passes):.0f} s.\n")
         if device.type == "cpu":
             write(

@@ -102,8 +102,10 @@ public:
                     add_moments(first, count, from, to);
                     finish(first, count);
                 }
-                for (int64_t n = 0; n < count; ++n)
-                    for (int64_t j = 0; j < to - from; ++j) w[n * columns + j] /= total[first + n];
+                for (int64_t n = 0; n < count; ++n) {
+                    const double inverse = 1 / total[first + n];
+                    for (int64_t j = 0; j < to - from; ++j) w[n * columns + j] *= inverse;
+                }
                 visit(first, count, from, to);
             });
             return;

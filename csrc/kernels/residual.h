@@ -2,6 +2,19 @@
 //
 // Included inside of a target's namespace.
 
+/// c_j <- w_j (c_j - mean - (a_j - least) precision), or 0 where w_j is 0 and a_j may be infinite; returns their sum.
+static double residual_weights(const double* w, const double* a, int64_t n, double mean, double least, double precision,
+                               double* c) {
+    Vec total = {};
+    for (int64_t j = 0; j < n; j += LANES) {
+        const Vec weight = load(w + j), value = weight * (load(c + j) - mean - (load(a + j) - least) * precision);
+        const Vec entry = weight > Vec{} ? value : Vec{};
+        store(c + j, entry);
+        total += entry;
+    }
+    return sum(total);
+}
+
 /// J_s f - grad(lap p/p): sum_j w_j e_j [e_j.f - a_j/sigma^2]/sigma^4 - f/sigma^2 + 2 (m - z)/sigma^4 with e_j = r_j -
 /// m.
 ///
@@ -27,14 +40,8 @@ static void residual_gradient_with(const ResidualArguments& args) {
                 const int64_t n = at + i;
                 double mean = 0;
                 for (int64_t d = 0; d < D; ++d) mean += field[n * pitch + d] * (q.at(q.moment, n)[d] + q.at(q.x, n)[d]);
-                const double *w = q.w.get() + i * columns, *a = q.a.get() + i * columns;
-                double sum = 0;
-                for (int64_t j = 0; j < to - from; ++j) {
-                    double& entry = c[i * columns + j];
-                    entry = w[j] == 0 ? 0 : w[j] * (entry - mean - (a[j] - q.least[n]) / q.variance[n]);
-                    sum += entry;
-                }
-                total[n] += sum;
+                total[n] += residual_weights(q.w.get() + i * columns, q.a.get() + i * columns, to - from, mean,
+                                             q.least[n], 1 / q.variance[n], c.get() + i * columns);
             }
             centres.moments(q.set, c.get(), rows, from, to, columns, gradient.get() + at * pitch, q.product);
         });
