@@ -34,7 +34,8 @@ static void take_ends(const TransitionArguments& args, int64_t b, int64_t first,
     q.rows = count;
     args.xt.at(b, first).load(count, args.shape.D, q.x.get(), q.pitch);
     q.centre();
-    for (int64_t n = 0; n < count; ++n) q.set_variance(n, variance_of(args, b));
+    const double variance = variance_of(args, b);
+    for (int64_t n = 0; n < count; ++n) q.set_variance(n, variance);
 }
 
 /// w [starts, ends]: the transpose of the weights of the ends.
