@@ -78,17 +78,16 @@ def draw_metrics(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def draw_against_noise(path: Path, panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]) -> None:
-    """A panel a metric, a line a method: mean and standard deviation over seeds against the level of noise."""
-    rows = -(-len(panels) // 3)
-    fig, axes = style.new_figure(9.0, 2.6 * rows, rows, 3, squeeze=False)
-    for panel, (title, by_method) in zip(axes.flat, panels.items(), strict=False):
+    """A panel a metric, three in a row, a line a method: mean and standard deviation over seeds against the noise."""
+    rows = len(panels) // 3
+    fig, axes = style.new_figure(9.0, 2.4 * rows, rows, 3)
+    for panel, (title, by_method) in zip(axes.flat, panels.items(), strict=True):
         for number, (method, by_noise) in enumerate(by_method.items()):
             means, errors = ([function(values) for values in by_noise.values()] for function in (np.mean, np.std))
             label = method if panel is axes.flat[0] else None
             panel.errorbar(
                 list(by_noise), means, errors, color=style.CYCLE[number], capsize=2, marker="o", ms=3, label=label
             )
-        panel.set_title(title, fontsize=7)
-        panel.set_xlabel("noise")
+        panel.set(title=title, xlabel="noise")
     fig.legend(loc="outside lower center", ncols=3)
     style.save(fig, path)

@@ -16,12 +16,8 @@ if TYPE_CHECKING:
 DURATION = 25.0  # of the simulated course, in units in which rates are near 0.5
 # When a gene is switched off, as shares of the course: early enough for cells to decay again, or not.
 COURSES = {"complete": (0.2, 0.6), "cut short": (0.6, 1.0)}
-METRICS = {
-    "cosine": "cosine with the true velocity, mean over genes",
-    "cosine_kept": "the same, of genes that the method keeps",
-    "sign": "right signs, share",
-    "ratio_error": "error of γ/β, median of |log|",
-}
+METRICS = ("cosine", "cosine_kept", "sign", "ratio_error")
+DRAWN = {"cosine": "cosine with the truth", "sign": "share of right signs", "ratio_error": "error of γ/β (|log|)"}
 
 
 def kinetics(
@@ -168,9 +164,7 @@ def results(run: Run) -> list[Result]:
 def shown(run: Run) -> list[Figure]:
     path = run.figure("simulated")
     panels = {
-        f"course {course}: {title}": collected(run, course, metric)
-        for course in COURSES
-        for metric, title in METRICS.items()
+        f"{course}: {title}": collected(run, course, metric) for course in COURSES for metric, title in DRAWN.items()
     }
     figures.draw_against_noise(path, panels)
     return [Figure(path, "Simulated cells against the truth; mean and standard deviation over seeds.")]
