@@ -138,6 +138,14 @@ def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
     assert_same(longer, trained(replace(OPTIONS, iterations=20)))
 
 
+def written(file: Path) -> int | None:
+    """When, in nanoseconds; None while it is not there, as for a moment between two checkpoints."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     """SIGKILL at any moment, most of the time while a checkpoint is written."""
     script = (
@@ -153,14 +161,14 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) ->
     reached = []
     for k in range(4):
         process = subprocess.Popen(started)
-        while not (tmp_path / "last.pt").exists() or (tmp_path / "last.pt").stat().st_mtime_ns in reached:
+        while (at := written(tmp_path / "last.pt")) is None or at in reached:
             time.sleep(0.01)
-        reached.append((tmp_path / "last.pt").stat().st_mtime_ns)
+        reached.append(at)
         time.sleep(0.05 + 0.07 * k)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        at = Trainer(model(), loss, data(), replace(OPTIONS, iterations=400, checkpoint_every=1), folder=tmp_path)
-        assert 0 < at.iteration < 400
+        resumed = Trainer(model(), loss, data(), replace(OPTIONS, iterations=400, checkpoint_every=1), folder=tmp_path)
+        assert 0 < resumed.iteration < 400
         assert list(tmp_path.glob("part-*")) == []
     options = replace(OPTIONS, iterations=400)
     assert_same(trained(options, folder=tmp_path), trained(options))
