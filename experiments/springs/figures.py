@@ -1,0 +1,62 @@
+"""What the mask changes, real and generated trajectories, and the masses in motion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.animation import FuncAnimation, PillowWriter
+from torch import Tensor
+
+from experiments.common import figures as style
+from experiments.springs.simulator import STEP
+
+COLOURS = {"flux": style.FLUX, "DSM": style.SCORE_MATCHING}
+
+
+def draw_change(path: Path, changes: Mapping[str, Sequence[float]]) -> None:
+    """Relative change of W2 by the causal mask, a point a seed and a bar at the mean (Fig. 7, right)."""
+    fig, axes = style.new_figure(3.4, 2.8)
+    for place, (objective, found) in enumerate(changes.items()):
+        axes.bar(place, 100 * np.mean(found), 0.5, color=COLOURS[objective], alpha=0.35)
+        axes.plot([place] * len(found), 100 * np.asarray(found), "o", color=COLOURS[objective], ms=4)
+    axes.axhline(0, color=style.DATA, lw=0.8)
+    axes.set(xticks=range(len(changes)), xticklabels=list(changes), ylabel="change of W2 by the mask (%)")
+    style.save(fig, path)
+
+
+def draw_trajectories(path: Path, by_model: Mapping[str, Tensor], shown: int = 12) -> None:
+    """The first mass's position and both positions against each other, a row a model, the first row the simulator."""
+    fig, axes = style.new_figure(6.5, 1.7 * len(by_model), len(by_model), 2, squeeze=False)
+    for (over_time, plane), (name, found) in zip(axes, by_model.items(), strict=True):
+        time = STEP * np.arange(found.shape[1])
+        for trajectory in found[:shown].numpy():
+            over_time.plot(time, trajectory[:, 0], lw=0.8)
+            plane.plot(trajectory[:, 0], trajectory[:, 2], lw=0.8)
+        over_time.set(ylabel=f"{name}\nposition 1", ylim=(-9, 9))
+        plane.set(ylabel="position 2", xlim=(-9, 9), ylim=(-9, 9))
+    axes[-1, 0].set_xlabel("time")
+    axes[-1, 1].set_xlabel("position 1")
+    style.save(fig, path)
+
+
+def animate(path: Path, by_model: Mapping[str, Tensor]) -> None:
+    """A GIF of two masses between two walls: one trajectory of each model, the simulator's above."""
+    fig, axes = style.new_figure(5.0, 0.9 * len(by_model), len(by_model), 1, squeeze=False)
+    wall, rest = 14.0, 5.0  # masses rest at ∓5 between walls at ∓14
+    dots = []
+    for panel, name in zip(axes[:, 0], by_model, strict=True):
+        panel.set(xlim=(-wall, wall), ylim=(-1, 1), yticks=[], xticks=[])
+        panel.set_ylabel(name, rotation=0, ha="right", va="center")
+        panel.grid(False)
+        dots.append(panel.plot([], [], "-o", color=style.DATA, mfc=style.FLUX, ms=9, lw=0.8)[0])
+
+    def draw(frame: int) -> list:
+        for line, found in zip(dots, by_model.values(), strict=True):
+            q1, q2 = found[0, frame, [0, 2]].tolist()
+            line.set_data([-wall, q1 - rest, q2 + rest, wall], [0, 0, 0, 0])
+        return dots
+
+    length = next(iter(by_model.values())).shape[1]
+    FuncAnimation(fig, draw, frames=length, blit=False).save(path, writer=PillowWriter(fps=12), dpi=80)

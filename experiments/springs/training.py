@@ -1,0 +1,110 @@
+"""The four models: Flux Matching and score matching, each with full and with causal attention."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from experiments.common.distances import wasserstein2
+from experiments.common.run import Run
+from experiments.springs.network import TrajectoryTransformer
+from experiments.springs.simulator import trajectories
+from fluxmatching import (
+    EDMField,
+    LogUniformNoise,
+    LossNormalizer,
+    Trainer,
+    TrainingOptions,
+    dsm_loss,
+    log_sigma_grid,
+    noise_annealed_flux_loss,
+    reverse_ve,
+)
+from fluxmatching.training import Loss
+
+FLUX, DSM = OBJECTIVES = ("flux", "DSM")
+FULL, CAUSAL = MASKS = ("full", "causal")
+MODELS = tuple(product(OBJECTIVES, MASKS))
+SHOWN = 64  # generated trajectories that a run keeps
+
+
+def data(run: Run) -> Tensor:
+    """The training trajectories, `[data, 50, 4]`."""
+    return trajectories(run.config.data, run.generator("data")).to(run.device)
+
+
+def loss(run: Run, objective: str) -> Loss:
+    """The noise-annealed loss of a minibatch (Eq. 11), one σ for all of it, drawn from torch's generator.
+
+    Score matching has the same noise levels and normalizer, and stable targets (B.3, B.5).
+    """
+    noise = LogUniformNoise(run.config.sigma_min, run.config.sigma_max)
+
+    def of_minibatch(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(model, nn.ModuleDict)
+        sigma = noise.sample().to(x.device)
+        field, normalizer = model["field"], model["normalizer"]
+        if objective == FLUX:
+            found = noise_annealed_flux_loss(field, x, sigma, normalizer, seed=seed, backend=run.backend)
+            return found.total, {"sigma": sigma, "tau": found.tau}
+        values = dsm_loss(lambda z: field(z, sigma), x, sigma.square(), seed=seed, backend=run.backend)
+        return normalizer(values, sigma), {"sigma": sigma}
+
+    return of_minibatch
+
+
+def trainer(run: Run, objective: str, mask: str, seed: int) -> Trainer:
+    """Of one model; those of a seed share initial weights, minibatches and noise levels. It resumes by itself."""
+    config, samples = run.config, data(run)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.generator("weights", seed).initial_seed())
+        network = TrajectoryTransformer(
+            width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
+        )
+        model = nn.ModuleDict({"field": EDMField(network, samples.std().item()), "normalizer": LossNormalizer()})
+    options = TrainingOptions(
+        config.iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
+        seed=run.generator("training", seed).initial_seed() >> 1, progress=run.progress,
+    )  # fmt: skip
+    folder = run.out / "models" / f"{objective}-{mask}-{seed}"
+    return Trainer(model.to(run.device), loss(run, objective), samples, options, folder=folder)
+
+
+def train(run: Run, objective: str, mask: str, seed: int) -> None:
+    """One training, then samples: logs W2 to the training trajectories, and keeps some samples for figures."""
+    one = trainer(run, objective, mask, seed)
+    begun, before = time.perf_counter(), one.iteration
+    one.run()
+    seconds = time.perf_counter() - begun
+    found = sample(run, one.average.module["field"], seed)
+    torch.save(found[:SHOWN].cpu(), samples_file(run, objective, mask, seed))
+    done = run.config.iterations - before
+    run.log(
+        kind="model",
+        objective=objective,
+        mask=mask,
+        seed=seed,
+        w2=wasserstein2(found, data(run)),
+        seconds=seconds / done if done else None,
+    )
+
+
+def samples_file(run: Run, objective: str, mask: str, seed: int):
+    return run.out / "models" / f"{objective}-{mask}-{seed}" / "samples.pt"
+
+
+def sample(run: Run, field: nn.Module, seed: int) -> Tensor:
+    """Trajectories by the reverse VE sampler, from the same noise for all models of a seed."""
+    config, generator = run.config, run.generator("sample", seed)
+    start = config.sigma_max * torch.randn(config.samples, *data(run).shape[1:], generator=generator)
+    noise = torch.Generator(run.device).manual_seed(generator.initial_seed())
+    sigmas = log_sigma_grid(config.sampling_steps, config.sigma_min, config.sigma_max)
+    return reverse_ve(field, start.to(run.device), sigmas, generator=noise)
+
+
+def floor(run: Run) -> float:
+    """W2 of new trajectories, as many as are sampled, to the training ones: what a perfect model has."""
+    return wasserstein2(trajectories(run.config.samples, run.generator("new")), data(run))
