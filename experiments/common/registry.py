@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 if TYPE_CHECKING:
     from experiments.common.run import Run
 
-NAMES: tuple[str, ...] = ("controllable", "stationarity", "horizon", "convergence", "rna_velocity")
+NAMES: tuple[str, ...] = ("controllable", "stationarity", "horizon", "convergence", "rna_velocity", "springs")
 PRESETS = ("smoke", "small", "paper")
 
 

@@ -11,7 +11,6 @@ from experiments.common.registry import Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run
 from experiments.springs import figures
 from experiments.springs.training import (
-    CAUSAL,
     DSM,
     FLUX,
     FULL,

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+import experiments.springs as springs
+from experiments.common.run import Run
 from experiments.springs import simulator
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories, velocity
+from experiments.springs.training import MODELS, data, loss, trainer
 
 
 def test_trajectories_are_those_of_scipy() -> None:
@@ -71,3 +76,59 @@ def test_size_of_the_papers_network() -> None:
 def test_bad_width() -> None:
     with pytest.raises(ValueError, match="width must be a multiple of 2 heads, got 20 and 8"):
         TrajectoryTransformer(width=20)
+
+
+def make_run(out: Path) -> Run:
+    config = springs.EXPERIMENT.presets["smoke"]
+    return Run(springs.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
+
+
+def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    trainers = {model: trainer(run, *model, seed=0) for model in MODELS}
+    first = trainers["flux", "full"].model.state_dict()
+    for one in trainers.values():
+        for name, value in one.model.state_dict().items():
+            assert torch.equal(value, first[name])
+    assert {model: one.model["field"].network.blocks[0].causal for model, one in trainers.items()} == {
+        ("flux", "full"): False, ("flux", "causal"): True, ("DSM", "full"): False, ("DSM", "causal"): True
+    }  # fmt: skip
+    assert trainers["DSM", "full"].options == trainers["flux", "causal"].options
+
+
+@pytest.mark.parametrize("objective", ["flux", "DSM"])
+def test_losses_are_normalised_and_say_their_noise(tmp_path: Path, objective: str) -> None:
+    run = make_run(tmp_path)
+    one = trainer(run, objective, "causal", seed=0)
+    torch.manual_seed(3)
+    values, details = loss(run, objective)(one.model, data(run)[:8], torch.tensor(1))
+    assert values.shape == (8,)
+    sigma = details["sigma"]
+    assert run.config.sigma_min <= sigma <= run.config.sigma_max
+    with torch.no_grad():  # d/ds of ℓ e^-s + s is 1 - ℓ e^-s: a normalizer one higher changes the loss so
+        one.model["normalizer"].layer.second.bias += 1.0
+    torch.manual_seed(3)
+    higher, _ = loss(run, objective)(one.model, data(run)[:8], torch.tensor(1))
+    scale = one.model["normalizer"].log_scale(sigma).item()
+    torch.testing.assert_close(higher, (values - (scale - 1)) / np.e + scale, rtol=1e-4, atol=1e-4)
+
+
+def test_relative_changes_by_hand(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for mask, found in (("full", (2.0, 4.0)), ("causal", (3.0, 3.0))):
+        for seed, value in enumerate(found):
+            run.log(kind="model", objective="flux", mask=mask, seed=1 - seed, w2=value)
+    assert springs.relative_changes(run, "flux") == pytest.approx([-0.25, 0.5])
+
+
+def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    springs.run(run)
+    assert [(row["objective"], row["mask"]) for row in run.rows("model")] == list(MODELS)
+    assert all(row["w2"] > 0 for row in run.rows("model"))
+    assert {path.stem for path in run.figures} == {"mask", "trajectories"}
+    assert (tmp_path / "masses.gif").stat().st_size > 1000
+    assert "change of W2 by the mask, Flux Matching" in (tmp_path / "summary.md").read_text()
+    rows = run.rows()
+    springs.run(run)  # all is done: nothing is trained again
+    assert run.rows() == rows
