@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.animation import FuncAnimation, PillowWriter
@@ -52,7 +53,7 @@ def animate(path: Path, by_model: Mapping[str, Tensor]) -> None:
         panel.grid(False)
         dots.append(panel.plot([], [], "-o", color=style.DATA, mfc=style.FLUX, ms=9, lw=0.8)[0])
 
-    def draw(frame: int) -> list:
+    def draw(frame: int) -> list[Any]:
         for line, found in zip(dots, by_model.values(), strict=True):
             q1, q2 = found[0, frame, [0, 2]].tolist()
             line.set_data([-wall, q1 - rest, q2 + rest, wall], [0, 0, 0, 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ def train(run: Run, objective: str, mask: str, seed: int) -> None:
     )
 
 
-def samples_file(run: Run, objective: str, mask: str, seed: int):
+def samples_file(run: Run, objective: str, mask: str, seed: int) -> Path:
+    """Where some generated trajectories of a model are kept."""
     return run.out / "models" / f"{objective}-{mask}-{seed}" / "samples.pt"
 
 
