@@ -93,10 +93,12 @@ class Experiment:
 
 
 def check_sizes(config: Any, **least: int) -> None:
-    """Raise ValueError unless every field of a config is above 0, and those named at least so large."""
+    """Raise ValueError unless every number of a config is above 0, or at least what is named for it."""
     for name, value in vars(config).items():
-        if value <= 0 or value < least.get(name, 0):
-            raise ValueError(f"{name} must be at least {least.get(name, 'above 0')}, got {value}")
+        if name in least and value < least[name]:
+            raise ValueError(f"{name} must be at least {least[name]}, got {value}")
+        if name not in least and not isinstance(value, tuple) and not value > 0:
+            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def load_experiment(name: str) -> Experiment:

@@ -10,6 +10,7 @@ import html
 import json
 import re
 import shlex
+import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ class Figure:
 
     path: Path
     caption: str
+
+
+def spread(values: Sequence[float], digits: str = ".3f") -> str:
+    """Mean, and standard deviation where there are several values, both formatted by `digits`."""
+    mean = f"{statistics.mean(values):{digits}}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{digits.removeprefix('+')}}"
 
 
 def summary_text(

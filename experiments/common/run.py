@@ -22,10 +22,10 @@ import torch
 from tqdm import tqdm
 
 from experiments.common.registry import Experiment
-from experiments.common.report import Figure, Result, summary_text
+from experiments.common.report import Figure, Result, spread, summary_text
 from fluxkernels import __version__, resolve_backend
 
-__all__ = ["Figure", "Result", "Run", "describe", "read_config"]
+__all__ = ["Figure", "Result", "Run", "describe", "read_config", "spread"]
 
 _INT = re.compile(r"[+-]?\d+")
 _FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|-?inf")
@@ -112,6 +112,11 @@ class Run:
         with self._metrics.open("a", newline="", encoding="utf-8") as file:
             file.write(_csv([[cells.get(name, "") for name in self._columns]]))
         self._save_config()
+
+    def by_seed(self, kind: str, column: str, **known: Any) -> list[Any]:
+        """A column of the rows of that kind whose other columns are as `known` says, in the order of their seeds."""
+        rows = [row for row in self.rows(kind) if known.items() <= row.items()]
+        return [row[column] for row in sorted(rows, key=lambda row: row["seed"]) if column in row]
 
     def figure(self, name: str) -> Path:
         """Where to save the figure `name`: `out/figures/<name>.png`, its folder made."""

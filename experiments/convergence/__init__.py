@@ -67,7 +67,7 @@ def run(run: Run) -> None:
                 if (name, way, seed) not in done:
                     train(run, name, way, seed)
     paths = [run.figure("loss"), run.figure("distance")]
-    distances = {name: {way: of_runs(run, name, way, "w2") for way in WAYS} for name in PROBLEMS}
+    distances = {name: {way: run.by_seed("result", "w2", problem=name, way=way) for way in WAYS} for name in PROBLEMS}
     floors = {name: floor(run, name) for name in PROBLEMS}
     all_curves = {name: {way: curves(run, name, way) for way in WAYS} for name in PROBLEMS}
     draw_curves(paths[0], all_curves, {name: run.config.size(name).iterations for name in PROBLEMS})
@@ -87,12 +87,6 @@ def run(run: Run) -> None:
             "The training loss is normalised by a learned scale for each noise level, and can be negative.",
         ),
     )
-
-
-def of_runs(run: Run, name: str, way: str, column: str) -> list[float]:
-    """A column of the results, in the order of the seeds."""
-    rows = [row for row in run.rows("result") if (row["problem"], row["way"]) == (name, way)]
-    return [row[column] for row in sorted(rows, key=lambda row: row["seed"])]
 
 
 def curves(run: Run, name: str, way: str) -> Curves:
@@ -128,7 +122,7 @@ def compare(
     spread = statistics.stdev(exact)
     difference = statistics.mean(fast) - statistics.mean(exact)
     off = difference_of_curves(all_curves[EXACT], all_curves[FAST])
-    seconds = {way: statistics.median(of_runs(run, name, way, "seconds")) for way in WAYS}
+    seconds = {way: statistics.median(run.by_seed("result", "seconds", problem=name, way=way)) for way in WAYS}
     return [
         Result(
             f"{name}: final W2, {FAST} / {EXACT}",

@@ -16,6 +16,7 @@ from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.networks import Perceptron
 from experiments.common.run import Run
+from experiments.common.sampling import sample_reverse_ve
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
@@ -25,9 +26,7 @@ from fluxmatching import (
     Trainer,
     TrainingOptions,
     TruncatedExponentialHorizon,
-    log_sigma_grid,
     noise_annealed_flux_loss,
-    reverse_ve,
 )
 from fluxmatching.training import Loss
 
@@ -110,20 +109,12 @@ def train(run: Run, name: str, way: str, seed: int) -> None:
     seconds = time.perf_counter() - begun
 
     held_out = problem.data(config.samples, run.generator("held out", name)).to(run.device)
-    samples = sample(
-        trainer.average.module["field"], problem, held_out, config.sampling_steps, run.generator("sample", name)
-    )
+    low, high = math.exp(problem.noise.low), math.exp(problem.noise.high)
+    field, generator = trainer.average.module["field"], run.generator("sample", name)
+    samples = sample_reverse_ve(field, held_out, config.sampling_steps, low, high, generator)
     known = {"problem": name, "way": way, "seed": seed}
     logged = {row["window"] for row in run.rows("curve") if all(row[key] == value for key, value in known.items())}
     for window, part in enumerate(torch.tensor(losses).chunk(WINDOWS)):
         if window not in logged:
             run.log(kind="curve", **known, window=window, loss=part.mean())
     run.log(kind="result", **known, w2=wasserstein2(samples, held_out), seconds=seconds / size.iterations)
-
-
-def sample(field: EDMField, problem: Problem, like: Tensor, steps: int, generator: torch.Generator) -> Tensor:
-    """As many samples as `like`, by the reverse VE sampler."""
-    low, high = math.exp(problem.noise.low), math.exp(problem.noise.high)
-    start = high * torch.randn(like.shape, generator=generator)
-    device_generator = torch.Generator(like.device).manual_seed(generator.initial_seed())
-    return reverse_ve(field, start.to(like.device), log_sigma_grid(steps, low, high), generator=device_generator)

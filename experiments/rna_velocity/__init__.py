@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from experiments.common.registry import Experiment, UsageError
+from experiments.common.registry import Experiment, UsageError, check_sizes
 from experiments.common.run import Figure, Result, Run
 from experiments.rna_velocity.datasets import DATASETS
 
@@ -45,16 +45,10 @@ class Config:
     simulated_genes: int = 60
 
     def __post_init__(self) -> None:
-        least = {
-            "seeds": 1, "passes": 1, "batch": 2, "circulating_iterations": 1, "genes": 2, "cells": 2, "simulations": 0,
-            "simulated_genes": 3, "simulated_cells": self.simulated_genes + 1,
-        }  # fmt: skip
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
-        for name in ("sigma2", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_sizes(
+            self, seeds=1, passes=1, batch=2, circulating_iterations=1, genes=2, cells=2, simulations=0,
+            simulated_genes=3, simulated_cells=self.simulated_genes + 1,
+        )  # fmt: skip
         if self.simulations and not (self.noise and min(self.noise) >= 0):
             raise ValueError(f"noise must be one or more levels of at least 0, got {self.noise}")
         if unknown := set(self.datasets) - set(DATASETS):

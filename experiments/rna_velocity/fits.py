@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-import statistics
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -153,12 +152,6 @@ def log(run: Run, judged: Judgement, known: dict[str, Any], seconds: float) -> N
         agreement=judged.agreement,
         seconds=seconds,
     )
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean, and standard deviation where there are several."""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.common.run import Figure, Result, Run
+from experiments.common.run import Figure, Result, Run, spread
 from experiments.rna_velocity import figures, fits
 from experiments.rna_velocity.datasets import DATASETS, load, preprocess, subsample
 
@@ -79,18 +79,15 @@ def genes_to_show(adata: AnnData) -> list[str]:
     return (known + others)[:6]
 
 
-def of_fits(run: Run, name: str, method: str, column: str) -> list[float]:
-    rows = [row for row in run.rows("fit") if (row["dataset"], row["method"]) == (name, method)]
-    return [row[column] for row in sorted(rows, key=lambda row: row["seed"])]
-
-
 def shown(run: Run, name: str) -> list[Figure]:
     """All figures of a data set, the metrics drawn anew."""
     metrics = run.figure(f"{name}-metrics")
     paper = {} if DATASETS[name].fitted else DATASETS[name].paper
     panels: dict[str, dict[str, Sequence[float]]] = {}
     for title, column in COLUMNS.items():
-        panels[title] = {method: of_fits(run, name, method, column) for method in methods(run, name)}
+        panels[title] = {
+            method: run.by_seed("fit", column, dataset=name, method=method) for method in methods(run, name)
+        }
         panels[title] |= {f"paper: {method}": [said[column == "consistency"]] for method, said in paper.items()}
     figures.draw_metrics(metrics, panels)
     return [
@@ -110,12 +107,14 @@ def results(run: Run, name: str) -> list[Result]:
     lines: list[Result] = []
     for method in methods(run, name):
         paper = DATASETS[name].paper.get(method)
-        values = {column: of_fits(run, name, method, column) for column in (*COLUMNS.values(), "seconds")}
+        values = {
+            column: run.by_seed("fit", column, dataset=name, method=method) for column in (*COLUMNS.values(), "seconds")
+        }
         lines.append(
             Result(
                 f"{name}, {method}: CBC over cells / over edges; by square roots",
-                f"{fits.spread(values['over_cells_plain'])} / {fits.spread(values['over_edges_plain'])}; "
-                f"{fits.spread(values['over_cells_root'])} / {fits.spread(values['over_edges_root'])}",
+                f"{spread(values['over_cells_plain'])} / {spread(values['over_edges_plain'])}; "
+                f"{spread(values['over_cells_root'])} / {spread(values['over_edges_root'])}",
                 "–" if paper is None else f"{paper[0]} (which of these, it does not say)",
             )
         )
@@ -123,7 +122,7 @@ def results(run: Run, name: str) -> list[Result]:
         lines.append(
             Result(
                 f"{name}, {method}: consistency; time of a fit",
-                f"{fits.spread(values['consistency'])}; {statistics.median(values['seconds']):.0f} s",
+                f"{spread(values['consistency'])}; {statistics.median(values['seconds']):.0f} s",
                 "–" if paper is None else f"{paper[1]}{' (criterion: at least that, to two digits)' if asked else ''}",
                 round(statistics.mean(values["consistency"]), 2) >= round(paper[1], 2) if asked and paper else None,
             )
@@ -132,7 +131,7 @@ def results(run: Run, name: str) -> list[Result]:
             lines.append(
                 Result(
                     f"{name}, {method}: cosine with the stored velocities, mean over genes",
-                    fits.spread(of_fits(run, name, method, "agreement")),
+                    spread(run.by_seed("fit", "agreement", dataset=name, method=method)),
                     "1 if they were the same",
                 )
             )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.common.run import Figure, Result, Run
+from experiments.common.run import Figure, Result, Run, spread
 from experiments.rna_velocity import figures, fits
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def results(run: Run) -> list[Result]:
                 lines.append(
                     Result(
                         f"simulated, {course}, noise {noise:g}, {method}: cosine / of genes kept / signs / γ/β error",
-                        " / ".join(fits.spread(found[metric]) for metric in METRICS)
+                        " / ".join(spread(found[metric]) for metric in METRICS)
                         + f"; {statistics.median(found['seconds']):.1f} s",
                         "–",
                     )

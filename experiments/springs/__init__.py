@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from experiments.common.registry import Experiment, check_sizes
-from experiments.common.run import Figure, Result, Run
+from experiments.common.run import Figure, Result, Run, spread
 from experiments.springs import figures
 from experiments.springs.training import (
     DSM,
@@ -84,21 +84,10 @@ def run(run: Run) -> None:
     )
 
 
-def of_models(run: Run, objective: str, mask: str, column: str) -> list[float]:
-    """A column, in the order of the seeds."""
-    rows = [row for row in run.rows("model") if (row["objective"], row["mask"]) == (objective, mask)]
-    return [row[column] for row in sorted(rows, key=lambda row: row["seed"]) if column in row]
-
-
 def relative_changes(run: Run, objective: str) -> list[float]:
     """(W2 with the causal mask)/(W2 without) - 1, by seed."""
-    full, causal = (of_models(run, objective, mask, "w2") for mask in MASKS)
+    full, causal = (run.by_seed("model", "w2", objective=objective, mask=mask) for mask in MASKS)
     return [masked / unmasked - 1 for unmasked, masked in zip(full, causal, strict=True)]
-
-
-def spread(values: list[float], digits: str = ".3g") -> str:
-    mean = f"{statistics.mean(values):{digits}}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2g}"
 
 
 def compare(run: Run, changes: dict[str, list[float]], least: float) -> list[Result]:
@@ -106,7 +95,7 @@ def compare(run: Run, changes: dict[str, list[float]], least: float) -> list[Res
     results = [
         Result(
             f"W2 to the training trajectories: {objective}, {mask}",
-            spread(of_models(run, objective, mask, "w2"), ".4g"),
+            spread(run.by_seed("model", "w2", objective=objective, mask=mask), ".4g"),
         )
         for objective, mask in MODELS
     ]
@@ -125,7 +114,10 @@ def compare(run: Run, changes: dict[str, list[float]], least: float) -> list[Res
             mean[DSM] >= 0,
         ),
     ]
-    seconds = {o: statistics.median(of_models(run, o, FULL, "seconds") or [float("nan")]) for o in OBJECTIVES}
+    seconds = {
+        o: statistics.median(run.by_seed("model", "seconds", objective=o, mask=FULL) or [float("nan")])
+        for o in OBJECTIVES
+    }
     results.append(
         Result(
             "time of a training step, flux / DSM",

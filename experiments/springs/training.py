@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from experiments.common.distances import wasserstein2
 from experiments.common.run import Run
+from experiments.common.sampling import sample_reverse_ve
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
@@ -20,9 +21,7 @@ from fluxmatching import (
     Trainer,
     TrainingOptions,
     dsm_loss,
-    log_sigma_grid,
     noise_annealed_flux_loss,
-    reverse_ve,
 )
 from fluxmatching.training import Loss
 
@@ -70,7 +69,7 @@ def trainer(run: Run, objective: str, mask: str, seed: int) -> Trainer:
         config.iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
         seed=run.generator("training", seed).initial_seed() >> 1, progress=run.progress,
     )  # fmt: skip
-    folder = run.out / "models" / f"{objective}-{mask}-{seed}"
+    folder = samples_file(run, objective, mask, seed).parent
     return Trainer(model.to(run.device), loss(run, objective), samples, options, folder=folder)
 
 
@@ -80,15 +79,18 @@ def train(run: Run, objective: str, mask: str, seed: int) -> None:
     begun, before = time.perf_counter(), one.iteration
     one.run()
     seconds = time.perf_counter() - begun
-    found = sample(run, one.average.module["field"], seed)
+    config, trained = run.config, one.average.module["field"]
+    like = one.data[:1].expand(config.samples, -1, -1)
+    generator = run.generator("sample", seed)  # the same noise for all models of a seed
+    found = sample_reverse_ve(trained, like, config.sampling_steps, config.sigma_min, config.sigma_max, generator)
     torch.save(found[:SHOWN].cpu(), samples_file(run, objective, mask, seed))
-    done = run.config.iterations - before
+    done = config.iterations - before
     run.log(
         kind="model",
         objective=objective,
         mask=mask,
         seed=seed,
-        w2=wasserstein2(found, data(run)),
+        w2=wasserstein2(found, one.data),
         seconds=seconds / done if done else None,
     )
 
@@ -96,15 +98,6 @@ def train(run: Run, objective: str, mask: str, seed: int) -> None:
 def samples_file(run: Run, objective: str, mask: str, seed: int) -> Path:
     """Where some generated trajectories of a model are kept."""
     return run.out / "models" / f"{objective}-{mask}-{seed}" / "samples.pt"
-
-
-def sample(run: Run, field: nn.Module, seed: int) -> Tensor:
-    """Trajectories by the reverse VE sampler, from the same noise for all models of a seed."""
-    config, generator = run.config, run.generator("sample", seed)
-    start = config.sigma_max * torch.randn(config.samples, *data(run).shape[1:], generator=generator)
-    noise = torch.Generator(run.device).manual_seed(generator.initial_seed())
-    sigmas = log_sigma_grid(config.sampling_steps, config.sigma_min, config.sigma_max)
-    return reverse_ve(field, start.to(run.device), sigmas, generator=noise)
 
 
 def floor(run: Run) -> float:
