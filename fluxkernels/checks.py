@@ -178,6 +178,12 @@ def check_positive(function: str, name: str, value: object) -> float:
     return number
 
 
+def one_of(function: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """A word among those known."""
+    if value not in choices:
+        raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def check_steps(function: str, steps: object) -> int:
     """A positive number of steps."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-CHAIN, START, PROBE, HORIZON, ENDPOINTS = range(5)
+CHAIN, START, PROBE, HORIZON, ENDPOINTS, MIXING = range(6)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -58,7 +58,7 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
     Args:
         seed: int64 tensor of shape `[]`; its device is the device of the result.
         shape: `[steps, ...]`.
-        stream: what the numbers are for: CHAIN, START or PROBE.
+        stream: what the numbers are for: CHAIN, START, PROBE or MIXING.
         dtype: float32 or float64; both give the same numbers to rounding.
     """
     return _to_shape(normal_from_words(bits(seed, shape, stream), dtype), shape)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fluxkernels as fk
 from fluxmatching import Draws, flux_matching_loss
@@ -78,3 +78,9 @@ def mixture(*, violating: bool, batches: int = 64, **options: Any) -> tuple[floa
         return flux_matching_loss(field, means[torch.randint(3, (256,))], sigma2, refs=means, draws=draws, **options)
 
     return estimate(batches, loss)
+
+
+def smooth_field(D: int, seed: int = 0) -> nn.Module:
+    """A small network with non-zero second derivatives, in float64."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(D, 16), nn.Tanh(), nn.Linear(16, D)).double()

@@ -1,11 +1,20 @@
 """Samplers against processes whose moments are known at every step."""
 
 import math
+import sys
 
 import pytest
 import torch
 
-from fluxmatching import log_sigma_grid, reverse_ve, unadjusted_langevin
+from fluxmatching import (
+    edm_heun,
+    edm_sigma_grid,
+    log_sigma_grid,
+    predictor_corrector,
+    probability_flow,
+    reverse_ve,
+    unadjusted_langevin,
+)
 
 N = 100_000
 
@@ -64,6 +73,101 @@ def test_reverse_ve_samples_a_mixture() -> None:
     assert end.abs().std().item() == pytest.approx(0.1, rel=0.1)
 
 
+def gaussian_score(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Of N(0, 0.25 I) with noise: its probability flow is x(σ) ∝ √(0.25 + σ²)."""
+    return -z / (0.25 + sigma**2)
+
+
+def test_edm_heun_is_of_second_order_on_a_gaussian() -> None:
+    x = 80 * torch.randn(50, 2, dtype=torch.float64)
+    exact = x * math.sqrt((0.25 + 0.002**2) / (0.25 + 80**2))
+    errors = [
+        (edm_heun(gaussian_score, x, edm_sigma_grid(steps)[:-1]) - exact).norm() / exact.norm() for steps in (40, 80)
+    ]
+    assert errors[1] < 3e-3
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
+
+
+def test_edm_heun_ends_in_the_denoiser() -> None:
+    """The step to σ = 0 is Euler's, and gives z + σ² f, at the price of one evaluation."""
+    seen: list[float] = []
+
+    def field(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(sigma.item())
+        return gaussian_score(z, sigma)
+
+    z = torch.randn(5, 3)
+    end = edm_heun(field, z, torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(end, z + 0.25 * gaussian_score(z, torch.tensor(0.5)))
+    assert seen == [0.5]
+
+
+def test_edm_grid_has_equal_steps_of_its_power() -> None:
+    grid = edm_sigma_grid(5, 0.01, 10.0, rho=3.0)
+    assert grid[[0, 4, 5]].tolist() == pytest.approx([10.0, 0.01, 0.0])
+    steps = (grid[:-1] ** (1 / 3)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(4))
+
+
+@pytest.mark.parametrize(("rtol", "most"), [(1e-3, 1e-1), (1e-6, 1e-4)])
+def test_probability_flow_on_a_gaussian(rtol: float, most: float) -> None:
+    x = 80 * torch.randn(20, 2, 3, dtype=torch.float64)
+    seen: list[float] = []
+
+    def field(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(sigma.item())
+        return gaussian_score(z, sigma)
+
+    end = probability_flow(field, x, rtol=rtol, atol=rtol)
+    exact = x * math.sqrt((0.25 + 0.002**2) / (0.25 + 80**2))
+    assert (end - exact).norm() / exact.norm() < most
+    assert min(seen) == pytest.approx(0.002)  # a network knows no σ outside of the range
+    assert max(seen) == pytest.approx(80.0)
+
+
+def test_probability_flow_keeps_single_precision_and_its_start() -> None:
+    x = 80 * torch.randn(20, 2)
+    kept = x.clone()
+    end = probability_flow(gaussian_score, x)
+    assert end.dtype == torch.float32
+    assert torch.equal(x, kept)
+    torch.testing.assert_close(end, x * math.sqrt(0.25 / (0.25 + 80**2)), rtol=2e-3, atol=1e-4)
+
+
+def test_predictor_corrector_by_hand() -> None:
+    """Two steps of Algorithm 3, written out; the last one has neither noise nor corrector."""
+    x = 3 * torch.randn(7, 2, dtype=torch.float64)
+    sigmas = torch.tensor([3.0, 1.0, 0.5], dtype=torch.float64)
+    found = predictor_corrector(
+        gaussian_score, x, sigmas, signal_to_noise=0.3, generator=torch.Generator().manual_seed(4)
+    )
+    generator = torch.Generator().manual_seed(4)
+    z1, z2 = (torch.randn(7, 2, dtype=torch.float64, generator=generator) for _ in range(2))
+    hand = x + 8 * -x / 9.25 + math.sqrt(8) * z1
+    f = -hand / 1.25
+    epsilon = 2 * (0.3 * z2.norm(dim=1).mean() / f.norm(dim=1).mean()) ** 2
+    hand = hand + epsilon * f + (2 * epsilon).sqrt() * z2
+    hand = hand + 0.75 * -hand / 1.25
+    torch.testing.assert_close(found, hand)
+
+
+def test_the_corrector_mends_large_steps() -> None:
+    """In few steps the predictor's variance is wrong; correcting brings it nearer the truth."""
+    torch.manual_seed(0)
+    x = 10 * torch.randn(20_000, 2)
+    sigmas = log_sigma_grid(12, 0.1, 10.0)
+    truth = math.sqrt(0.25 + 0.01)
+    alone = abs(reverse_ve(gaussian_score, x, sigmas).std().item() - truth)
+    corrected = abs(predictor_corrector(gaussian_score, x, sigmas, signal_to_noise=0.5).std().item() - truth)
+    assert corrected < 0.7 * alone
+
+
+def test_samplers_that_need_torchdiffeq_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchdiffeq", None)
+    with pytest.raises(ImportError, match="probability_flow needs torchdiffeq: pip install torchdiffeq"):
+        probability_flow(gaussian_score, torch.ones(2, 2))
+
+
 def test_grid() -> None:
     grid = log_sigma_grid(4, 0.01, 100.0)
     torch.testing.assert_close(grid, torch.tensor([100.0, 10, 1, 0.1, 0.01], dtype=torch.float64))
@@ -100,6 +204,13 @@ def test_fields_are_checked_and_starts_kept() -> None:
     with pytest.raises(ValueError, match="x must be finite"):
         unadjusted_langevin(lambda z: z, x * torch.nan, step=0.1, steps=1)
     assert unadjusted_langevin(lambda z: z.double(), x, step=0.1, steps=1).dtype == torch.float32
+    for sampler in (predictor_corrector, edm_heun):
+        with pytest.raises(ValueError, match="field must return the shape"):
+            sampler(lambda z, s: z[:, :1], x, log_sigma_grid(2))
+    with pytest.raises(ValueError, match=r"probability_flow: 0 < sigma_min < sigma_max must hold, got 2.0 and 1.0"):
+        probability_flow(lambda z, s: z, x, sigma_min=2.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match="predictor_corrector: signal_to_noise must be a positive number"):
+        predictor_corrector(lambda z, s: z, x, log_sigma_grid(2), signal_to_noise=0.0)
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, math.nan, math.inf])
