@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from tyro.conf import FlagCreatePairsOff, Positional, UseAppendAction, arg
 from tyro.extras import SubcommandApp
 
-from experiments.common.registry import UsageError, load_experiment, load_experiments
+from experiments.common.registry import Paused, UsageError, load_experiment, load_experiments
 from experiments.common.report import Result, write_report
 from experiments.common.run import Run, describe, read_config
 
@@ -37,7 +37,7 @@ def list_experiments() -> int:
 @app.command
 def run(
     name: Annotated[Positional[str], arg(metavar="NAME")],
-    preset: Literal["smoke", "small", "paper"] = "small",
+    preset: Literal["smoke", "small", "gpu", "paper"] = "small",
     backend: Annotated[str, arg(metavar="{auto,torch,cpu,triton}")] = "auto",
     device: Annotated[str, arg(metavar="{auto,cpu,cuda,cuda:N}")] = "auto",
     seed: int = 0,
@@ -50,7 +50,7 @@ def run(
 
     Args:
         name: which experiment; `list` shows them
-        preset: seconds, minutes on two cores, or the paper's settings
+        preset: seconds, minutes on two cores, minutes on a GPU (some experiments), or the paper's settings
         backend: how the ops are computed; auto takes the fastest that works here
         device: where tensors go; auto takes cuda if there is one
         seed: all random numbers follow from it
@@ -179,6 +179,9 @@ def main(args: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except Paused as pause:
+        print(f"paused: {pause}; run the same command to go on")
+        return 0
     except KeyboardInterrupt:
         without = " without --restart" if "--restart" in words else ""
         print(f"\ninterrupted; run the same command{without} to resume", file=sys.stderr)

@@ -12,8 +12,22 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 if TYPE_CHECKING:
     from experiments.common.run import Run
 
-NAMES: tuple[str, ...] = ("controllable", "stationarity", "horizon", "convergence", "rna_velocity", "springs")
+NAMES: tuple[str, ...] = (
+    "controllable",
+    "stationarity",
+    "horizon",
+    "convergence",
+    "rna_velocity",
+    "images",
+    "fast_mixing",
+    "springs",
+)
 PRESETS = ("smoke", "small", "paper")
+GPU = "gpu"  # of experiments that one GPU brings far in some minutes
+
+
+class Paused(Exception):  # noqa: N818 - nothing is wrong
+    """A run has used up the time it was given; the same command goes on. Its text says how far it is."""
 
 
 class UsageError(ValueError):
@@ -29,8 +43,8 @@ class Experiment:
         title: one line for `list`.
         paper: sections and figures, such as "Sec. 4.1, B.1, Fig. 2 and 4".
         claim: what it must show, in one or two sentences.
-        presets: exactly "smoke", "small" and "paper", each an instance of the same frozen dataclass whose
-            fields are int, float, bool, str or tuples of those.
+        presets: "smoke", "small", "paper", and "gpu" where there is one; each an instance of the same frozen
+            dataclass whose fields are int, float, bool, str or tuples of those.
         run: does the work and ends with `Run.summary`.
 
     Raises:
@@ -45,7 +59,7 @@ class Experiment:
     run: Callable[[Run], None]
 
     def __post_init__(self) -> None:
-        if set(self.presets) != set(PRESETS):
+        if set(self.presets) - {GPU} != set(PRESETS):
             raise ValueError(f"{self.name}: presets must be {', '.join(PRESETS)}; got {sorted(self.presets)}")
         kinds = {type(config) for config in self.presets.values()}
         kind = kinds.pop()
@@ -58,9 +72,11 @@ class Experiment:
         A tuple is written with commas: `sigmas=0.1,0.5`. The last of two overrides of one field counts.
 
         Raises:
-            UsageError: an unknown field, a value that is not of the field's type, an absolute path (the
+            UsageError: an unknown preset or field, a value that is not of the field's type, an absolute path (the
                 config goes to files that are published), or a value that the config itself refuses.
         """
+        if preset not in self.presets:
+            raise UsageError(f"{self.name} has no preset {preset!r}; there are {', '.join(self.presets)}")
         config = self.presets[preset]
         kinds = get_type_hints(type(config))
         fields = ", ".join(f"{name} ({_kind_name(kind)})" for name, kind in kinds.items())
@@ -97,7 +113,7 @@ def check_sizes(config: Any, **least: int) -> None:
     for name, value in vars(config).items():
         if name in least and value < least[name]:
             raise ValueError(f"{name} must be at least {least[name]}, got {value}")
-        if name not in least and not isinstance(value, tuple) and not value > 0:
+        if name not in least and not isinstance(value, (tuple, str)) and not value > 0:
             raise ValueError(f"{name} must be above 0, got {value}")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments.common.data import VARIABLE, data_folders
 from experiments.common.registry import UsageError
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
 Edges = tuple[tuple[str, str], ...]
-VARIABLE = "FLUXMATCHING_DATA"
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,6 @@ DATASETS = {
         fitted=True,
     ),
 }
-
-
-def data_folders() -> list[Path]:
-    """Where files are looked for: the variable's folder, `data` here, and a shared one beside the checkout."""
-    named = [Path(os.environ[VARIABLE])] if VARIABLE in os.environ else []
-    return [*named, Path("data"), Path(__file__).parents[3] / "shared" / "data"]
 
 
 def load(name: str, download: Callable[[str], AnnData] | None = None) -> AnnData:

@@ -9,6 +9,7 @@ import torch
 
 from experiments.common.registry import Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run, spread
+from experiments.common.timing import log_steps, step_results
 from experiments.springs import figures
 from experiments.springs.training import (
     DSM,
@@ -19,6 +20,7 @@ from experiments.springs.training import (
     OBJECTIVES,
     data,
     floor,
+    make_trainer,
     samples_file,
     train,
 )
@@ -36,6 +38,7 @@ class Config:
         width, blocks, heads: of the transformer.
         samples: generated trajectories.
         sampling_steps: of the reverse VE sampler.
+        timed_steps: training steps timed on each backend.
     """
 
     seeds: int = 3
@@ -51,6 +54,7 @@ class Config:
     heads: int = 8
     samples: int = 2000
     sampling_steps: int = 512
+    timed_steps: int = 20
 
     def __post_init__(self) -> None:
         check_sizes(self, data=self.batch)
@@ -58,6 +62,7 @@ class Config:
 
 def run(run: Run) -> None:
     """Train the four models with every seed, sample, compare, draw."""
+    log_steps(run, OBJECTIVES, lambda o, b: make_trainer(run, o, FULL, 0, backend=b), run.config.timed_steps)
     done = {(row["objective"], row["mask"], row["seed"]) for row in run.rows("model")}
     for seed in range(run.config.seeds):
         for objective, mask in MODELS:
@@ -114,17 +119,7 @@ def compare(run: Run, changes: dict[str, list[float]], least: float) -> list[Res
             mean[DSM] >= 0,
         ),
     ]
-    seconds = {
-        o: statistics.median(run.by_seed("model", "seconds", objective=o, mask=FULL) or [float("nan")])
-        for o in OBJECTIVES
-    }
-    results.append(
-        Result(
-            "time of a training step, flux / DSM",
-            f"{1e3 * seconds[FLUX]:.3g} ms / {1e3 * seconds[DSM]:.3g} ms = {seconds[FLUX] / seconds[DSM]:.2f} ×",
-        )
-    )
-    return results
+    return results + step_results(run, DSM)
 
 
 EXPERIMENT = Experiment(
@@ -137,10 +132,19 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(
-            seeds=1, data=64, iterations=4, batch=16, width=16, blocks=1, heads=2, samples=32, sampling_steps=8
+            seeds=1,
+            data=64,
+            iterations=4,
+            batch=16,
+            width=16,
+            blocks=1,
+            heads=2,
+            samples=32,
+            sampling_steps=8,
+            timed_steps=1,
         ),
         "small": Config(
-            iterations=1500, batch=64, lr=1e-3, width=64, blocks=3, heads=4, samples=1000, sampling_steps=128
+            iterations=1500, batch=64, lr=1e-3, width=64, blocks=3, heads=4, samples=500, sampling_steps=256
         ),
         "paper": Config(),
     },

@@ -7,25 +7,17 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from experiments.common.distances import wasserstein2
+from experiments.common.objectives import DSM, FLUX, make_loss, make_model
 from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
-from fluxmatching import (
-    EDMField,
-    LogUniformNoise,
-    LossNormalizer,
-    Trainer,
-    TrainingOptions,
-    dsm_loss,
-    noise_annealed_flux_loss,
-)
-from fluxmatching.training import Loss
+from fluxmatching import LogUniformNoise, Trainer, TrainingOptions
 
-FLUX, DSM = OBJECTIVES = ("flux", "DSM")
+OBJECTIVES = (FLUX, DSM)
 FULL, CAUSAL = MASKS = ("full", "causal")
 MODELS = tuple(product(OBJECTIVES, MASKS))
 SHOWN = 64  # generated trajectories that a run keeps
@@ -36,46 +28,29 @@ def data(run: Run) -> Tensor:
     return trajectories(run.config.data, run.generator("data")).to(run.device)
 
 
-def loss(run: Run, objective: str) -> Loss:
-    """The noise-annealed loss of a minibatch (Eq. 11), one σ for all of it, drawn from torch's generator.
-
-    Score matching has the same noise levels and normalizer, and stable targets (B.3, B.5).
-    """
-    noise = LogUniformNoise(run.config.sigma_min, run.config.sigma_max)
-
-    def of_minibatch(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        assert isinstance(model, nn.ModuleDict)
-        sigma = noise.sample().to(x.device)
-        field, normalizer = model["field"], model["normalizer"]
-        if objective == FLUX:
-            found = noise_annealed_flux_loss(field, x, sigma, normalizer, seed=seed, backend=run.backend)
-            return found.total, {"sigma": sigma, "tau": found.tau}
-        values = dsm_loss(lambda z: field(z, sigma), x, sigma.square(), seed=seed, backend=run.backend)
-        return normalizer(values, sigma), {"sigma": sigma}
-
-    return of_minibatch
-
-
-def trainer(run: Run, objective: str, mask: str, seed: int) -> Trainer:
-    """Of one model; those of a seed share initial weights, minibatches and noise levels. It resumes by itself."""
+def make_trainer(
+    run: Run, objective: str, mask: str, seed: int, *, backend: str | None = None, folder: Path | None = None
+) -> Trainer:
+    """Of one model; those of a seed share initial weights, minibatches and noise levels."""
     config, samples = run.config, data(run)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.generator("weights", seed).initial_seed())
         network = TrajectoryTransformer(
             width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )
-        model = nn.ModuleDict({"field": EDMField(network, samples.std().item()), "normalizer": LossNormalizer()})
+        model = make_model(network, samples.std().item())
     options = TrainingOptions(
         config.iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
-        seed=run.generator("training", seed).initial_seed() >> 1, progress=run.progress,
+        seed=run.generator("training", seed).initial_seed() >> 1,
+        progress=run.progress and folder is not None,
     )  # fmt: skip
-    folder = samples_file(run, objective, mask, seed).parent
-    return Trainer(model.to(run.device), loss(run, objective), samples, options, folder=folder)
+    loss = make_loss(objective, LogUniformNoise(config.sigma_min, config.sigma_max), backend=backend or run.backend)
+    return Trainer(model.to(run.device), loss, samples, options, folder=folder)
 
 
 def train(run: Run, objective: str, mask: str, seed: int) -> None:
     """One training, then samples: logs W2 to the training trajectories, and keeps some samples for figures."""
-    one = trainer(run, objective, mask, seed)
+    one = make_trainer(run, objective, mask, seed, folder=samples_file(run, objective, mask, seed).parent)
     begun, before = time.perf_counter(), one.iteration
     one.run()
     seconds = time.perf_counter() - begun

@@ -12,8 +12,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
+import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -189,12 +191,14 @@ class Trainer:
         if self.processes > 1:
             check_shared("Trainer", "the iteration of the checkpoint in folder", torch.tensor(self.iteration))
 
-    def run(self) -> None:
-        """Train up to `options.iterations`."""
+    def run(self, seconds: float = math.inf) -> None:
+        """Train up to `options.iterations`, or as far as one comes in that time; then a checkpoint is written."""
+        end = time.monotonic() + seconds
         with closing(Log(self)) as log:
-            while self.iteration < self.options.iterations:
+            done = self.iteration >= self.options.iterations
+            while not done:
                 log.write(self.step())
-                done = self.iteration == self.options.iterations
+                done = self.iteration == self.options.iterations or time.monotonic() >= end
                 if (
                     self.folder is not None
                     and self.rank == 0

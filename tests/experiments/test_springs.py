@@ -14,7 +14,7 @@ from experiments.common.run import Run
 from experiments.springs import simulator
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories, velocity
-from experiments.springs.training import MODELS, data, loss, trainer
+from experiments.springs.training import MODELS, data, make_trainer
 
 
 def test_trajectories_are_those_of_scipy() -> None:
@@ -85,7 +85,7 @@ def make_run(out: Path) -> Run:
 
 def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    trainers = {model: trainer(run, *model, seed=0) for model in MODELS}
+    trainers = {model: make_trainer(run, *model, seed=0) for model in MODELS}
     first = trainers["flux", "full"].model.state_dict()
     for one in trainers.values():
         for name, value in one.model.state_dict().items():
@@ -99,16 +99,16 @@ def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> 
 @pytest.mark.parametrize("objective", ["flux", "DSM"])
 def test_losses_are_normalised_and_say_their_noise(tmp_path: Path, objective: str) -> None:
     run = make_run(tmp_path)
-    one = trainer(run, objective, "causal", seed=0)
+    one = make_trainer(run, objective, "causal", seed=0)
     torch.manual_seed(3)
-    values, details = loss(run, objective)(one.model, data(run)[:8], torch.tensor(1))
+    values, details = one.loss(one.model, data(run)[:8], torch.tensor(1))
     assert values.shape == (8,)
     sigma = details["sigma"]
     assert run.config.sigma_min <= sigma <= run.config.sigma_max
     with torch.no_grad():  # d/ds of ℓ e^-s + s is 1 - ℓ e^-s: a normalizer one higher changes the loss so
         one.model["normalizer"].layer.second.bias += 1.0
     torch.manual_seed(3)
-    higher, _ = loss(run, objective)(one.model, data(run)[:8], torch.tensor(1))
+    higher, _ = one.loss(one.model, data(run)[:8], torch.tensor(1))
     scale = one.model["normalizer"].log_scale(sigma).item()
     torch.testing.assert_close(higher, (values - (scale - 1)) / np.e + scale, rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,14 @@
+"""Where data files are looked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+VARIABLE = "FLUXMATCHING_DATA"
+
+
+def data_folders() -> list[Path]:
+    """The variable's folder, `data` here, and a shared one beside the checkout."""
+    named = [Path(os.environ[VARIABLE])] if VARIABLE in os.environ else []
+    return [*named, Path("data"), Path(__file__).parents[3] / "shared" / "data"]

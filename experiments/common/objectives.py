@@ -1,0 +1,75 @@
+"""Flux Matching, its fast-mixing form and score matching as losses of one model over all noise levels."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fluxmatching import (
+    EDMField,
+    LearnedHorizon,
+    LossNormalizer,
+    dsm_loss,
+    mixing_loss,
+    noise_annealed_flux_loss,
+)
+from fluxmatching.training import Loss
+
+FLUX, FAST, DSM = OBJECTIVES = ("flux", "fast flux", "DSM")
+
+
+class Noise(Protocol):
+    """A distribution of σ, drawn from torch's generator."""
+
+    def sample(self) -> Tensor: ...
+
+
+def make_model(network: nn.Module, sigma_data: float) -> nn.ModuleDict:
+    """The field and what is learned beside it: the same parameters for every objective, used or not."""
+    return nn.ModuleDict(
+        {
+            "field": EDMField(network, sigma_data),
+            "normalizer": LossNormalizer(),
+            "horizon": LearnedHorizon(),
+            "mixing": LossNormalizer(),
+        }
+    )
+
+
+def make_loss(
+    objective: str,
+    noise: Noise,
+    *,
+    backend: str | None,
+    mixing_weight: float = 0.01,
+    chunk: int | None = None,
+) -> Loss:
+    """The noise-annealed loss of a minibatch of a `make_model` (Eq. 11, 45), one σ for all of it.
+
+    Score matching has the same noise levels and normalizer, and stable targets (B.3, B.5).
+
+    Args:
+        objective: of `OBJECTIVES`.
+        noise: of σ.
+        backend: of the ops.
+        mixing_weight: λ of Eq. 45.
+        chunk: see `fluxmatching.flux_matching_loss`.
+    """
+
+    def of_minibatch(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert isinstance(model, nn.ModuleDict)
+        sigma = noise.sample().to(x.device)
+        field, normalizer = model["field"], model["normalizer"]
+        if objective == DSM:
+            values = dsm_loss(lambda z: field(z, sigma), x, sigma.square(), seed=seed, backend=backend)
+            return normalizer(values, sigma), {"sigma": sigma}
+        found = noise_annealed_flux_loss(
+            field, x, sigma, normalizer, horizon=model["horizon"], seed=seed, chunk=chunk, backend=backend
+        )
+        total = found.total
+        if objective == FAST:
+            total = total + mixing_weight * mixing_loss(field, x, sigma, model["mixing"], seed=seed)
+        return total, {"sigma": sigma, "tau": found.tau}
+
+    return of_minibatch

@@ -1,0 +1,195 @@
+"""Fields trained to mix fast (Sec. 4.4, B.4, Fig. 6), on a mixture with exact answers and on images."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from dataclasses import dataclass
+
+import torch
+
+from experiments import images
+from experiments.common.distances import wasserstein2
+from experiments.common.objectives import DSM, FAST, FLUX
+from experiments.common.registry import Experiment
+from experiments.common.run import Figure, Result, Run, spread
+from experiments.common.timing import log_steps, step_results
+from experiments.fast_mixing import figures, mixture, pictures
+from experiments.images.datasets import load
+from experiments.images.training import make_trainer
+
+
+@dataclass(frozen=True)
+class Config(images.Config):
+    """Sizes of the experiment: those of the images, of which evaluations and likelihoods play no part here, and
+
+    Args:
+        mixing_weight: λ of Eq. 45.
+        steps: predictor-corrector steps with which images are sampled.
+        seeds: trainings of each field of the mixture.
+        mixture_data, mixture_iterations, mixture_batch, mixture_width: of the trainings on the mixture.
+        mixture_steps, mixture_samples: predictor-corrector steps there, and samples.
+        mixture_sigma: noise level at which chains are run.
+        chains, chain_steps, langevin_step: of the autocorrelation time; the step in units of σ².
+    """
+
+    mixing_weight: float = 0.01
+    steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    seeds: int = 5
+    mixture_data: int = 10_000
+    mixture_iterations: int = 20_000
+    mixture_batch: int = 256
+    mixture_width: int = 128
+    mixture_steps: tuple[int, ...] = (5, 10, 20, 40, 80)
+    mixture_samples: int = 2000
+    mixture_sigma: float = 0.7
+    chains: int = 500
+    chain_steps: int = 8000
+    langevin_step: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("steps", "mixture_steps"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be one or more positive numbers, got {getattr(self, name)}")
+
+
+def run(run: Run) -> None:
+    """The mixture, the images, the figures."""
+    config = run.config
+    log_steps(
+        run,
+        pictures.TRAINED,
+        lambda o, b: make_trainer(run, o, load(config.dataset), iterations=10**9, backend=b),
+        config.timed_steps,
+    )
+    mixture.study(run)
+    if not run.rows("mixture floor"):
+        exact = mixture.noised(mixture.SIGMA_MIN)
+        draws = [exact.sample(config.mixture_samples, run.generator("floor", k)) for k in range(2)]
+        run.log(kind="mixture floor", w2=wasserstein2(*draws))
+    source = pictures.study(run)
+    draw(run)
+    run.summary(
+        results(run),
+        [
+            Figure(run.figure("steps"), "Images: Fréchet distance on random convolutions by number of steps (Fig. 6)."),
+            Figure(run.figure("pictures"), "Images from the same noise in few steps."),
+            Figure(run.figure("mixture"), "Mixture: W2 to exact samples by number of steps."),
+            Figure(run.figure("mixing"), "Mixture: autocorrelation time of Langevin chains, and their bias."),
+        ],
+        (f"Data: {source}.", "The distance on random convolutions is no FID, and not to be compared with any."),
+    )
+
+
+def draw(run: Run) -> None:
+    config = run.config
+    by_field = {
+        name: {k: run.by_seed("steps", "w2", field=name, steps=k) for k in config.mixture_steps}
+        for name in (*mixture.TRAINED, mixture.EXACT)
+    }
+    figures.draw_curves(run.figure("mixture"), by_field, run.rows("mixture floor")[0]["w2"], "W2 to exact samples")
+    columns = [
+        {name: run.by_seed("mixture", column, field=name) for name in (*mixture.TRAINED, mixture.EXACT)}
+        for column in ("time", "bias")
+    ]
+    figures.draw_mixing(run.figure("mixing"), *columns)
+    curves = {name: {k: [distance(run, name, k)] for k in config.steps} for name in pictures.TRAINED}
+    floor = run.rows("floor")[0]["distance"]
+    figures.draw_curves(run.figure("steps"), curves, floor, "Fréchet distance, random convolutions")
+    shown = {
+        name: {k: torch.load(pictures.shown_file(run, name, k), weights_only=True) for k in config.steps}
+        for name in pictures.TRAINED
+    }
+    figures.draw_pictures(run.figure("pictures"), shown)
+
+
+def distance(run: Run, name: str, steps: int) -> float:
+    """Of the images of a field in so many steps."""
+    return float(next(row["distance"] for row in run.rows("pictures") if (row["field"], row["steps"]) == (name, steps)))
+
+
+def results(run: Run) -> list[Result]:
+    """Lines of the summary."""
+    config = run.config
+    few = min(config.mixture_steps)
+    at_few = {name: run.by_seed("steps", "w2", field=name, steps=few) for name in (*mixture.TRAINED, mixture.EXACT)}
+    times = {name: run.by_seed("mixture", "time", field=name) for name in at_few}
+    lines = [
+        Result(
+            f"mixture, {name}: autocorrelation time (σ²) / W2 of chains to p_σ / proxy",
+            f"{spread(times[name], '.2f')} / {spread(run.by_seed('mixture', 'bias', field=name))} / "
+            f"{spread(run.by_seed('mixture', 'ratio', field=name))}",
+        )
+        for name in at_few
+    ]
+    lines += [
+        Result(
+            f"mixture, {name}: W2 in {', '.join(map(str, config.mixture_steps))} steps",
+            ", ".join(spread(run.by_seed("steps", "w2", field=name, steps=k)) for k in config.mixture_steps),
+        )
+        for name in at_few
+    ]
+    lines.append(Result("mixture: W2 of exact samples", f"{run.rows('mixture floor')[0]['w2']:.3f}"))
+    mean = {name: statistics.mean(found) for name, found in times.items()}
+    lines.append(
+        Result(
+            "mixture: autocorrelation times, fast flux / flux / DSM",
+            " / ".join(f"{mean[name]:.2f}" for name in (FAST, FLUX, DSM)),
+            "criterion: rising",
+            mean[FAST] < mean[FLUX] < mean[DSM],
+        )
+    )
+    w2 = {name: statistics.mean(found) for name, found in at_few.items()}
+    lines.append(
+        Result(
+            f"mixture: W2 in {few} steps, fast flux / flux / DSM",
+            " / ".join(f"{w2[name]:.3f}" for name in (FAST, FLUX, DSM)),
+            "criterion: rising (Fig. 6)",
+            w2[FAST] < w2[FLUX] < w2[DSM],
+        )
+    )
+    fewest = min(config.steps)
+    lines += [
+        Result(
+            f"images, {name}: distance in {', '.join(map(str, config.steps))} steps",
+            ", ".join(f"{distance(run, name, k):.3f}" for k in config.steps),
+        )
+        for name in pictures.TRAINED
+    ]
+    found = {name: distance(run, name, fewest) for name in pictures.TRAINED}
+    lines.append(
+        Result(
+            f"images: distance in {fewest} steps, fast flux / flux / DSM",
+            " / ".join(f"{found[name]:.3f}" for name in (FAST, FLUX, DSM)),
+            "criterion: rising (Fig. 6)",
+            found[FAST] < found[FLUX] < found[DSM],
+        )
+    )
+    return lines + step_results(run, DSM)
+
+
+def _like(config: images.Config, **more: object) -> Config:
+    return Config(**(dataclasses.asdict(config) | more))  # type: ignore[arg-type]
+
+
+EXPERIMENT = Experiment(
+    name="fast_mixing",
+    title="Fields that mix fast, for sampling in few steps",
+    paper="Sec. 4.4, B.4, Fig. 6",
+    claim=(
+        "With the mixing proxy added, Flux Matching learns fields whose dynamics forget faster and that sample better "
+        "in few predictor-corrector steps than Flux Matching alone, and that better than score matching."
+    ),
+    presets={
+        "smoke": _like(
+            images.SMOKE, steps=(2, 3), seeds=1, mixture_data=500, mixture_iterations=5, mixture_batch=32,
+            mixture_width=8, mixture_steps=(2, 4), mixture_samples=50, chains=50, chain_steps=4000, mixture_sigma=1.5,
+        ),
+        "small": _like(
+            images.SMALL, iterations=1000, samples=500, steps=(4, 8, 16, 32), seeds=3, mixture_iterations=4000,
+        ),
+        "paper": Config(),
+    },
+    run=run,
+)  # fmt: skip

@@ -1,0 +1,68 @@
+"""Distance against the number of sampling steps, mixing times, and what few steps look like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.common import figures as style
+from experiments.common.objectives import DSM, FAST, FLUX
+from experiments.images.figures import tile
+
+COLOURS = {FAST: style.PRESERVING, FLUX: style.FLUX, DSM: style.SCORE_MATCHING}
+
+
+def draw_curves(
+    path: Path,
+    by_field: Mapping[str, Mapping[int, Sequence[float]]],
+    floor: float | None,
+    ylabel: str,
+) -> None:
+    """Distance by number of predictor-corrector steps (Fig. 6): mean of the seeds, and a point each."""
+    fig, axes = style.new_figure(4.2, 3.0)
+    for name, by_steps in by_field.items():
+        colour = COLOURS.get(name, style.REFERENCE)
+        steps = sorted(by_steps)
+        axes.plot(steps, [np.mean(by_steps[k]) for k in steps], color=colour, label=name)
+        for k in steps:
+            axes.plot([k] * len(by_steps[k]), by_steps[k], "o", color=colour, ms=3)
+    if floor is not None:
+        axes.axhline(floor, color=style.DATA, lw=0.8, ls="--", label="exact samples")
+    axes.set(xlabel="predictor-corrector steps", ylabel=ylabel, xscale="log", yscale="log")
+    ticks = sorted({k for by_steps in by_field.values() for k in by_steps})
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
+    axes.legend()
+    style.save(fig, path)
+
+
+def draw_mixing(path: Path, times: Mapping[str, Sequence[float]], biases: Mapping[str, Sequence[float]]) -> None:
+    """Autocorrelation time and distance of the stationary distribution, a point a seed and a bar at the mean."""
+    fig, panels = style.new_figure(6.5, 2.8, 1, 2)
+    titles = ("autocorrelation time (σ²)", "W2 of the chain's end to p_σ")
+    for axes, found, title in zip(panels, (times, biases), titles, strict=True):
+        for place, (name, values) in enumerate(found.items()):
+            colour = COLOURS.get(name, style.REFERENCE)
+            axes.bar(place, np.mean(values), 0.5, color=colour, alpha=0.35)
+            axes.plot([place] * len(values), values, "o", color=colour, ms=4)
+        axes.set_xticks(range(len(found)), list(found), rotation=20)
+        axes.set_title(title)
+    style.save(fig, path)
+
+
+def draw_pictures(path: Path, by_field: Mapping[str, Mapping[int, Tensor]], columns: int = 8) -> None:
+    """Samples from the same noise, a row for each number of steps, a panel a field."""
+    fig, axes = style.new_figure(3.4 * len(by_field), 2.6, 1, len(by_field), squeeze=False)
+    for panel, (name, by_steps) in zip(axes[0], by_field.items(), strict=True):
+        images = torch.cat([found[:columns] for found in by_steps.values()])
+        panel.imshow(tile(images, columns), interpolation="nearest")
+        size = images.shape[-1] + 1
+        panel.set_yticks([size * (k + 0.5) for k in range(len(by_steps))], [str(k) for k in by_steps])
+        panel.set_xticks([])
+        panel.grid(False)
+        panel.set(title=name, ylabel="steps")
+    style.save(fig, path)

@@ -1,0 +1,124 @@
+"""Fields of a 2-D mixture, whose noised densities are known: how fast they mix, and whether they still keep p_σ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from experiments.common.autocorrelation import integrated_autocorrelation_time
+from experiments.common.distances import wasserstein2
+from experiments.common.mixture import GaussianMixture, triangle_means
+from experiments.common.networks import Perceptron
+from experiments.common.objectives import DSM, FAST, FLUX, make_loss, make_model
+from experiments.common.run import Run
+from fluxmatching import (
+    LogUniformNoise,
+    Trainer,
+    TrainingOptions,
+    log_sigma_grid,
+    mixing_loss,
+    predictor_corrector,
+    unadjusted_langevin,
+)
+
+TRAINED = (FAST, FLUX, DSM)
+EXACT = "exact score"
+MEANS, VARIANCE = triangle_means(1.8).float(), 0.05
+SIGMA_MIN, SIGMA_MAX = 0.05, 10.0
+Field = Callable[[Tensor, Tensor], Tensor]
+
+
+def noised(sigma: float) -> GaussianMixture:
+    """p_σ."""
+    return GaussianMixture(MEANS, VARIANCE + sigma**2)
+
+
+def exact_score(z: Tensor, sigma: Tensor) -> Tensor:
+    """∇ log p_σ."""
+    return noised(float(sigma)).score(z.cpu()).to(z)
+
+
+def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backend: str | None = None) -> Trainer:
+    """Of one field; those of a seed share initial weights, data, minibatches and noise levels."""
+    config = run.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.generator("mixture weights", seed).initial_seed())
+        model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item())
+    data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
+    loss = make_loss(
+        objective,
+        LogUniformNoise(SIGMA_MIN, SIGMA_MAX),
+        backend=backend or run.backend,
+        mixing_weight=config.mixing_weight,
+    )
+    options = TrainingOptions(
+        iterations, config.mixture_batch, lr=1e-3, ema=0.999, warmup=100, progress=run.progress and backend is None,
+        seed=run.generator("mixture training", seed).initial_seed() >> 1,
+    )  # fmt: skip
+    folder = None if backend else run.out / "models" / f"mixture-{objective.replace(' ', '-')}-{seed}"
+    return Trainer(model.to(run.device), loss, data.to(run.device), options, folder=folder)
+
+
+def study(run: Run) -> None:
+    """Train what is not trained yet, and log for every field: samples by number of steps, mixing, bias."""
+    done = {(row["field"], row["seed"]) for row in run.rows("mixture")}
+    for seed in range(run.config.seeds):
+        for name in (*TRAINED, EXACT):
+            if (name, seed) in done:
+                continue
+            field: nn.Module | Field = exact_score
+            if name != EXACT:
+                trainer = make_trainer(run, name, seed, iterations=run.config.mixture_iterations)
+                trainer.run()
+                field = trainer.average.module["field"]
+            measure(run, field, name, seed)
+
+
+def measure(run: Run, field: Field, name: str, seed: int) -> None:
+    """Rows "steps" (W2 by number of steps), then one row "mixture" with mixing and bias at `mixture_sigma`."""
+    config = run.config
+    logged = {row["steps"] for row in run.rows("steps") if (row["field"], row["seed"]) == (name, seed)}
+    target = noised(SIGMA_MIN).sample(config.mixture_samples, run.generator("target", seed))
+    for steps in config.mixture_steps:
+        if steps in logged:
+            continue
+        generator = run.generator("start", seed, steps)  # the same noise for all fields
+        start = (SIGMA_MAX * torch.randn(config.mixture_samples, 2, generator=generator)).to(run.device)
+        noise = torch.Generator(run.device).manual_seed(generator.initial_seed())
+        found = predictor_corrector(field, start, log_sigma_grid(steps, SIGMA_MIN, SIGMA_MAX), generator=noise)
+        run.log(kind="steps", field=name, seed=seed, steps=steps, w2=wasserstein2(found, target))
+    sigma = config.mixture_sigma
+    level = torch.tensor(sigma, device=run.device)
+    ratios = [
+        mixing_loss(field, noised(0.0).sample(256, run.generator("ratio", seed, k)).to(run.device), sigma, seed=k)
+        for k in range(20)
+    ]
+    time, end = chains(run, lambda z: field(z, level), seed)
+    exact = noised(sigma).sample(len(end), run.generator("stationary", seed))
+    run.log(
+        kind="mixture", field=name, seed=seed, time=time, bias=wasserstein2(end, exact), ratio=sum(ratios).item() / 20
+    )
+
+
+def chains(run: Run, field: Callable[[Tensor], Tensor], seed: int) -> tuple[float, Tensor]:
+    """Langevin chains from exact samples at `mixture_sigma`: autocorrelation time of position (σ²), and their ends.
+
+    The time is the larger of the two coordinates'; infinite if the chains are too short for it.
+    """
+    config = run.config
+    sigma, step = config.mixture_sigma, config.langevin_step * config.mixture_sigma**2
+    start = noised(sigma).sample(config.chains, run.generator("chains", seed)).to(run.device)
+    path: list[Tensor] = []
+    noise = torch.Generator(run.device).manual_seed(run.generator("chain noise", seed).initial_seed())
+    end = unadjusted_langevin(
+        field, start, step=step, steps=config.chain_steps, generator=noise, callback=lambda _, x: path.append(x.cpu())
+    )
+    states = torch.stack(path)
+    try:
+        times = [integrated_autocorrelation_time(states[..., d]) for d in range(2)]
+    except ValueError:  # longer than the chains can tell
+        return math.inf, end.cpu()
+    return max(times) * config.langevin_step, end.cpu()

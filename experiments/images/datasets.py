@@ -1,0 +1,223 @@
+"""CIFAR-10 and CelebA at 64 × 64 as bytes, from the files their authors publish and from other copies of them."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import tarfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from experiments.common.data import VARIABLE, data_folders
+from experiments.common.registry import UsageError
+
+CELEBA_TRAINING = 162_770  # images 1 to 162770 are the training part of CelebA's list_eval_partition.txt
+CELEBA_CROP = 140  # pixels about the centre of 178 × 218, then scaled to 64
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set.
+
+    Attributes:
+        train, test: bytes `[n, 3, size, size]`.
+        source: which files they are from, and what that means for comparisons.
+    """
+
+    train: Tensor
+    test: Tensor
+    source: str
+
+
+def load(name: str, folders: Iterable[Path] | None = None) -> Images:
+    """A data set by name, from the first of its sources that is there.
+
+    Args:
+        name: "cifar10" (several sources, the authors' first), "cifar10_subset" (5438 of its images), "celeba64", or
+            "shapes", which is drawn and needs no file.
+        folders: where to look; None for `data_folders()`.
+
+    Raises:
+        UsageError: none is there, or its files are damaged; the text says what to put where.
+    """
+    if name == "shapes":
+        return Images(shapes(1024, seed=0), shapes(256, seed=1), "drawn discs, 16 × 16")
+    if name not in SOURCES:
+        raise UsageError(f"no data set {name!r}; there are {', '.join(SOURCES)}, shapes")
+    folders = list(data_folders() if folders is None else folders)
+    for path, read in SOURCES[name].items():
+        for folder in folders:
+            if (place := folder / path).exists():
+                try:
+                    return read(place)
+                except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError, tarfile.TarError) as error:
+                    raise UsageError(f"{name}: {path} cannot be read: {error}") from error
+    places = " or ".join(SOURCES[name])
+    raise UsageError(f"no files of {name}: put {places} into {Path('data')}/, or into a folder named by {VARIABLE}")
+
+
+class _NumpyOnly(pickle.Unpickler):
+    """CIFAR-10's batches hold text, lists and NumPy arrays; anything else in a pickle could run a program."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        arrays = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
+        if arrays or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a batch of CIFAR-10 holds no {module}.{name}")
+
+
+def _batch(file: io.BufferedIOBase | io.BytesIO) -> np.ndarray:
+    return np.asarray(_NumpyOnly(file, encoding="bytes").load()[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+
+
+def _cifar10(open_batch: Callable[[str], Any]) -> Images:
+    parts = []
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        with open_batch(name) as file:
+            parts.append(_batch(file))
+    return Images(
+        torch.from_numpy(np.concatenate(parts[:5])), torch.from_numpy(parts[5]), "CIFAR-10 as its authors publish it"
+    )
+
+
+def _cifar10_folder(folder: Path) -> Images:
+    return _cifar10(lambda name: (folder / name).open("rb"))
+
+
+def _cifar10_archive(path: Path) -> Images:
+    with tarfile.open(path) as archive:
+
+        def open_batch(name: str) -> Any:
+            file = archive.extractfile(f"cifar-10-batches-py/{name}")
+            assert file is not None
+            return file
+
+        return _cifar10(open_batch)
+
+
+def _pixels(file: Any, crop: int | None = None, size: int | None = None) -> np.ndarray:
+    with Image.open(file) as image:
+        image = image.convert("RGB")
+        if crop is not None:
+            left, top = (image.width - crop) // 2, (image.height - crop) // 2
+            image = image.crop((left, top, left + crop, top + crop))
+        if size is not None:
+            image = image.resize((size, size), Image.Resampling.BICUBIC)
+        return np.asarray(image, np.uint8).transpose(2, 0, 1)
+
+
+def _stack(pixels: Iterable[np.ndarray]) -> Tensor:
+    found = list(pixels)
+    if not found or len({image.shape for image in found}) > 1:
+        raise ValueError("there must be images, all of one size")
+    return torch.from_numpy(np.stack(found))
+
+
+def _class_folders(folder: Path) -> Images:
+    """`train/<class>/*` and `test/<class>/*`."""
+    with ThreadPoolExecutor() as pool:
+        parts = [_stack(pool.map(_pixels, sorted((folder / part).glob("*/*")))) for part in ("train", "test")]
+    return Images(*parts, f"{len(parts[0])} + {len(parts[1])} image files of {folder.name}")
+
+
+def _jpeg_archive(path: Path) -> Images:
+    """The same layout in a tar file, read in its own order: seeking in a compressed file would unpack it anew."""
+    files: dict[str, dict[str, bytes]] = {"train": {}, "test": {}}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if member.isfile() and (file := archive.extractfile(member)) is not None:
+                files[Path(member.name).parts[1]][member.name] = file.read()
+    with ThreadPoolExecutor() as pool:
+        parts = [
+            _stack(pool.map(lambda data: _pixels(io.BytesIO(data)), (part[name] for name in sorted(part))))
+            for part in files.values()
+        ]
+    return Images(*parts, "CIFAR-10 as JPEG, lossy: numbers are not comparable with those of the original")
+
+
+def _subset(path: Path) -> Images:
+    with np.load(path) as found:
+        train, test = (torch.from_numpy(found[f"{part}_images"]) for part in ("train", "test"))
+    return Images(train, test, f"{len(train)} + {len(test)} images of CIFAR-10, unaltered")
+
+
+def _celeba64(folder: Path) -> Images:
+    """`img_align_celeba/*.jpg`, decoded once: 2 GB of bytes are kept beside the folder for the next time."""
+    kept = folder.with_name("celeba64.npy")
+    if not kept.exists():
+        files = sorted(folder.glob("*.jpg"))
+        with ThreadPoolExecutor() as pool:
+            images = _stack(pool.map(lambda file: _pixels(file, CELEBA_CROP, 64), files)).numpy()
+        part = kept.with_suffix(".part")
+        with part.open("wb") as file:
+            np.save(file, images)
+        part.replace(kept)
+    images = torch.from_numpy(np.load(kept))
+    if len(images) <= CELEBA_TRAINING:
+        raise ValueError(f"CelebA has 202599 images, {folder.name} {len(images)}")
+    return Images(images[:CELEBA_TRAINING], images[CELEBA_TRAINING:], "CelebA, aligned, centre cropped, 64 × 64")
+
+
+SOURCES: dict[str, dict[str, Callable[[Path], Images]]] = {
+    "cifar10": {
+        "cifar-10-batches-py": _cifar10_folder,
+        "cifar10/cifar-10-batches-py": _cifar10_folder,
+        "cifar-10-python.tar.gz": _cifar10_archive,
+        "cifar10/cifar-10-python.tar.gz": _cifar10_archive,
+        "cifar10/train": lambda place: _class_folders(place.parent),
+        "cifar10/cifar10_jpeg_60000.tar.xz": _jpeg_archive,
+        "cifar10/cifar10_lossless_subset.npz": _subset,
+    },
+    "cifar10_subset": {"cifar10/cifar10_lossless_subset.npz": _subset},
+    "celeba64": {"img_align_celeba": _celeba64, "celeba/img_align_celeba": _celeba64},
+}
+
+
+def shapes(count: int, seed: int, size: int = 16) -> Tensor:
+    """Images of one disc each, its place, radius, colour and background random: bytes `[count, 3, size, size]`."""
+    generator = torch.Generator().manual_seed(seed)
+    place = size * (0.25 + 0.5 * torch.rand(count, 2, 1, 1, generator=generator))
+    radius = size * (0.1 + 0.15 * torch.rand(count, 1, 1, generator=generator))
+    colours = torch.rand(2, count, 3, 1, 1, generator=generator)
+    across = torch.arange(size) + 0.5
+    distance = torch.hypot(across[:, None] - place[:, 0], across[None] - place[:, 1])
+    inside = (radius - distance + 0.5).clamp(0, 1)[:, None]
+    return (255 * (inside * colours[0] + (1 - inside) * colours[1])).round().to(torch.uint8)
+
+
+class Flipped:
+    """Bytes as numbers in [-1, 1], each sample mirrored left to right with probability ½ if `flips`.
+
+    The coin is torch's generator, which `fluxmatching.Trainer` seeds anew in every iteration.
+    """
+
+    def __init__(self, images: Tensor, flips: bool, device: torch.device) -> None:
+        self.images, self.flips, self.device = images, flips, device
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        x = to_numbers(self.images[indices].to(self.device))
+        if not self.flips:
+            return x
+        mirrored = torch.rand(len(x), 1, 1, 1).to(self.device) < 0.5
+        return torch.where(mirrored, x.flip(-1), x)
+
+
+def to_numbers(images: Tensor) -> Tensor:
+    """Bytes as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """The nearest bytes, what is out of range clipped."""
+    return (127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,70 @@
+"""FID and Inception score by torch-fidelity, where it is installed and the Inception network's weights can be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from experiments.common.registry import UsageError
+
+ADVICE = "set fid=false, and the distance on random convolutions remains"
+
+
+def check(weights: str) -> None:
+    """Raise UsageError, saying what to do, if torch-fidelity or the given file of weights is not there."""
+    _load()
+    if weights and not Path(weights).is_file():
+        raise UsageError(f"no file {weights} with the Inception network's weights; leave it empty to download them")
+
+
+def fid_and_inception_score(samples: Tensor, real: Tensor, weights: str = "") -> tuple[float, float]:
+    """FID of samples against real images, and the samples' Inception score, by the usual TensorFlow Inception network.
+
+    Args:
+        samples, real: bytes `[n, 3, size, size]`.
+        weights: file of torch-fidelity's `weights-inception-2015-12-05`; empty downloads it.
+
+    Raises:
+        UsageError: torch-fidelity cannot be imported, or the weights cannot be had.
+    """
+    calculate = _load()
+    try:
+        found = calculate(
+            input1=_Pictures(samples),
+            input2=_Pictures(real),
+            fid=True,
+            isc=True,
+            cuda=torch.cuda.is_available(),
+            batch_size=100,
+            verbose=False,
+            feature_extractor_weights_path=weights or None,
+            isc_splits=min(10, len(samples)),
+        )
+    except OSError as error:  # urllib's errors are of this kind
+        raise UsageError(
+            f"the Inception network's weights could not be downloaded ({error}); give their file by "
+            f"inception_weights=FILE, or {ADVICE}"
+        ) from error
+    return found["frechet_inception_distance"], found["inception_score_mean"]
+
+
+class _Pictures(TensorDataset):
+    """Each item a tensor, where TensorDataset gives a tuple of one."""
+
+    def __getitem__(self, index: int) -> Any:
+        return super().__getitem__(index)[0]
+
+
+def _load() -> Any:
+    try:
+        from torch_fidelity import calculate_metrics
+    except (ImportError, RuntimeError) as error:  # torchvision of another PyTorch raises RuntimeError
+        raise UsageError(
+            f"FID and Inception score need torch-fidelity, which cannot be imported ({error}): "
+            f"pip install 'fluxkernels[fid]', or {ADVICE}"
+        ) from error
+    return calculate_metrics

@@ -1,0 +1,65 @@
+"""A Fréchet distance on fixed random convolutions: always available, not the FID and not comparable with it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fluxkernels import philox
+
+CHANNELS = 32  # of each convolution
+SCALES = 3  # the image, half and a quarter of its size
+
+
+def random_convolutions(images: Tensor, batch: int = 500) -> Tensor:
+    """Features of images without any training, 384 numbers an image: the extractor "random convolutions".
+
+    At each of three scales, an image is averaged over 2 × 2 pixels zero, one or two times, goes through two 3 × 3
+    convolutions of 32 channels with ReLU, and is averaged over its four quadrants. The weights are normal numbers of
+    variance 2/(inputs) made by Philox from seed 0, so they are the same everywhere. Untrained features tell textures,
+    colours and coarse layout apart and know nothing of objects (Naeem et al. 2020 use random networks so).
+
+    Args:
+        images: numbers in [-1, 1], `[n, 3, height, width]`, height and width at least 8.
+        batch: images at once.
+
+    Returns:
+        `[n, 384]`, float64, on the CPU.
+    """
+    weights = [_weights(step, inputs, images.device) for step, inputs in enumerate((3, CHANNELS))]
+    parts = []
+    for x in images.split(batch):
+        found = []
+        for scale in range(SCALES):
+            y = F.avg_pool2d(x, 2**scale) if scale else x
+            for weight in weights:
+                y = F.conv2d(y, weight, padding=1).relu()
+            found.append(F.adaptive_avg_pool2d(y, 2).flatten(1))
+        parts.append(torch.cat(found, 1).double().cpu())
+    return torch.cat(parts)
+
+
+def _weights(step: int, inputs: int, device: torch.device) -> Tensor:
+    seed = torch.tensor(step, device=device)
+    numbers = philox.normal(seed, (1, CHANNELS, inputs, 3, 3), philox.START, torch.float32)[0]
+    return numbers * math.sqrt(2 / (9 * inputs))
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """|μ_x - μ_y|² + tr(C_x + C_y - 2 (C_x C_y)^½), W2² between the Gaussians of two samples' means and covariances.
+
+    Args:
+        x, y: features, `[n, D]` and `[m, D]`. From few samples it comes out too large, so compare equal numbers.
+    """
+    if min(len(x), len(y)) < 2:
+        raise ValueError(f"frechet_distance: x and y must have at least 2 samples, got {len(x)} and {len(y)}")
+    x, y = x.double(), y.double()
+    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    values, vectors = torch.linalg.eigh(cx)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cy @ root).clamp_min(0).sqrt().sum()
+    means = (x.mean(0) - y.mean(0)).square().sum()
+    return max(0.0, (means + cx.trace() + cy.trace() - 2 * cross).item())

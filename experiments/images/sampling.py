@@ -1,0 +1,66 @@
+"""Samples and likelihoods of a trained field, a batch at a time so that a long run resumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from experiments.common.run import Run
+from experiments.images.datasets import Images, to_bytes, to_numbers
+from experiments.images.training import start_noise
+from fluxmatching import bits_per_dim, edm_heun, edm_sigma_grid, log_likelihood, probability_flow
+
+BATCH = 250
+LEVEL = 2 / 255  # distance of neighbouring bytes in the units of the images
+
+
+def sample(run: Run, field: nn.Module, count: int, shape: tuple[int, ...], desc: str, keep: Path | None) -> Tensor:
+    """Bytes `[count, *shape]`, by the preset's sampler; `keep` is a folder for the batches of a long run."""
+    config, parts = run.config, []
+    for batch in run.bar(range((count + BATCH - 1) // BATCH), desc):
+        file = None if keep is None else keep / f"{batch:04d}.pt"
+        if file is not None and file.exists():
+            parts.append(torch.load(file, weights_only=True))
+            continue
+        start = start_noise(run, min(BATCH, count - batch * BATCH), shape, batch)
+        if config.sampling_steps:
+            found = edm_heun(field, start, edm_sigma_grid(config.sampling_steps, config.sigma_min, config.sigma_max))
+        else:
+            found = probability_flow(
+                field, start, sigma_min=config.sigma_min, sigma_max=config.sigma_max,
+                rtol=config.tolerance, atol=config.tolerance,
+            )  # fmt: skip
+        parts.append(to_bytes(found).cpu())
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(".part")
+            torch.save(parts[-1], part)
+            part.replace(file)
+    return torch.cat(parts)
+
+
+def likelihoods(run: Run, field: nn.Module, objective: str, images: Images, count: int) -> list[float]:
+    """Mean bits a dimension of batches of test images with uniform noise of one level; logs a row a batch."""
+    config = run.config
+    done = {row["batch"] for row in run.rows("likelihood") if row["objective"] == objective}
+    size = min(count, config.batch)
+    for batch in run.bar(range(count // size), f"{objective}: likelihood"):
+        if batch in done:
+            continue
+        generator = run.generator("likelihood", batch)
+        x = to_numbers(images.test[batch * size : (batch + 1) * size])
+        x = x + LEVEL * (torch.rand(x.shape, generator=generator) - 0.5)
+        found = log_likelihood(
+            field,
+            x.to(run.device),
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            generator=torch.Generator(run.device).manual_seed(generator.initial_seed()),
+            rtol=config.tolerance,
+            atol=config.tolerance,
+        )
+        bits = bits_per_dim(found, x[0].numel(), LEVEL)
+        run.log(kind="likelihood", objective=objective, batch=batch, bits=bits.mean())
+    return [row["bits"] for row in run.rows("likelihood") if row["objective"] == objective]

@@ -1,0 +1,70 @@
+"""The two fields, Flux Matching's and score matching's, with the same network, data and noise levels."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from experiments.common.objectives import make_loss, make_model
+from experiments.common.registry import UsageError
+from experiments.common.run import Run
+from experiments.images.datasets import Flipped, Images
+from fluxmatching import LogNormalNoise, Trainer, TrainingOptions, UNet
+
+SIGMA_DATA = 0.5  # EDM's setting; the deviation of CIFAR-10 in [-1, 1] is 0.50
+
+
+def network(run: Run, size: int) -> UNet:
+    """Table 3, or what the preset makes of it."""
+    config = run.config
+    try:
+        return UNet(
+            size,
+            width=config.width,
+            multipliers=config.multipliers,
+            attention=(size // 2**config.attention_level,),
+            blocks=config.blocks,
+            dropout=config.dropout,
+            norm_num_groups=math.gcd(32, config.width),
+        )
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+
+
+def make_trainer(
+    run: Run, objective: str, images: Images, *, iterations: int, backend: str | None = None, folder: Path | None = None
+) -> Trainer:
+    """One that stops at `iterations`. Both objectives share initial weights, minibatches and noise levels."""
+    config = run.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.generator("weights").initial_seed())
+        model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA)
+    options = TrainingOptions(
+        iterations, config.batch, lr=config.lr, warmup=config.warmup, ema=config.ema, precision=config.precision,
+        seed=run.generator("training").initial_seed() >> 1, progress=run.progress and folder is not None,
+    )  # fmt: skip
+    data = Flipped(images.train, config.flips, run.device)
+    mixing = {"mixing_weight": config.mixing_weight} if hasattr(config, "mixing_weight") else {}
+    loss = make_loss(objective, LogNormalNoise(), backend=backend or run.backend, chunk=config.chunk, **mixing)
+    return Trainer(model.to(run.device), loss, data, options, folder=folder)
+
+
+def folder(run: Run, objective: str) -> Path:
+    """Of a model's checkpoints, and of what is kept of its samples."""
+    return run.out / "models" / objective
+
+
+def averaged_field(trainer: Trainer) -> nn.Module:
+    """The moving average of the field, without dropout."""
+    field = trainer.average.module["field"]
+    assert isinstance(field, nn.Module)
+    return field.eval()
+
+
+def start_noise(run: Run, count: int, shape: tuple[int, ...], batch: int) -> Tensor:
+    """Where the samples of a batch start: N(0, σ_max² I), the same for all objectives and stages."""
+    generator = run.generator("start", batch)
+    return run.config.sigma_max * torch.randn(count, *shape, generator=generator).to(run.device)
