@@ -1,0 +1,90 @@
+"""Fast mixing: what is measured against fields whose mixing and sampling are known, and a run that is repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import experiments.fast_mixing as fast_mixing
+from experiments.common.objectives import FAST, FLUX
+from experiments.common.registry import UsageError
+from experiments.common.run import Run
+from experiments.fast_mixing import mixture
+from experiments.fast_mixing.mixture import exact_score, make_trainer, noised
+
+
+def make_run(out: Path, **changes: Any) -> Run:
+    config = fast_mixing.EXPERIMENT.configure("smoke", [f"{key}={value}" for key, value in changes.items()])
+    return Run(fast_mixing.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
+
+
+def test_autocorrelation_time_of_the_exact_score_at_large_noise(tmp_path: Path) -> None:
+    """There p_σ is nearly N(0, v I), and a step h makes an autoregression with memory 1 - h/v: time 2v/h - 1 steps."""
+    run = make_run(tmp_path, mixture_sigma=20.0, chains=400, chain_steps=3000)
+    time, end = mixture.chains(run, lambda z: exact_score(z, torch.tensor(20.0)), seed=0)
+    variance = 400 + mixture.VARIANCE + 1.8**2 / 2
+    assert time == pytest.approx((2 * variance / 40 - 1) * 0.1, rel=0.1)
+    assert end.var().item() == pytest.approx(variance / (1 - 20 / variance), rel=0.15)  # of the discrete chain
+
+
+def test_a_circulating_field_forgets_faster_and_keeps_the_density(tmp_path: Path) -> None:
+    """s + 2 J s has the stationary density of s and mixes faster: what the experiment is to find, known beforehand."""
+    run = make_run(tmp_path, mixture_sigma=1.0, chains=400, chain_steps=4000, langevin_step=0.02)
+    turn = torch.tensor([[1.0, 2.0], [-2.0, 1.0]])
+
+    def circulating(z: Tensor) -> Tensor:
+        return exact_score(z, torch.tensor(1.0)) @ turn
+
+    time, end = mixture.chains(run, circulating, seed=0)
+    slow, _ = mixture.chains(make_run(tmp_path / "b", mixture_sigma=1.0, chains=400, chain_steps=4000),
+                             lambda z: exact_score(z, torch.tensor(1.0)), seed=0)  # fmt: skip
+    assert time < 0.5 * slow
+    exact = noised(1.0).sample(4000, torch.Generator().manual_seed(1))
+    assert end.square().sum(1).mean().item() == pytest.approx(exact.square().sum(1).mean().item(), rel=0.15)
+
+
+def test_chains_that_are_too_short_are_said_to_be(tmp_path: Path) -> None:
+    run = make_run(tmp_path, mixture_sigma=0.3, chains=20, chain_steps=50)
+    time, _ = mixture.chains(run, lambda z: exact_score(z, torch.tensor(0.3)), seed=0)
+    assert time == float("inf")
+
+
+def test_exact_score_is_sampled_better_with_more_steps(tmp_path: Path) -> None:
+    run = make_run(tmp_path, mixture_steps="3,30", mixture_samples=500, mixture_sigma=1.5)
+    mixture.measure(run, exact_score, mixture.EXACT, seed=0)
+    few, many = (run.by_seed("steps", "w2", steps=steps)[0] for steps in (3, 30))
+    assert many < 0.6 * few
+    assert run.rows("mixture")[0]["ratio"] < 1
+
+
+def test_the_weight_of_the_proxy_counts(tmp_path: Path) -> None:
+    losses = []
+    for objective, weight in ((FLUX, 1.0), (FAST, 1.0), (FAST, 3.0)):
+        run = make_run(tmp_path / f"{objective}{weight}", mixing_weight=weight)
+        losses.append(make_trainer(run, objective, 0, iterations=1, backend="torch").step())
+    plain, once, thrice = losses
+    assert abs(once - plain) > 1e-3
+    assert thrice - plain == pytest.approx(3 * (once - plain), rel=1e-3)
+
+
+def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    fast_mixing.run(run)
+    fields = (*mixture.TRAINED, mixture.EXACT)
+    assert [row["field"] for row in run.rows("mixture")] == list(fields)
+    assert {(row["field"], row["steps"]) for row in run.rows("steps")} == {(f, k) for f in fields for k in (2, 4)}
+    assert {row["steps"] for row in run.rows("pictures")} == {2, 3}
+    assert {path.stem for path in run.figures} == {"steps", "pictures", "mixture", "mixing"}
+    assert "training step, fast flux" in (tmp_path / "summary.md").read_text()
+    rows = run.rows()
+    fast_mixing.run(run)
+    assert run.rows() == rows
+
+
+def test_bad_settings() -> None:
+    with pytest.raises(UsageError, match="steps must be one or more positive numbers"):
+        fast_mixing.EXPERIMENT.configure("smoke", ["steps=0,5"])
