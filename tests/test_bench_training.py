@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.gpu import report as gpu_report
-from bench.training import cost, evidence, results, velocity
+from bench.training import cost, evidence, presets, results, velocity
 from bench.training.problems import MIXTURE, images
 
 
@@ -165,3 +165,16 @@ def test_results_replace_the_last_ones_of_their_name(tmp_path: Path, monkeypatch
     text = (tmp_path / files[1]).read_text()
     assert text.endswith("new\n")
     assert "CPU" in text
+
+
+def test_presets_are_timed_and_their_trainings_added_up() -> None:
+    rows = presets.measure("smoke", torch.device("cpu"), steps=1)
+    found = {(row["experiment"], row["objective"]) for row in rows}
+    assert found == {
+        ("springs", "flux"), ("springs", "DSM"), ("images", "flux"), ("images", "DSM"),
+        ("fast_mixing", "fast flux"), ("fast_mixing", "flux"), ("fast_mixing", "DSM"),
+    }  # fmt: skip
+    assert all(row["seconds"] > 0 for row in rows)
+    row = {"experiment": "springs", "objective": "flux", "iterations": 1000, "count": 6, "seconds": 0.6}
+    assert presets.line(row | {"gigabytes": 2.0}) == "| springs | flux | 600 ms | 2.0 GB | 1000 × 6 | 1 h |"
+    assert "OutOfMemoryError" in presets.line(row | {"failed": "OutOfMemoryError: 80 GB"})

@@ -20,7 +20,7 @@ import triton
 
 from bench.gpu import rates
 from bench.gpu.cases import CASES, Case, contenders, errors
-from bench.training import cost, velocity
+from bench.training import cost, presets, velocity
 
 ROOT = Path(__file__).parents[2]
 # Seconds that the calls of one measurement may take together.
@@ -169,6 +169,7 @@ def main() -> None:
         "rows": [],
         "training": [],
         "velocity": None,
+        "presets": None,
         "left_out": [],
     }
     print(json.dumps(results["machine"], indent=1), flush=True)
@@ -200,6 +201,9 @@ def main() -> None:
     except Exception as problem:  # no anndata, out of memory: the other results stay
         results["velocity"] = {"failed": f"{type(problem).__name__}: {problem}"[:300]}
     print("velocity", results["velocity"], flush=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(presets.HEAD)
+    results["presets"] = presets.measure("paper", torch.device("cuda"), steps=5)
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{file} after {time.perf_counter() - begun:.0f} s; left out: {results['left_out'] or 'none'}")
     if results["tests"] and not results["tests"]["passed"]:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench.training import cost
+from bench.training import cost, presets
 
 ROOT = Path(__file__).parents[2]
 BEGIN, END = "<!-- GPU results: python -m bench.gpu.report --write -->", "<!-- end of GPU results -->"
@@ -82,6 +82,9 @@ def table(results: dict[str, Any]) -> list[str]:
         lines += ["", "A training step beside one of score matching:", "", *cost.HEAD.splitlines()]
         for name in dict.fromkeys(row["setting"]["name"] for row in results["training"]):
             lines += cost.table([row for row in results["training"] if row["setting"]["name"] == name])
+    if found := results.get("presets"):
+        lines += ["", "The paper's trainings, from steps measured:", "", *presets.HEAD.splitlines()]
+        lines += [presets.line(row) for row in found]
     return lines
 
 

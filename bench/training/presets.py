@@ -1,0 +1,119 @@
+"""What the trainings of the experiments' presets would take here, from the measured time of some of their steps.
+
+python -m bench.training.presets [--preset paper] [--device auto] [--steps 5]
+
+Data do not change the time of a step, so made ones stand for CIFAR-10 and CelebA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from experiments import fast_mixing, images, springs
+from experiments.common.run import Run
+from experiments.images.datasets import Images
+from experiments.images.training import make_trainer as make_images_trainer
+from experiments.springs.training import FULL, MASKS
+from experiments.springs.training import make_trainer as make_springs_trainer
+from fluxmatching import Trainer
+
+HEAD = "| preset | objective | a step | GPU memory | iterations × trainings | training |\n|---|---|---|---|---|---|"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a preset, and how many like it the preset has."""
+
+    experiment: str
+    objective: str
+    iterations: int
+    count: int
+    make: Callable[[], Trainer]
+
+
+def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training]:
+    """All trainings of the three noise-annealed experiments."""
+
+    def start(module: ModuleType, name: str, **changes: Any) -> Run:
+        config = replace(module.EXPERIMENT.presets[preset], **changes)
+        return Run(module.EXPERIMENT, preset, config, None, device, 0, out / name, progress=False)
+
+    run = start(springs, "springs")
+    for objective in springs.OBJECTIVES:
+        make = partial(make_springs_trainer, run, objective, FULL, 0)
+        yield Training("springs", objective, run.config.iterations, len(MASKS) * run.config.seeds, make)
+    variants: list[tuple[str, ModuleType, int, dict[str, Any]]] = [
+        ("images", images, 32, {}),
+        ("fast_mixing", fast_mixing, 32, {}),
+    ]
+    if preset == "paper":
+        variants.append(("images, CelebA", images, 64, {"dataset": "celeba64", "batch": 128, "chunk": 32}))
+    for name, module, size, changes in variants:
+        run = start(module, name, **changes)
+        made = torch.randint(0, 256, (run.config.batch, 3, size, size), dtype=torch.uint8)
+        for objective in fast_mixing.pictures.TRAINED if module is fast_mixing else images.TRAINED:
+            make = partial(make_images_trainer, run, objective, Images(made, made, "made"), iterations=10**9)
+            yield Training(name, objective, run.config.iterations, 1, make)
+
+
+def measure(preset: str, device: torch.device, steps: int) -> list[dict[str, Any]]:
+    """A row a training; one that fails has its error's text instead of figures."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for training in trainings(preset, device, Path(folder)):
+            row: dict[str, Any] = {name: value for name, value in vars(training).items() if name != "make"}
+            try:
+                row["seconds"], row["gigabytes"] = step_seconds(training.make(), device, steps)
+            except Exception as problem:  # out of memory: the others stay
+                row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
+            rows.append(row)
+            print(line(row), flush=True)
+    return rows
+
+
+def step_seconds(trainer: Trainer, device: torch.device, steps: int) -> tuple[float, float | None]:
+    """Median time of a step after two, and the most GPU memory in GB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    times = []
+    for _ in range(steps + 2):
+        begun = time.perf_counter()
+        trainer.step()  # waits for the loss's value
+        times.append(time.perf_counter() - begun)
+    memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+    return statistics.median(times[2:]), memory
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    start = f"| {row['experiment']} | {row['objective']} |"
+    if "failed" in row:
+        return f"{start} {row['failed'].split(':')[0]} | – | {row['iterations']} × {row['count']} | – |"
+    hours = row["seconds"] * row["iterations"] * row["count"] / 3600
+    memory = "–" if row["gigabytes"] is None else f"{row['gigabytes']:.1f} GB"
+    return f"{start} {1e3 * row['seconds']:.3g} ms | {memory} | {row['iterations']} × {row['count']} | {hours:.3g} h |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="paper", choices=["smoke", "small", "paper"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--steps", type=int, default=5)
+    options = parser.parse_args()
+    print(HEAD)
+    measure(options.preset, torch.device(options.device), options.steps)
+
+
+if __name__ == "__main__":
+    main()
