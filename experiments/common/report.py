@@ -12,6 +12,7 @@ import re
 import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -122,6 +123,7 @@ def summary_text(
         "device": f"{device} ({name})",
         "seed": str(description["seed"]),
         "duration": duration(seconds),
+        "peak memory": peak_memory(device),
         "versions": ", ".join(f"{package} {version}" for package, version in description["versions"].items()),
         "date": datetime.now(timezone.utc).date().isoformat(),
     }
@@ -140,6 +142,22 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has held so far, and of the GPU, such as "1.2 GB, on the GPU 30.0 GB"."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        found = "unknown"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.1f} GB"
+    return (
+        f"{found}, on the GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+        if device.type == "cuda"
+        else found
+    )
 
 
 def write_report(runs: Path, page: Path) -> tuple[int, int]:

@@ -18,7 +18,7 @@ import torch
 from experiments.__main__ import locked, main
 from experiments.common import figures, registry
 from experiments.common.registry import Experiment, UsageError
-from experiments.common.report import duration
+from experiments.common.report import duration, peak_memory
 from experiments.common.run import Figure, Result, Run
 
 
@@ -396,6 +396,15 @@ def test_figures_not_captioned_are_shown_last(job: Run) -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_peak_memory_grows_with_what_is_held() -> None:
+    cpu = torch.device("cpu")
+    before = float(peak_memory(cpu).removesuffix(" GB"))
+    held = torch.ones(1 << 27)  # half a GB
+    # The peak of the whole process: tests before this one may have had more.
+    assert float(peak_memory(cpu).removesuffix(" GB")) >= max(before, 0.5)
+    del held
 
 
 # ---------------------------------------------------------------- report
