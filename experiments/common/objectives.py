@@ -10,6 +10,7 @@ from fluxmatching import (
     EDMField,
     LearnedHorizon,
     LossNormalizer,
+    TruncatedExponentialHorizon,
     dsm_loss,
     mixing_loss,
     noise_annealed_flux_loss,
@@ -25,13 +26,20 @@ class Noise(Protocol):
     def sample(self) -> Tensor: ...
 
 
-def make_model(network: nn.Module, sigma_data: float) -> nn.ModuleDict:
-    """The field and what is learned beside it: the same parameters for every objective, used or not."""
+def make_model(network: nn.Module, sigma_data: float, rate: float = 0.0, tau_max: float = 4.0) -> nn.ModuleDict:
+    """The field and what is learned beside it: the same parameters for every objective, used or not.
+
+    Args:
+        network: F(x, c_noise).
+        sigma_data: of `EDMField`.
+        rate, tau_max: of the truncated exponential horizon; 0 learns the rate (Eq. 51).
+    """
+    horizon = TruncatedExponentialHorizon(rate, tau_max) if rate else LearnedHorizon(tau_max=tau_max)
     return nn.ModuleDict(
         {
             "field": EDMField(network, sigma_data),
             "normalizer": LossNormalizer(),
-            "horizon": LearnedHorizon(),
+            "horizon": horizon,
             "mixing": LossNormalizer(),
         }
     )

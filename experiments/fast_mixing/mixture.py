@@ -46,7 +46,7 @@ def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backen
     config = run.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.generator("mixture weights", seed).initial_seed())
-        model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item())
+        model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item(), config.rate, config.tau_max)
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
     loss = make_loss(
         objective,

@@ -35,6 +35,7 @@ class Config:
     Args:
         dataset: "cifar10", "cifar10_subset", "celeba64" or "shapes"; see `datasets.load`.
         iterations, batch, lr, warmup, ema, precision: training by AdamW; the paper's batch is 128 on each of 4 GPUs.
+        rate, tau_max: of the truncated exponential horizon; rate 0 learns it.
         minutes: of training in one command, shared by both objectives; 0 for no limit. The same command goes on.
         chunk: images differentiated at once, which bounds the memory.
         flips: whether images are mirrored at random.
@@ -58,6 +59,8 @@ class Config:
     warmup: int = 2500
     ema: float = 0.9993
     precision: str = "bf16"
+    rate: float = 0.0
+    tau_max: float = 4.0
     minutes: float = 0.0
     chunk: int = 128
     flips: bool = True
@@ -80,7 +83,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_sizes(
-            self, attention_level=0, warmup=0, minutes=0, flips=0, dropout=0, ema=0, sampling_steps=0,
+            self, attention_level=0, warmup=0, rate=0, minutes=0, flips=0, dropout=0, ema=0, sampling_steps=0,
             likelihood_images=0, fid=0, evaluation_samples=SHOWN, samples=SHOWN,
         )  # fmt: skip
         if not self.multipliers or min(self.multipliers) < 1:
@@ -255,8 +258,9 @@ SMOKE = Config(
     multipliers=(1, 2), blocks=1, dropout=0.0, sampling_steps=3, tolerance=1e-1, evaluations=2,
     evaluation_samples=SHOWN, samples=SHOWN, likelihood_images=8, fid=False, timed_steps=1,
 )  # fmt: skip
+# Many small minibatches: so early in a training the number of updates decides, for both objectives.
 SMALL = Config(
-    iterations=2000, batch=32, lr=1e-3, warmup=100, ema=0.995, precision="float32", chunk=32, width=16,
+    iterations=4000, batch=16, lr=1e-3, warmup=100, ema=0.995, precision="float32", rate=1.0, chunk=16, width=16,
     multipliers=(1, 2, 2), attention_level=2, blocks=1, dropout=0.0, sampling_steps=18, tolerance=1e-3, evaluations=4,
     evaluation_samples=500, samples=1000, likelihood_images=32, fid=False, timed_steps=5,
 )  # fmt: skip

@@ -41,7 +41,7 @@ def make_trainer(
     config = run.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.generator("weights").initial_seed())
-        model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA)
+        model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA, config.rate, config.tau_max)
     options = TrainingOptions(
         iterations, config.batch, lr=config.lr, warmup=config.warmup, ema=config.ema, precision=config.precision,
         seed=run.generator("training").initial_seed() >> 1, progress=run.progress and folder is not None,

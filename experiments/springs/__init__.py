@@ -34,6 +34,7 @@ class Config:
         seeds: trainings of each of the four models.
         data: training trajectories.
         iterations, batch, lr, ema: training by Adam.
+        rate, tau_max: of the truncated exponential horizon of Flux Matching; rate 0 learns it.
         sigma_min, sigma_max: noise levels, log-uniform in training, and the sampler's ends.
         width, blocks, heads: of the transformer.
         samples: generated trajectories.
@@ -47,6 +48,8 @@ class Config:
     batch: int = 256
     lr: float = 3e-4
     ema: float = 0.99
+    rate: float = 0.0
+    tau_max: float = 4.0
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     width: int = 512
@@ -57,7 +60,7 @@ class Config:
     timed_steps: int = 20
 
     def __post_init__(self) -> None:
-        check_sizes(self, data=self.batch)
+        check_sizes(self, data=self.batch, rate=0)
 
 
 def run(run: Run) -> None:

@@ -38,7 +38,7 @@ def make_trainer(
         network = TrajectoryTransformer(
             width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )
-        model = make_model(network, samples.std().item())
+        model = make_model(network, samples.std().item(), config.rate, config.tau_max)
     options = TrainingOptions(
         config.iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
         seed=run.generator("training", seed).initial_seed() >> 1,
