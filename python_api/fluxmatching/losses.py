@@ -238,7 +238,8 @@ def flux_matching_loss(
         x: clean minibatch, `[N, *event]`, float32 or float64; grouped: `[N, G, D]`.
         sigma2: σ² > 0 in squared units of x, one value a minibatch (grouped: or one a group, `[G]`).
         refs: centres of the kernel density estimate, `[M, *event]`, or grouped `[M, G, D]` or `[M, 1, D]`. Default x.
-        horizon: distribution of τ; default `UniformHorizon()` on [0, 4].
+        horizon: distribution of τ; default `UniformHorizon()` on [0, 4]. As one τ serves a minibatch, the spread of
+            e^{-τ}/q(τ) goes into every gradient; `TruncatedExponentialHorizon(1.0)` has none.
         grouped: one independent kernel density estimate for each index of the second dimension (one a gene).
         estimator: "cross_chain" averages over all chains of the minibatch (Eq. 9); "single_chain" takes each sample's
             own chain, differentiated pathwise (Sec. D.2).

@@ -49,6 +49,18 @@ def assert_same(a: Trainer, b: Trainer) -> None:
             assert torch.equal(value, b.optimizer.state[q][key])
 
 
+def test_time_that_is_up_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    """At least one iteration is made, so that commands with too little time get somewhere too."""
+    parts = 0
+    while (trainer := Trainer(model(), loss, data(), OPTIONS, folder=tmp_path)).iteration < OPTIONS.iterations:
+        trainer.run(seconds=0.0)
+        parts += 1
+    assert parts == OPTIONS.iterations
+    assert_same(trainer, trained())
+    trainer.run(seconds=0.0)  # finished: nothing more is done
+    assert trainer.iteration == OPTIONS.iterations
+
+
 @pytest.mark.parametrize("seed", [2**63 - 1, -5])
 def test_any_seed(seed: int) -> None:
     options = replace(OPTIONS, seed=seed)
