@@ -89,7 +89,10 @@ def run(
         job = Run(experiment, preset, config, asked, place, seed, folder, progress=not quiet)
         if state == "resume":
             print(f"resuming {folder}, {len(job.rows())} rows done")
-        experiment.run(job)
+        try:
+            experiment.run(job)
+        finally:
+            job.save_seconds()
         if not (folder / "summary.md").exists():
             raise RuntimeError(f"{name} ended without Run.summary")
         _show(job)
@@ -210,8 +213,10 @@ def _identity(description: dict[str, Any]) -> dict[str, str]:
 
 def _remove_run(out: Path) -> None:
     """Delete what a run writes, and nothing else. config.json goes last, so that a kill can be repeated."""
-    if (out / "figures").is_dir():
-        shutil.rmtree(out / "figures")
+    for folder in ("figures", "models"):
+        if (out / folder).is_dir():
+            shutil.rmtree(out / folder)
+    (out / "masses.gif").unlink(missing_ok=True)
     for name in ("summary.md", "checkpoint.pt", "metrics.csv", "config.json"):
         (out / f"{name}.tmp").unlink(missing_ok=True)
         (out / name).unlink(missing_ok=True)

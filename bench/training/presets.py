@@ -1,6 +1,6 @@
 """What the trainings of the experiments' presets would take here, from the measured time of some of their steps.
 
-python -m bench.training.presets [--preset paper] [--device auto] [--steps 5]
+python -m bench.training.presets [--preset paper] [--device cuda] [--steps 5]
 
 Data do not change the time of a step, so made ones stand for CIFAR-10 and CelebA.
 """
@@ -22,6 +22,7 @@ import torch
 
 from experiments import fast_mixing, images, springs
 from experiments.common.run import Run
+from experiments.fast_mixing.mixture import make_trainer as make_mixture_trainer
 from experiments.images.datasets import Images
 from experiments.images.training import make_trainer as make_images_trainer
 from experiments.springs.training import FULL, MASKS
@@ -43,7 +44,7 @@ class Training:
 
 
 def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training]:
-    """All trainings of the three noise-annealed experiments."""
+    """All trainings of the three noise-annealed experiments, those of the fast-mixing mixture included."""
 
     def start(module: ModuleType, name: str, **changes: Any) -> Run:
         config = replace(module.EXPERIMENT.presets[preset], **changes)
@@ -65,6 +66,10 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
         for objective in fast_mixing.pictures.TRAINED if module is fast_mixing else images.TRAINED:
             make = partial(make_images_trainer, run, objective, Images(made, made, "made"), iterations=10**9)
             yield Training(name, objective, run.config.iterations, 1, make)
+    for objective in fast_mixing.mixture.TRAINED:
+        run = start(fast_mixing, "mixture")
+        make = partial(make_mixture_trainer, run, objective, 0, iterations=10**9)
+        yield Training("fast_mixing, mixture", objective, run.config.mixture_iterations, run.config.seeds, make)
 
 
 def measure(preset: str, device: torch.device, steps: int) -> list[dict[str, Any]]:

@@ -18,7 +18,9 @@ def integrated_autocorrelation_time(values: Tensor, window: float = 5.0) -> floa
     Raises:
         ValueError: the chains are too short for the cut, and their time unknown.
     """
-    steps = values.shape[0]
+    if not values.isfinite().all():
+        raise ValueError("integrated_autocorrelation_time: values must be finite")
+    values, steps = values.cpu(), values.shape[0]
     centred = (values - values.mean()).double()
     spectrum = torch.fft.rfft(centred, 2 * steps, dim=0).abs().square()
     covariance = torch.fft.irfft(spectrum, dim=0)[:steps].mean(1) / torch.arange(steps, 0, -1)

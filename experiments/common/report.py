@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import math
 import re
 import shlex
 import statistics
@@ -78,7 +79,8 @@ class Figure:
 def spread(values: Sequence[float], digits: str = ".3f") -> str:
     """Mean, and standard deviation where there are several values, both formatted by `digits`."""
     mean = f"{statistics.mean(values):{digits}}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{digits.removeprefix('+')}}"
+    alone = len(values) == 1 or not all(map(math.isfinite, values))
+    return mean if alone else f"{mean} ± {statistics.stdev(values):{digits.removeprefix('+')}}"
 
 
 def summary_text(

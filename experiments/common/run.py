@@ -171,6 +171,10 @@ class Run:
         )
         _replace(self.out / "summary.md", text)
 
+    def save_seconds(self) -> None:
+        """Keep the time spent so far, which else is kept with every row: for the end of a part of the run."""
+        self._save_config()
+
     def _save_config(self) -> None:
         described = self._description | {"seconds": round(self.seconds, 3)}
         _replace(self.out / "config.json", json.dumps(described, indent=2) + "\n")

@@ -13,5 +13,5 @@ def sample_reverse_ve(
 ) -> Tensor:
     """As many samples as `like` has, on its device, by the reverse VE sampler from σ_max down to σ_min."""
     start = sigma_max * torch.randn(like.shape, generator=generator)
-    noise = torch.Generator(like.device).manual_seed(generator.initial_seed())
+    noise = torch.Generator(like.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
     return reverse_ve(field, start.to(like.device), log_sigma_grid(steps, sigma_min, sigma_max), generator=noise)

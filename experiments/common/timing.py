@@ -6,8 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
 from experiments.common.run import Result, Run
 from fluxkernels import BackendError, resolve_backend
 from fluxmatching import Trainer
@@ -39,10 +37,8 @@ def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Tr
             begun = time.perf_counter()
             trainer.step()  # waits for the loss's value
             times[key].append(time.perf_counter() - begun)
-    memory = torch.cuda.max_memory_allocated(run.device) / 1e9 if run.device.type == "cuda" else None
     for (objective, backend), found in times.items():
-        seconds = statistics.median(found[2:])
-        run.log(kind="step", objective=objective, backend=backend, seconds=seconds, gigabytes=memory)
+        run.log(kind="step", objective=objective, backend=backend, seconds=statistics.median(found[2:]))
 
 
 def step_results(run: Run, baseline: str, paper: dict[str, str] | None = None) -> list[Result]:

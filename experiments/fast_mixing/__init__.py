@@ -15,15 +15,18 @@ from experiments.common.registry import Experiment
 from experiments.common.run import Figure, Result, Run, spread
 from experiments.common.timing import log_steps, step_results
 from experiments.fast_mixing import figures, mixture, pictures
+from experiments.images import fidelity
 from experiments.images.datasets import load
+from experiments.images.stages import Clock
 from experiments.images.training import make_trainer
 
 
 @dataclass(frozen=True)
 class Config(images.Config):
-    """Sizes of the experiment: those of the images, of which evaluations and likelihoods play no part here, and
+    """Sizes of the experiment: those of `images`, whose likelihood_images plays no part here, and
 
     Args:
+        samples: of every field and number of steps.
         mixing_weight: λ of Eq. 45.
         steps: predictor-corrector steps with which images are sampled.
         seeds: trainings of each field of the mixture.
@@ -33,6 +36,7 @@ class Config(images.Config):
         chains, chain_steps, langevin_step: of the autocorrelation time; the step in units of σ².
     """
 
+    samples: int = 1000
     mixing_weight: float = 0.01
     steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
     seeds: int = 5
@@ -56,19 +60,19 @@ class Config(images.Config):
 
 def run(run: Run) -> None:
     """The mixture, the images, the figures."""
-    config = run.config
+    config, clock = run.config, Clock.start(run.config.minutes)
+    if config.fid:
+        fidelity.check(config.inception_weights)
+    data = load(config.dataset)
     log_steps(
-        run,
-        pictures.TRAINED,
-        lambda o, b: make_trainer(run, o, load(config.dataset), iterations=10**9, backend=b),
-        config.timed_steps,
+        run, pictures.TRAINED, lambda o, b: make_trainer(run, o, data, iterations=10**9, backend=b), config.timed_steps
     )
     mixture.study(run)
     if not run.rows("mixture floor"):
         exact = mixture.noised(mixture.SIGMA_MIN)
         draws = [exact.sample(config.mixture_samples, run.generator("floor", k)) for k in range(2)]
         run.log(kind="mixture floor", w2=wasserstein2(*draws))
-    source = pictures.study(run)
+    pictures.study(run, data, clock)
     draw(run)
     run.summary(
         results(run),
@@ -78,7 +82,10 @@ def run(run: Run) -> None:
             Figure(run.figure("mixture"), "Mixture: W2 to exact samples by number of steps."),
             Figure(run.figure("mixing"), "Mixture: autocorrelation time of Langevin chains, and their bias."),
         ],
-        (f"Data: {source}.", "The distance on random convolutions is no FID, and not to be compared with any."),
+        (
+            f"Data: {data.source}.",
+            "The distance on random convolutions is no FID, and not to be compared with any.",
+        ),
     )
 
 
@@ -95,7 +102,7 @@ def draw(run: Run) -> None:
     ]
     figures.draw_mixing(run.figure("mixing"), *columns)
     curves = {name: {k: [distance(run, name, k)] for k in config.steps} for name in pictures.TRAINED}
-    floor = run.rows("floor")[0]["distance"]
+    floor = images.stages.floor(run, config.samples)["distance"]
     figures.draw_curves(run.figure("steps"), curves, floor, "Fréchet distance, random convolutions")
     shown = {
         name: {k: torch.load(pictures.shown_file(run, name, k), weights_only=True) for k in config.steps}
@@ -157,6 +164,15 @@ def results(run: Run) -> list[Result]:
         )
         for name in pictures.TRAINED
     ]
+    if config.fid:
+        lines += [
+            Result(
+                f"images, {name}: FID in {', '.join(map(str, config.steps))} steps",
+                ", ".join(f"{distance(run, name, k, 'fid'):.2f}" for k in config.steps),
+                "Fig. 6",
+            )
+            for name in pictures.TRAINED
+        ]
     found = {name: distance(run, name, fewest) for name in pictures.TRAINED}
     lines.append(
         Result(
@@ -183,11 +199,13 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": _like(
-            images.SMOKE, steps=(2, 3), seeds=1, mixture_data=500, mixture_iterations=5, mixture_batch=32,
-            mixture_width=8, mixture_steps=(2, 4), mixture_samples=50, chains=50, chain_steps=4000, mixture_sigma=1.5,
+            images.SMOKE, evaluations=1, steps=(2, 3), seeds=1, mixture_data=500, mixture_iterations=5,
+            mixture_batch=32, mixture_width=8, mixture_steps=(2, 4), mixture_samples=50, chains=50, chain_steps=4000,
+            mixture_sigma=1.5,
         ),
         "small": _like(
-            images.SMALL, iterations=1000, samples=500, steps=(4, 8, 16, 32), seeds=3, mixture_iterations=4000,
+            images.SMALL, iterations=2000, evaluations=1, samples=500, steps=(4, 8, 16, 32), seeds=3,
+            mixture_iterations=4000,
         ),
         "paper": Config(),
     },

@@ -47,8 +47,10 @@ def draw_mixing(path: Path, times: Mapping[str, Sequence[float]], biases: Mappin
     for axes, found, title in zip(panels, (times, biases), titles, strict=True):
         for place, (name, values) in enumerate(found.items()):
             colour = COLOURS.get(name, style.REFERENCE)
-            axes.bar(place, np.mean(values), 0.5, color=colour, alpha=0.35)
-            axes.plot([place] * len(values), values, "o", color=colour, ms=4)
+            measured = [value for value in values if np.isfinite(value)]
+            if measured:
+                axes.bar(place, np.mean(measured), 0.5, color=colour, alpha=0.35)
+                axes.plot([place] * len(measured), measured, "o", color=colour, ms=4)
         axes.set_xticks(range(len(found)), list(found), rotation=20)
         axes.set_title(title)
     style.save(fig, path)
@@ -59,7 +61,7 @@ def draw_pictures(path: Path, by_field: Mapping[str, Mapping[int, Tensor]], colu
     fig, axes = style.new_figure(3.4 * len(by_field), 2.6, 1, len(by_field), squeeze=False)
     for panel, (name, by_steps) in zip(axes[0], by_field.items(), strict=True):
         images = torch.cat([found[:columns] for found in by_steps.values()])
-        panel.imshow(tile(images, columns), interpolation="nearest")
+        panel.imshow(tile(images, columns).numpy(), interpolation="nearest")
         size = images.shape[-1] + 1
         panel.set_yticks([size * (k + 0.5) for k in range(len(by_steps))], [str(k) for k in by_steps])
         panel.set_xticks([])

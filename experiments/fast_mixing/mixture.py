@@ -87,7 +87,7 @@ def measure(run: Run, field: Field, name: str, seed: int) -> None:
             continue
         generator = run.generator("start", seed, steps)  # the same noise for all fields
         start = (SIGMA_MAX * torch.randn(config.mixture_samples, 2, generator=generator)).to(run.device)
-        noise = torch.Generator(run.device).manual_seed(generator.initial_seed())
+        noise = torch.Generator(run.device).manual_seed(run.generator("noise", seed, steps).initial_seed())
         found = predictor_corrector(field, start, log_sigma_grid(steps, SIGMA_MIN, SIGMA_MAX), generator=noise)
         run.log(kind="steps", field=name, seed=seed, steps=steps, w2=wasserstein2(found, target))
     sigma = config.mixture_sigma

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experiments.common.objectives import DSM, FAST, FLUX
 from experiments.common.run import Run
-from experiments.images.datasets import load, to_bytes, to_numbers
+from experiments.images import fidelity
+from experiments.images.datasets import Images, to_bytes, to_numbers
 from experiments.images.frechet import frechet_distance, random_convolutions
-from experiments.images.training import averaged_field, folder, make_trainer, start_noise
+from experiments.images.stages import Clock, best_field, log_floor, reference, train
+from experiments.images.training import folder, start_noise
 from fluxmatching import log_sigma_grid, predictor_corrector
 
 TRAINED = (FAST, FLUX, DSM)
@@ -19,32 +21,32 @@ BATCH = 250
 SHOWN = 16
 
 
-def study(run: Run) -> str:
-    """Train what is not trained yet, and log the distance by number of steps; returns what the data are."""
+def study(run: Run, images: Images, clock: Clock) -> None:
+    """Train as in `images`, then log the distance of the best models' samples by number of steps (rows "pictures")."""
     config = run.config
-    images = load(config.dataset)
-    count = min(config.samples, len(images.test))
-    real = random_convolutions(to_numbers(images.train[: config.samples]))
-    if not run.rows("floor"):
-        held_out = random_convolutions(to_numbers(images.test[:count]))
-        run.log(kind="floor", distance=frechet_distance(held_out, real))
+    for count in sorted({config.evaluation_samples, config.samples}):
+        log_floor(run, images, count)
+    train(run, TRAINED, images, clock)
+    real = reference(run, images, config.samples)
     for objective in TRAINED:
+        field = best_field(run, objective, images)
         done = {row["steps"] for row in run.rows("pictures") if row["field"] == objective}
-        if done >= set(config.steps):
-            continue
-        trainer = make_trainer(run, objective, images, iterations=config.iterations, folder=folder(run, objective))
-        trainer.run()
-        field = averaged_field(trainer)
         for steps in config.steps:
-            if steps not in done:
-                found = sample(run, field, steps, tuple(images.train.shape[1:]), f"{objective}: {steps} steps")
-                torch.save(found[:SHOWN].clone(), shown_file(run, objective, steps))
-                distance = frechet_distance(random_convolutions(to_numbers(found)), real)
-                run.log(kind="pictures", field=objective, steps=steps, distance=distance)
-    return images.source
+            if steps in done:
+                continue
+            desc = f"{objective}: {steps} steps"
+            clock.check(desc)
+            found = sample(run, field, steps, tuple(images.train.shape[1:]), desc)
+            torch.save(found[:SHOWN].clone(), shown_file(run, objective, steps))
+            row = {"distance": frechet_distance(random_convolutions(to_numbers(found)), real)}
+            if config.fid:
+                row["fid"], _ = fidelity.fid_and_inception_score(
+                    found, images.train, config.inception_weights, run.device
+                )
+            run.log(kind="pictures", field=objective, steps=steps, **row)
 
 
-def sample(run: Run, field: torch.nn.Module, steps: int, shape: tuple[int, ...], desc: str) -> Tensor:
+def sample(run: Run, field: nn.Module, steps: int, shape: tuple[int, ...], desc: str) -> Tensor:
     """Bytes, from the same noise for all fields."""
     config, parts = run.config, []
     sigmas = log_sigma_grid(steps, config.sigma_min, config.sigma_max)
@@ -57,4 +59,4 @@ def sample(run: Run, field: torch.nn.Module, steps: int, shape: tuple[int, ...],
 
 def shown_file(run: Run, objective: str, steps: int) -> Path:
     """Some of the images of a field in so many steps."""
-    return folder(run, objective) / f"shown-{steps}.pt"
+    return folder(run, objective) / f"shown-in-{steps}.pt"

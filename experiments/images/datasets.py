@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from torch import Tensor
 from experiments.common.data import VARIABLE, data_folders
 from experiments.common.registry import UsageError
 
+PARTS, SUFFIXES = ("train", "test"), (".png", ".jpg", ".jpeg")
+CELEBA = 202_599
 CELEBA_TRAINING = 162_770  # images 1 to 162770 are the training part of CelebA's list_eval_partition.txt
 CELEBA_CROP = 140  # pixels about the centre of 178 × 218, then scaled to 64
 
@@ -58,8 +61,9 @@ def load(name: str, folders: Iterable[Path] | None = None) -> Images:
             if (place := folder / path).exists():
                 try:
                     return read(place)
-                except (OSError, EOFError, KeyError, ValueError, pickle.UnpicklingError, tarfile.TarError) as error:
-                    raise UsageError(f"{name}: {path} cannot be read: {error}") from error
+                except Exception as error:  # whatever reading a damaged file raises
+                    said = f"{type(error).__name__}: {error}"
+                    raise UsageError(f"{name}: {path} cannot be read ({said})") from error
     places = " or ".join(SOURCES[name])
     raise UsageError(f"no files of {name}: put {places} into {Path('data')}/, or into a folder named by {VARIABLE}")
 
@@ -124,17 +128,19 @@ def _stack(pixels: Iterable[np.ndarray]) -> Tensor:
 def _class_folders(folder: Path) -> Images:
     """`train/<class>/*` and `test/<class>/*`."""
     with ThreadPoolExecutor() as pool:
-        parts = [_stack(pool.map(_pixels, sorted((folder / part).glob("*/*")))) for part in ("train", "test")]
+        files = [sorted(f for f in (folder / part).glob("*/*") if f.suffix.lower() in SUFFIXES) for part in PARTS]
+        parts = [_stack(pool.map(_pixels, found)) for found in files]
     return Images(*parts, f"{len(parts[0])} + {len(parts[1])} image files of {folder.name}")
 
 
 def _jpeg_archive(path: Path) -> Images:
     """The same layout in a tar file, read in its own order: seeking in a compressed file would unpack it anew."""
-    files: dict[str, dict[str, bytes]] = {"train": {}, "test": {}}
+    files: dict[str, dict[str, bytes]] = {part: {} for part in PARTS}
     with tarfile.open(path) as archive:
         for member in archive:
-            if member.isfile() and (file := archive.extractfile(member)) is not None:
-                files[Path(member.name).parts[1]][member.name] = file.read()
+            place = Path(member.name)
+            if member.isfile() and place.suffix.lower() in SUFFIXES and (file := archive.extractfile(member)):
+                files[place.parts[1]][member.name] = file.read()
     with ThreadPoolExecutor() as pool:
         parts = [
             _stack(pool.map(lambda data: _pixels(io.BytesIO(data)), (part[name] for name in sorted(part))))
@@ -150,20 +156,25 @@ def _subset(path: Path) -> Images:
 
 
 def _celeba64(folder: Path) -> Images:
-    """`img_align_celeba/*.jpg`, decoded once: 2 GB of bytes are kept beside the folder for the next time."""
+    """`img_align_celeba/*.jpg`, decoded once: 2.5 GB of bytes are kept beside the folder for the next time."""
     kept = folder.with_name("celeba64.npy")
-    if not kept.exists():
+    if kept.exists():
+        images = np.load(kept)
+    else:
         files = sorted(folder.glob("*.jpg"))
+        if len(files) != CELEBA:
+            raise ValueError(f"CelebA has {CELEBA} images, {folder.name} {len(files)}")
         with ThreadPoolExecutor() as pool:
             images = _stack(pool.map(lambda file: _pixels(file, CELEBA_CROP, 64), files)).numpy()
         part = kept.with_suffix(".part")
-        with part.open("wb") as file:
-            np.save(file, images)
-        part.replace(kept)
-    images = torch.from_numpy(np.load(kept))
-    if len(images) <= CELEBA_TRAINING:
-        raise ValueError(f"CelebA has 202599 images, {folder.name} {len(images)}")
-    return Images(images[:CELEBA_TRAINING], images[CELEBA_TRAINING:], "CelebA, aligned, centre cropped, 64 × 64")
+        try:
+            with part.open("wb") as file:
+                np.save(file, images)
+            part.replace(kept)
+        except OSError as error:  # a folder of others: then the next time decodes again
+            print(f"note: {kept.name} cannot be kept ({error.strerror})", file=sys.stderr)
+    both = torch.from_numpy(images)
+    return Images(both[:CELEBA_TRAINING], both[CELEBA_TRAINING:], "CelebA, aligned, centre cropped, 64 × 64")
 
 
 SOURCES: dict[str, dict[str, Callable[[Path], Images]]] = {
@@ -219,5 +230,11 @@ def to_numbers(images: Tensor) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """The nearest bytes, what is out of range clipped."""
+    """The nearest bytes, what is out of range clipped.
+
+    Raises:
+        ValueError: x is not finite, which would become arbitrary bytes.
+    """
+    if not x.isfinite().all():
+        raise ValueError("to_bytes: x must be finite; the field or the sampler diverged")
     return (127.5 * (x + 1)).round().clamp(0, 255).to(torch.uint8)

@@ -15,40 +15,40 @@ ADVICE = "set fid=false, and the distance on random convolutions remains"
 
 
 def check(weights: str) -> None:
-    """Raise UsageError, saying what to do, if torch-fidelity or the given file of weights is not there."""
+    """Raise UsageError, saying what to do, if torch-fidelity or the network's weights cannot be had; downloads them."""
     _load()
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
     if weights and not Path(weights).is_file():
         raise UsageError(f"no file {weights} with the Inception network's weights; leave it empty to download them")
+    try:
+        FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights or None)
+    except Exception as error:  # whatever a download or a damaged file raises
+        raise UsageError(
+            f"the Inception network's weights cannot be had ({type(error).__name__}: {error}); give their file by "
+            f"inception_weights=FILE, or {ADVICE}"
+        ) from error
 
 
-def fid_and_inception_score(samples: Tensor, real: Tensor, weights: str = "") -> tuple[float, float]:
+def fid_and_inception_score(samples: Tensor, real: Tensor, weights: str, device: torch.device) -> tuple[float, float]:
     """FID of samples against real images, and the samples' Inception score, by the usual TensorFlow Inception network.
 
     Args:
         samples, real: bytes `[n, 3, size, size]`.
-        weights: file of torch-fidelity's `weights-inception-2015-12-05`; empty downloads it.
-
-    Raises:
-        UsageError: torch-fidelity cannot be imported, or the weights cannot be had.
+        weights: file of torch-fidelity's `weights-inception-2015-12-05`; empty takes the download of `check`.
+        device: where the network runs.
     """
-    calculate = _load()
-    try:
-        found = calculate(
-            input1=_Pictures(samples),
-            input2=_Pictures(real),
-            fid=True,
-            isc=True,
-            cuda=torch.cuda.is_available(),
-            batch_size=100,
-            verbose=False,
-            feature_extractor_weights_path=weights or None,
-            isc_splits=min(10, len(samples)),
-        )
-    except OSError as error:  # urllib's errors are of this kind
-        raise UsageError(
-            f"the Inception network's weights could not be downloaded ({error}); give their file by "
-            f"inception_weights=FILE, or {ADVICE}"
-        ) from error
+    found = _load()(
+        input1=_Pictures(samples),
+        input2=_Pictures(real),
+        fid=True,
+        isc=True,
+        cuda=device.type == "cuda",
+        batch_size=100,
+        verbose=False,
+        feature_extractor_weights_path=weights or None,
+        isc_splits=min(10, len(samples)),
+    )
     return found["frechet_inception_distance"], found["inception_score_mean"]
 
 

@@ -18,7 +18,7 @@ def draw_grids(path: Path, by_name: Mapping[str, Tensor], columns: int = 8) -> N
     """Images side by side, a panel of `columns` a row for each name; bytes `[n, 3, size, size]`."""
     fig, axes = style.new_figure(2.6 * len(by_name), 2.9, 1, len(by_name), squeeze=False)
     for panel, (name, images) in zip(axes[0], by_name.items(), strict=True):
-        panel.imshow(tile(images, columns), interpolation="nearest")
+        panel.imshow(tile(images, columns).numpy(), interpolation="nearest")
         panel.set_title(name)
         panel.set_axis_off()
     style.save(fig, path)
@@ -30,7 +30,9 @@ def draw_progress(path: Path, by_objective: Mapping[str, Sequence[tuple[int, Ten
     fig, axes = style.new_figure(3.6 * len(by_objective), 0.5 * rows + 0.6, 1, len(by_objective), squeeze=False)
     for panel, (objective, stages) in zip(axes[0], by_objective.items(), strict=True):
         columns = min(len(images) for _, images in stages)
-        panel.imshow(tile(torch.cat([images[:columns] for _, images in stages]), columns), interpolation="nearest")
+        panel.imshow(
+            tile(torch.cat([images[:columns] for _, images in stages]), columns).numpy(), interpolation="nearest"
+        )
         size = stages[0][1].shape[-1] + 1
         panel.set_yticks([size * (k + 0.5) for k in range(len(stages))], [f"{iteration}" for iteration, _ in stages])
         panel.set_xticks([])

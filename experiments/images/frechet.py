@@ -19,8 +19,8 @@ def random_convolutions(images: Tensor, batch: int = 500) -> Tensor:
 
     At each of three scales, an image is averaged over 2 × 2 pixels zero, one or two times, goes through two 3 × 3
     convolutions of 32 channels with ReLU, and is averaged over its four quadrants. The weights are normal numbers of
-    variance 2/(inputs) made by Philox from seed 0, so they are the same everywhere. Untrained features tell textures,
-    colours and coarse layout apart and know nothing of objects (Naeem et al. 2020 use random networks so).
+    variance 2/(inputs) made by Philox from seeds 0 and 1, so they are the same everywhere. Untrained features tell
+    textures, colours and coarse layout apart and know nothing of objects (Naeem et al. 2020 use random networks so).
 
     Args:
         images: numbers in [-1, 1], `[n, 3, height, width]`, height and width at least 8.

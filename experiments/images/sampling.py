@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from experiments.common.run import Run
-from experiments.images.datasets import Images, to_bytes, to_numbers
+from experiments.images.datasets import to_bytes, to_numbers
 from experiments.images.training import start_noise
 from fluxmatching import bits_per_dim, edm_heun, edm_sigma_grid, log_likelihood, probability_flow
 
@@ -16,14 +17,35 @@ BATCH = 250
 LEVEL = 2 / 255  # distance of neighbouring bytes in the units of the images
 
 
-def sample(run: Run, field: nn.Module, count: int, shape: tuple[int, ...], desc: str, keep: Path | None) -> Tensor:
-    """Bytes `[count, *shape]`, by the preset's sampler; `keep` is a folder for the batches of a long run."""
+class Clock(Protocol):
+    """Raises Paused when the time is up; see `stages.Clock`."""
+
+    def check(self, what: str) -> None: ...
+
+
+def sample(
+    run: Run,
+    field: nn.Module,
+    count: int,
+    shape: tuple[int, ...],
+    desc: str,
+    *,
+    keep: Path | None = None,
+    clock: Clock | None = None,
+) -> Tensor:
+    """Bytes `[count, *shape]`, by the preset's sampler, from the same noise for every field.
+
+    Args:
+        keep: folder for the batches of a long run, which then resumes, and may pause by `clock`.
+    """
     config, parts = run.config, []
     for batch in run.bar(range((count + BATCH - 1) // BATCH), desc):
         file = None if keep is None else keep / f"{batch:04d}.pt"
         if file is not None and file.exists():
             parts.append(torch.load(file, weights_only=True))
             continue
+        if clock is not None:
+            clock.check(desc)
         start = start_noise(run, min(BATCH, count - batch * BATCH), shape, batch)
         if config.sampling_steps:
             found = edm_heun(field, start, edm_sigma_grid(config.sampling_steps, config.sigma_min, config.sigma_max))
@@ -41,26 +63,23 @@ def sample(run: Run, field: nn.Module, count: int, shape: tuple[int, ...], desc:
     return torch.cat(parts)
 
 
-def likelihoods(run: Run, field: nn.Module, objective: str, images: Images, count: int) -> list[float]:
-    """Mean bits a dimension of batches of test images with uniform noise of one level; logs a row a batch."""
+def likelihood(run: Run, field: nn.Module, objective: str, test: Tensor, clock: Clock) -> float:
+    """Mean bits a dimension of images with uniform noise of one level; logs a row a batch."""
     config = run.config
+    batches = test.split(config.batch)
     done = {row["batch"] for row in run.rows("likelihood") if row["objective"] == objective}
-    size = min(count, config.batch)
-    for batch in run.bar(range(count // size), f"{objective}: likelihood"):
+    for batch in run.bar(range(len(batches)), f"{objective}: likelihood"):
         if batch in done:
             continue
+        clock.check(f"the likelihood of {objective}")
         generator = run.generator("likelihood", batch)
-        x = to_numbers(images.test[batch * size : (batch + 1) * size])
+        x = to_numbers(batches[batch])
         x = x + LEVEL * (torch.rand(x.shape, generator=generator) - 0.5)
+        probe = torch.Generator(run.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
         found = log_likelihood(
-            field,
-            x.to(run.device),
-            sigma_min=config.sigma_min,
-            sigma_max=config.sigma_max,
-            generator=torch.Generator(run.device).manual_seed(generator.initial_seed()),
-            rtol=config.tolerance,
-            atol=config.tolerance,
-        )
+            field, x.to(run.device), sigma_min=config.sigma_min, sigma_max=config.sigma_max, generator=probe,
+            rtol=config.tolerance, atol=config.tolerance,
+        )  # fmt: skip
         bits = bits_per_dim(found, x[0].numel(), LEVEL)
-        run.log(kind="likelihood", objective=objective, batch=batch, bits=bits.mean())
-    return [row["bits"] for row in run.rows("likelihood") if row["objective"] == objective]
+        run.log(kind="likelihood", objective=objective, batch=batch, bits=bits.sum())
+    return sum(row["bits"] for row in run.rows("likelihood") if row["objective"] == objective) / len(test)

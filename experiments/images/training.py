@@ -39,13 +39,18 @@ def make_trainer(
 ) -> Trainer:
     """One that stops at `iterations`. Both objectives share initial weights, minibatches and noise levels."""
     config = run.config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.generator("weights").initial_seed())
-        model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA, config.rate, config.tau_max)
-    options = TrainingOptions(
-        iterations, config.batch, lr=config.lr, warmup=config.warmup, ema=config.ema, precision=config.precision,
-        seed=run.generator("training").initial_seed() >> 1, progress=run.progress and folder is not None,
-    )  # fmt: skip
+    if len(images.train) < config.batch:
+        raise UsageError(f"batch must be at most the {len(images.train)} training images, got {config.batch}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(run.generator("weights").initial_seed())
+            model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA, config.rate, config.tau_max)
+        options = TrainingOptions(
+            iterations, config.batch, lr=config.lr, warmup=config.warmup, ema=config.ema, precision=config.precision,
+            seed=run.generator("training").initial_seed() >> 1, progress=run.progress and folder is not None,
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     data = Flipped(images.train, config.flips, run.device)
     mixing = {"mixing_weight": config.mixing_weight} if hasattr(config, "mixing_weight") else {}
     loss = make_loss(objective, LogNormalNoise(), backend=backend or run.backend, chunk=config.chunk, **mixing)

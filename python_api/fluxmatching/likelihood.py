@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from fluxkernels.checks import check_finite, check_positive, check_tensor, one_of
+from fluxkernels.checks import check_positive, check_tensor, one_of
 from fluxmatching.endpoint import basis, call_field
 from fluxmatching.networks import parameters_at_rest
-from fluxmatching.samplers import NoisyField, check_range, integrate
+from fluxmatching.samplers import NoisyField, check_range, check_samples, integrate
 
 
 def log_likelihood(
@@ -50,10 +50,10 @@ def log_likelihood(
 
     Raises:
         ImportError: torchdiffeq is not installed.
+        RuntimeError: the field's derivatives cannot be taken, or the tolerance cannot be met.
     """
     function = "log_likelihood"
-    check_tensor(function, "x", x)
-    check_finite(function, x=x)
+    check_samples(function, x)
     check_range(function, sigma_min, sigma_max)
     one_of(function, "divergence", divergence, ("hutchinson", "exact"))
     probe = torch.empty_like(x).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
@@ -77,8 +77,12 @@ def _divergence(field: NoisyField, x: Tensor, sigma: Tensor, probe: Tensor | Non
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         f = call_field(field, x.clone(), sigma)  # some networks begin with an operation in place
+        # Else the divergence of a field that works under no_grad would count as zero, in silence.
         if not f.requires_grad:
-            return f, x.new_zeros(len(x))
+            raise RuntimeError(
+                "log_likelihood: the field's result does not depend on x differentiably; does it use torch.no_grad(), "
+                "detach() or torch.inference_mode()?"
+            )
         total = x.new_zeros(len(x))
         for direction in basis(x, grouped=False) if probe is None else (probe,):
             (pulled,) = torch.autograd.grad(f, x, direction, retain_graph=probe is None, allow_unused=True)

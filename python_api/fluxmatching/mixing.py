@@ -73,8 +73,9 @@ def mixing_loss(
     with torch.no_grad():
         before = sinkhorn_divergence(off, reference, epsilon=epsilon, iterations=iterations)
     after = sinkhorn_divergence(mixed, reference, epsilon=epsilon, iterations=iterations)
-    # Both vanish together where σ is far below the smallest distance, but for rounding.
-    ratio = after / before.clamp_min(torch.finfo(before.dtype).tiny)
+    # Where all points coincide, both are zero but for rounding, and their ratio is 1 in the limit.
+    rounding = 100 * torch.finfo(before.dtype).eps * epsilon
+    ratio = torch.where(before > rounding, after / before.clamp_min(rounding), torch.ones_like(after))
     return ratio if normalizer is None else normalizer(ratio, level)
 
 
@@ -89,7 +90,7 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, *, epsilon: float = 0.05, iteratio
     Args:
         x, y: samples of equal weight, `[n, *event]` and `[m, *event]`.
         epsilon: ε > 0, in squared units of x.
-        iterations: at least 4.
+        iterations: at least 4; where the diameter is below √ε there is nothing to cool, and two are made.
 
     Returns:
         `[]`, about W2²/2 for small ε; differentiable in x and y.
@@ -114,9 +115,12 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, *, epsilon: float = 0.05, iteratio
     x, y = x.flatten(1) - centre, y.flatten(1) - centre
     joined = torch.cat([x.detach(), y.detach()])
     blur, diameter = math.sqrt(epsilon), (joined.amax(0) - joined.amin(0)).norm().item()
+    if not math.isfinite(diameter):
+        raise ValueError(f"{function}: x and y must be finite, got points {diameter} apart")
     # geomloss: one iteration at the diameter, those of the descent, one at blur.
     scaling = (blur / diameter) ** (1 / (iterations - 2.5)) if diameter > blur else 0.5
     loss = SamplesLoss("sinkhorn", p=2, blur=blur, diameter=max(diameter, blur), scaling=scaling, backend="tensorized")
-    with torch.autocast(x.device.type, enabled=False):
+    # geomloss turns gradients on at its end, whatever they were before.
+    with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled()):
         found: Tensor = loss(x, y)
     return found

@@ -57,7 +57,8 @@ class LinearInLogSigma(nn.Module):
     def forward(self, sigma: Tensor) -> Tensor:
         """Shape of sigma, in the parameters' dtype and on their device."""
         features = sigma.to(self.first.weight).log().unsqueeze(-1) / 4
-        return self.second(self.first(features)).squeeze(-1)
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has steps of 1/16 at s = 9
+            return self.second(self.first(features)).squeeze(-1)
 
 
 class LossNormalizer(nn.Module):

@@ -43,8 +43,7 @@ def unadjusted_langevin(
         `[N, *event]`.
     """
     function = "unadjusted_langevin"
-    check_tensor(function, "x", x)
-    check_finite(function, x=x)
+    check_samples(function, x)
     check_steps(function, steps)
     step = check_positive(function, "step", step)
     with torch.no_grad():
@@ -201,10 +200,10 @@ def probability_flow(
 
     Raises:
         ImportError: torchdiffeq is not installed.
+        RuntimeError: the tolerance cannot be met, as with a field that is not finite.
     """
     function = "probability_flow"
-    check_tensor(function, "x", x)
-    check_finite(function, x=x)
+    check_samples(function, x)
     check_range(function, sigma_min, sigma_max)
     with torch.no_grad():
         end: Tensor = integrate(
@@ -233,6 +232,7 @@ def integrate(
 
     Raises:
         ImportError: torchdiffeq is not installed.
+        RuntimeError: the tolerance cannot be met.
     """
     rtol, atol = check_positive(function, "rtol", rtol), check_positive(function, "atol", atol)
     one_of(function, "method", method, ADAPTIVE)
@@ -244,8 +244,28 @@ def integrate(
     sigmas = torch.tensor(ends, dtype=torch.float64, device=first.device)
     # Else its last step goes past the end, to negative σ, and what it interpolates from there can be far off.
     options = {"step_t": sigmas[1:]}
-    path = odeint(velocity, state, sigmas, rtol=rtol, atol=atol, method=method, options=options)
+    reached = [ends[0]]
+
+    def watched(sigma: Tensor, state: Any) -> Any:
+        reached.append(sigma.item())
+        return velocity(sigma, state)
+
+    try:
+        path = odeint(watched, state, sigmas, rtol=rtol, atol=atol, method=method, options=options)
+    except AssertionError as error:  # its step underflows
+        raise RuntimeError(
+            f"{function}: no step meets rtol {rtol:g} and atol {atol:g} at sigma {reached[-1]:.4g}; is the field "
+            f"finite there?"
+        ) from error
     return path[-1] if isinstance(state, Tensor) else tuple(part[-1] for part in path)
+
+
+def check_samples(function: str, x: Tensor) -> None:
+    """Raise TypeError or ValueError unless x is a finite `[N, *event]`."""
+    check_tensor(function, "x", x)
+    if x.ndim < 2:
+        raise ValueError(f"{function}: x must have shape [N, *event], got {list(x.shape)}")
+    check_finite(function, x=x)
 
 
 def check_range(function: str, sigma_min: float, sigma_max: float) -> None:
@@ -255,9 +275,9 @@ def check_range(function: str, sigma_min: float, sigma_max: float) -> None:
 
 
 def _levels(function: str, x: Tensor, sigmas: Tensor) -> list[float]:
-    check_tensor(function, "x", x)
+    check_samples(function, x)
     check_tensor(function, "sigmas", sigmas)
-    check_finite(function, x=x, sigmas=sigmas)
+    check_finite(function, sigmas=sigmas)
     if sigmas.ndim != 1 or len(sigmas) < 2 or not ((sigmas[1:] < sigmas[:-1]).all() and sigmas[-1] >= 0):
         raise ValueError(f"{function}: sigmas must be at least two decreasing non-negative numbers, got {sigmas}")
     levels: list[float] = sigmas.tolist()

@@ -192,19 +192,29 @@ class Trainer:
             check_shared("Trainer", "the iteration of the checkpoint in folder", torch.tensor(self.iteration))
 
     def run(self, seconds: float = math.inf) -> None:
-        """Train up to `options.iterations`, or as far as one comes in that time; then a checkpoint is written."""
+        """Train up to `options.iterations`, or as far as one comes in that time, but for at least one iteration.
+
+        Either way the last thing is a checkpoint. Of several processes the first one's clock counts.
+        """
         end = time.monotonic() + seconds
         with closing(Log(self)) as log:
             done = self.iteration >= self.options.iterations
             while not done:
                 log.write(self.step())
-                done = self.iteration == self.options.iterations or time.monotonic() >= end
+                done = self.iteration == self.options.iterations or self._is_over(end)
                 if (
                     self.folder is not None
                     and self.rank == 0
                     and (done or self.iteration % self.options.checkpoint_every == 0)
                 ):
                     self.save()
+
+    def _is_over(self, end: float) -> bool:
+        if self.processes == 1 or end == math.inf:
+            return time.monotonic() >= end
+        over = torch.tensor(float(time.monotonic() >= end), device=self.device)
+        torch.distributed.broadcast(over, 0)
+        return bool(over)
 
     def step(self) -> float:
         """One minibatch; returns its mean loss."""

@@ -23,3 +23,8 @@ def test_chains_that_are_too_short() -> None:
     walk = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)).cumsum(0)
     with pytest.raises(ValueError, match="chains of 200 steps are too short"):
         integrated_autocorrelation_time(walk)
+
+
+def test_values_that_are_not_finite() -> None:
+    with pytest.raises(ValueError, match="values must be finite"):
+        integrated_autocorrelation_time(torch.full((100, 2), torch.nan))

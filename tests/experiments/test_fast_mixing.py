@@ -78,7 +78,9 @@ def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     assert [row["field"] for row in run.rows("mixture")] == list(fields)
     assert {(row["field"], row["steps"]) for row in run.rows("steps")} == {(f, k) for f in fields for k in (2, 4)}
     assert {row["steps"] for row in run.rows("pictures")} == {2, 3}
-    assert {path.stem for path in run.figures} == {"steps", "pictures", "mixture", "mixing"}
+    assert {path.stem for path in run.figures} == {
+        "steps", "pictures", "mixture", "mixing", "training", "distance"
+    }  # fmt: skip
     assert "training step, fast flux" in (tmp_path / "summary.md").read_text()
     rows = run.rows()
     fast_mixing.run(run)

@@ -6,7 +6,6 @@ import io
 import pickle
 import sys
 import tarfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from experiments.common.data import data_folders
 from experiments.common.objectives import DSM, FAST, FLUX, make_loss, make_model
 from experiments.common.registry import Paused, UsageError
 from experiments.common.run import Run
-from experiments.images import datasets, fidelity
+from experiments.images import datasets, fidelity, stages
 from experiments.images.figures import tile
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.training import make_trainer, network
-from fluxmatching import LogNormalNoise
+from fluxmatching import LogNormalNoise, Trainer
 
 
 def pickled(count: int, seed: int) -> tuple[bytes, np.ndarray]:
@@ -66,11 +65,12 @@ def test_pickles_that_would_run_a_program_are_refused(tmp_path: Path) -> None:
 
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps({b"data": Evil()}))
-    with pytest.raises(UsageError, match=r"cannot be read: a batch of CIFAR-10 holds no builtins.print"):
+    with pytest.raises(UsageError, match=r"UnpicklingError: a batch of CIFAR-10 holds no builtins.print"):
         datasets.load("cifar10", [tmp_path])
 
 
 def write_classes(folder: Path, per_part: int = 3) -> None:
+    """Image files in the layout of classes, and a file that macOS leaves in folders."""
     generator = np.random.default_rng(0)
     for part in ("train", "test"):
         for label in ("cat", "dog"):
@@ -78,6 +78,7 @@ def write_classes(folder: Path, per_part: int = 3) -> None:
             for k in range(per_part):
                 pixels = generator.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / part / label / f"{k:04d}.png")
+            (folder / part / label / ".DS_Store").write_bytes(b"x")
 
 
 def test_class_folders_and_the_same_in_an_archive(tmp_path: Path) -> None:
@@ -98,6 +99,7 @@ def test_class_folders_and_the_same_in_an_archive(tmp_path: Path) -> None:
 
 def test_celeba_is_cropped_scaled_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "CELEBA_TRAINING", 2)
+    monkeypatch.setattr(datasets, "CELEBA", 3)
     folder = tmp_path / "img_align_celeba"
     folder.mkdir()
     for k in range(3):
@@ -111,9 +113,15 @@ def test_celeba_is_cropped_scaled_and_kept(tmp_path: Path, monkeypatch: pytest.M
         assert found.train[1].float().mean().item() == pytest.approx(100, abs=2)
         for file in folder.glob("*.jpg"):  # the second time from the kept bytes
             file.unlink()
-    monkeypatch.setattr(datasets, "CELEBA_TRAINING", 5)
-    with pytest.raises(UsageError, match="CelebA has 202599 images, img_align_celeba 3"):
+
+
+def test_half_of_celeba_is_not_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "img_align_celeba"
+    folder.mkdir()
+    Image.fromarray(np.zeros((218, 178, 3), np.uint8)).save(folder / "000001.jpg")
+    with pytest.raises(UsageError, match="CelebA has 202599 images, img_align_celeba 1"):
         datasets.load("celeba64", [tmp_path])
+    assert not (tmp_path / "celeba64.npy").exists()
 
 
 def test_absent_unknown_and_damaged_data(tmp_path: Path) -> None:
@@ -124,6 +132,12 @@ def test_absent_unknown_and_damaged_data(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half a download")
     with pytest.raises(UsageError, match=r"cifar-10-python.tar.gz cannot be read"):
         datasets.load("cifar10", [tmp_path])
+    for name in ("cifar10_lossless_subset.npz", "cifar10_jpeg_60000.tar.xz"):
+        place = tmp_path / name / "cifar10"
+        place.mkdir(parents=True)
+        (place / name).write_bytes(b"half a download")
+        with pytest.raises(UsageError, match=f"{name} cannot be read"):
+            datasets.load("cifar10", [tmp_path / name])
 
 
 def test_real_images_where_they_are_at_hand() -> None:
@@ -207,32 +221,64 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     text = (finished.out / "summary.md").read_text()
     assert "training step, flux" in text
     assert "Data: drawn discs" in text
-    floor = finished.rows("floor")[0]
+    (floor,) = finished.rows("floor")
     assert floor["distance"] < 0.5 * floor["noise"]
+    assert len(finished.rows("likelihood")) == 4  # 12 test images in minibatches of 8, two models
     rows = finished.rows()
     images.run(finished)  # all is done: nothing is trained again
     assert finished.rows() == rows
 
 
-def test_the_best_model_counts(finished: Run) -> None:
-    stages = [row["distance"] for row in finished.rows("progress") if row["objective"] == FLUX]
-    final = next(row["distance"] for row in finished.rows("final") if row["objective"] == FLUX)
-    assert final == pytest.approx(min(stages))  # as many samples from the same noise
+def test_the_best_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second evaluation is made the worse one: the model of the first is sampled in the end."""
+    judged = iter([1.0, 1.0, 2.0, 2.0])
+    run = make_run(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "frechet_distance", lambda x, y: next(judged))
+        patch.setattr(stages, "log_floor", lambda *a: None)
+        data = datasets.load("shapes")
+        run.log(kind="floor", samples=64, distance=1.0, noise=2.0)
+        stages.train(run, (FLUX, DSM), data, stages.Clock.start(0))
+    best = stages.best_field(run, FLUX, data)
+    first = make_trainer(make_run(tmp_path / "first"), FLUX, data, iterations=2)
+    first.run()
+    for p, q in zip(best.parameters(), first.average.module["field"].parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
-def test_time_that_is_up_and_a_second_command(tmp_path: Path, finished: Run) -> None:
-    """Pausing after every iteration ends where a run without a limit does."""
-    parts = make_run(tmp_path, minutes=1e-9)
-    for _ in range(2):
-        with pytest.raises(Paused, match=r"training is at iteration . of 4"):
-            images.run(parts)
+def test_time_that_is_up_and_further_commands(tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flux steps take three times as long here, so one objective is always ahead; the end is that of one command."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr(stages.time, "monotonic", lambda: clock["now"])
+    step = Trainer.step
+
+    def slow(self: Trainer) -> float:
+        if self.folder is not None:  # not those that are timed
+            clock["now"] += 3.0 if self.folder.name == FLUX else 1.0
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", slow)
+    run = make_run(tmp_path, minutes=6 / 60)
+    said = []
     while not (tmp_path / "summary.md").exists():
-        with suppress(Paused):
-            images.run(parts)
-    assert numbers(parts) == numbers(finished)
+        try:
+            images.run(run)
+        except Paused as pause:
+            said.append(str(pause))
+    assert any("flux at iteration 1, DSM at iteration 2, of 4" in text for text in said)
+    assert numbers(run) == numbers(finished)
 
 
-def test_objectives_share_weights_and_say_their_noise(tmp_path: Path) -> None:
+def test_time_that_is_up_while_judging(tmp_path: Path) -> None:
+    """Every command makes at least an iteration, but no samples once the time is up: those need a longer one."""
+    run = make_run(tmp_path, minutes=1e-9)
+    with pytest.raises(Paused, match="flux at iteration 1, DSM at iteration 1, of 4"):
+        images.run(run)
+    with pytest.raises(Paused, match="the time is up before samples of flux at iteration 2"):
+        images.run(run)
+
+
+def test_objectives_share_weights_and_options(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     data = datasets.load("shapes")
     trainers = {o: make_trainer(run, o, data, iterations=1) for o in (FLUX, DSM)}
@@ -271,11 +317,22 @@ def test_paper_preset_has_the_papers_network(tmp_path: Path) -> None:
         ("attention_level=2", "attention_level must be below 2, got 2"),
         ("evaluations=5", "evaluations must be at most iterations, got 5 and 4"),
         ("samples=10", "samples must be at least 64, got 10"),
+        ("sigma_min=100", "sigma_min must be below sigma_max, got 100.0 and 80.0"),
+        ("precision=fp16", "precision must be one of float32, bf16, got 'fp16'"),
     ],
 )
 def test_bad_settings(override: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         images.EXPERIMENT.configure("smoke", [override])
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [({"batch": 5000}, "batch must be at most the 1024"), ({"multipliers": "1,1,1,1,1,1"}, "size must be a multiple")],
+)
+def test_settings_that_do_not_suit_the_data(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        images.run(make_run(tmp_path, **changes))
 
 
 def test_without_diffusers_or_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,18 +351,38 @@ def test_fid_through_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def calculate_metrics(**arguments: Any) -> dict[str, float]:
         seen.update(arguments)
-        if arguments["feature_extractor_weights_path"] is None:
-            raise OSError("no network")
         return {"frechet_inception_distance": 3.0, "inception_score_mean": 2.0}
 
-    module = type(sys)("torch_fidelity")
+    def extractor(name: str, features: list[str], feature_extractor_weights_path: str | None) -> None:
+        if feature_extractor_weights_path is None:
+            raise OSError("no network")
+
+    module, part = (type(sys)(name) for name in ("torch_fidelity", "torch_fidelity.feature_extractor_inceptionv3"))
     module.calculate_metrics = calculate_metrics  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
+    part.FeatureExtractorInceptionV3 = extractor  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, part.__name__, part)
     pixels = datasets.shapes(5, seed=0)
-    assert fidelity.fid_and_inception_score(pixels, pixels, "weights.pth") == (3.0, 2.0)
+    cpu = torch.device("cpu")
+    assert fidelity.fid_and_inception_score(pixels, pixels, "weights.pth", cpu) == (3.0, 2.0)
     assert torch.equal(seen["input1"][3], pixels[3])
     assert len(seen["input2"]) == 5
-    with pytest.raises(UsageError, match=r"could not be downloaded .no network.; give their file by inception_weights"):
-        fidelity.fid_and_inception_score(pixels, pixels)
+    assert seen["cuda"] is False
+    with pytest.raises(UsageError, match=r"cannot be had .OSError: no network.; give their file by inception_weights"):
+        fidelity.check("")
     with pytest.raises(UsageError, match=r"no file missing.pth"):
         fidelity.check("missing.pth")
+
+
+def test_images_that_stand_for_sorted_data_are_of_all_classes(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    chosen = stages.choice(run, 1000, 100)
+    assert len(chosen.unique()) == 100
+    assert chosen.min() < 100
+    assert chosen.max() >= 900
+    assert torch.equal(chosen, stages.choice(run, 1000, 100))
+
+
+def test_samples_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="x must be finite; the field or the sampler diverged"):
+        datasets.to_bytes(torch.tensor([torch.nan]))

@@ -101,3 +101,17 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match="log_likelihood needs torchdiffeq"):
         log_likelihood(score, x)
+
+
+def test_fields_without_derivatives_are_refused() -> None:
+    """Their divergence would count as zero, and the result be wrong by several nats."""
+    x = torch.ones(2, 2)
+
+    @torch.no_grad()
+    def quiet(z: Tensor, sigma: Tensor) -> Tensor:
+        return score(z, sigma)
+
+    with pytest.raises(RuntimeError, match=r"does not depend on x differentiably; does it use torch.no_grad"):
+        log_likelihood(quiet, x)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"does not depend on x differentiably"):
+        log_likelihood(lambda z, s: -z / (1 + s**2), x)

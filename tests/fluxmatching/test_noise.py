@@ -69,3 +69,11 @@ def test_the_learned_maps_see_a_quarter_of_log_sigma() -> None:
             p.fill_(value)
     expected = 3 * (2 * math.log(5.0) / 4 + 0.5) + 1
     assert normalizer.log_scale(torch.tensor(5.0)).item() == pytest.approx(expected)
+
+
+def test_normalizer_keeps_its_digits_under_autocast() -> None:
+    torch.manual_seed(0)
+    normalizer, sigma = LossNormalizer(), torch.tensor([0.002, 80.0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = normalizer.log_scale(sigma)
+    assert torch.equal(half, normalizer.log_scale(sigma))

@@ -223,3 +223,17 @@ def test_bad_step(step: float) -> None:
 def test_bad_levels(sigmas: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="sigmas must be at least two decreasing"):
         reverse_ve(lambda z, s: z, torch.ones(2, 2), sigmas)
+
+
+def test_a_field_that_turns_nan_ends_the_adaptive_solver_with_its_sigma() -> None:
+    with pytest.raises(RuntimeError, match=r"probability_flow: no step meets .* at sigma .* is the field finite"):
+        probability_flow(lambda z, s: z * torch.nan, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("x", [torch.ones(()), torch.ones(3)])
+def test_samples_without_an_event(x: torch.Tensor) -> None:
+    for sampler in (reverse_ve, predictor_corrector, edm_heun):
+        with pytest.raises(ValueError, match=rf"{sampler.__name__}: x must have shape \[N, \*event\], got"):
+            sampler(gaussian_score, x, log_sigma_grid(2))
+    with pytest.raises(ValueError, match="probability_flow: x must have shape"):
+        probability_flow(gaussian_score, x)
