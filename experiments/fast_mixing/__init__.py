@@ -111,9 +111,9 @@ def draw(run: Run) -> None:
     figures.draw_pictures(run.figure("pictures"), shown)
 
 
-def distance(run: Run, name: str, steps: int) -> float:
-    """Of the images of a field in so many steps."""
-    return float(next(row["distance"] for row in run.rows("pictures") if (row["field"], row["steps"]) == (name, steps)))
+def distance(run: Run, name: str, steps: int, column: str = "distance") -> float:
+    """Of the images of a field in so many steps; column "fid" for the FID."""
+    return float(next(row[column] for row in run.rows("pictures") if (row["field"], row["steps"]) == (name, steps)))
 
 
 def results(run: Run) -> list[Result]:

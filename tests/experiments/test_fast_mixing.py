@@ -15,6 +15,7 @@ from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.fast_mixing import mixture
 from experiments.fast_mixing.mixture import exact_score, make_trainer, noised
+from experiments.images import fidelity
 
 
 def make_run(out: Path, **changes: Any) -> Run:
@@ -85,6 +86,14 @@ def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     rows = run.rows()
     fast_mixing.run(run)
     assert run.rows() == rows
+
+
+def test_fid_by_number_of_steps_is_in_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fidelity, "check", lambda weights: None)
+    monkeypatch.setattr(fidelity, "fid_and_inception_score", lambda *a: (12.5, 2.0))
+    run = make_run(tmp_path, fid="true", mixture_steps="2", chain_steps=400)
+    fast_mixing.run(run)
+    assert "| images, fast flux: FID in 2, 3 steps | Fig. 6 | 12.50, 12.50 |" in (tmp_path / "summary.md").read_text()
 
 
 def test_bad_settings() -> None:
