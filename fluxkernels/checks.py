@@ -184,6 +184,12 @@ def one_of(function: str, name: str, value: str, choices: tuple[str, ...]) -> No
         raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
+def check_sigma_range(function: str, sigma_min: float, sigma_max: float) -> None:
+    """Raise ValueError unless 0 < sigma_min < sigma_max < ∞."""
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise ValueError(f"{function}: 0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}")
+
+
 def check_steps(function: str, steps: object) -> int:
     """A positive number of steps."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from experiments import fast_mixing, images, springs
+from experiments.common.objectives import OBJECTIVES
 from experiments.common.run import Run
 from experiments.fast_mixing.mixture import make_trainer as make_mixture_trainer
 from experiments.images.datasets import Images
@@ -63,10 +64,10 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
     for name, module, size, changes in variants:
         run = start(module, name, **changes)
         made = torch.randint(0, 256, (run.config.batch, 3, size, size), dtype=torch.uint8)
-        for objective in fast_mixing.pictures.TRAINED if module is fast_mixing else images.TRAINED:
+        for objective in OBJECTIVES if module is fast_mixing else images.TRAINED:
             make = partial(make_images_trainer, run, objective, Images(made, made, "made"), iterations=10**9)
             yield Training(name, objective, run.config.iterations, 1, make)
-    for objective in fast_mixing.mixture.TRAINED:
+    for objective in OBJECTIVES:
         run = start(fast_mixing, "mixture")
         make = partial(make_mixture_trainer, run, objective, 0, iterations=10**9)
         yield Training("fast_mixing, mixture", objective, run.config.mixture_iterations, run.config.seeds, make)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from experiments.common import figures as style
 from fluxmatching import (
     EDMField,
     LearnedHorizon,
@@ -17,7 +18,8 @@ from fluxmatching import (
 )
 from fluxmatching.training import Loss
 
-FLUX, FAST, DSM = OBJECTIVES = ("flux", "fast flux", "DSM")
+FAST, FLUX, DSM = OBJECTIVES = ("fast flux", "flux", "DSM")
+COLOURS = {FAST: style.PRESERVING, FLUX: style.FLUX, DSM: style.SCORE_MATCHING}
 
 
 class Noise(Protocol):

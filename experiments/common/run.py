@@ -13,7 +13,8 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,17 @@ class Run:
         parts = [part if isinstance(part, str) else operator.index(part) for part in (self.seed, *key)]
         digest = hashlib.sha256(repr(parts).encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def device_generator(self, *key: int | str) -> torch.Generator:
+        """The same for noise that is made on the run's device; devices draw different numbers from one seed."""
+        return torch.Generator(self.device).manual_seed(self.generator(*key).initial_seed())
+
+    @contextmanager
+    def drawing(self, *key: int | str) -> Iterator[None]:
+        """Inside, torch's own generator of the CPU is `generator(*key)`, for initial weights; afterwards as before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.generator(*key).initial_seed())
+            yield
 
     def summary(self, results: Sequence[Result], figures: Sequence[Figure], notes: Sequence[str] = ()) -> None:
         """Write summary.md, which marks the run as finished.

@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from experiments.common.run import Result, Run
-from fluxkernels import BackendError, resolve_backend
+from fluxkernels import BackendError, backends, resolve_backend
 from fluxmatching import Trainer
-
-BACKENDS = ("cpu", "triton", "torch")
 
 
 def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Trainer], steps: int) -> None:
@@ -25,7 +23,7 @@ def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Tr
     if run.rows("step"):
         return
     trainers = {}
-    for backend in BACKENDS:
+    for backend in backends():
         try:
             resolve_backend(backend, run.device)
         except BackendError:

@@ -95,8 +95,7 @@ def train(run: Run, name: str, way: str, seed: int) -> None:
     problem, config = PROBLEMS[name], run.config
     size = config.size(name)
     data = problem.data(config.data, run.generator("data", name)).to(run.device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.generator("weights", name, seed).initial_seed())
+    with run.drawing("weights", name, seed):
         field = EDMField(problem.network(size.width), data.std().item()).to(run.device)
         model = nn.ModuleDict({"field": field, "normalizer": LossNormalizer().to(run.device)})
     options = TrainingOptions(

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from experiments import images
+from experiments.common.clock import Clock
 from experiments.common.distances import wasserstein2
-from experiments.common.objectives import DSM, FAST, FLUX
+from experiments.common.objectives import DSM, OBJECTIVES
 from experiments.common.registry import Experiment
 from experiments.common.run import Figure, Result, Run, spread
 from experiments.common.timing import log_steps, step_results
 from experiments.fast_mixing import figures, mixture, pictures
 from experiments.images import fidelity
 from experiments.images.datasets import load
-from experiments.images.stages import Clock
 from experiments.images.training import make_trainer
 
 
@@ -64,9 +64,7 @@ def run(run: Run) -> None:
     if config.fid:
         fidelity.check(config.inception_weights)
     data = load(config.dataset)
-    log_steps(
-        run, pictures.TRAINED, lambda o, b: make_trainer(run, o, data, iterations=10**9, backend=b), config.timed_steps
-    )
+    log_steps(run, OBJECTIVES, lambda o, b: make_trainer(run, o, data, iterations=10**9, backend=b), config.timed_steps)
     mixture.study(run)
     if not run.rows("mixture floor"):
         exact = mixture.noised(mixture.SIGMA_MIN)
@@ -93,22 +91,22 @@ def draw(run: Run) -> None:
     config = run.config
     by_field = {
         name: {k: run.by_seed("steps", "w2", field=name, steps=k) for k in config.mixture_steps}
-        for name in (*mixture.TRAINED, mixture.EXACT)
+        for name in (*OBJECTIVES, mixture.EXACT)
     }
     figures.draw_curves(run.figure("mixture"), by_field, run.rows("mixture floor")[0]["w2"], "W2 to exact samples")
     columns = [
-        {name: run.by_seed("mixture", column, field=name) for name in (*mixture.TRAINED, mixture.EXACT)}
+        {name: run.by_seed("mixture", column, field=name) for name in (*OBJECTIVES, mixture.EXACT)}
         for column in ("time", "bias")
     ]
     figures.draw_mixing(run.figure("mixing"), *columns)
-    curves = {name: {k: [distance(run, name, k)] for k in config.steps} for name in pictures.TRAINED}
+    curves = {name: {k: [distance(run, name, k)] for k in config.steps} for name in OBJECTIVES}
     floor = images.stages.floor(run, config.samples)["distance"]
     figures.draw_curves(run.figure("steps"), curves, floor, "Fréchet distance, random convolutions")
     shown = {
         name: {k: torch.load(pictures.shown_file(run, name, k), weights_only=True) for k in config.steps}
-        for name in pictures.TRAINED
+        for name in OBJECTIVES
     }
-    figures.draw_pictures(run.figure("pictures"), shown)
+    images.figures.draw_rows(run.figure("pictures"), shown, "steps")
 
 
 def distance(run: Run, name: str, steps: int, column: str = "distance") -> float:
@@ -120,7 +118,7 @@ def results(run: Run) -> list[Result]:
     """Lines of the summary."""
     config = run.config
     few = min(config.mixture_steps)
-    at_few = {name: run.by_seed("steps", "w2", field=name, steps=few) for name in (*mixture.TRAINED, mixture.EXACT)}
+    at_few = {name: run.by_seed("steps", "w2", field=name, steps=few) for name in (*OBJECTIVES, mixture.EXACT)}
     times = {name: run.by_seed("mixture", "time", field=name) for name in at_few}
     lines = [
         Result(
@@ -138,51 +136,32 @@ def results(run: Run) -> list[Result]:
         for name in at_few
     ]
     lines.append(Result("mixture: W2 of exact samples", f"{run.rows('mixture floor')[0]['w2']:.3f}"))
-    mean = {name: statistics.mean(found) for name, found in times.items()}
     lines.append(
-        Result(
-            "mixture: autocorrelation times, fast flux / flux / DSM",
-            " / ".join(f"{mean[name]:.2f}" for name in (FAST, FLUX, DSM)),
-            "criterion: rising",
-            mean[FAST] < mean[FLUX] < mean[DSM],
-        )
+        rising("mixture: autocorrelation times", {o: statistics.mean(times[o]) for o in OBJECTIVES}, ".2f", "")
     )
-    w2 = {name: statistics.mean(found) for name, found in at_few.items()}
-    lines.append(
-        Result(
-            f"mixture: W2 in {few} steps, fast flux / flux / DSM",
-            " / ".join(f"{w2[name]:.3f}" for name in (FAST, FLUX, DSM)),
-            "criterion: rising (Fig. 6)",
-            w2[FAST] < w2[FLUX] < w2[DSM],
-        )
-    )
-    fewest = min(config.steps)
+    w2 = {o: statistics.mean(at_few[o]) for o in OBJECTIVES}
+    lines.append(rising(f"mixture: W2 in {few} steps", w2, ".3f", " (Fig. 6)"))
+    columns = [("distance", ".3f", "–"), *([("fid", ".2f", "Fig. 6")] if config.fid else [])]
     lines += [
         Result(
-            f"images, {name}: distance in {', '.join(map(str, config.steps))} steps",
-            ", ".join(f"{distance(run, name, k):.3f}" for k in config.steps),
+            f"images, {name}: {column if column == 'distance' else 'FID'} in {', '.join(map(str, config.steps))} steps",
+            ", ".join(f"{distance(run, name, k, column):{digits}}" for k in config.steps),
+            paper,
         )
-        for name in pictures.TRAINED
+        for column, digits, paper in columns
+        for name in OBJECTIVES
     ]
-    if config.fid:
-        lines += [
-            Result(
-                f"images, {name}: FID in {', '.join(map(str, config.steps))} steps",
-                ", ".join(f"{distance(run, name, k, 'fid'):.2f}" for k in config.steps),
-                "Fig. 6",
-            )
-            for name in pictures.TRAINED
-        ]
-    found = {name: distance(run, name, fewest) for name in pictures.TRAINED}
-    lines.append(
-        Result(
-            f"images: distance in {fewest} steps, fast flux / flux / DSM",
-            " / ".join(f"{found[name]:.3f}" for name in (FAST, FLUX, DSM)),
-            "criterion: rising (Fig. 6)",
-            found[FAST] < found[FLUX] < found[DSM],
-        )
-    )
+    fewest = min(config.steps)
+    found = {name: distance(run, name, fewest) for name in OBJECTIVES}
+    lines.append(rising(f"images: distance in {fewest} steps", found, ".3f", " (Fig. 6)"))
     return lines + step_results(run, DSM)
+
+
+def rising(quantity: str, values: dict[str, float], digits: str, source: str) -> Result:
+    """A line that holds if fast flux is below flux, and flux below score matching."""
+    fast, flux, dsm = (values[objective] for objective in OBJECTIVES)
+    shown = " / ".join(f"{value:{digits}}" for value in (fast, flux, dsm))
+    return Result(f"{quantity}, fast flux / flux / DSM", shown, f"criterion: rising{source}", fast < flux < dsm)
 
 
 def _like(config: images.Config, **more: object) -> Config:

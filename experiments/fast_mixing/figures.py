@@ -1,4 +1,4 @@
-"""Distance against the number of sampling steps, mixing times, and what few steps look like."""
+"""Distance against the number of sampling steps, and mixing times."""
 
 from __future__ import annotations
 
@@ -6,14 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from experiments.common import figures as style
-from experiments.common.objectives import DSM, FAST, FLUX
-from experiments.images.figures import tile
-
-COLOURS = {FAST: style.PRESERVING, FLUX: style.FLUX, DSM: style.SCORE_MATCHING}
+from experiments.common.objectives import COLOURS
 
 
 def draw_curves(
@@ -53,18 +48,4 @@ def draw_mixing(path: Path, times: Mapping[str, Sequence[float]], biases: Mappin
                 axes.plot([place] * len(measured), measured, "o", color=colour, ms=4)
         axes.set_xticks(range(len(found)), list(found), rotation=20)
         axes.set_title(title)
-    style.save(fig, path)
-
-
-def draw_pictures(path: Path, by_field: Mapping[str, Mapping[int, Tensor]], columns: int = 8) -> None:
-    """Samples from the same noise, a row for each number of steps, a panel a field."""
-    fig, axes = style.new_figure(3.4 * len(by_field), 2.6, 1, len(by_field), squeeze=False)
-    for panel, (name, by_steps) in zip(axes[0], by_field.items(), strict=True):
-        images = torch.cat([found[:columns] for found in by_steps.values()])
-        panel.imshow(tile(images, columns).numpy(), interpolation="nearest")
-        size = images.shape[-1] + 1
-        panel.set_yticks([size * (k + 0.5) for k in range(len(by_steps))], [str(k) for k in by_steps])
-        panel.set_xticks([])
-        panel.grid(False)
-        panel.set(title=name, ylabel="steps")
     style.save(fig, path)

@@ -12,7 +12,7 @@ from experiments.common.autocorrelation import integrated_autocorrelation_time
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.networks import Perceptron
-from experiments.common.objectives import DSM, FAST, FLUX, make_loss, make_model
+from experiments.common.objectives import OBJECTIVES, make_loss, make_model
 from experiments.common.run import Run
 from fluxmatching import (
     LogUniformNoise,
@@ -24,7 +24,6 @@ from fluxmatching import (
     unadjusted_langevin,
 )
 
-TRAINED = (FAST, FLUX, DSM)
 EXACT = "exact score"
 MEANS, VARIANCE = triangle_means(1.8).float(), 0.05
 SIGMA_MIN, SIGMA_MAX = 0.05, 10.0
@@ -44,8 +43,7 @@ def exact_score(z: Tensor, sigma: Tensor) -> Tensor:
 def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backend: str | None = None) -> Trainer:
     """Of one field; those of a seed share initial weights, data, minibatches and noise levels."""
     config = run.config
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.generator("mixture weights", seed).initial_seed())
+    with run.drawing("mixture weights", seed):
         model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item(), config.rate, config.tau_max)
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
     loss = make_loss(
@@ -66,7 +64,7 @@ def study(run: Run) -> None:
     """Train what is not trained yet, and log for every field: samples by number of steps, mixing, bias."""
     done = {(row["field"], row["seed"]) for row in run.rows("mixture")}
     for seed in range(run.config.seeds):
-        for name in (*TRAINED, EXACT):
+        for name in (*OBJECTIVES, EXACT):
             if (name, seed) in done:
                 continue
             field: nn.Module | Field = exact_score
@@ -87,7 +85,7 @@ def measure(run: Run, field: Field, name: str, seed: int) -> None:
             continue
         generator = run.generator("start", seed, steps)  # the same noise for all fields
         start = (SIGMA_MAX * torch.randn(config.mixture_samples, 2, generator=generator)).to(run.device)
-        noise = torch.Generator(run.device).manual_seed(run.generator("noise", seed, steps).initial_seed())
+        noise = run.device_generator("noise", seed, steps)
         found = predictor_corrector(field, start, log_sigma_grid(steps, SIGMA_MIN, SIGMA_MAX), generator=noise)
         run.log(kind="steps", field=name, seed=seed, steps=steps, w2=wasserstein2(found, target))
     sigma = config.mixture_sigma
@@ -112,7 +110,7 @@ def chains(run: Run, field: Callable[[Tensor], Tensor], seed: int) -> tuple[floa
     sigma, step = config.mixture_sigma, config.langevin_step * config.mixture_sigma**2
     start = noised(sigma).sample(config.chains, run.generator("chains", seed)).to(run.device)
     path: list[Tensor] = []
-    noise = torch.Generator(run.device).manual_seed(run.generator("chain noise", seed).initial_seed())
+    noise = run.device_generator("chain noise", seed)
     end = unadjusted_langevin(
         field, start, step=step, steps=config.chain_steps, generator=noise, callback=lambda _, x: path.append(x.cpu())
     )

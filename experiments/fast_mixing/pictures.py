@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.common.objectives import DSM, FAST, FLUX
+from experiments.common.clock import Clock
+from experiments.common.objectives import OBJECTIVES
 from experiments.common.run import Run
 from experiments.images import fidelity
-from experiments.images.datasets import Images, to_bytes, to_numbers
+from experiments.images.datasets import Images, to_numbers
 from experiments.images.frechet import frechet_distance, random_convolutions
-from experiments.images.stages import Clock, best_field, log_floor, reference, train
-from experiments.images.training import folder, start_noise
+from experiments.images.sampling import in_batches
+from experiments.images.stages import best_field, log_floor, reference, train
+from experiments.images.training import folder
 from fluxmatching import log_sigma_grid, predictor_corrector
 
-TRAINED = (FAST, FLUX, DSM)
-BATCH = 250
 SHOWN = 16
 
 
@@ -26,9 +26,9 @@ def study(run: Run, images: Images, clock: Clock) -> None:
     config = run.config
     for count in sorted({config.evaluation_samples, config.samples}):
         log_floor(run, images, count)
-    train(run, TRAINED, images, clock)
+    train(run, OBJECTIVES, images, clock)
     real = reference(run, images, config.samples)
-    for objective in TRAINED:
+    for objective in OBJECTIVES:
         field = best_field(run, objective, images)
         done = {row["steps"] for row in run.rows("pictures") if row["field"] == objective}
         for steps in config.steps:
@@ -48,13 +48,13 @@ def study(run: Run, images: Images, clock: Clock) -> None:
 
 def sample(run: Run, field: nn.Module, steps: int, shape: tuple[int, ...], desc: str) -> Tensor:
     """Bytes, from the same noise for all fields."""
-    config, parts = run.config, []
+    config = run.config
     sigmas = log_sigma_grid(steps, config.sigma_min, config.sigma_max)
-    for batch in run.bar(range((config.samples + BATCH - 1) // BATCH), desc):
-        start = start_noise(run, min(BATCH, config.samples - batch * BATCH), shape, batch)
-        noise = torch.Generator(run.device).manual_seed(run.generator("noise", steps, batch).initial_seed())
-        parts.append(to_bytes(predictor_corrector(field, start, sigmas, generator=noise)).cpu())
-    return torch.cat(parts)
+
+    def draw(start: Tensor, batch: int) -> Tensor:
+        return predictor_corrector(field, start, sigmas, generator=run.device_generator("noise", steps, batch))
+
+    return in_batches(run, draw, config.samples, shape, desc)
 
 
 def shown_file(run: Run, objective: str, steps: int) -> Path:

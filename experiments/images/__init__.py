@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from experiments.common.clock import Clock
 from experiments.common.objectives import DSM, FLUX
 from experiments.common.registry import GPU, Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run
@@ -16,7 +17,7 @@ from experiments.images import fidelity, figures
 from experiments.images.datasets import Images, load, to_numbers
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.sampling import likelihood, sample
-from experiments.images.stages import SHOWN, Clock, best_field, choice, draw, log_floor, reference, train
+from experiments.images.stages import SHOWN, best_field, choice, draw, log_floor, reference, train
 from experiments.images.training import folder, make_trainer
 from fluxmatching.training import PRECISIONS
 

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.common import figures as style
-from experiments.common.objectives import DSM, FAST, FLUX
-
-COLOURS = {FLUX: style.FLUX, FAST: style.PRESERVING, DSM: style.SCORE_MATCHING}
+from experiments.common.objectives import COLOURS
 
 
 def draw_grids(path: Path, by_name: Mapping[str, Tensor], columns: int = 8) -> None:
@@ -24,20 +22,18 @@ def draw_grids(path: Path, by_name: Mapping[str, Tensor], columns: int = 8) -> N
     style.save(fig, path)
 
 
-def draw_progress(path: Path, by_objective: Mapping[str, Sequence[tuple[int, Tensor]]]) -> None:
-    """Samples from the same noise at several points of the training, a row each, a panel an objective."""
-    rows = max(len(stages) for stages in by_objective.values())
-    fig, axes = style.new_figure(3.6 * len(by_objective), 0.5 * rows + 0.6, 1, len(by_objective), squeeze=False)
-    for panel, (objective, stages) in zip(axes[0], by_objective.items(), strict=True):
-        columns = min(len(images) for _, images in stages)
-        panel.imshow(
-            tile(torch.cat([images[:columns] for _, images in stages]), columns).numpy(), interpolation="nearest"
-        )
-        size = stages[0][1].shape[-1] + 1
-        panel.set_yticks([size * (k + 0.5) for k in range(len(stages))], [f"{iteration}" for iteration, _ in stages])
+def draw_rows(path: Path, by_name: Mapping[str, Mapping[int, Tensor]], label: str, columns: int = 8) -> None:
+    """Images from the same noise, a row for each number that `label` names, a panel for each name."""
+    rows = max(len(images) for images in by_name.values())
+    fig, axes = style.new_figure(3.6 * len(by_name), 0.5 * rows + 0.6, 1, len(by_name), squeeze=False)
+    for panel, (name, by_number) in zip(axes[0], by_name.items(), strict=True):
+        images = torch.cat([found[:columns] for found in by_number.values()])
+        panel.imshow(tile(images, columns).numpy(), interpolation="nearest")
+        size = images.shape[-1] + 1
+        panel.set_yticks([size * (k + 0.5) for k in range(len(by_number))], [str(number) for number in by_number])
         panel.set_xticks([])
         panel.grid(False)
-        panel.set(title=objective, ylabel="iteration")
+        panel.set(title=name, ylabel=label)
     style.save(fig, path)
 
 

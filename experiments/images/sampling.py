@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from experiments.common.clock import Clock
 from experiments.common.run import Run
+from experiments.common.sampling import on_device
 from experiments.images.datasets import to_bytes, to_numbers
 from experiments.images.training import start_noise
 from fluxmatching import bits_per_dim, edm_heun, edm_sigma_grid, log_likelihood, probability_flow
 
 BATCH = 250
 LEVEL = 2 / 255  # distance of neighbouring bytes in the units of the images
-
-
-class Clock(Protocol):
-    """Raises Paused when the time is up; see `stages.Clock`."""
-
-    def check(self, what: str) -> None: ...
 
 
 def sample(
@@ -33,12 +29,37 @@ def sample(
     keep: Path | None = None,
     clock: Clock | None = None,
 ) -> Tensor:
-    """Bytes `[count, *shape]`, by the preset's sampler, from the same noise for every field.
+    """Bytes `[count, *shape]`, by the preset's sampler, from the same noise for every field; see `in_batches`."""
+    config = run.config
+
+    def draw(start: Tensor, batch: int) -> Tensor:
+        if config.sampling_steps:
+            return edm_heun(field, start, edm_sigma_grid(config.sampling_steps, config.sigma_min, config.sigma_max))
+        return probability_flow(
+            field, start, sigma_min=config.sigma_min, sigma_max=config.sigma_max,
+            rtol=config.tolerance, atol=config.tolerance,
+        )  # fmt: skip
+
+    return in_batches(run, draw, count, shape, desc, keep=keep, clock=clock)
+
+
+def in_batches(
+    run: Run,
+    draw: Callable[[Tensor, int], Tensor],
+    count: int,
+    shape: tuple[int, ...],
+    desc: str,
+    *,
+    keep: Path | None = None,
+    clock: Clock | None = None,
+) -> Tensor:
+    """Bytes `[count, *shape]` of what a sampler makes of the noise it is given.
 
     Args:
+        draw: (noise, number of the batch) -> samples.
         keep: folder for the batches of a long run, which then resumes, and may pause by `clock`.
     """
-    config, parts = run.config, []
+    parts = []
     for batch in run.bar(range((count + BATCH - 1) // BATCH), desc):
         file = None if keep is None else keep / f"{batch:04d}.pt"
         if file is not None and file.exists():
@@ -46,14 +67,7 @@ def sample(
             continue
         if clock is not None:
             clock.check(desc)
-        start = start_noise(run, min(BATCH, count - batch * BATCH), shape, batch)
-        if config.sampling_steps:
-            found = edm_heun(field, start, edm_sigma_grid(config.sampling_steps, config.sigma_min, config.sigma_max))
-        else:
-            found = probability_flow(
-                field, start, sigma_min=config.sigma_min, sigma_max=config.sigma_max,
-                rtol=config.tolerance, atol=config.tolerance,
-            )  # fmt: skip
+        found = draw(start_noise(run, min(BATCH, count - batch * BATCH), shape, batch), batch)
         parts.append(to_bytes(found).cpu())
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +89,7 @@ def likelihood(run: Run, field: nn.Module, objective: str, test: Tensor, clock: 
         generator = run.generator("likelihood", batch)
         x = to_numbers(batches[batch])
         x = x + LEVEL * (torch.rand(x.shape, generator=generator) - 0.5)
-        probe = torch.Generator(run.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        probe = on_device(generator, run.device)
         found = log_likelihood(
             field, x.to(run.device), sigma_min=config.sigma_min, sigma_max=config.sigma_max, generator=probe,
             rtol=config.tolerance, atol=config.tolerance,

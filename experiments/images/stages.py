@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from experiments.common.clock import Clock
 from experiments.common.registry import Paused
 from experiments.common.run import Run
 from experiments.images import fidelity, figures
@@ -23,28 +22,6 @@ from fluxmatching import Trainer
 SHOWN = 64
 
 
-@dataclass(frozen=True)
-class Clock:
-    """When a command has to stop."""
-
-    deadline: float
-
-    @staticmethod
-    def start(minutes: float) -> Clock:
-        """So many minutes from now; 0 for no limit."""
-        return Clock(time.monotonic() + 60 * minutes if minutes else math.inf)
-
-    @property
-    def left(self) -> float:
-        """Seconds, not negative."""
-        return max(0.0, self.deadline - time.monotonic())
-
-    def check(self, what: str) -> None:
-        """Raise Paused, saying what was to come, if the time is up."""
-        if not self.left:
-            raise Paused(f"the time is up before {what}")
-
-
 def train(run: Run, objectives: Sequence[str], images: Images, clock: Clock) -> None:
     """Train all objectives through all stages, judging samples of the moving averages at each.
 
@@ -52,6 +29,7 @@ def train(run: Run, objectives: Sequence[str], images: Images, clock: Clock) -> 
         Paused: the time is up.
     """
     config = run.config
+    real = reference(run, images, config.evaluation_samples)
     for stage in range(1, config.evaluations + 1):
         judged = {row["objective"] for row in run.rows("progress") if row["stage"] == stage}
         if judged >= set(objectives):
@@ -67,16 +45,16 @@ def train(run: Run, objectives: Sequence[str], images: Images, clock: Clock) -> 
         for objective in objectives:
             if objective not in judged:
                 clock.check(f"samples of {objective} at iteration {target}")
-                evaluate(run, objective, trainers[objective], images, stage)
+                evaluate(run, objective, trainers[objective], images, real, stage)
         draw(run, objectives)
 
 
-def evaluate(run: Run, objective: str, trainer: Trainer, images: Images, stage: int) -> None:
-    """Log the distances of some samples (row "progress"), and keep the model if it is the best so far."""
+def evaluate(run: Run, objective: str, trainer: Trainer, images: Images, real: Tensor, stage: int) -> None:
+    """Log the distances of some samples to the features `real` (row "progress"), and keep the best model so far."""
     config, field = run.config, averaged_field(trainer)
     shape, name = tuple(images.train.shape[1:]), f"{objective}: samples at {trainer.iteration}"
     found = sample(run, field, config.evaluation_samples, shape, name)
-    distance = frechet_distance(random_convolutions(to_numbers(found)), reference(run, images, len(found)))
+    distance = frechet_distance(random_convolutions(to_numbers(found)), real)
     fid = None
     if config.fid:
         fid = fidelity.fid_and_inception_score(found, images.train, config.inception_weights, run.device)[0]
@@ -140,12 +118,12 @@ def draw(run: Run, objectives: Sequence[str]) -> None:
     rows = run.rows("progress")
     by_objective = {o: [row for row in rows if row["objective"] == o] for o in objectives}
     curves = {o: [(row["iteration"], row["distance"]) for row in found] for o, found in by_objective.items()}
-    stages = {
-        o: [
-            (row["iteration"], torch.load(folder(run, o) / f"shown-{row['stage']}.pt", weights_only=True)[:8])
+    shown = {
+        o: {
+            row["iteration"]: torch.load(folder(run, o) / f"shown-{row['stage']}.pt", weights_only=True)
             for row in found
-        ]
+        }
         for o, found in by_objective.items()
     }
     figures.draw_distance(run.figure("distance"), curves, floor(run, run.config.evaluation_samples)["distance"])
-    figures.draw_progress(run.figure("training"), stages)
+    figures.draw_rows(run.figure("training"), shown, "iteration")

@@ -42,8 +42,7 @@ def make_trainer(
     if len(images.train) < config.batch:
         raise UsageError(f"batch must be at most the {len(images.train)} training images, got {config.batch}")
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(run.generator("weights").initial_seed())
+        with run.drawing("weights"):
             model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA, config.rate, config.tau_max)
         options = TrainingOptions(
             iterations, config.batch, lr=config.lr, warmup=config.warmup, ema=config.ema, precision=config.precision,

@@ -11,9 +11,8 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor
 
 from experiments.common import figures as style
+from experiments.common.objectives import COLOURS
 from experiments.springs.simulator import STEP
-
-COLOURS = {"flux": style.FLUX, "DSM": style.SCORE_MATCHING}
 
 
 def draw_change(path: Path, changes: Mapping[str, Sequence[float]]) -> None:

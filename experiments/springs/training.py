@@ -33,8 +33,7 @@ def make_trainer(
 ) -> Trainer:
     """Of one model; those of a seed share initial weights, minibatches and noise levels."""
     config, samples = run.config, data(run)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.generator("weights", seed).initial_seed())
+    with run.drawing("weights", seed):
         network = TrajectoryTransformer(
             width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )

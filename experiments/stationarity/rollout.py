@@ -64,8 +64,7 @@ def roll_out(
     times = [k * config.segment * config.step_size for k in range(config.segments + 1)]
 
     for segment in run.bar(range(len(histograms) - 1, config.segments), f"run {name}"):
-        generator = torch.Generator(device=run.device)
-        generator.manual_seed(run.generator("rollout", name, segment).initial_seed())
+        generator = run.device_generator("rollout", name, segment)
         path = [x]
         unadjusted_langevin(
             field,

@@ -64,9 +64,7 @@ class Trainer:
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         self.run, self.objective, self.data, self.kernel_variance = run, objective, data, kernel_variance
-        with torch.random.fork_rng(devices=[]):
-            # The same weights for both objectives, and for a resumed run.
-            torch.manual_seed(run.generator("weights").initial_seed())
+        with run.drawing("weights"):  # the same for both objectives, and for a resumed run
             field = CausalField(run.config.hidden, data.var(0).mean().item() + kernel_variance)
         self.field = field.to(run.device)
         self.average = AveragedModel(self.field, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))

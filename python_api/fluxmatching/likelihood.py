@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from fluxkernels.checks import check_positive, check_tensor, one_of
+from fluxkernels.checks import check_positive, check_sigma_range, check_tensor, one_of
 from fluxmatching.endpoint import basis, call_field
 from fluxmatching.networks import parameters_at_rest
-from fluxmatching.samplers import NoisyField, check_range, check_samples, integrate
+from fluxmatching.samplers import NoisyField, check_samples, integrate
 
 
 def log_likelihood(
@@ -54,7 +54,7 @@ def log_likelihood(
     """
     function = "log_likelihood"
     check_samples(function, x)
-    check_range(function, sigma_min, sigma_max)
+    check_sigma_range(function, sigma_min, sigma_max)
     one_of(function, "divergence", divergence, ("hutchinson", "exact"))
     probe = torch.empty_like(x).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 

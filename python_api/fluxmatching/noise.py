@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fluxkernels.checks import check_sigma_range
+
 
 class LogNormalNoise:
     """log σ ~ N(mean, std²): EDM's training distribution (Karras et al. 2022, Table 1).
@@ -32,8 +34,7 @@ class LogUniformNoise:
     """
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0) -> None:
-        if not 0 < sigma_min < sigma_max < math.inf:
-            raise ValueError(f"0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}")
+        check_sigma_range("LogUniformNoise", sigma_min, sigma_max)
         self.low, self.high = math.log(sigma_min), math.log(sigma_max)
 
     def sample(self, shape: tuple[int, ...] = (), *, generator: torch.Generator | None = None) -> Tensor:

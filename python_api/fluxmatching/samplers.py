@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxkernels.checks import check_finite, check_positive, check_steps, check_tensor, one_of
+from fluxkernels.checks import check_finite, check_positive, check_sigma_range, check_steps, check_tensor, one_of
 from fluxmatching.endpoint import call_field
 
 NoisyField = Callable[[Tensor, Tensor], Tensor]  # f(x, σ)
@@ -57,7 +57,7 @@ def unadjusted_langevin(
 def log_sigma_grid(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     """`[steps + 1]` noise levels from sigma_max down to sigma_min, equal ratios, float64 (Algorithm 3)."""
     check_steps("log_sigma_grid", steps)
-    check_range("log_sigma_grid", sigma_min, sigma_max)
+    check_sigma_range("log_sigma_grid", sigma_min, sigma_max)
     return torch.linspace(math.log(sigma_max), math.log(sigma_min), steps + 1, dtype=torch.float64).exp()
 
 
@@ -67,7 +67,7 @@ def edm_sigma_grid(steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0
     Karras et al. (2022, Eq. 5): ρ = 7 puts most of them at small σ.
     """
     check_steps("edm_sigma_grid", steps)
-    check_range("edm_sigma_grid", sigma_min, sigma_max)
+    check_sigma_range("edm_sigma_grid", sigma_min, sigma_max)
     rho = check_positive("edm_sigma_grid", "rho", rho)
     powers = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64)
     return torch.cat([powers**rho, torch.zeros(1, dtype=torch.float64)])
@@ -204,7 +204,7 @@ def probability_flow(
     """
     function = "probability_flow"
     check_samples(function, x)
-    check_range(function, sigma_min, sigma_max)
+    check_sigma_range(function, sigma_min, sigma_max)
     with torch.no_grad():
         end: Tensor = integrate(
             function,
@@ -266,12 +266,6 @@ def check_samples(function: str, x: Tensor) -> None:
     if x.ndim < 2:
         raise ValueError(f"{function}: x must have shape [N, *event], got {list(x.shape)}")
     check_finite(function, x=x)
-
-
-def check_range(function: str, sigma_min: float, sigma_max: float) -> None:
-    """Raise ValueError unless 0 < sigma_min < sigma_max < ∞."""
-    if not 0 < sigma_min < sigma_max < math.inf:
-        raise ValueError(f"{function}: 0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}")
 
 
 def _levels(function: str, x: Tensor, sigmas: Tensor) -> list[float]:

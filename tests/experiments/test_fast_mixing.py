@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import experiments.fast_mixing as fast_mixing
-from experiments.common.objectives import FAST, FLUX
+from experiments.common.objectives import FAST, FLUX, OBJECTIVES
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.fast_mixing import mixture
@@ -75,7 +75,7 @@ def test_the_weight_of_the_proxy_counts(tmp_path: Path) -> None:
 def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     fast_mixing.run(run)
-    fields = (*mixture.TRAINED, mixture.EXACT)
+    fields = (*OBJECTIVES, mixture.EXACT)
     assert [row["field"] for row in run.rows("mixture")] == list(fields)
     assert {(row["field"], row["steps"]) for row in run.rows("steps")} == {(f, k) for f in fields for k in (2, 4)}
     assert {row["steps"] for row in run.rows("pictures")} == {2, 3}

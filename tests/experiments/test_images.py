@@ -6,6 +6,7 @@ import io
 import pickle
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 import experiments.images as images
+from experiments.common.clock import Clock
 from experiments.common.data import data_folders
 from experiments.common.objectives import DSM, FAST, FLUX, make_loss, make_model
 from experiments.common.registry import Paused, UsageError
@@ -238,7 +240,7 @@ def test_the_best_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(stages, "log_floor", lambda *a: None)
         data = datasets.load("shapes")
         run.log(kind="floor", samples=64, distance=1.0, noise=2.0)
-        stages.train(run, (FLUX, DSM), data, stages.Clock.start(0))
+        stages.train(run, (FLUX, DSM), data, Clock.start(0))
     best = stages.best_field(run, FLUX, data)
     first = make_trainer(make_run(tmp_path / "first"), FLUX, data, iterations=2)
     first.run()
@@ -249,7 +251,7 @@ def test_the_best_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_time_that_is_up_and_further_commands(tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flux steps take three times as long here, so one objective is always ahead; the end is that of one command."""
     clock = {"now": 0.0}
-    monkeypatch.setattr(stages.time, "monotonic", lambda: clock["now"])
+    monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
     step = Trainer.step
 
     def slow(self: Trainer) -> float:
