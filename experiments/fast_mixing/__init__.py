@@ -93,7 +93,8 @@ def draw(run: Run) -> None:
         name: {k: run.by_seed("steps", "w2", field=name, steps=k) for k in config.mixture_steps}
         for name in (*OBJECTIVES, mixture.EXACT)
     }
-    figures.draw_curves(run.figure("mixture"), by_field, run.rows("mixture floor")[0]["w2"], "W2 to exact samples")
+    exact = run.rows("mixture floor")[0]["w2"]
+    figures.draw_curves(run.figure("mixture"), by_field, exact, "exact samples", "W2 to exact samples")
     columns = [
         {name: run.by_seed("mixture", column, field=name) for name in (*OBJECTIVES, mixture.EXACT)}
         for column in ("time", "bias")
@@ -101,7 +102,7 @@ def draw(run: Run) -> None:
     figures.draw_mixing(run.figure("mixing"), *columns)
     curves = {name: {k: [distance(run, name, k)] for k in config.steps} for name in OBJECTIVES}
     floor = images.stages.floor(run, config.samples)["distance"]
-    figures.draw_curves(run.figure("steps"), curves, floor, "Fréchet distance, random convolutions")
+    figures.draw_curves(run.figure("steps"), curves, floor, "real images", "Fréchet distance, random convolutions")
     shown = {
         name: {k: torch.load(pictures.shown_file(run, name, k), weights_only=True) for k in config.steps}
         for name in OBJECTIVES

@@ -14,10 +14,11 @@ from experiments.common.objectives import COLOURS
 def draw_curves(
     path: Path,
     by_field: Mapping[str, Mapping[int, Sequence[float]]],
-    floor: float | None,
+    floor: float,
+    best: str,
     ylabel: str,
 ) -> None:
-    """Distance by number of predictor-corrector steps (Fig. 6): mean of the seeds, and a point each."""
+    """Distance by number of predictor-corrector steps (Fig. 6): mean and a point a seed; `floor` is that of `best`."""
     fig, axes = style.new_figure(4.2, 3.0)
     for name, by_steps in by_field.items():
         colour = COLOURS.get(name, style.REFERENCE)
@@ -25,8 +26,7 @@ def draw_curves(
         axes.plot(steps, [np.mean(by_steps[k]) for k in steps], color=colour, label=name)
         for k in steps:
             axes.plot([k] * len(by_steps[k]), by_steps[k], "o", color=colour, ms=3)
-    if floor is not None:
-        axes.axhline(floor, color=style.DATA, lw=0.8, ls="--", label="exact samples")
+    axes.axhline(floor, color=style.DATA, lw=0.8, ls="--", label=best)
     axes.set(xlabel="predictor-corrector steps", ylabel=ylabel, xscale="log", yscale="log")
     ticks = sorted({k for by_steps in by_field.values() for k in by_steps})
     axes.set_xticks(ticks, [str(k) for k in ticks])
