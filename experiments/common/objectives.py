@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from experiments.common import figures as style
 from fluxmatching import (
     EDMField,
+    Horizon,
     LearnedHorizon,
     LossNormalizer,
     TruncatedExponentialHorizon,
@@ -28,15 +29,19 @@ class Noise(Protocol):
     def sample(self) -> Tensor: ...
 
 
-def make_model(network: nn.Module, sigma_data: float, rate: float = 0.0, tau_max: float = 4.0) -> nn.ModuleDict:
+def make_horizon(rate: float, tau_max: float) -> Horizon:
+    """The truncated exponential with this rate; 0 learns the rate (Eq. 51)."""
+    return TruncatedExponentialHorizon(rate, tau_max) if rate else LearnedHorizon(tau_max=tau_max)
+
+
+def make_model(network: nn.Module, sigma_data: float, horizon: Horizon) -> nn.ModuleDict:
     """The field and what is learned beside it: the same parameters for every objective, used or not.
 
     Args:
         network: F(x, c_noise).
         sigma_data: of `EDMField`.
-        rate, tau_max: of the truncated exponential horizon; 0 learns the rate (Eq. 51).
+        horizon: of Flux Matching.
     """
-    horizon = TruncatedExponentialHorizon(rate, tau_max) if rate else LearnedHorizon(tau_max=tau_max)
     return nn.ModuleDict(
         {
             "field": EDMField(network, sigma_data),

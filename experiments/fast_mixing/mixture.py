@@ -12,7 +12,7 @@ from experiments.common.autocorrelation import integrated_autocorrelation_time
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.networks import Perceptron
-from experiments.common.objectives import OBJECTIVES, make_loss, make_model
+from experiments.common.objectives import OBJECTIVES, make_horizon, make_loss, make_model
 from experiments.common.run import Run
 from fluxmatching import (
     LogUniformNoise,
@@ -44,7 +44,8 @@ def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backen
     """Of one field; those of a seed share initial weights, data, minibatches and noise levels."""
     config = run.config
     with run.drawing("mixture weights", seed):
-        model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item(), config.rate, config.tau_max)
+        horizon = make_horizon(config.rate, config.tau_max)
+        model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item(), horizon)
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
     loss = make_loss(
         objective,

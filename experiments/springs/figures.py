@@ -11,18 +11,23 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor
 
 from experiments.common import figures as style
-from experiments.common.objectives import COLOURS
+from experiments.common.objectives import DSM
 from experiments.springs.simulator import STEP
 
 
 def draw_change(path: Path, changes: Mapping[str, Sequence[float]]) -> None:
     """Relative change of W2 by the causal mask, a point a seed and a bar at the mean (Fig. 7, right)."""
-    fig, axes = style.new_figure(3.4, 2.8)
+    fig, axes = style.new_figure(4.2, 2.8)
     for place, (objective, found) in enumerate(changes.items()):
-        axes.bar(place, 100 * np.mean(found), 0.5, color=COLOURS[objective], alpha=0.35)
-        axes.plot([place] * len(found), 100 * np.asarray(found), "o", color=COLOURS[objective], ms=4)
+        colour = style.SCORE_MATCHING if objective == DSM else style.FLUX
+        axes.bar(place, 100 * np.mean(found), 0.5, color=colour, alpha=0.35)
+        axes.plot([place] * len(found), 100 * np.asarray(found), "o", color=colour, ms=4)
     axes.axhline(0, color=style.DATA, lw=0.8)
-    axes.set(xticks=range(len(changes)), xticklabels=list(changes), ylabel="change of W2 by the mask (%)")
+    axes.set(
+        xticks=range(len(changes)),
+        xticklabels=[name.replace(", ", ",\n") for name in changes],
+        ylabel="change of W2 by the mask (%)",
+    )
     style.save(fig, path)
 
 

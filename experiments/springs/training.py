@@ -1,7 +1,8 @@
-"""The four models: Flux Matching and score matching, each with full and with causal attention."""
+"""The models: Flux Matching with either horizon and score matching, each with full and with causal attention."""
 
 from __future__ import annotations
 
+import re
 import time
 from itertools import product
 from pathlib import Path
@@ -15,9 +16,12 @@ from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
-from fluxmatching import LogUniformNoise, Trainer, TrainingOptions
+from fluxmatching import LearnedHorizon, LogUniformNoise, Trainer, TrainingOptions, UniformHorizon
 
-OBJECTIVES = (FLUX, DSM)
+# The paper does not say which horizon it uses here, and the answer depends on it.
+UNIFORM, LEARNED = "flux, uniform horizon", "flux, learned horizon"
+HORIZONS = {UNIFORM: UniformHorizon, LEARNED: LearnedHorizon, DSM: LearnedHorizon}  # score matching has none
+OBJECTIVES = tuple(HORIZONS)
 FULL, CAUSAL = MASKS = ("full", "causal")
 MODELS = tuple(product(OBJECTIVES, MASKS))
 SHOWN = 64  # generated trajectories that a run keeps
@@ -31,19 +35,20 @@ def data(run: Run) -> Tensor:
 def make_trainer(
     run: Run, objective: str, mask: str, seed: int, *, backend: str | None = None, folder: Path | None = None
 ) -> Trainer:
-    """Of one model; those of a seed share initial weights, minibatches and noise levels."""
+    """Of one model; those of a seed share the field's initial weights, minibatches and noise levels."""
     config, samples = run.config, data(run)
     with run.drawing("weights", seed):
         network = TrajectoryTransformer(
             width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )
-        model = make_model(network, samples.std().item(), config.rate, config.tau_max)
+        model = make_model(network, samples.std().item(), HORIZONS[objective](tau_max=config.tau_max))
     options = TrainingOptions(
         config.iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
         seed=run.generator("training", seed).initial_seed() >> 1,
         progress=run.progress and folder is not None,
     )  # fmt: skip
-    loss = make_loss(objective, LogUniformNoise(config.sigma_min, config.sigma_max), backend=backend or run.backend)
+    noise = LogUniformNoise(config.sigma_min, config.sigma_max)
+    loss = make_loss(DSM if objective == DSM else FLUX, noise, backend=backend or run.backend)
     return Trainer(model.to(run.device), loss, samples, options, folder=folder)
 
 
@@ -71,7 +76,8 @@ def train(run: Run, objective: str, mask: str, seed: int) -> None:
 
 def samples_file(run: Run, objective: str, mask: str, seed: int) -> Path:
     """Where some generated trajectories of a model are kept."""
-    return run.out / "models" / f"{objective}-{mask}-{seed}" / "samples.pt"
+    name = re.sub(r"\W+", "-", objective)
+    return run.out / "models" / f"{name}-{mask}-{seed}" / "samples.pt"
 
 
 def floor(run: Run) -> float:

@@ -25,7 +25,7 @@ from experiments.images import datasets, fidelity, stages
 from experiments.images.figures import tile
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.training import make_trainer, network
-from fluxmatching import LogNormalNoise, Trainer
+from fluxmatching import LearnedHorizon, LogNormalNoise, Trainer
 
 
 def pickled(count: int, seed: int) -> tuple[bytes, np.ndarray]:
@@ -292,7 +292,7 @@ def test_objectives_share_weights_and_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", [FLUX, FAST, DSM])
 def test_every_objective_trains_what_it_uses(objective: str) -> None:
     torch.manual_seed(0)
-    model = make_model(lambda x, c: weight * x, 0.5)
+    model = make_model(lambda x, c: weight * x, 0.5, LearnedHorizon())
     weight = torch.nn.Parameter(torch.ones(()))
     values, details = make_loss(objective, LogNormalNoise(), backend="torch")(model, torch.randn(8, 2), torch.tensor(1))
     assert values.shape == (8,)

@@ -14,7 +14,8 @@ from experiments.common.run import Run
 from experiments.springs import simulator
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories, velocity
-from experiments.springs.training import MODELS, data, make_trainer
+from experiments.springs.training import LEARNED, MODELS, OBJECTIVES, UNIFORM, data, make_trainer
+from fluxmatching import LearnedHorizon, UniformHorizon
 
 
 def test_trajectories_are_those_of_scipy() -> None:
@@ -86,17 +87,19 @@ def make_run(out: Path) -> Run:
 def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     trainers = {model: make_trainer(run, *model, seed=0) for model in MODELS}
-    first = trainers["flux", "full"].model.state_dict()
+    first = trainers[UNIFORM, "full"].model["field"].state_dict()
     for one in trainers.values():
-        for name, value in one.model.state_dict().items():
+        for name, value in one.model["field"].state_dict().items():
             assert torch.equal(value, first[name])
     assert {model: one.model["field"].network.blocks[0].causal for model, one in trainers.items()} == {
-        ("flux", "full"): False, ("flux", "causal"): True, ("DSM", "full"): False, ("DSM", "causal"): True
-    }  # fmt: skip
-    assert trainers["DSM", "full"].options == trainers["flux", "causal"].options
+        (objective, mask): mask == "causal" for objective, mask in MODELS
+    }
+    assert trainers["DSM", "full"].options == trainers[UNIFORM, "causal"].options
+    horizons = {objective: type(trainers[objective, "full"].model["horizon"]) for objective in OBJECTIVES[:2]}
+    assert horizons == {UNIFORM: UniformHorizon, LEARNED: LearnedHorizon}
 
 
-@pytest.mark.parametrize("objective", ["flux", "DSM"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_are_normalised_and_say_their_noise(tmp_path: Path, objective: str) -> None:
     run = make_run(tmp_path)
     one = make_trainer(run, objective, "causal", seed=0)
@@ -128,7 +131,7 @@ def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     assert all(row["w2"] > 0 for row in run.rows("model"))
     assert {path.stem for path in run.figures} == {"mask", "trajectories"}
     assert (tmp_path / "masses.gif").stat().st_size > 1000
-    assert "change of W2 by the mask, Flux Matching" in (tmp_path / "summary.md").read_text()
+    assert "change of W2 by the mask: flux, uniform horizon" in (tmp_path / "summary.md").read_text()
     rows = run.rows()
     springs.run(run)  # all is done: nothing is trained again
     assert run.rows() == rows
