@@ -109,11 +109,13 @@ class Experiment:
 
 
 def check_sizes(config: Any, **least: int) -> None:
-    """Raise ValueError unless every number of a config is above 0, or at least what is named for it."""
+    """Raise ValueError unless every number of a config and its tuples is above 0, or at least what is named for it."""
     for name, value in vars(config).items():
-        if name in least and value < least[name]:
+        entries = value if isinstance(value, tuple) else (value,)
+        numbers = [entry for entry in entries if not isinstance(entry, str)]
+        if name in least and not all(number >= least[name] for number in numbers):
             raise ValueError(f"{name} must be at least {least[name]}, got {value}")
-        if name not in least and not isinstance(value, (tuple, str)) and not value > 0:
+        if name not in least and not all(number > 0 for number in numbers):
             raise ValueError(f"{name} must be above 0, got {value}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,9 +54,11 @@ class Config(images.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "mixture_steps"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be one or more positive numbers, got {getattr(self, name)}")
+        if not (self.steps and self.mixture_steps):
+            raise ValueError("steps and mixture_steps must not be empty")
+
+    def loss_options(self) -> dict[str, Any]:
+        return {**super().loss_options(), "mixing_weight": self.mixing_weight}
 
 
 def run(run: Run) -> None:

@@ -86,8 +86,8 @@ class Config:
             self, attention_level=0, warmup=0, rate=0, minutes=0, flips=0, dropout=0, ema=0, sampling_steps=0,
             likelihood_images=0, fid=0, evaluation_samples=SHOWN, samples=SHOWN,
         )  # fmt: skip
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers must be positive, got {self.multipliers}")
+        if not self.multipliers:
+            raise ValueError("multipliers must not be empty")
         if self.attention_level >= len(self.multipliers):
             raise ValueError(f"attention_level must be below {len(self.multipliers)}, got {self.attention_level}")
         if self.sigma_min >= self.sigma_max:
@@ -96,6 +96,10 @@ class Config:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.evaluations > self.iterations:
             raise ValueError(f"evaluations must be at most iterations, got {self.evaluations} and {self.iterations}")
+
+    def loss_options(self) -> dict[str, Any]:
+        """Of `make_loss`, beside the noise."""
+        return {"chunk": self.chunk}
 
 
 def run(run: Run) -> None:

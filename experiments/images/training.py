@@ -52,8 +52,7 @@ def make_trainer(
     except ValueError as error:
         raise UsageError(str(error)) from error
     data = Flipped(images.train, config.flips, run.device)
-    mixing = {"mixing_weight": config.mixing_weight} if hasattr(config, "mixing_weight") else {}
-    loss = make_loss(objective, LogNormalNoise(), backend=backend or run.backend, chunk=config.chunk, **mixing)
+    loss = make_loss(objective, LogNormalNoise(), backend=backend or run.backend, **config.loss_options())
     return Trainer(model.to(run.device), loss, data, options, folder=folder)
 
 

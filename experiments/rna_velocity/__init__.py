@@ -47,7 +47,7 @@ class Config:
     def __post_init__(self) -> None:
         check_sizes(
             self, seeds=1, passes=1, batch=2, circulating_iterations=1, genes=2, cells=2, simulations=0,
-            simulated_genes=3, simulated_cells=self.simulated_genes + 1,
+            simulated_genes=3, simulated_cells=self.simulated_genes + 1, noise=0,
         )  # fmt: skip
         if self.simulations and not (self.noise and min(self.noise) >= 0):
             raise ValueError(f"noise must be one or more levels of at least 0, got {self.noise}")

@@ -120,7 +120,7 @@ def predictor_corrector(
         x ← x + ε f(x, σ_{k+1}) + √(2ε) z,   ε = 2 (r |z| / |f(x, σ_{k+1})|)²,
 
     with |z| and |f| the mean norms over the minibatch, as in Song et al.'s program: for a single sample in few
-    dimensions |f| comes near zero, and ε has no mean.
+    dimensions |f| comes near zero, and ε has no mean. A field that is zero everywhere has no ε: the result is NaN.
 
     Args:
         field: f(x, σ), x `[N, *event]`, σ of shape `[]`.

@@ -97,5 +97,5 @@ def test_fid_by_number_of_steps_is_in_the_summary(tmp_path: Path, monkeypatch: p
 
 
 def test_bad_settings() -> None:
-    with pytest.raises(UsageError, match="steps must be one or more positive numbers"):
+    with pytest.raises(UsageError, match="steps must be above 0"):
         fast_mixing.EXPERIMENT.configure("smoke", ["steps=0,5"])

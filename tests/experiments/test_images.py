@@ -315,7 +315,7 @@ def test_paper_preset_has_the_papers_network(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("multipliers=0,1", "multipliers must be positive"),
+        ("multipliers=0,1", "multipliers must be above 0"),
         ("attention_level=2", "attention_level must be below 2, got 2"),
         ("evaluations=5", "evaluations must be at most iterations, got 5 and 4"),
         ("samples=10", "samples must be at least 64, got 10"),
