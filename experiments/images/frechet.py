@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from experiments.common.distances import bures_wasserstein2
 from fluxkernels import philox
 
 CHANNELS = 32  # of each convolution
@@ -57,9 +58,5 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     if min(len(x), len(y)) < 2:
         raise ValueError(f"frechet_distance: x and y must have at least 2 samples, got {len(x)} and {len(y)}")
     x, y = x.double(), y.double()
-    cx, cy = torch.cov(x.T), torch.cov(y.T)
-    values, vectors = torch.linalg.eigh(cx)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cy @ root).clamp_min(0).sqrt().sum()
     means = (x.mean(0) - y.mean(0)).square().sum()
-    return max(0.0, (means + cx.trace() + cy.trace() - 2 * cross).item())
+    return means.item() + bures_wasserstein2(torch.cov(x.T), torch.cov(y.T))

@@ -11,23 +11,39 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor
 
 from experiments.common import figures as style
-from experiments.common.objectives import DSM
+from experiments.common.objectives import COLOURS
 from experiments.springs.simulator import STEP
 
 
-def draw_change(path: Path, changes: Mapping[str, Sequence[float]]) -> None:
-    """Relative change of W2 by the causal mask, a point a seed and a bar at the mean (Fig. 7, right)."""
+def draw_change(path: Path, changes: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
+    """Relative change of W2 by the causal mask against iterations: the mean, and a point a seed (Fig. 7, right)."""
     fig, axes = style.new_figure(4.2, 2.8)
-    for place, (objective, found) in enumerate(changes.items()):
-        colour = style.SCORE_MATCHING if objective == DSM else style.FLUX
-        axes.bar(place, 100 * np.mean(found), 0.5, color=colour, alpha=0.35)
-        axes.plot([place] * len(found), 100 * np.asarray(found), "o", color=colour, ms=4)
+    for objective, by_stage in changes.items():
+        stages, percent = list(by_stage), 100 * np.array(list(by_stage.values()))
+        axes.plot(stages, percent.mean(1), color=COLOURS[objective], label=objective)
+        for seed in percent.T:
+            axes.plot(stages, seed, "o", color=COLOURS[objective], ms=3, alpha=0.6)
     axes.axhline(0, color=style.DATA, lw=0.8)
-    axes.set(
-        xticks=range(len(changes)),
-        xticklabels=[name.replace(", ", ",\n") for name in changes],
-        ylabel="change of W2 by the mask (%)",
-    )
+    axes.set(xlabel="iterations", ylabel="change of W2 by the mask (%)")
+    axes.legend()
+    style.save(fig, path)
+
+
+def draw_linear(
+    path: Path, distances: Mapping[str, Mapping[float, float]], sizes: Mapping[str, Mapping[float, float]]
+) -> None:
+    """W2 by number of sampling steps, and σ times the field's root mean square by σ, of the best linear fields."""
+    fig, (left, right) = style.new_figure(6.5, 2.8, 1, 2)
+    colours = (style.DATA, style.FLUX, style.SCORE_MATCHING)
+    for name, colour in zip(distances, colours, strict=True):
+        for axes, found in ((left, distances[name]), (right, sizes[name])):
+            axes.plot(list(found), list(found.values()), "o-", ms=4, color=colour, label=name)
+    left.set(xscale="log", yscale="log", xlabel="steps of the sampler", ylabel="W2 to the data's Gaussian")
+    steps = [int(count) for count in next(iter(distances.values()))]
+    left.set_xticks(steps, [str(count) for count in steps])
+    left.set_xticks([], minor=True)
+    right.set(xscale="log", yscale="log", xlabel="σ", ylabel="σ × root mean square of the field")
+    left.legend()
     style.save(fig, path)
 
 

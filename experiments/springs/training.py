@@ -1,9 +1,9 @@
-"""The models: Flux Matching with either horizon and score matching, each with full and with causal attention."""
+"""The four models: Flux Matching and score matching, each with full and with causal attention."""
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -16,12 +16,23 @@ from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
-from fluxmatching import LearnedHorizon, LogUniformNoise, Trainer, TrainingOptions, UniformHorizon
+from fluxmatching import (
+    Horizon,
+    LearnedHorizon,
+    LogUniformNoise,
+    Trainer,
+    TrainingOptions,
+    TruncatedExponentialHorizon,
+    UniformHorizon,
+)
 
-# The paper does not say which horizon it uses here, and the answer depends on it.
-UNIFORM, LEARNED = "flux, uniform horizon", "flux, learned horizon"
-HORIZONS = {UNIFORM: UniformHorizon, LEARNED: LearnedHorizon, DSM: LearnedHorizon}  # score matching has none
-OBJECTIVES = tuple(HORIZONS)
+# The paper does not say which horizon it uses here.
+HORIZONS: dict[str, Callable[[float], Horizon]] = {
+    "learned": lambda tau_max: LearnedHorizon(tau_max=tau_max),
+    "uniform": UniformHorizon,
+    "exponential": lambda tau_max: TruncatedExponentialHorizon(1.0, tau_max),
+}
+OBJECTIVES = (FLUX, DSM)
 FULL, CAUSAL = MASKS = ("full", "causal")
 MODELS = tuple(product(OBJECTIVES, MASKS))
 SHOWN = 64  # generated trajectories that a run keeps
@@ -33,51 +44,66 @@ def data(run: Run) -> Tensor:
 
 
 def make_trainer(
-    run: Run, objective: str, mask: str, seed: int, *, backend: str | None = None, folder: Path | None = None
+    run: Run,
+    objective: str,
+    mask: str,
+    seed: int,
+    *,
+    iterations: int,
+    backend: str | None = None,
+    folder: Path | None = None,
 ) -> Trainer:
-    """Of one model; those of a seed share the field's initial weights, minibatches and noise levels."""
+    """One that stops at `iterations`; those of a seed share initial weights, minibatches and noise levels."""
     config, samples = run.config, data(run)
     with run.drawing("weights", seed):
         network = TrajectoryTransformer(
             width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )
-        model = make_model(network, samples.std().item(), HORIZONS[objective](tau_max=config.tau_max))
+        model = make_model(network, samples.std().item(), HORIZONS[config.horizon](config.tau_max))
     options = TrainingOptions(
-        config.iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
+        iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
         seed=run.generator("training", seed).initial_seed() >> 1,
         progress=run.progress and folder is not None,
     )  # fmt: skip
     noise = LogUniformNoise(config.sigma_min, config.sigma_max)
-    loss = make_loss(DSM if objective == DSM else FLUX, noise, backend=backend or run.backend)
+    loss = make_loss(objective, noise, backend=backend or run.backend)
     return Trainer(model.to(run.device), loss, samples, options, folder=folder)
 
 
+def stages(run: Run) -> list[int]:
+    """Iterations after which a model is judged."""
+    config = run.config
+    return [config.iterations * stage // config.evaluations for stage in range(1, config.evaluations + 1)]
+
+
 def train(run: Run, objective: str, mask: str, seed: int) -> None:
-    """One training, then samples: logs W2 to the training trajectories, and keeps some samples for figures."""
-    one = make_trainer(run, objective, mask, seed, folder=samples_file(run, objective, mask, seed).parent)
-    begun, before = time.perf_counter(), one.iteration
-    one.run()
-    seconds = time.perf_counter() - begun
+    """One training, judged at every stage: logs W2 to the training trajectories, and keeps some samples for figures."""
+    key = {"objective": objective, "mask": mask, "seed": seed}
+    done = {row["iteration"] for row in run.rows("model") if {name: row[name] for name in key} == key}
+    file = samples_file(run, objective, mask, seed)
+    for iteration in stages(run):
+        if iteration in done:
+            continue
+        one = make_trainer(run, objective, mask, seed, iterations=iteration, folder=file.parent)
+        begun, before = time.perf_counter(), one.iteration
+        one.run()
+        seconds = (time.perf_counter() - begun) / (iteration - before) if iteration > before else None
+        found = sample(run, one, seed)
+        torch.save(found[:SHOWN].cpu(), file)
+        run.log(kind="model", **key, iteration=iteration, w2=wasserstein2(found, one.data), seconds=seconds)
+
+
+def sample(run: Run, one: Trainer, seed: int) -> Tensor:
+    """Trajectories of the averaged field, from the same noise for all models and stages of a seed."""
     config, trained = run.config, one.average.module["field"]
     like = one.data[:1].expand(config.samples, -1, -1)
-    generator = run.generator("sample", seed)  # the same noise for all models of a seed
-    found = sample_reverse_ve(trained, like, config.sampling_steps, config.sigma_min, config.sigma_max, generator)
-    torch.save(found[:SHOWN].cpu(), samples_file(run, objective, mask, seed))
-    done = config.iterations - before
-    run.log(
-        kind="model",
-        objective=objective,
-        mask=mask,
-        seed=seed,
-        w2=wasserstein2(found, one.data),
-        seconds=seconds / done if done else None,
-    )
+    generator = run.generator("sample", seed)
+    return sample_reverse_ve(trained, like, config.sampling_steps, config.sigma_min, config.sigma_max, generator)
 
 
 def samples_file(run: Run, objective: str, mask: str, seed: int) -> Path:
     """Where some generated trajectories of a model are kept."""
-    name = re.sub(r"\W+", "-", objective)
-    return run.out / "models" / f"{name}-{mask}-{seed}" / "samples.pt"
+    return run.out / "models" / f"{objective}-{mask}-{seed}" / "samples.pt"
 
 
 def floor(run: Run) -> float:

@@ -10,12 +10,12 @@ import torch
 from scipy.integrate import solve_ivp
 
 import experiments.springs as springs
+from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.springs import simulator
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories, velocity
-from experiments.springs.training import LEARNED, MODELS, OBJECTIVES, UNIFORM, data, make_trainer
-from fluxmatching import LearnedHorizon, UniformHorizon
+from experiments.springs.training import HORIZONS, MODELS, OBJECTIVES, data, make_trainer
 
 
 def test_trajectories_are_those_of_scipy() -> None:
@@ -86,23 +86,21 @@ def make_run(out: Path) -> Run:
 
 def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    trainers = {model: make_trainer(run, *model, seed=0) for model in MODELS}
-    first = trainers[UNIFORM, "full"].model["field"].state_dict()
+    trainers = {model: make_trainer(run, *model, seed=0, iterations=4) for model in MODELS}
+    first = trainers["flux", "full"].model.state_dict()
     for one in trainers.values():
-        for name, value in one.model["field"].state_dict().items():
+        for name, value in one.model.state_dict().items():
             assert torch.equal(value, first[name])
     assert {model: one.model["field"].network.blocks[0].causal for model, one in trainers.items()} == {
         (objective, mask): mask == "causal" for objective, mask in MODELS
     }
-    assert trainers["DSM", "full"].options == trainers[UNIFORM, "causal"].options
-    horizons = {objective: type(trainers[objective, "full"].model["horizon"]) for objective in OBJECTIVES[:2]}
-    assert horizons == {UNIFORM: UniformHorizon, LEARNED: LearnedHorizon}
+    assert trainers["DSM", "full"].options == trainers["flux", "causal"].options
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_are_normalised_and_say_their_noise(tmp_path: Path, objective: str) -> None:
     run = make_run(tmp_path)
-    one = make_trainer(run, objective, "causal", seed=0)
+    one = make_trainer(run, objective, "causal", seed=0, iterations=4)
     torch.manual_seed(3)
     values, details = one.loss(one.model, data(run)[:8], torch.tensor(1))
     assert values.shape == (8,)
@@ -120,18 +118,35 @@ def test_relative_changes_by_hand(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     for mask, found in (("full", (2.0, 4.0)), ("causal", (3.0, 3.0))):
         for seed, value in enumerate(found):
-            run.log(kind="model", objective="flux", mask=mask, seed=1 - seed, w2=value)
-    assert springs.relative_changes(run, "flux") == pytest.approx([-0.25, 0.5])
+            run.log(kind="model", objective="flux", mask=mask, seed=1 - seed, iteration=4, w2=value)
+            run.log(kind="model", objective="flux", mask=mask, seed=1 - seed, iteration=2, w2=1.0)
+    assert springs.relative_changes(run, "flux", 4) == pytest.approx([-0.25, 0.5])
+    assert springs.relative_changes(run, "flux", 2) == [0, 0]
+
+
+def test_every_horizon_trains(tmp_path: Path) -> None:
+    for name in HORIZONS:
+        config = springs.EXPERIMENT.configure("smoke", [f"horizon={name}", "tau_max=2.0"])
+        run = Run(springs.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / name, progress=False)
+        one = make_trainer(run, "flux", "full", seed=0, iterations=1)
+        assert one.model["horizon"].tau_max == 2
+        assert np.isfinite(one.step())
+    with pytest.raises(UsageError, match="horizon must be one of learned, uniform, exponential, got 'none'"):
+        springs.EXPERIMENT.configure("smoke", ["horizon=none"])
 
 
 def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     springs.run(run)
-    assert [(row["objective"], row["mask"]) for row in run.rows("model")] == list(MODELS)
+    assert [(row["objective"], row["mask"]) for row in run.rows("model")] == [m for m in MODELS for _ in range(2)]
+    assert [row["iteration"] for row in run.rows("model")] == [2, 4] * len(MODELS)
     assert all(row["w2"] > 0 for row in run.rows("model"))
-    assert {path.stem for path in run.figures} == {"mask", "trajectories"}
+    assert {path.stem for path in run.figures} == {"mask", "linear", "trajectories"}
     assert (tmp_path / "masses.gif").stat().st_size > 1000
-    assert "change of W2 by the mask: flux, uniform horizon" in (tmp_path / "summary.md").read_text()
+    assert "change of W2 by the mask after 2, 4 iterations: flux" in (tmp_path / "summary.md").read_text()
+    assert (
+        "linear fields: W2 under the mask, score matching over Flux Matching" in (tmp_path / "summary.md").read_text()
+    )
     rows = run.rows()
     springs.run(run)  # all is done: nothing is trained again
     assert run.rows() == rows

@@ -1,0 +1,75 @@
+"""The best linear fields under a causal mask against their definitions."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import ot
+import pytest
+import torch
+
+from experiments.springs import linear
+from fluxmatching import log_sigma_grid
+
+BLOCK = 2
+
+
+@pytest.fixture
+def covariance() -> torch.Tensor:
+    root = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return root @ root.T + 0.1 * torch.eye(8, dtype=torch.float64)
+
+
+def later(matrix: torch.Tensor) -> torch.Tensor:
+    """What the mask forbids: a point of time that sees a later one."""
+    blocks = torch.arange(len(matrix)) // BLOCK
+    return matrix[blocks[:, None] < blocks]
+
+
+def test_flux_keeps_the_gaussian_and_sees_the_past_alone(covariance: torch.Tensor) -> None:
+    matrix = linear.flux_matrix(covariance, BLOCK)
+    torch.testing.assert_close(
+        matrix @ covariance + covariance @ matrix.T, 2 * torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0
+    )
+    assert later(matrix).abs().max() < 1e-10
+
+
+def test_score_matching_takes_the_projection(covariance: torch.Tensor) -> None:
+    """Least squares on the past, row by row, solved by gradients: E (f - s)(x) x_pastᵀ = 0."""
+    matrix = linear.dsm_matrix(covariance, BLOCK)
+    assert later(matrix).abs().max() == 0
+    correlation = (matrix - linear.score_matrix(covariance, BLOCK)) @ covariance
+    blocks = torch.arange(8) // BLOCK
+    assert correlation[blocks[:, None] >= blocks].abs().max() < 1e-10
+    assert (matrix @ covariance + covariance @ matrix.T - 2 * torch.eye(8)).abs().max() > 0.1
+
+
+def test_sampler_by_simulation(covariance: torch.Tensor) -> None:
+    sigmas = log_sigma_grid(12, 0.1, 10.0)
+    exact = linear.generated(linear.flux_matrix, covariance, BLOCK, sigmas)
+    generator = torch.Generator().manual_seed(1)
+    x = sigmas[0] * torch.randn(200_000, 8, generator=generator, dtype=torch.float64)
+    for sigma, lower in pairwise(sigmas):
+        variance = sigma**2 - lower**2
+        drift = -x @ linear.flux_matrix(linear.noised(covariance, float(sigma)), BLOCK).T
+        x = x + variance * drift + variance.sqrt() * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(x.T.cov(), exact, rtol=0.03, atol=0.03 * float(exact.diag().max()))
+
+
+def test_many_steps_make_the_data_unless_score_matching_is_masked(covariance: torch.Tensor) -> None:
+    sigmas, zero = log_sigma_grid(4000, 1e-3, 100.0), np.zeros(8)
+    distances = {
+        name: ot.gaussian.bures_wasserstein_distance(
+            zero, zero, linear.generated(field, covariance, BLOCK, sigmas).numpy(), covariance.numpy()
+        )
+        for name, field in linear.FIELDS.items()
+    }
+    assert distances[linear.SCORE] < 0.02
+    assert distances[linear.FLUX] < 0.02
+    assert distances[linear.DSM] > 0.3
+
+
+def test_size_of_an_isotropic_score_is_one() -> None:
+    covariance = 4 * torch.eye(6, dtype=torch.float64)
+    assert linear.size(linear.score_matrix(covariance, 2), covariance, 2.0) == pytest.approx(1)
