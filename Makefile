@@ -1,7 +1,7 @@
 # make demo      a virtual environment, the library, and its first experiment with figures
 # make test      the whole test suite, with its own set-up
 # make check     formatting, lint and types
-# make bench     every benchmark in one run, as a table in bench/results/
+# make bench     every benchmark in one run, into bench/results/ and the README's tables
 # make gpu       on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/
 # make accuracy  errors of every op against extended precision
 # make sanitize  the kernel tests on C++ compiled with the address and undefined-behaviour sanitizers
@@ -48,7 +48,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 bench: $(VENV)/installed-bench
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench.json
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-max-time=0.5 --benchmark-json=bench.json
 	$(BIN)/python -m bench.report bench.json
 
 # With the PyTorch and Triton of PYTHON itself, which suit the card's driver; pytest is all else it needs.

@@ -37,40 +37,49 @@ def phase_portraits(groups: int, points: int, dimensions: int, generator: torch.
 
 @dataclass(frozen=True)
 class Case:
-    """A density estimate at its own centres: `groups` of `points` each."""
+    """A density estimate in each of `groups`: `queries` points, if as many as `centres` the centres themselves."""
 
     name: str
     groups: int
-    points: int
+    queries: int
+    centres: int
     dimensions: int
     sigma2: float
     make: Callable[[int, int, int, torch.Generator], Tensor] = normal
 
     @property
     def pairs(self) -> int:
-        return self.groups * self.points**2
+        return self.groups * self.queries * self.centres
 
-    def inputs(self) -> Tensor:
-        """`[groups, points, dimensions]` in float32, the same in every process."""
-        return self.make(self.groups, self.points, self.dimensions, torch.Generator().manual_seed(0))
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Queries and centres, `[groups, points, dimensions]` in float32, the same in every process."""
+        refs = self.make(self.groups, self.centres, self.dimensions, torch.Generator().manual_seed(0))
+        return (refs if self.queries == self.centres else refs[:, : self.queries] + 0.1), refs
 
 
+TOY = Case("toy: 256 points, D = 2", 1, 256, 256, 2, 0.2)
 GENES = [
-    Case(f"2000 genes × 256 cells, D = 2, σ² = {sigma2}", 2000, 256, 2, sigma2, phase_portraits)
+    Case(f"RNA: 2000 genes × 256 cells, σ² = {sigma2}", 2000, 256, 256, 2, sigma2, phase_portraits)
     for sigma2 in (0.001, 0.2)
 ]
-SINGLE = [
-    Case(f"{points} points, D = {dimensions}, σ² = {0.1 * dimensions:.1f}", 1, points, dimensions, 0.1 * dimensions)
-    for points in (4096, 32768)
-    for dimensions in (2, 7, 16)
-]
-MINIBATCHES = [
-    Case("minibatch, 256 points, D = 2, σ² = 0.2", 1, 256, 2, 0.2),
-    Case("springs, 256 points, D = 200, σ² = 20", 1, 256, 200, 20.0),
-    Case("images, 128 points, D = 3072, σ² = 300", 1, 128, 3072, 300.0),
-]
-CASES = {
-    "flux_pass + transition_average": [*GENES, *SINGLE, *MINIBATCHES],
-    "kde_score": [*GENES, *SINGLE],
-    "kde_log_density": SINGLE,
+SPRINGS = Case("springs: 256 points, D = 200", 1, 256, 256, 200, 20.0)
+CIFAR = Case("CIFAR-10: 128 points, D = 3072", 1, 128, 128, 3072, 300.0)
+CELEBA = Case("CelebA-64: 128 points, D = 12288", 1, 128, 128, 12288, 1200.0)
+MANY = Case("many centres: 256 × 100000, D = 16", 1, 256, 100_000, 16, 1.6)
+LARGE = [Case(f"large: 16384 points, D = {d}", 1, 16384, 16384, d, 0.1 * d) for d in (2, 16)]
+FAMILIES = [TOY, *GENES, SPRINGS, CIFAR, CELEBA, MANY, *LARGE]
+
+
+def _along(what: str, cases: list[tuple[int, int, int, int]]) -> list[Case]:
+    """Cases named by the size that grows: (groups, queries, centres, dimensions)."""
+    at = {"groups": 0, "points": 1, "centres": 2, "dimensions": 3}[what]
+    return [Case(f"{what} {sizes[at]}", *sizes, 0.1 * sizes[3]) for sizes in cases]
+
+
+# What grows in a row of cases, and the rest that stays.
+SCALING = {
+    "points N = M, D = 2": _along("points", [(1, n, n, 2) for n in (256, 1024, 4096, 16384, 65536)]),
+    "centres M, 256 queries, D = 2": _along("centres", [(1, 256, m, 2) for m in (1000, 10_000, 100_000, 1_000_000)]),
+    "dimensions D, 512 points": _along("dimensions", [(1, 512, 512, d) for d in (2, 8, 16, 24, 64, 256, 1024, 4096)]),
+    "groups of 256 points, D = 2": _along("groups", [(g, 256, 256, 2) for g in (1, 8, 64, 512, 4096)]),
 }

@@ -7,11 +7,23 @@ import torch
 from torch import Tensor
 
 from bench.cases import STEPS, Case
-from bench.peers import LOG_DENSITY, PASS, SCORE
+from bench.peers import BACKWARD, CHAIN, LOG_DENSITY, MEAN, PASS, RESIDUAL, SCORE, TRANSITION
 from fluxkernels.cpu import _kernels
 
-# Chain steps, the first of which gives s(x0) as well, then s(x_τ) and the transition.
-EVALUATIONS = {PASS: STEPS + 2, SCORE: 1, LOG_DENSITY: 1}
+# (exponentials, multiply-adds over D) of a pair at least. A distance is D multiply-adds, a weighted sum of vectors D
+# more. A pass: the chain, s(x_τ) and a transition, whose first evaluation is the chain's own. A backward pass computes
+# weights anew; then c_j needs one inner product, and the sums for the query and for the centre.
+ARITHMETIC = {
+    MEAN: (1, 2),
+    SCORE: (1, 2),
+    LOG_DENSITY: (1, 1),
+    CHAIN: (STEPS, 2 * STEPS),
+    TRANSITION: (2, 4),
+    PASS: (STEPS + 2, 2 * STEPS + 4),
+    RESIDUAL: (1, 4),
+    SCORE + BACKWARD: (2, 7),
+    LOG_DENSITY + BACKWARD: (2, 4),
+}
 
 
 def rates() -> tuple[float, float]:
@@ -30,19 +42,14 @@ def machine() -> dict[str, Any]:
 
 
 def model_seconds(op: str, case: Case, rates: tuple[float, float]) -> float:
-    """Time of the arithmetic alone if every pair is computed.
-
-    A pair costs one exponential, D multiply-adds for the distance and D for the mean; a log-density needs no mean. The
-    pass averages scores, which have D coordinates too, so its transition costs what an evaluation does.
-    """
-    multiply_adds = case.dimensions * (1 if op == LOG_DENSITY else 2)
-    exponentials, fma = rates
-    return EVALUATIONS[op] * case.pairs * (1 / exponentials + multiply_adds / fma)
+    """Time of the arithmetic alone if every pair is computed."""
+    exponentials, multiply_adds = ARITHMETIC[op]
+    return case.pairs * (exponentials / rates[0] + multiply_adds * case.dimensions / rates[1])
 
 
-def live_share(x: Tensor, sigma2: float) -> float:
+def live_share(x: Tensor, refs: Tensor, sigma2: float) -> float:
     """Share of the pairs whose weight is above rounding in float64: the others need not be computed."""
-    queries, refs = x[:4, :512].double(), x[:4].double()
-    distances = torch.cdist(queries, refs, compute_mode="donot_use_mm_for_euclid_dist").square()
+    queries, centres = x[:4, :512].double(), refs[:4].double()
+    distances = torch.cdist(queries, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
     excess = (distances - distances.amin(-1, keepdim=True)) / (2 * sigma2)
     return float((excess < -math.log(torch.finfo(torch.float64).eps)).double().mean())

@@ -1,13 +1,14 @@
-"""Who competes: our backends, plain PyTorch, KeOps and scikit-learn, each as a function of the same arguments.
+"""Who competes: our backends, plain PyTorch, torch.compile of it, KeOps, attention, scikit-learn.
 
-`functions(op, who)` has the signature (queries, centres, sigma2) -> Tensor; that of the pass takes `noise=` too.
+`function(op, who)` has the signature (queries, centres, sigma2) -> Tensor, all in `[groups, points, dimensions]`; ops
+with a chain take `noise=` too.
 """
 
 import importlib.util
 import math
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -16,17 +17,33 @@ from torch import Tensor
 
 import fluxkernels as fk
 from bench import published
-from bench.cases import STEPS, TAU
+from bench.cases import STEPS, TAU, Case
 
-PASS, SCORE, LOG_DENSITY = OPS = ("flux_pass + transition_average", "kde_score", "kde_log_density")
+Function = Callable[..., Tensor]
+MEAN, SCORE, LOG_DENSITY = "kde_mean", "kde_score", "kde_log_density"
+CHAIN, TRANSITION, RESIDUAL = "langevin_chain", "transition_average", "residual_gradient"
+PASS = "flux_pass + transition_average"
+OPS = (SCORE, MEAN, LOG_DENSITY, CHAIN, TRANSITION, RESIDUAL, PASS)
+BACKWARD = ", forward and backward"
+DIFFERENTIATED = (SCORE + BACKWARD, LOG_DENSITY + BACKWARD)
+NOISY = (CHAIN, PASS)
+
 BACKENDS = [name for name, backend in fk.backends().items() if backend.available]
-PEERS = {PASS: ["published"], SCORE: ["published", "keops"], LOG_DENSITY: ["published", "sklearn"]}
-# Plain PyTorch takes more queries of one group than this in chunks: 32768² numbers are 4.3 GB, and it holds three such
-# matrices at once. Whole, it is slower still: most of its time goes into fresh pages of memory.
+PUBLISHED, COMPILED, KEOPS, ATTENTION, SKLEARN = "published", "compiled", "keops", "attention", "sklearn"
+WHOLE = "whole"  # the published formula on all queries at once
+PEERS = {
+    **{op: [PUBLISHED] for op in (*OPS, *DIFFERENTIATED)},
+    SCORE: [PUBLISHED, COMPILED, KEOPS, ATTENTION],
+    SCORE + BACKWARD: [PUBLISHED, KEOPS, ATTENTION],
+    LOG_DENSITY: [PUBLISHED, SKLEARN],
+    PASS: [PUBLISHED, COMPILED],
+}
+# Plain PyTorch takes more queries of one group than this in chunks: whole, the three matrices of 32768² numbers that it
+# holds at once are 13 GB, and it is slower still: most of its time goes into fresh pages of memory.
 ROWS = 4096
-# Relative errors above which an answer is wrong and its time means nothing.
-TOLERANCES = {"ours": 1e-5, "theirs": 1e-2}
-_MODULES = {"keops": "pykeops", "sklearn": "sklearn"}
+# Of a group, on which an answer is judged: the truth is slow.
+JUDGED_PAIRS = 2**25
+_MODULES = {KEOPS: "pykeops", SKLEARN: "sklearn"}
 
 
 def missing(who: str) -> str | None:
@@ -37,13 +54,11 @@ def missing(who: str) -> str | None:
     return f"{module} is not installed: pip install 'fluxkernels[bench]'"
 
 
-def tolerance(who: str) -> float:
-    return TOLERANCES["ours" if who in fk.backends() else "theirs"]
-
-
-def dtype(op: str, who: str) -> torch.dtype:
-    """scikit-learn computes in float64 alone; against it our log-density takes and returns float64 as well."""
-    return torch.float64 if op == LOG_DENSITY and who != "published" else torch.float32
+def tolerance(who: str, dtype: torch.dtype = torch.float32) -> float:
+    """Relative error above which an answer is wrong and its time means nothing."""
+    if dtype in (torch.bfloat16, torch.float16):
+        return 1e-2  # one rounding of the result
+    return 1e-5 if who in fk.backends() else 1e-2
 
 
 def our_pass(
@@ -53,7 +68,27 @@ def our_pass(
     return step.transition_average(step.score_t)
 
 
-def _in_chunks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _our_chain(
+    x: Tensor, refs: Tensor, sigma2: float, noise: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
+    seed = 0 if noise is None else None
+    return fk.langevin_chain(x, refs, sigma2, TAU, steps=STEPS, noise=noise, seed=seed, backend=backend)
+
+
+def _ends(x: Tensor) -> Tensor:
+    """Stands for the ends of chains: of the points' own spread, each near another point's mean."""
+    return 0.9 * x.flip(1)
+
+
+def _our_transition(x: Tensor, refs: Tensor, sigma2: float, *, backend: str | None = None) -> Tensor:
+    return fk.transition_average(x, _ends(x), x, refs, sigma2, TAU, backend=backend)
+
+
+def _our_residual(x: Tensor, refs: Tensor, sigma2: float, *, backend: str | None = None) -> Tensor:
+    return fk.residual_gradient(x, -x, refs, sigma2, backend=backend)
+
+
+def _in_chunks(function: Function) -> Function:
     """`function`, for at most ROWS queries of a group at once."""
 
     def chunked(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
@@ -64,21 +99,44 @@ def _in_chunks(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 published_score = _in_chunks(published.kde_score)
 published_log_density = _in_chunks(published.kde_log_density)
+_published_residual = _in_chunks(lambda x, refs, sigma2: published.residual_gradient(x, -x.detach(), refs, sigma2))
+
+
+def _noise(x: Tensor, noise: Tensor | None, count: int) -> Tensor:
+    return torch.randn(count, *x.shape, dtype=x.dtype, device=x.device) if noise is None else noise
+
+
+def _published_chain(x: Tensor, refs: Tensor, sigma2: float, noise: Tensor | None = None) -> Tensor:
+    noise = _noise(x, noise, STEPS)
+    parts = zip(x.split(ROWS, 1), noise.split(ROWS, 2), strict=True)
+    return torch.cat([published.langevin_chain(start, refs, sigma2, TAU, xi) for start, xi in parts], 1)
+
+
+def _transition(mean: Tensor, sigma2: float, ends_and_values: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Sum over ends, some at a time, of weights times values: Eq. 52 and 9."""
+    variance = sigma2 * (1 - math.exp(-2 * TAU))
+    average = torch.zeros_like(mean)
+    for xt, values in ends_and_values:
+        average += (-published.squared_distances(mean, xt) / (2 * variance)).softmax(1) @ values
+    return average
+
+
+def _published_transition(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
+    mean = x + (1 - math.exp(-TAU)) * sigma2 * published_score(x, refs, sigma2)
+    parts = list(zip(_ends(x).split(ROWS, 1), x.split(ROWS, 1), strict=True))
+    return _transition(mean, sigma2, parts)
 
 
 def published_pass(x: Tensor, refs: Tensor, sigma2: float, noise: Tensor | None = None) -> Tensor:
     """The same from the formulas; s(x0), which the transition needs, is taken once."""
-    if noise is None:
-        noise = torch.randn(1 + STEPS, *x.shape, device=x.device)
+    noise = _noise(x, noise, 1 + STEPS)
     x0 = x + math.sqrt(sigma2) * noise[0]
     mean = x0 + (1 - math.exp(-TAU)) * sigma2 * published_score(x0, refs, sigma2)
-    variance = sigma2 * (1 - math.exp(-2 * TAU))
-    average = torch.zeros_like(x)
+    parts = []
     for start, xi in zip(x0.split(ROWS, 1), noise[1:].split(ROWS, 2), strict=True):
         xt = published.langevin_chain(start, refs, sigma2, TAU, xi)
-        score = published.kde_score(xt, refs, sigma2)
-        average += (-published.squared_distances(mean, xt) / (2 * variance)).softmax(1) @ score
-    return average
+        parts.append((xt, published.kde_score(xt, refs, sigma2)))
+    return _transition(mean, sigma2, parts)
 
 
 def keops_score(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
@@ -93,6 +151,13 @@ def keops_score(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
     return (logits.sumsoftmaxweight(centre, dim=x.dim() - 1) - x) / sigma2
 
 
+def attention_score(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
+    """Attention with keys and values = centres: x·r_j/σ², less |r_j|²/2σ², are the logits but for a constant."""
+    bias = -refs.square().sum(-1).unsqueeze(-2) / (2 * sigma2)
+    mean = torch.nn.functional.scaled_dot_product_attention(x, refs, refs, attn_mask=bias, scale=1 / sigma2)
+    return (mean - x) / sigma2
+
+
 def sklearn_log_density(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
     from sklearn.neighbors import KernelDensity
 
@@ -103,30 +168,69 @@ def sklearn_log_density(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
     return torch.stack([torch.from_numpy(estimate) for estimate in estimates])
 
 
-_OURS: dict[str, Callable[..., Tensor]] = {PASS: our_pass, SCORE: fk.kde_score, LOG_DENSITY: fk.kde_log_density}
-_THEIRS: dict[tuple[str, str], Callable[..., Tensor]] = {
-    (PASS, "published"): published_pass,
-    (SCORE, "published"): published_score,
-    (SCORE, "keops"): keops_score,
-    (LOG_DENSITY, "published"): published_log_density,
-    (LOG_DENSITY, "sklearn"): sklearn_log_density,
+@cache
+def _compiled(op: str) -> Function:
+    # One graph for each shape, as for our kernels.
+    return torch.compile({SCORE: published_score, PASS: published_pass}[op], dynamic=False)
+
+
+def _differentiated(function: Function) -> Function:
+    """Gradients of Σ f(x) g(x) in queries and centres, joined; g stands for what training would send back."""
+
+    def gradients(x: Tensor, refs: Tensor, sigma2: float) -> Tensor:
+        queries, centres = (points.detach().clone().requires_grad_() for points in (x, refs))
+        found = function(queries, centres, sigma2)
+        cotangent = x if found.ndim == x.ndim else x[..., 0]
+        return torch.cat(torch.autograd.grad((found * cotangent).sum(), (queries, centres)), 1)
+
+    return gradients
+
+
+_OURS: dict[str, Function] = {
+    MEAN: fk.kde_mean,
+    SCORE: fk.kde_score,
+    LOG_DENSITY: fk.kde_log_density,
+    CHAIN: _our_chain,
+    TRANSITION: _our_transition,
+    RESIDUAL: _our_residual,
+    PASS: our_pass,
+}
+_THEIRS: dict[tuple[str, str], Function] = {
+    (MEAN, PUBLISHED): _in_chunks(published.kde_mean),
+    (SCORE, PUBLISHED): published_score,
+    (LOG_DENSITY, PUBLISHED): published_log_density,
+    (CHAIN, PUBLISHED): _published_chain,
+    (TRANSITION, PUBLISHED): _published_transition,
+    (RESIDUAL, PUBLISHED): _published_residual,
+    (PASS, PUBLISHED): published_pass,
+    (SCORE, WHOLE): published.kde_score,
+    (SCORE, KEOPS): keops_score,
+    (SCORE, ATTENTION): attention_score,
+    (LOG_DENSITY, SKLEARN): sklearn_log_density,
 }
 
 
-def function(op: str, who: str) -> Callable[..., Tensor]:
-    return partial(_OURS[op], backend=who) if who in BACKENDS else _THEIRS[op, who]
+def function(op: str, who: str) -> Function:
+    """What `who` computes for `op`; "… forward and backward" for gradients."""
+    if op.endswith(BACKWARD):
+        return _differentiated(function(op.removesuffix(BACKWARD), who))
+    if who in BACKENDS:
+        return partial(_OURS[op], backend=who)
+    return _compiled(op) if who == COMPILED else _THEIRS[op, who]
 
 
-def relative_error(op: str, who: str, x: Tensor, sigma2: float, result: Tensor) -> float:
-    """Of `result` = function(op, who)(x, x, sigma2), in the Euclidean norm, against our torch backend in float64.
+def relative_error(op: str, who: str, case: Case, dtype: torch.dtype = torch.float32) -> float:
+    """In the Euclidean norm, against our torch backend in float64 on the same inputs and noise.
 
-    On the first groups and queries only. The pass draws its own noise, so it runs once more there, with noise given.
+    On the first groups and queries only, with all of their centres.
     """
-    queries, refs = x[:4, :512], x[:4]
+    x, refs = (points.to(dtype) for points in case.inputs())
+    x, refs = x[:4, : max(16, min(512, JUDGED_PAIRS // case.centres))].contiguous(), refs[:4].contiguous()
     given: dict[str, Any] = {}
-    if op == PASS:
-        given["noise"] = torch.randn(1 + STEPS, *queries.shape, generator=torch.Generator().manual_seed(1))
-        result = function(op, who)(queries, refs, sigma2, **given)
+    if op in NOISY:
+        count = STEPS + (op == PASS)
+        given["noise"] = torch.randn(count, *x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    result = function(op, who)(x, refs, case.sigma2, **given)
     exact = {name: noise.double() for name, noise in given.items()}
-    truth = function(op, "torch")(queries.double(), refs.double(), sigma2, **exact)
-    return float((result[:4, :512].double() - truth).norm() / truth.norm())
+    truth = function(op, "torch")(x.double(), refs.double(), case.sigma2, **exact)
+    return float((result.double() - truth).norm() / truth.norm())

@@ -43,10 +43,10 @@ def transition_weights(x0: Tensor, xt: Tensor, refs: Tensor, sigma2: float, tau:
 
 
 def residual(field: Callable[[Tensor], Tensor], score: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
-    """(r = ∇·u + u·s, u = f - s) with an exact divergence, differentiable in z `[N, D]`."""
+    """(r = ∇·u + u·s, u = f - s) with an exact divergence, differentiable in z `[..., N, D]`."""
     s = score(z)
     u = field(z) - s
-    rows = [torch.autograd.grad(u[:, d].sum(), z, create_graph=True)[0][:, d] for d in range(z.shape[1])]
+    rows = [torch.autograd.grad(u[..., d].sum(), z, create_graph=True)[0][..., d] for d in range(z.shape[-1])]
     return torch.stack(rows).sum(0) + (u * s).sum(-1), u
 
 
@@ -65,22 +65,32 @@ def flux_loss(
     sigma2: float,
     tau_max: float = 4.0,
     steps: int = 4,
+    *,
+    tau: Tensor | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 6 for one minibatch `[N, D]` of a density whose score is known; ∇r by autograd through everything."""
-    tau = torch.rand((), dtype=x0.dtype) * tau_max
+    """Eq. 6 for one minibatch `[N, D]`, q uniform; ∇r by autograd through everything. What is not given is drawn.
+
+    Args:
+        score: of the density that x0 is drawn from.
+        tau: horizon.
+        noise: of the chain, `[steps, N, D]`.
+    """
+    tau = torch.rand((), dtype=x0.dtype) * tau_max if tau is None else tau
+    noise = torch.randn(steps, *x0.shape, dtype=x0.dtype) if noise is None else noise
     rho = torch.exp(-tau / steps)
     xt = x0
-    for _ in range(steps):
+    for xi in noise:
         mu = xt + sigma2 * score(xt)
-        xt = rho * xt + (1 - rho) * mu + (sigma2 * (1 - rho.square())).sqrt() * torch.randn_like(xt)
+        xt = rho * xt + (1 - rho) * mu + (sigma2 * (1 - rho.square())).sqrt() * xi
 
     end = xt.detach().requires_grad_()
     r, _ = residual(field, score, end)
     (gradient,) = torch.autograd.grad(r.sum(), end)
 
-    mean = x0 + (1 - torch.exp(-tau)) * sigma2 * score(x0)
+    s = score(x0)
+    mean = x0 + (1 - torch.exp(-tau)) * sigma2 * s
     variance = sigma2 * (1 - torch.exp(-2 * tau))
     w = (-squared_distances(mean, xt) / (2 * variance)).softmax(0)
     target = tau_max * torch.exp(-tau) * (w @ gradient)
-    _, u = residual(field, score, x0.requires_grad_())
-    return -2 * (u * target).sum(1)
+    return -2 * ((field(x0.requires_grad_()) - s) * target).sum(1)

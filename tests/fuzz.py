@@ -166,6 +166,7 @@ def draw(rng: np.random.Generator) -> Problem:
 class Report:
     """What a run has seen."""
 
+    problems: int = 0
     calls: int = 0
     entries: int = 0
     compared: int = 0
@@ -400,6 +401,7 @@ def run(seed: int, cases: Iterator[int], *, seconds: float = math.inf) -> Report
                     f"{torch.get_num_threads()} threads"
                 )
                 check(problem, report, where)
+                report.problems += 1
     finally:
         cpu._kernels.use(before)
         torch.set_num_threads(threads)
@@ -416,8 +418,9 @@ def main() -> None:
     report = run(options.seed, cases, seconds=options.seconds)
     print("\n".join(report.failures[:40]))
     print(
-        f"{report.calls} calls, {report.entries} entries, {report.compared / max(1, report.entries):.0%} compared; "
-        f"worst error {report.worst:.2g} roundings ({report.worst_of}); {len(report.failures)} failures"
+        f"{report.problems} problems, {report.calls} calls, {report.entries} entries, "
+        f"{report.compared / max(1, report.entries):.0%} compared; worst error {report.worst:.2g} "
+        f"roundings ({report.worst_of}); {len(report.failures)} failures"
     )
     raise SystemExit(bool(report.failures))
 

@@ -1,12 +1,17 @@
-"""Every Python block of the README runs as it stands, in a fresh interpreter."""
+"""Every block of the README runs: Python as it stands, in a fresh interpreter, commands at their smallest."""
 
 import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+import fluxkernels
+import fluxmatching
+from fluxmatching import velocity
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -43,3 +48,38 @@ def test_block_runs(block: str, tmp_path: Path) -> None:
 def test_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))
     assert [t for t in targets if not (README.parent / t).exists()] == []
+
+
+def test_the_api_page_names_everything_public() -> None:
+    page = (README.parent / "python_api" / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`(\w+)", row)]
+    public = [*fluxkernels.__all__, *fluxmatching.__all__, *velocity.__all__]
+    assert sorted(named) == sorted(public)
+
+
+SHELL = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+@pytest.mark.parametrize("line", SHELL)
+def test_command_works(line: str, tmp_path: Path) -> None:
+    """Commands of the package run, experiments at their smallest; make and pip must know their target."""
+    if line.startswith("make"):
+        command = ["make", "--dry-run", *line.split()[1:]]
+    elif line.startswith("pip install"):
+        (extras,) = re.findall(r"\[(.*)\]", line) or [""]
+        known = metadata.metadata("fluxkernels").get_all("Provides-Extra") or []
+        assert set(filter(None, extras.split(","))) <= set(known)
+        return
+    else:
+        assert line.startswith("python -m ")
+        command = [sys.executable, *line.split()[1:]]
+        if command[2:4] == ["experiments", "run"]:
+            command = [*command[:5], "--preset", "smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr

@@ -44,16 +44,24 @@ class Case:
 
 
 def _own(case: cases.Case, kind: str, compiled: str | None = None) -> Case:
-    return Case(kind, case.name, case.groups, case.points, case.points, case.dimensions, case.sigma2, compiled)
+    return Case(kind, case.name, case.groups, case.queries, case.centres, case.dimensions, case.sigma2, compiled)
 
 
 def _many(queries: int) -> Case:
     return Case("score", f"{queries} queries, 50000 centres, D = 3072", 1, queries, 50_000, 3072, 6000.0, "default")
 
 
+_SINGLE = [
+    cases.Case(f"{points} points, D = {dimensions}", 1, points, points, dimensions, 0.1 * dimensions)
+    for points in (4096, 32768)
+    for dimensions in (2, 7, 16)
+]
 _GENES = [_own(case, "pass", "default" if case.sigma2 == 0.2 else None) for case in cases.GENES]
-_MINIBATCHES = [_own(case, "pass", "reduce-overhead" if case.dimensions > 16 else None) for case in cases.MINIBATCHES]
-_SCORES = [_own(case, "score") for case in (*cases.GENES, *cases.SINGLE)]
+_MINIBATCHES = [
+    _own(case, "pass", "reduce-overhead" if case.dimensions > 16 else None)
+    for case in (cases.TOY, cases.SPRINGS, cases.CIFAR)
+]
+_SCORES = [_own(case, "score") for case in (*cases.GENES, *_SINGLE)]
 # The most wanted first: time may run out.
 CASES = [
     *_GENES,
@@ -61,7 +69,7 @@ CASES = [
     _many(128),
     _many(4096),
     *_SCORES[::-1],
-    *(_own(case, "pass") for case in cases.SINGLE),
+    *(_own(case, "pass") for case in _SINGLE),
 ]
 
 

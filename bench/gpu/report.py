@@ -1,17 +1,11 @@
-"""The README's table of GPU results, from the newest JSON of each card in bench/results.
+"""The README's table of GPU results, from the newest JSON of each card in bench/results."""
 
-python -m bench.gpu.report [--write]     prints it; --write puts it between the markers in README.md
-"""
-
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 from bench.training import cost, presets
 
-ROOT = Path(__file__).parents[2]
-BEGIN, END = "<!-- GPU results: python -m bench.gpu.report --write -->", "<!-- end of GPU results -->"
 PEERS = ("eager", "torch.compile", "KeOps")
 NONE = "No card has run `make gpu` yet: there are no figures."
 
@@ -91,21 +85,3 @@ def table(results: dict[str, Any]) -> list[str]:
 def report(folder: Path) -> str:
     tables = [line for results in newest(folder) for line in [*table(results), ""]]
     return "\n".join(tables).rstrip() or NONE
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--write", action="store_true", help="into README.md, between its markers")
-    options = parser.parse_args()
-    text = report(options.results)
-    print(text)
-    if options.write:
-        readme = ROOT / "README.md"
-        before, rest = readme.read_text().split(BEGIN)
-        after = rest.split(END)[1]
-        readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fluxkernels as fk
 from bench.memory import resident
 from bench.training.problems import images
-from bench.training.results import begin, device_argument
+from bench.training.results import begin, device_argument, keep_json, machine, today
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import EDMField, LossNormalizer, Trainer, TrainingOptions, UNet, dsm_loss, noise_annealed_flux_loss
@@ -223,6 +223,37 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+SUMMARY = {
+    "flux": "Flux Matching",
+    "flux, half of the ends": "`endpoint_share=0.5`",
+    "flux, double backward": "double backward, as published",
+}
+
+
+def summary(results: dict[str, Any]) -> list[str]:
+    """The README's table: time and memory over those of score matching, a line a network."""
+    heads = ["network", "score matching", *SUMMARY.values()]
+    lines = [
+        f"*{results['date']}, {results['machine']}*",
+        "",
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
+    ]
+    for name in dict.fromkeys(row["setting"]["name"] for row in results["rows"]):
+        by_way = {row["way"]: row for row in results["rows"] if row["setting"]["name"] == name}
+        base = by_way["score matching"]
+        cells = [name, f"{1e3 * base['seconds']:.3g} ms"]
+        for way in SUMMARY:
+            row = by_way[way]
+            cells.append(
+                row["failed"].split(":")[0]
+                if "failed" in row
+                else f"{row['seconds'] / base['seconds']:.2f} ×, memory {row['memory'] / base['memory']:.2f} ×"
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
@@ -237,11 +268,18 @@ def main() -> None:
     if options.repetitions < 1:
         parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
     chosen = [SETTINGS[options.setting]] if options.setting else GPU if device.type == "cuda" else CPU
-    with begin("training", device, keep=options.setting is None and options.repetitions >= 5) as write:
+    kept = options.setting is None and options.repetitions >= 5
+    rows: list[dict[str, Any]] = []
+    with begin("training", device, keep=kept) as write:
         write("# A training step beside one of score matching\n")
         write(HEAD)
         for setting in chosen:
-            write("\n".join(table(measure(setting, str(device), options.repetitions))))
+            found = measure(setting, str(device), options.repetitions)
+            rows += found
+            write("\n".join(table(found)))
+    if kept:
+        kind = "gpu" if device.type == "cuda" else "cpu"
+        keep_json(f"training-{kind}", {"date": today(), "machine": machine(device), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
 
     run = start(springs, "springs")
     for objective in springs.OBJECTIVES:
-        make = partial(make_springs_trainer, run, objective, FULL, 0)
+        make = partial(make_springs_trainer, run, objective, FULL, 0, iterations=10**9)
         yield Training("springs", objective, run.config.iterations, len(MASKS) * run.config.seeds, make)
     variants: list[tuple[str, ModuleType, int, dict[str, Any]]] = [
         ("images", images, 32, {}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,14 +28,32 @@ def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
     return device
 
 
-def machine(device: torch.device) -> str:
+def today() -> str:
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def keep_json(kind: str, results: dict[str, Any], document: str = "") -> None:
+    """Results, and a document of them, in place of the last of their kind: bench/results/<date>-<kind>.json, .md."""
+    for ending, text in (("json", json.dumps(results, indent=1) + "\n"), ("md", document)):
+        if text:
+            for old in RESULTS.glob(f"*-{kind}.{ending}"):
+                old.unlink()
+            (RESULTS / f"{results['date']}-{kind}.{ending}").write_text(text)
+
+
+def commit() -> str:
+    """What is checked out, "-dirty" if it was changed since."""
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
     )
+    return described.stdout.strip() or "unknown"
+
+
+def machine(device: torch.device) -> str:
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return (
         f"{where}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, commit "
-        f"{described.stdout.strip() or 'unknown'}."
+        f"{commit()}."
     )
 
 
@@ -54,5 +74,4 @@ def begin(what: str, device: torch.device, *, keep: bool = True) -> Iterator[Cal
         kind = "gpu" if device.type == "cuda" else "cpu"
         for old in RESULTS.glob(f"*-{what}-{kind}.md"):
             old.unlink()
-        today = datetime.now(timezone.utc).date().isoformat()
-        (RESULTS / f"{today}-{what}-{kind}.md").write_text("\n".join(lines) + "\n")
+        (RESULTS / f"{today()}-{what}-{kind}.md").write_text("\n".join(lines) + "\n")

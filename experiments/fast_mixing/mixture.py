@@ -51,7 +51,7 @@ def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backen
         objective,
         LogUniformNoise(SIGMA_MIN, SIGMA_MAX),
         backend=backend or run.backend,
-        mixing_weight=config.mixing_weight,
+        mixing_weight=config.mixture_mixing_weight,
     )
     options = TrainingOptions(
         iterations, config.mixture_batch, lr=1e-3, ema=0.999, warmup=100, progress=run.progress and backend is None,

@@ -15,9 +15,6 @@ from tests.cases import CASES, Case
 IDS = [case.name for case in CASES]
 
 
-ROUNDING = 2.0**-24  # what rounding a number to float32 costs at most, relative to it
-
-
 @functools.cache
 def truths(case: Case) -> dict[str, np.ndarray]:
     """In extended precision, of the inputs as float32; "end" holds the ends of the chains in float32."""
@@ -37,12 +34,7 @@ float32_errors_of_torch = functools.cache(functools.partial(float32_errors, back
 def test_float32_against_extended_precision(case: Case, implementation: str) -> None:
     theirs = float32_errors_of_torch(case)
     ours = theirs if implementation == "torch" else float32_errors(case, implementation)
-    # Weights between points far outside of all centres hang on digits that their float32 mean does not have.
-    limit = 1e-4 if case.far else 1e-5
-    assert {op: error for op, error in ours.items() if not error < limit} == {}
-    # All compute in float64 and round once, so the error is that rounding, or what an op's float32 input costs. How a
-    # number between two float32 ones is rounded is chance: hence 1 %.
-    assert {op: e for op, e in ours.items() if not e <= 1.01 * max(theirs[op], ROUNDING)} == {}
+    assert accuracy.wrong(case, ours, theirs) == {}
 
 
 @functools.cache

@@ -1,0 +1,57 @@
+"""Time, memory and share of the limit against size, from the results of `pytest bench`."""
+
+from pathlib import Path
+from typing import Any
+
+from bench.cases import SCALING
+from bench.peers import SCORE
+from bench.speed import LABELS, Row, wrong
+from experiments.common import figures as style
+
+COLOURS = {
+    "cpu": style.FLUX,
+    "whole": style.SCORE_MATCHING,
+    "keops": style.PRESERVING,
+    "attention": style.ACCENT,
+}
+
+
+def curves(results: dict[str, Any], what: str) -> dict[str, list[tuple[float, Row]]]:
+    """By who: (size, row) along what grows; wrong answers left out."""
+    rows = [row for row in results["rows"] if row["table"] == f"{SCORE} by {what}"]
+    found: dict[str, list[tuple[float, Row]]] = {}
+    for row in rows:
+        if not wrong(row):
+            found.setdefault(row["who"], []).append((float(row["name"].split()[-1]), row))
+    return found
+
+
+def draw_quantity(path: Path, results: dict[str, Any], column: str, label: str, factor: float) -> None:
+    """A panel for everything that grows; a cross at the top where memory ran out."""
+    fig, panels = style.new_figure(11.0, 2.9, 1, len(SCALING), sharey=True)
+    for axes, what in zip(panels, SCALING, strict=True):
+        for who, points in curves(results, what).items():
+            good = [(size, factor * row[column]) for size, row in points if row.get(column)]
+            if good:
+                axes.plot(*zip(*good, strict=True), "o-", ms=3.5, color=COLOURS[who], label=LABELS[who].strip("`"))
+            for size, row in points:
+                if "failed" in row:
+                    axes.plot(size, 0.96, "x", ms=7, mew=2, color=COLOURS[who], transform=axes.get_xaxis_transform())
+        axes.set(xscale="log", yscale="log" if column != "limit" else "linear", xlabel=what)
+    panels[0].set_ylabel(label)
+    if panels[0].lines:
+        panels[0].legend(fontsize=7)
+    style.save(fig, path)
+
+
+def draw(folder: Path, results: dict[str, Any]) -> list[Path]:
+    """speed-time.png, speed-memory.png and speed-limit.png."""
+    quantities = {
+        "time": ("seconds", "time of a score (ms)", 1e3),
+        "memory": ("memory", "memory of a call (MB)", 1e-6),
+        "limit": ("limit", "share of the machine's limit (%)", 100.0),
+    }
+    paths = [folder / f"speed-{name}.png" for name in quantities]
+    for path, (column, label, factor) in zip(paths, quantities.values(), strict=True):
+        draw_quantity(path, results, column, label, factor)
+    return paths

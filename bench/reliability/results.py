@@ -1,0 +1,71 @@
+"""One JSON with the last entry of every check, and its table."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.reliability.checks import CHECKS, Entry
+from bench.training.results import RESULTS, today
+
+NAME = "reliability-cpu.json"
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def newest(folder: Path = RESULTS) -> dict[str, Any]:
+    """The last results, or some without a check."""
+    files = sorted(folder.glob(f"*-{NAME}"))  # names begin with the date
+    results: dict[str, Any] = json.loads(files[-1].read_text()) if files else {"checks": {}}
+    return results
+
+
+def keep(name: str, entry: Entry, commit: str, folder: Path = RESULTS) -> Path:
+    """The last results with this entry in place of that check's, in the one file there is, of today."""
+    here, date = machine(), today()
+    checks = newest(folder)["checks"]
+    # Machine, too: other entries may come from elsewhere.
+    checks[name] = {"date": date, "commit": commit, "machine": here, **entry}
+    checks = {known: checks[known] for known in CHECKS if known in checks}
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{date}-{NAME}"
+    results = {"date": date, "machine": here, "commit": commit, "checks": checks}
+    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    for old in folder.glob(f"*-{NAME}"):
+        if old != file:
+            old.unlink()
+    return file
+
+
+def result(name: str, entry: Entry) -> str:
+    """An entry in words."""
+    if "skipped" in entry:
+        return f"not run: {entry['skipped']}"
+    if "failed" in entry:
+        return f"**failed**: {entry['failed'].splitlines()[0]}"
+    return ("" if entry["passed"] else "**failed**: ") + CHECKS[name].say(entry)
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Markdown: a row for each check that has an entry."""
+    rows = [f"| {name} | {CHECKS[name].what} | {result(name, entry)} |" for name, entry in results["checks"].items()]
+    return ["| check | what was done | result |", "|---|---|---|", *rows]
