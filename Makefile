@@ -1,12 +1,13 @@
-# make demo      a virtual environment, the library, and its first experiment with figures
-# make test      the whole test suite, with its own set-up
-# make check     formatting, lint and types
-# make bench     every benchmark in one run, into bench/results/ and the README's tables
-# make gpu       on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/
-# make accuracy  errors of every op against extended precision
-# make sanitize  the kernel tests on C++ compiled with the address and undefined-behaviour sanitizers
-# make arm64     whether the kernels compile for arm64 (needs aarch64-linux-gnu-g++)
-# make fuzz      a minute of random shapes, strides and extreme values
+# make demo         a virtual environment, the library, and its first experiment with figures
+# make test         the whole test suite, with its own set-up
+# make check        formatting, lint and types
+# make bench        every benchmark in one run, into bench/results/ and the README's tables
+# make gpu          on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/
+# make accuracy     errors of every op against extended precision
+# make reliability  fuzz, adversarial cases, kill and resume, soak, sanitizers, wheels, into bench/results/
+# make sanitize     the kernel tests on C++ compiled with the address and undefined-behaviour sanitizers
+# make arm64        whether the kernels compile for arm64 (needs aarch64-linux-gnu-g++)
+# make fuzz         a minute of random shapes, strides and extreme values
 PYTHON ?= python3
 VENV ?= .venv
 # The release the tests run against. On Linux its wheel brings CUDA, some gigabytes; without a GPU:
@@ -16,7 +17,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check bench gpu accuracy sanitize arm64 fuzz clean
+.PHONY: demo test check bench gpu accuracy reliability sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,6 +59,10 @@ gpu:
 accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m bench.accuracy --backend $(BACKEND)
 
+reliability: $(VENV)/installed-dev
+	$(BIN)/python -m bench.reliability
+	$(BIN)/python -m bench.report
+
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m tests.fuzz --seconds 60
 
@@ -65,6 +70,7 @@ fuzz: $(VENV)/installed-dev
 SANITIZED := OMP_NUM_THREADS=1 UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/asan \
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
 
+# A report comes on the standard error of the process, which pytest would keep from one that it ends.
 # torch.compile's inductor starts compilers of its own, which do not run with a sanitizer preloaded.
 sanitize: $(VENV)/installed-dev
 	rm -rf build/sanitize build/sanitize-objects build/asan.*
@@ -73,7 +79,7 @@ sanitize: $(VENV)/installed-dev
 		--build-temp build/sanitize-objects
 	cd build/sanitize && $(SANITIZED) $(abspath $(BIN))/python -c "from fluxkernels.cpu import _kernels as k; \
 		print(k.__file__)" | grep build/sanitize  # not the checkout's own
-	$(SANITIZED) $(BIN)/python -m pytest -o "pythonpath=build/sanitize ." tests/fluxkernels -k "not inductor" \
+	$(SANITIZED) $(BIN)/python -m pytest -o "pythonpath=build/sanitize ." tests/fluxkernels -k "not inductor" --capture=sys \
 		|| { cat build/asan.* 2>/dev/null; exit 1; }
 
 arm64:

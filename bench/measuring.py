@@ -30,7 +30,7 @@ def measure(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype, *
     """Time the call and keep beside it all that a table says of it.
 
     Raises:
-        AssertionError: the answer is wrong; the report prints no time of it.
+        AssertionError: an answer of ours is wrong. A peer's may be, and the report then prints no time of it.
     """
     if reason := peers.missing(who):
         pytest.skip(reason)
@@ -65,4 +65,5 @@ def measure(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype, *
     info["cores"] = (time.process_time() - busy) / (time.perf_counter() - wall)
     info["live_share"] = limits.live_share(x, refs, case.sigma2)
     info["error"] = peers.relative_error(op, who, case, dtype)
-    assert info["error"] < peers.tolerance(who, dtype)
+    if who in peers.BACKENDS:
+        assert info["error"] < peers.tolerance(who, dtype)

@@ -15,6 +15,7 @@ from bench.gpu import report as gpu
 from bench.reliability import results as reliability
 from bench.training import cost
 
+Table = Callable[[dict[str, Any]], list[str]]
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 
@@ -43,7 +44,7 @@ def render(folder: Path = RESULTS) -> dict[str, list[str]]:
 
 def parts(folder: Path = RESULTS) -> dict[str, list[str]]:
     """The README's generated parts."""
-    tables: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    tables: dict[str, tuple[str, Table]] = {
         "speed": ("speed-cpu", speed.summary),
         "training": ("training-cpu", cost.summary),
         "accuracy": ("accuracy-cpu", accuracy.summary),
@@ -53,6 +54,9 @@ def parts(folder: Path = RESULTS) -> dict[str, list[str]]:
     for name, (kind, table) in tables.items():
         results = newest(kind, folder)
         found[name] = ["No results yet."] if results is None else table(results)
+        document = folder / f"{(results or {}).get('date')}-{kind}.md"
+        if document.exists():
+            found[name] += ["", f"[All rows](bench/results/{document.name})"]
     return found | {"gpu": gpu.report(folder).splitlines()}
 
 

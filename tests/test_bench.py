@@ -136,7 +136,7 @@ def entry(who: str, seconds: float, error: float, table: str = peers.SCORE, **ot
         "rates": [1e3, 1e5],
     }
     return {
-        "group": f"{table}: {others.pop('name', 'tiny')}",
+        "group": f"{table}: {others.pop('name', 'toy')}",
         "params": {},
         "stats": {"median": seconds},
         "extra_info": {**info, **others},
@@ -181,21 +181,22 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.glob("20*")} == {"2030-01-02-speed-cpu.json", "2030-01-02-speed-cpu.md"}
     text = (tmp_path / "2030-01-02-speed-cpu.md").read_text()
     # 100 pairs at (1/1000 + 4/100000) s are half of the time; KeOps was wrong and gets no figure.
-    row = "| tiny | 208 ms | 2.08 s (10 ×) | out of memory | wrong | 50% | 50% | 1e-08 / 1e-04 / nan / 5e-01 | 3 MB |"
+    row = "| toy | 208 ms | 2.08 s (10 ×) | out of memory | wrong | 50% | 50% | 1e-08 / 1e-04 / nan / 5e-01 | 3 MB |"
     assert row in text
     assert "| 1 | 416 ms | 50% |" in text  # one of two threads has half of the rates
     assert "| one field | 500 ms |" in text
     for fact in ("A CPU", "2 threads (OpenMP)", "avx2", "0123456", "torch 2.13", "1e+03 exponentials"):
         assert fact in " ".join(text.split())
-    shown = "| score | tiny | 208 ms | 10 × |  | wrong |  | 3 MB /  | 1e-08 / 1e-04 | 50% |"
-    assert parts["speed"][-1] == shown
+    shown = "| score | toy | 208 ms | 10 × |  | wrong |  | 3 MB /  | 1e-08 / 1e-04 | 50% |"
+    assert parts["speed"][-3] == shown
+    assert parts["speed"][-1] == "[All rows](bench/results/2030-01-02-speed-cpu.md)"
     assert "2030-01-02, A CPU" in parts["speed"][0]
 
 
 def test_no_figure_without_a_right_answer_of_ours() -> None:
     kept = speed.keep(results(entry("cpu", 0.1, math.nan), entry("published", 0.5, 1e-4)))
-    assert "| tiny | wrong | 500 ms | – | – |" in speed.document(kept)
-    assert "| score | tiny | wrong | 500 ms |" in "\n".join(speed.summary(kept))
+    assert "| toy | wrong | 500 ms | – | – |" in speed.document(kept)
+    assert "| score | toy | wrong | 500 ms |" in "\n".join(speed.summary(kept))
 
 
 def test_half_precision_may_be_rounded_and_no_more() -> None:

@@ -60,8 +60,9 @@ def test_the_api_page_names_everything_public() -> None:
 
 SHELL = [
     line.split("#")[0].strip()
-    for block in re.findall(r"```\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    for line in block.splitlines()
+    for block in re.findall(r"^```\w*\n.*?^```$", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    if block.startswith("```\n")
+    for line in block.splitlines()[1:-1]
     if line.split("#")[0].strip()
 ]
 
@@ -70,7 +71,7 @@ SHELL = [
 def test_command_works(line: str, tmp_path: Path) -> None:
     """Commands of the package run, experiments at their smallest; make and pip must know their target."""
     if line.startswith("make"):
-        command = ["make", "--dry-run", *line.split()[1:]]
+        command = ["make", "--dry-run", "-C", str(README.parent), *line.split()[1:]]
     elif line.startswith("pip install"):
         (extras,) = re.findall(r"\[(.*)\]", line) or [""]
         known = metadata.metadata("fluxkernels").get_all("Provides-Extra") or []
@@ -79,7 +80,14 @@ def test_command_works(line: str, tmp_path: Path) -> None:
     else:
         assert line.startswith("python -m ")
         command = [sys.executable, *line.split()[1:]]
-        if command[2:4] == ["experiments", "run"]:
-            command = [*command[:5], "--preset", "smoke", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=README.parent, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    smallest = [sys.executable, "-m", "experiments", "run", "controllable", "--preset", "smoke"]
+    if command[2:4] == ["experiments", "run"]:
+        command = [*command[:5], "--preset", "smoke"]
+    commands = [smallest, command] if command[2:4] == ["experiments", "report"] else [command]
+    path = os.pathsep.join([str(README.parent), str(README.parent / "python_api"), os.environ.get("PYTHONPATH", "")])
+    for each in commands:
+        done = subprocess.run(
+            each, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr

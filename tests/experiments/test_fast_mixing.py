@@ -65,7 +65,7 @@ def test_exact_score_is_sampled_better_with_more_steps(tmp_path: Path) -> None:
 def test_the_weight_of_the_proxy_counts(tmp_path: Path) -> None:
     losses = []
     for objective, weight in ((FLUX, 1.0), (FAST, 1.0), (FAST, 3.0)):
-        run = make_run(tmp_path / f"{objective}{weight}", mixing_weight=weight)
+        run = make_run(tmp_path / f"{objective}{weight}", mixture_mixing_weight=weight)
         losses.append(make_trainer(run, objective, 0, iterations=1, backend="torch").step())
     plain, once, thrice = losses
     assert abs(once - plain) > 1e-3

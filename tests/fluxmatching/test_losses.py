@@ -1,7 +1,6 @@
 """Flux Matching losses against closed forms, autograd in float64, and the paper's own statements."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,14 +12,10 @@ from bench import published
 from fluxkernels import philox
 from fluxmatching import (
     Draws,
-    LearnedHorizon,
-    LossNormalizer,
     TruncatedExponentialHorizon,
     UniformHorizon,
-    dsm_loss,
     flux_matching_loss,
     flux_target,
-    noise_annealed_flux_loss,
 )
 from tests import oracles, problems
 from tests.problems import smooth_field
@@ -384,89 +379,3 @@ def test_dropout_sees_one_mask_on_both_sides_of_a_difference(backend: str) -> No
     x = torch.randn(32, 2, dtype=F64)
     sizes = [flux_target(field, x, 0.5, endpoint=e, seed=1).target.norm() for e in ("reverse", "central")]
     assert sizes[1] < 3 * sizes[0]
-
-
-class TestNoiseAnnealed:
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"refs": torch.linspace(-1, 1, 12, dtype=F64).reshape(6, 2)},
-            {"estimator": "single_chain"},
-            {"endpoint": "central"},
-            {"divergence": "exact"},
-            {"steps": 2},
-            {"draws": Draws(tau=torch.tensor(2.5, dtype=F64))},
-            {"horizon": UniformHorizon(2.0)},
-        ],
-        ids=lambda options: next(iter(options)),
-    )
-    def test_options_reach_the_loss(self, options: dict[str, Any], backend: str) -> None:
-        net, x, sigma = smooth_field(2), torch.randn(8, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
-        annealed = noise_annealed_flux_loss(lambda z, s: net(z), x, sigma, LossNormalizer(), seed=4, **options)
-        plain = flux_matching_loss(net, x, sigma**2, seed=4, **options)
-        torch.testing.assert_close(annealed.flux, plain.detach())
-        assert not torch.equal(annealed.flux, flux_matching_loss(net, x, sigma**2, seed=4).detach())
-
-    def test_value_and_where_gradients_go(self, backend: str) -> None:
-        field_net, normalizer, horizon = smooth_field(2), LossNormalizer().double(), LearnedHorizon().double()
-        x, sigma = torch.randn(8, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
-
-        def field(z: Tensor, s: Tensor) -> Tensor:
-            return field_net(z) / s
-
-        loss = noise_annealed_flux_loss(field, x, sigma, normalizer, horizon=horizon, seed=4)
-        flux = flux_matching_loss(lambda z: field(z, sigma), x, sigma**2, horizon=_at(horizon, sigma), seed=4)
-        torch.testing.assert_close(loss.flux, flux.detach())
-        scale = normalizer.log_scale(sigma)
-        expected = flux / scale.exp() + scale
-        fit = -(flux / scale.exp()).detach() * horizon.log_density(loss.tau, sigma)
-        torch.testing.assert_close(loss.total, expected + fit)
-        # Each set of parameters hears its own term alone.
-        for module, term in ((field_net, expected), (normalizer, expected), (horizon, fit)):
-            parameters = list(module.parameters())
-            got = torch.autograd.grad(loss.total.mean(), parameters, retain_graph=True)
-            want = torch.autograd.grad(term.mean(), parameters, retain_graph=True)
-            for a, b in zip(got, want, strict=True):
-                torch.testing.assert_close(a, b)
-
-    def test_sigma_is_one_number(self, backend: str) -> None:
-        with pytest.raises(ValueError, match="sigma must be one number"):
-            noise_annealed_flux_loss(lambda z, s: z, torch.randn(4, 2), torch.ones(4), LossNormalizer())
-
-
-def _at(horizon: LearnedHorizon, sigma: Tensor) -> TruncatedExponentialHorizon:
-    return TruncatedExponentialHorizon(horizon.rate(sigma, sigma).item()).double()
-
-
-class TestBackendArgument:
-    """Every loss hands its `backend=` to every op it calls."""
-
-    @pytest.fixture
-    def ran(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-        """Names of the ops that ran on a second backend, which is the reference under another name."""
-        names: list[str] = []
-
-        class Recorder:
-            def __getattr__(self, op: str) -> Callable[..., Any]:
-                names.append(op)
-                return getattr(fk.reference, op)
-
-        recorder = Recorder()
-        entry = fk.backend._Entry("recorder", (), lambda: None, lambda: recorder)
-        monkeypatch.setitem(fk.backend._ENTRIES, "recorder", entry)
-        # Whoever forgets to name it falls to an automatic choice that cannot run.
-        monkeypatch.setenv(fk.backend.ENVIRONMENT, "triton")
-        return names
-
-    def test_flux(self, ran: list[str]) -> None:
-        x = torch.randn(4, 2)
-        flux_matching_loss(lambda z: -z, x, 0.5, backend="recorder")
-        assert set(ran) == {"flux_pass", "residual_gradient", "transition_average"}
-        flux_matching_loss(lambda z: -z, x, 0.5, estimator="single_chain", backend="recorder")
-        assert {"langevin_chain", "kde_backward"} <= set(ran)
-
-    def test_annealed_and_dsm(self, ran: list[str]) -> None:
-        x = torch.randn(4, 2)
-        noise_annealed_flux_loss(lambda z, s: -z, x, 0.5, LossNormalizer(), backend="recorder")
-        dsm_loss(lambda z: -z, x, 0.5, backend="recorder")
-        assert set(ran) == {"flux_pass", "residual_gradient", "transition_average", "kde"}

@@ -1,0 +1,33 @@
+"""The experiment of `walk.py`, in place of all others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from experiments.common import registry
+from experiments.common.registry import Experiment
+from experiments.common.run import Run
+from tests.experiments.walk import Config, Walk, make_run
+
+
+@pytest.fixture
+def walk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Walk:
+    walk = Walk()
+    presets = {"smoke": Config(), "small": Config(steps=20), "paper": Config(steps=100)}
+    module = ModuleType("experiments.walk")
+    module.EXPERIMENT = Experiment(  # type: ignore[attr-defined]
+        "walk", "A random walk", "Sec. 0", "It must stay finite.", presets, walk
+    )
+    monkeypatch.setitem(sys.modules, "experiments.walk", module)
+    monkeypatch.setattr(registry, "NAMES", ("walk",))
+    monkeypatch.chdir(tmp_path)
+    return walk
+
+
+@pytest.fixture
+def job(walk: Walk) -> Run:
+    return make_run(walk)
