@@ -15,8 +15,12 @@ def wasserstein2(x: Tensor, y: Tensor) -> float:
 
 
 def bures_wasserstein2(a: Tensor, b: Tensor) -> float:
-    """W2² of two Gaussians of one mean and covariances A, B, also singular ones: tr(A + B - 2 (A^½ B A^½)^½)."""
-    values, vectors = torch.linalg.eigh(a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ b @ root).clamp_min(0).sqrt().sum()
-    return max(0.0, (a.trace() + b.trace() - 2 * cross).item())
+    """W2 of two Gaussians of one mean and covariances A, B, also singular ones: √tr(A + B - 2 (A^½ B A^½)^½)."""
+    # The singular values of A^½ B^½, without the squares under the root: they keep twice the digits.
+    cross = torch.linalg.svdvals(_root(a) @ _root(b)).sum()
+    return max(0.0, (a.trace() + b.trace() - 2 * cross).item()) ** 0.5
+
+
+def _root(covariance: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T

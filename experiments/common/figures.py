@@ -36,7 +36,6 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "grid.linewidth": 0.6,
     "image.cmap": SEQUENTIAL,
-    "legend.frameon": False,
     "lines.linewidth": 1.5,
 }
 
@@ -62,6 +61,9 @@ def new_figure(width: float = 6.0, height: float = 3.6, rows: int = 1, cols: int
 
 def save(fig: Figure, path: Path) -> None:
     """Write the figure to `path` at 150 dots an inch; the ending chooses the format."""
+    for axes in fig.axes:
+        if (legend := axes.get_legend()) is not None:
+            legend.set_frame_on(False)  # legends are made outside of the style's context
     with matplotlib.rc_context(_STYLE):
         # Tight: axes of equal scale can push a title of two lines over the edge of a constrained layout.
         fig.savefig(path, dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.05)

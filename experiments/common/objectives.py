@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from fluxmatching import (
     LearnedHorizon,
     LossNormalizer,
     TruncatedExponentialHorizon,
+    UniformHorizon,
     dsm_loss,
     mixing_loss,
     noise_annealed_flux_loss,
@@ -29,9 +31,18 @@ class Noise(Protocol):
     def sample(self) -> Tensor: ...
 
 
-def make_horizon(rate: float, tau_max: float) -> Horizon:
-    """The truncated exponential with this rate; 0 learns the rate (Eq. 51)."""
-    return TruncatedExponentialHorizon(rate, tau_max) if rate else LearnedHorizon(tau_max=tau_max)
+# The paper's three (D.1.1), by the names that configs use.
+HORIZONS: dict[str, Callable[[float], Horizon]] = {
+    "learned": lambda tau_max: LearnedHorizon(tau_max=tau_max),
+    "uniform": UniformHorizon,
+    "exponential": lambda tau_max: TruncatedExponentialHorizon(1.0, tau_max),
+}
+
+
+def check_horizon(name: str) -> None:
+    """Raise ValueError unless there is a horizon of that name."""
+    if name not in HORIZONS:
+        raise ValueError(f"horizon must be one of {', '.join(HORIZONS)}, got {name!r}")
 
 
 def make_model(network: nn.Module, sigma_data: float, horizon: Horizon) -> nn.ModuleDict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Experiment:
         try:
             return dataclasses.replace(config, **values)
         except ValueError as error:
-            raise UsageError(f"--set {' '.join(f'{k}={v}' for k, v in values.items())}: {error}") from error
+            raise UsageError(f"--set {' '.join(f'{k}={_text(v)}' for k, v in values.items())}: {error}") from error
 
     def overrides(self, preset: str, config: Any) -> list[str]:
         """The `key=value` overrides that turn the preset into `config`: the inverse of `configure`."""
@@ -109,14 +110,19 @@ class Experiment:
 
 
 def check_sizes(config: Any, **least: int) -> None:
-    """Raise ValueError unless every number of a config and its tuples is above 0, or at least what is named for it."""
+    """Raise ValueError unless every number of a config is finite and above 0, or at least what is named for it.
+
+    Numbers in tuples count too.
+    """
     for name, value in vars(config).items():
         entries = value if isinstance(value, tuple) else (value,)
         numbers = [entry for entry in entries if not isinstance(entry, str)]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"{name} must be finite, got {_text(value)}")
         if name in least and not all(number >= least[name] for number in numbers):
-            raise ValueError(f"{name} must be at least {least[name]}, got {value}")
+            raise ValueError(f"{name} must be at least {least[name]}, got {_text(value)}")
         if name not in least and not all(number > 0 for number in numbers):
-            raise ValueError(f"{name} must be above 0, got {value}")
+            raise ValueError(f"{name} must be above 0, got {_text(value)}")
 
 
 def load_experiment(name: str) -> Experiment:

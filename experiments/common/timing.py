@@ -12,7 +12,7 @@ from fluxmatching import Trainer
 
 
 def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Trainer], steps: int) -> None:
-    """Log the median time of a step (rows "step") for every objective and backend, unless the run has them already.
+    """Log the median time of a step (rows "step") for every objective and backend, unless the run has all of them.
 
     Args:
         run: gives the device.
@@ -20,15 +20,11 @@ def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Tr
         make: (objective, backend) -> a trainer without a folder; what it learns is thrown away.
         steps: timed, after two to warm up.
     """
-    if run.rows("step"):
+    done = {(row["objective"], row["backend"]) for row in run.rows("step")}
+    wanted = [(objective, backend) for backend in backends() if _runs(backend, run) for objective in objectives]
+    if done >= set(wanted):
         return
-    trainers = {}
-    for backend in backends():
-        try:
-            resolve_backend(backend, run.device)
-        except BackendError:
-            continue
-        trainers |= {(objective, backend): make(objective, backend) for objective in objectives}
+    trainers = {key: make(*key) for key in wanted}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in trainers}
     for _ in run.bar(range(steps + 2), "time of a step"):
         for key, trainer in trainers.items():
@@ -36,7 +32,17 @@ def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Tr
             trainer.step()  # waits for the loss's value
             times[key].append(time.perf_counter() - begun)
     for (objective, backend), found in times.items():
+        if (objective, backend) in done:
+            continue
         run.log(kind="step", objective=objective, backend=backend, seconds=statistics.median(found[2:]))
+
+
+def _runs(backend: str, run: Run) -> bool:
+    try:
+        resolve_backend(backend, run.device)
+    except BackendError:
+        return False
+    return True
 
 
 def step_results(run: Run, baseline: str, paper: dict[str, str] | None = None) -> list[Result]:

@@ -58,6 +58,11 @@ class Config(images.Config):
         super().__post_init__()
         if not (self.steps and self.mixture_steps):
             raise ValueError("steps and mixture_steps must not be empty")
+        for name in ("batch", "mixture_batch"):
+            if getattr(self, name) < 4:  # the proxy compares two halves
+                raise ValueError(f"{name} must be at least 4, got {getattr(self, name)}")
+        if self.mixture_data < self.mixture_batch:
+            raise ValueError(f"mixture_data must be at least mixture_batch, got {self.mixture_data}")
 
     def loss_options(self) -> dict[str, Any]:
         return {**super().loss_options(), "mixing_weight": self.mixing_weight}
@@ -70,7 +75,7 @@ def run(run: Run) -> None:
         fidelity.check(config.inception_weights)
     data = load(config.dataset)
     log_steps(run, OBJECTIVES, lambda o, b: make_trainer(run, o, data, iterations=10**9, backend=b), config.timed_steps)
-    mixture.study(run)
+    mixture.study(run, clock)
     if not run.rows("mixture floor"):
         exact = mixture.noised(mixture.SIGMA_MIN)
         draws = [exact.sample(config.mixture_samples, run.generator("floor", k)) for k in range(2)]

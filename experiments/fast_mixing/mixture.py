@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.autocorrelation import integrated_autocorrelation_time
+from experiments.common.clock import Clock
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.networks import Perceptron
-from experiments.common.objectives import OBJECTIVES, make_horizon, make_loss, make_model
+from experiments.common.objectives import HORIZONS, OBJECTIVES, make_loss, make_model
+from experiments.common.registry import Paused
 from experiments.common.run import Run
 from fluxmatching import (
     LogUniformNoise,
@@ -44,7 +46,7 @@ def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backen
     """Of one field; those of a seed share initial weights, data, minibatches and noise levels."""
     config = run.config
     with run.drawing("mixture weights", seed):
-        horizon = make_horizon(config.rate, config.tau_max)
+        horizon = HORIZONS[config.horizon](config.tau_max)
         model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item(), horizon)
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
     loss = make_loss(
@@ -61,8 +63,12 @@ def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backen
     return Trainer(model.to(run.device), loss, data.to(run.device), options, folder=folder)
 
 
-def study(run: Run) -> None:
-    """Train what is not trained yet, and log for every field: samples by number of steps, mixing, bias."""
+def study(run: Run, clock: Clock) -> None:
+    """Train what is not trained yet, and log for every field: samples by number of steps, mixing, bias.
+
+    Raises:
+        Paused: the time is up.
+    """
     done = {(row["field"], row["seed"]) for row in run.rows("mixture")}
     for seed in range(run.config.seeds):
         for name in (*OBJECTIVES, EXACT):
@@ -71,7 +77,9 @@ def study(run: Run) -> None:
             field: nn.Module | Field = exact_score
             if name != EXACT:
                 trainer = make_trainer(run, name, seed, iterations=run.config.mixture_iterations)
-                trainer.run()
+                trainer.run(clock.left)
+                if trainer.iteration < run.config.mixture_iterations:
+                    raise Paused(f"mixture: {name}, seed {seed}, at iteration {trainer.iteration}")
                 field = trainer.average.module["field"]
             measure(run, field, name, seed)
 

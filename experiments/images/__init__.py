@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from experiments.common.clock import Clock
-from experiments.common.objectives import DSM, FLUX
+from experiments.common.objectives import DSM, FLUX, check_horizon
 from experiments.common.registry import GPU, Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run
 from experiments.common.timing import log_steps, step_results
@@ -19,6 +19,7 @@ from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.sampling import likelihood, sample
 from experiments.images.stages import SHOWN, best_field, choice, draw, log_floor, reference, train
 from experiments.images.training import folder, make_trainer
+from fluxkernels.checks import check_sigma_range
 from fluxmatching.training import PRECISIONS
 
 TRAINED = (FLUX, DSM)
@@ -35,7 +36,7 @@ class Config:
     Args:
         dataset: "cifar10", "cifar10_subset", "celeba64" or "shapes"; see `datasets.load`.
         iterations, batch, lr, warmup, ema, precision: training by AdamW; the paper's batch is 128 on each of 4 GPUs.
-        rate, tau_max: of the truncated exponential horizon; rate 0 learns it.
+        horizon, tau_max: of Flux Matching: "learned", "uniform" or "exponential" with rate 1, all on [0, tau_max].
         minutes: of one command, of which both objectives get equal shares; 0 for no limit. The same command goes on.
         chunk: images differentiated at once, which bounds the memory.
         flips: whether images are mirrored at random.
@@ -59,7 +60,7 @@ class Config:
     warmup: int = 2500
     ema: float = 0.9993
     precision: str = "bf16"
-    rate: float = 0.0
+    horizon: str = "learned"
     tau_max: float = 4.0
     minutes: float = 0.0
     chunk: int = 128
@@ -83,15 +84,15 @@ class Config:
 
     def __post_init__(self) -> None:
         check_sizes(
-            self, attention_level=0, warmup=0, rate=0, minutes=0, flips=0, dropout=0, ema=0, sampling_steps=0,
+            self, attention_level=0, warmup=0, minutes=0, flips=0, dropout=0, ema=0, sampling_steps=0,
             likelihood_images=0, fid=0, evaluation_samples=SHOWN, samples=SHOWN,
         )  # fmt: skip
         if not self.multipliers:
             raise ValueError("multipliers must not be empty")
         if self.attention_level >= len(self.multipliers):
             raise ValueError(f"attention_level must be below {len(self.multipliers)}, got {self.attention_level}")
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        check_sigma_range("images", self.sigma_min, self.sigma_max)
+        check_horizon(self.horizon)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
         if self.evaluations > self.iterations:
@@ -202,9 +203,9 @@ SMOKE = Config(
 )  # fmt: skip
 # Many small minibatches: so early in a training the number of updates decides, for both objectives.
 SMALL = Config(
-    iterations=4000, batch=16, lr=1e-3, warmup=100, ema=0.995, precision="float32", rate=1.0, chunk=16, width=16,
-    multipliers=(1, 2, 2), attention_level=2, blocks=1, dropout=0.0, sampling_steps=18, tolerance=1e-3, evaluations=4,
-    evaluation_samples=500, samples=1000, likelihood_images=32, fid=False, timed_steps=5,
+    iterations=4000, batch=16, lr=1e-3, warmup=100, ema=0.995, precision="float32", horizon="exponential", chunk=16,
+    width=16, multipliers=(1, 2, 2), attention_level=2, blocks=1, dropout=0.0, sampling_steps=18, tolerance=1e-3,
+    evaluations=4, evaluation_samples=500, samples=1000, likelihood_images=32, fid=False, timed_steps=5,
 )  # fmt: skip
 ON_A_GPU = Config(
     iterations=200_000, batch=128, lr=2e-4, warmup=1000, ema=0.999, minutes=9.0, sampling_steps=18, tolerance=1e-4,

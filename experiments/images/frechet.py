@@ -59,4 +59,4 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         raise ValueError(f"frechet_distance: x and y must have at least 2 samples, got {len(x)} and {len(y)}")
     x, y = x.double(), y.double()
     means = (x.mean(0) - y.mean(0)).square().sum()
-    return means.item() + bures_wasserstein2(torch.cov(x.T), torch.cov(y.T))
+    return means.item() + bures_wasserstein2(torch.cov(x.T), torch.cov(y.T)) ** 2

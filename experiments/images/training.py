@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.common.objectives import make_horizon, make_loss, make_model
+from experiments.common.objectives import HORIZONS, make_loss, make_model
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.images.datasets import Flipped, Images
@@ -43,7 +43,7 @@ def make_trainer(
         raise UsageError(f"batch must be at most the {len(images.train)} training images, got {config.batch}")
     try:
         with run.drawing("weights"):
-            horizon = make_horizon(config.rate, config.tau_max)
+            horizon = HORIZONS[config.horizon](config.tau_max)
             model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA, horizon)
         options = TrainingOptions(
             iterations, config.batch, lr=config.lr, warmup=config.warmup, ema=config.ema, precision=config.precision,

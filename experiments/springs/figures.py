@@ -20,9 +20,10 @@ def draw_change(path: Path, changes: Mapping[str, Mapping[int, Sequence[float]]]
     fig, axes = style.new_figure(4.2, 2.8)
     for objective, by_stage in changes.items():
         stages, percent = list(by_stage), 100 * np.array(list(by_stage.values()))
-        axes.plot(stages, percent.mean(1), color=COLOURS[objective], label=objective)
+        axes.plot(stages, percent.mean(1), "o-", color=COLOURS[objective], label=objective)
         for seed in percent.T:
-            axes.plot(stages, seed, "o", color=COLOURS[objective], ms=3, alpha=0.6)
+            axes.plot(stages, seed, "o", color=COLOURS[objective], ms=2.5, alpha=0.5)
+        axes.set_xticks(stages)
     axes.axhline(0, color=style.DATA, lw=0.8)
     axes.set(xlabel="iterations", ylabel="change of W2 by the mask (%)")
     axes.legend()

@@ -96,6 +96,25 @@ def test_fid_by_number_of_steps_is_in_the_summary(tmp_path: Path, monkeypatch: p
     assert "| images, fast flux: FID in 2, 3 steps | Fig. 6 | 12.50, 12.50 |" in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("batch=2", "batch must be at least 4"),
+        ("mixture_batch=3", "mixture_batch must be at least 4"),
+        ("mixture_data=10", "mixture_data must be at least mixture_batch, got 10"),
+        ("steps=", "steps and mixture_steps must not be empty"),
+    ],
+)
+def test_settings_that_cannot_train(override: str, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        fast_mixing.EXPERIMENT.configure("smoke", [override])
+
+
+def test_the_weight_of_images_reaches_their_loss() -> None:
+    config = fast_mixing.EXPERIMENT.configure("smoke", ["mixing_weight=0.7"])
+    assert config.loss_options() == {"chunk": config.chunk, "mixing_weight": 0.7}
+
+
 def test_bad_settings() -> None:
     with pytest.raises(UsageError, match="steps must be above 0"):
         fast_mixing.EXPERIMENT.configure("smoke", ["steps=0,5"])

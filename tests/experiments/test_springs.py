@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from scipy.integrate import solve_ivp
 
 import experiments.springs as springs
+from experiments.common.objectives import HORIZONS
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.springs import simulator
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories, velocity
-from experiments.springs.training import HORIZONS, MODELS, OBJECTIVES, data, make_trainer
+from experiments.springs.training import MODELS, OBJECTIVES, data, make_trainer, samples_file
+from fluxmatching import LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
 
 
 def test_trajectories_are_those_of_scipy() -> None:
@@ -125,14 +128,32 @@ def test_relative_changes_by_hand(tmp_path: Path) -> None:
 
 
 def test_every_horizon_trains(tmp_path: Path) -> None:
-    for name in HORIZONS:
+    kinds = {"learned": LearnedHorizon, "uniform": UniformHorizon, "exponential": TruncatedExponentialHorizon}
+    assert set(kinds) == set(HORIZONS)
+    for name, kind in kinds.items():
         config = springs.EXPERIMENT.configure("smoke", [f"horizon={name}", "tau_max=2.0"])
         run = Run(springs.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / name, progress=False)
         one = make_trainer(run, "flux", "full", seed=0, iterations=1)
+        assert type(one.model["horizon"]) is kind
         assert one.model["horizon"].tau_max == 2
         assert np.isfinite(one.step())
-    with pytest.raises(UsageError, match="horizon must be one of learned, uniform, exponential, got 'none'"):
-        springs.EXPERIMENT.configure("smoke", ["horizon=none"])
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("horizon=none", "horizon must be one of learned, uniform, exponential, got 'none'"),
+        ("ema=1", "ema must be below 1"),
+        ("lr=inf", "lr must be finite, got inf"),
+        ("sigma_min=100", "0 < sigma_min < sigma_max must hold, got 100.0 and 80.0"),
+        ("width=18", "width must be a multiple of 2 heads, got 18 and 2"),
+        ("evaluations=9", "evaluations must be at most iterations, got 9 and 4"),
+        ("data=8", "data must be at least 16"),
+    ],
+)
+def test_bad_settings(override: str, text: str) -> None:
+    with pytest.raises(UsageError, match=text):
+        springs.EXPERIMENT.configure("smoke", [override])
 
 
 def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
@@ -145,8 +166,37 @@ def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     assert (tmp_path / "masses.gif").stat().st_size > 1000
     assert "change of W2 by the mask after 2, 4 iterations: flux" in (tmp_path / "summary.md").read_text()
     assert (
-        "linear fields: W2 under the mask, score matching over Flux Matching" in (tmp_path / "summary.md").read_text()
+        "linear fields in 72 steps: W2 under the mask, score matching over Flux Matching"
+        in (tmp_path / "summary.md").read_text()
     )
     rows = run.rows()
     springs.run(run)  # all is done: nothing is trained again
     assert run.rows() == rows
+
+
+@pytest.mark.parametrize("kept", [7, 20, -1])
+def test_a_run_that_lost_its_last_rows_ends_as_it_would_have(tmp_path: Path, kept: int) -> None:
+    """Killed within the models, between a checkpoint and its row, and within the linear fields."""
+    run = make_run(tmp_path)
+    springs.run(run)
+    metrics = tmp_path / "metrics.csv"
+    lines, rows = metrics.read_text().splitlines(keepends=True), run.rows("model") + run.rows("linear size")
+    metrics.write_text("".join(lines[:kept]))
+    lost = {(row["objective"], row["mask"], row["seed"]) for row in rows if row["kind"] == "model"} - {
+        (row["objective"], row["mask"], row["seed"]) for row in make_run(tmp_path).rows("model")
+    }
+    for objective, mask, seed in lost:  # of these not even the first stage is known
+        shutil.rmtree(samples_file(run, objective, mask, seed).parent)
+    again = make_run(tmp_path)
+    springs.run(again)
+    assert again.rows("model") + again.rows("linear size") == rows
+
+
+def test_a_model_ahead_of_its_rows_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    springs.run(run)
+    metrics = tmp_path / "metrics.csv"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if not line.startswith("model,")))
+    with pytest.raises(UsageError, match="is trained beyond iteration 2, which was not logged: delete it"):
+        springs.run(make_run(tmp_path))

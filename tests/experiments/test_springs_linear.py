@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-import numpy as np
-import ot
 import pytest
 import torch
 
+from experiments.common.distances import bures_wasserstein2
 from experiments.springs import linear
-from fluxmatching import log_sigma_grid
+from fluxmatching import log_sigma_grid, reverse_ve
 
 BLOCK = 2
 
@@ -36,7 +33,7 @@ def test_flux_keeps_the_gaussian_and_sees_the_past_alone(covariance: torch.Tenso
 
 
 def test_score_matching_takes_the_projection(covariance: torch.Tensor) -> None:
-    """Least squares on the past, row by row, solved by gradients: E (f - s)(x) x_pastᵀ = 0."""
+    """Normal equations of least squares on the past, row by row: E (f - s)(x) x_pastᵀ = 0."""
     matrix = linear.dsm_matrix(covariance, BLOCK)
     assert later(matrix).abs().max() == 0
     correlation = (matrix - linear.score_matrix(covariance, BLOCK)) @ covariance
@@ -49,20 +46,19 @@ def test_sampler_by_simulation(covariance: torch.Tensor) -> None:
     sigmas = log_sigma_grid(12, 0.1, 10.0)
     exact = linear.generated(linear.flux_matrix, covariance, BLOCK, sigmas)
     generator = torch.Generator().manual_seed(1)
-    x = sigmas[0] * torch.randn(200_000, 8, generator=generator, dtype=torch.float64)
-    for sigma, lower in pairwise(sigmas):
-        variance = sigma**2 - lower**2
-        drift = -x @ linear.flux_matrix(linear.noised(covariance, float(sigma)), BLOCK).T
-        x = x + variance * drift + variance.sqrt() * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    start = sigmas[0] * torch.randn(200_000, 8, generator=generator, dtype=torch.float64)
+
+    def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return -x @ linear.flux_matrix(linear.noised(covariance, float(sigma)), BLOCK).T
+
+    x = reverse_ve(field, start, sigmas, generator=generator)
     torch.testing.assert_close(x.T.cov(), exact, rtol=0.03, atol=0.03 * float(exact.diag().max()))
 
 
 def test_many_steps_make_the_data_unless_score_matching_is_masked(covariance: torch.Tensor) -> None:
-    sigmas, zero = log_sigma_grid(4000, 1e-3, 100.0), np.zeros(8)
+    sigmas = log_sigma_grid(4000, 1e-3, 100.0)
     distances = {
-        name: ot.gaussian.bures_wasserstein_distance(
-            zero, zero, linear.generated(field, covariance, BLOCK, sigmas).numpy(), covariance.numpy()
-        )
+        name: bures_wasserstein2(linear.generated(field, covariance, BLOCK, sigmas), covariance)
         for name, field in linear.FIELDS.items()
     }
     assert distances[linear.SCORE] < 0.02
