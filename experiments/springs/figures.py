@@ -31,14 +31,25 @@ def draw_change(path: Path, changes: Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def draw_linear(
-    path: Path, distances: Mapping[str, Mapping[float, float]], sizes: Mapping[str, Mapping[float, float]]
+    path: Path,
+    distances: Mapping[str, Mapping[float, float]],
+    sizes: Mapping[str, Mapping[float, float]],
+    trained: Mapping[str, Mapping[float, float]],
 ) -> None:
-    """W2 by number of sampling steps, and σ times the field's root mean square by σ, of the best linear fields."""
+    """W2 by number of sampling steps, and σ times the field's root mean square by σ, of linear fields in closed form.
+
+    Beside the latter crosses: the trained fields with the mask.
+    """
     fig, (left, right) = style.new_figure(6.5, 2.8, 1, 2)
     colours = (style.DATA, style.FLUX, style.SCORE_MATCHING)
     for name, colour in zip(distances, colours, strict=True):
         for axes, found in ((left, distances[name]), (right, sizes[name])):
             axes.plot(list(found), list(found.values()), "o-", ms=4, color=colour, label=name)
+    for objective, found in trained.items():
+        right.plot(
+            list(found), list(found.values()), "x", ms=6, color=COLOURS[objective], label=f"{objective}, trained"
+        )
+    right.legend()
     left.set(xscale="log", yscale="log", xlabel="steps of the sampler", ylabel="W2 to the data's Gaussian")
     steps = [int(count) for count in next(iter(distances.values()))]
     left.set_xticks(steps, [str(count) for count in steps])

@@ -20,6 +20,7 @@ from fluxmatching import LogUniformNoise, Trainer, TrainingOptions
 OBJECTIVES = (FLUX, DSM)
 FULL, CAUSAL = MASKS = ("full", "causal")
 MODELS = tuple(product(OBJECTIVES, MASKS))
+SIZED = (0.1, 1.0, 10.0)  # noise levels at which the size of trained fields is measured
 SHOWN = 64  # generated trajectories that a run keeps
 
 
@@ -46,7 +47,7 @@ def make_trainer(
         )
         model = make_model(network, samples.std().item(), HORIZONS[config.horizon](config.tau_max))
     options = TrainingOptions(
-        iterations, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
+        iterations, config.batch, lr=config.lr, optimizer="adam", warmup=config.warmup, ema=config.ema,
         seed=run.generator("training", seed).initial_seed() >> 1,
         progress=run.progress and folder is not None,
     )  # fmt: skip
@@ -84,6 +85,24 @@ def sample(run: Run, one: Trainer, seed: int) -> Tensor:
     like = one.data[:1].expand(config.samples, -1, -1)
     generator = run.generator("sample", seed)
     return sample_reverse_ve(trained, like, config.sampling_steps, config.sigma_min, config.sigma_max, generator)
+
+
+def log_sizes(run: Run) -> None:
+    """Rows "field size": σ times the root mean square of every trained field under p_σ, as `linear.size`."""
+    done = {tuple(row[name] for name in ("objective", "mask", "seed", "sigma")) for row in run.rows("field size")}
+    for seed in range(run.config.seeds):
+        for objective, mask in MODELS:
+            wanted = [sigma for sigma in SIZED if (objective, mask, seed, sigma) not in done]
+            if not wanted:
+                continue
+            folder = samples_file(run, objective, mask, seed).parent
+            one = make_trainer(run, objective, mask, seed, iterations=run.config.iterations, folder=folder)
+            for sigma in wanted:
+                noise = torch.randn(one.data.shape, generator=run.generator("size")).to(one.data)
+                with torch.no_grad():
+                    found = one.average.module["field"](one.data + sigma * noise, torch.tensor(sigma).to(one.data))
+                size = sigma * found.square().mean().sqrt().item()
+                run.log(kind="field size", objective=objective, mask=mask, seed=seed, sigma=sigma, size=size)
 
 
 def samples_file(run: Run, objective: str, mask: str, seed: int) -> Path:

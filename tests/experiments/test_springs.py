@@ -139,6 +139,20 @@ def test_every_horizon_trains(tmp_path: Path) -> None:
         assert np.isfinite(one.step())
 
 
+def test_sizes_of_trained_fields(tmp_path: Path) -> None:
+    """An untrained field is EDM's skip connection, -z/(σ² + σ_data²), but for what its network adds."""
+    run = make_run(tmp_path)
+    springs.run(run)
+    rows = run.rows("field size")
+    assert len(rows) == 3 * len(MODELS)
+    spread = data(run).std().item()
+    for row in rows:
+        linear_part = row["sigma"] / (row["sigma"] ** 2 + spread**2) ** 0.5
+        assert row["size"] > 0.5 * linear_part
+        if row["sigma"] == 10.0:
+            assert row["size"] == pytest.approx(linear_part, rel=0.3)
+
+
 @pytest.mark.parametrize(
     ("override", "text"),
     [
