@@ -30,22 +30,22 @@ def draw_curves(
     axes.set(xlabel="predictor-corrector steps", ylabel=ylabel, xscale="log", yscale="log")
     ticks = sorted({k for by_steps in by_field.values() for k in by_steps})
     axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.legend()
     style.save(fig, path)
 
 
-def draw_mixing(path: Path, times: Mapping[str, Sequence[float]], biases: Mapping[str, Sequence[float]]) -> None:
-    """Autocorrelation time and distance of the stationary distribution, a point a seed and a bar at the mean."""
-    fig, panels = style.new_figure(6.5, 2.8, 1, 2)
-    titles = ("autocorrelation time (σ²)", "W2 of the chain's end to p_σ")
-    for axes, found, title in zip(panels, (times, biases), titles, strict=True):
+def draw_mixing(path: Path, *columns: Mapping[str, Sequence[float]]) -> None:
+    """Autocorrelation time, proxy and distance of the stationary distribution, a point a seed and a bar at the mean."""
+    fig, panels = style.new_figure(9.0, 3.0, 1, 3)
+    titles = ("autocorrelation time (σ²)", "proxy (Eq. 44)", "W2 of the chain's end to p_σ")
+    for axes, found, title in zip(panels, columns, titles, strict=True):
         for place, (name, values) in enumerate(found.items()):
             colour = COLOURS.get(name, style.REFERENCE)
             measured = [value for value in values if np.isfinite(value)]
             if measured:
                 axes.bar(place, np.mean(measured), 0.5, color=colour, alpha=0.35)
                 axes.plot([place] * len(measured), measured, "o", color=colour, ms=4)
-        axes.set_xticks(range(len(found)), list(found), rotation=20)
+        axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
         axes.set_title(title)
     style.save(fig, path)

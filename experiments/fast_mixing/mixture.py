@@ -26,7 +26,7 @@ from fluxmatching import (
     unadjusted_langevin,
 )
 
-EXACT = "exact score"
+EXACT, CIRCULATING = "exact score", "exact, circulating"
 MEANS, VARIANCE = triangle_means(1.8).float(), 0.05
 SIGMA_MIN, SIGMA_MAX = 0.05, 10.0
 Field = Callable[[Tensor, Tensor], Tensor]
@@ -40,6 +40,16 @@ def noised(sigma: float) -> GaussianMixture:
 def exact_score(z: Tensor, sigma: Tensor) -> Tensor:
     """∇ log p_σ."""
     return noised(float(sigma)).score(z.cpu()).to(z)
+
+
+def circulating(z: Tensor, sigma: Tensor) -> Tensor:
+    """s + Js, J a quarter turn: ∇·(p Js) = ∇·(J∇p) = 0, so it keeps p_σ as the score s does, but is not reversible."""
+    score = exact_score(z, sigma)
+    return score + torch.stack([-score[:, 1], score[:, 0]], 1)
+
+
+KNOWN: dict[str, Field] = {EXACT: exact_score, CIRCULATING: circulating}
+FIELDS = (*OBJECTIVES, *KNOWN)
 
 
 def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backend: str | None = None) -> Trainer:
@@ -71,11 +81,13 @@ def study(run: Run, clock: Clock) -> None:
     """
     done = {(row["field"], row["seed"]) for row in run.rows("mixture")}
     for seed in range(run.config.seeds):
-        for name in (*OBJECTIVES, EXACT):
+        for name in FIELDS:
             if (name, seed) in done:
                 continue
-            field: nn.Module | Field = exact_score
-            if name != EXACT:
+            field: nn.Module | Field
+            if name in KNOWN:
+                field = KNOWN[name]
+            else:
                 trainer = make_trainer(run, name, seed, iterations=run.config.mixture_iterations)
                 trainer.run(clock.left)
                 if trainer.iteration < run.config.mixture_iterations:

@@ -75,7 +75,7 @@ def test_the_weight_of_the_proxy_counts(tmp_path: Path) -> None:
 def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     fast_mixing.run(run)
-    fields = (*OBJECTIVES, mixture.EXACT)
+    fields = (*OBJECTIVES, mixture.EXACT, mixture.CIRCULATING)
     assert [row["field"] for row in run.rows("mixture")] == list(fields)
     assert {(row["field"], row["steps"]) for row in run.rows("steps")} == {(f, k) for f in fields for k in (2, 4)}
     assert {row["steps"] for row in run.rows("pictures")} == {2, 3}
@@ -108,6 +108,21 @@ def test_fid_by_number_of_steps_is_in_the_summary(tmp_path: Path, monkeypatch: p
 def test_settings_that_cannot_train(override: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         fast_mixing.EXPERIMENT.configure("smoke", [override])
+
+
+def test_the_circulating_field_keeps_the_density_and_is_no_gradient() -> None:
+    """∇·(f p) = ∇·(s p), by automatic differentiation; its Jacobian is not symmetric."""
+    z, sigma = torch.randn(50, 2, requires_grad=True), torch.tensor(0.7)
+
+    def flow(field: mixture.Field) -> torch.Tensor:
+        density = noised(0.7).log_density(z).exp()
+        carried = field(z, sigma) * density[:, None]
+        return sum(torch.autograd.grad(carried[:, d].sum(), z, create_graph=True)[0][:, d] for d in range(2))
+
+    torch.testing.assert_close(flow(mixture.circulating), flow(exact_score), rtol=1e-3, atol=1e-6)
+    field = mixture.circulating(z, sigma)
+    jacobian = [torch.autograd.grad(field[:, d].sum(), z, retain_graph=True)[0] for d in range(2)]
+    assert (jacobian[0][:, 1] - jacobian[1][:, 0]).abs().min() > 1e-3
 
 
 def test_the_weight_of_images_reaches_their_loss() -> None:
