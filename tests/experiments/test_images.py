@@ -319,7 +319,7 @@ def test_paper_preset_has_the_papers_network(tmp_path: Path) -> None:
         ("attention_level=2", "attention_level must be below 2, got 2"),
         ("evaluations=5", "evaluations must be at most iterations, got 5 and 4"),
         ("samples=10", "samples must be at least 64, got 10"),
-        ("sigma_min=100", "sigma_min must be below sigma_max, got 100.0 and 80.0"),
+        ("sigma_min=100", "0 < sigma_min < sigma_max must hold, got 100.0 and 80.0"),
         ("precision=fp16", "precision must be one of float32, bf16, got 'fp16'"),
     ],
 )
