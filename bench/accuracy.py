@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 import fluxkernels as fk
-from bench import published
-from bench.training.results import commit, keep_json, today
+from bench import published, records
 from tests import oracles
 from tests.cases import CASES, Case
 
@@ -116,7 +115,13 @@ def measure(backend: str, cases: list[Case] = CASES) -> dict[str, Any]:
         mine, theirs = errors(case, backend)
         by_case[case.name] = {op: (mine[op], theirs.get(op)) for op in OPS}
     machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
-    return {"date": today(), "machine": machine, "commit": commit(), "backend": backend, "errors": by_case}
+    return {
+        "date": records.today(),
+        "machine": machine,
+        "commit": records.commit(),
+        "backend": backend,
+        "errors": by_case,
+    }
 
 
 def table(results: dict[str, Any], ops: tuple[str, ...] = OPS, cases: tuple[str, ...] = ()) -> list[str]:
@@ -162,7 +167,9 @@ def main() -> None:
     results = measure(options.backend)
     print("\n".join(table(results)))
     if options.keep:
-        keep_json(f"accuracy-{options.backend}", results, document(results))
+        kind = f"accuracy-{options.backend}"
+        records.keep(kind, results, results["date"])
+        records.keep_text(kind, document(results), results["date"], "md")
 
 
 if __name__ == "__main__":

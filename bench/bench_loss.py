@@ -5,15 +5,15 @@ The peer has the paper's formulas and autograd throughout, with an exact diverge
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import limits, published
+from bench import published
 from bench.cases import CIFAR, SPRINGS, STEPS, TOY, Case
+from bench.measuring import describe
 from bench.peers import BACKENDS, PUBLISHED
 from fluxmatching import Draws, flux_matching_loss
 
@@ -77,14 +77,7 @@ def test_loss(benchmark: Any, case: Case, who: str) -> None:
     step = plain if who == PUBLISHED else ours(who, case.dimensions)
     (x, _), field = case.inputs(), make_field(case.dimensions)
     benchmark.group = f"{LOSS}: {case.name}"
-    benchmark.extra_info |= {
-        "op": LOSS,
-        "case": {name: value for name, value in asdict(case).items() if name != "make"},
-        "who": who,
-        "dtype": "float32",
-        "threads": torch.get_num_threads(),
-        "rates": limits.rates(),
-    }
+    benchmark.extra_info |= describe(LOSS, case, who, torch.float32)
     benchmark(gradient, step, field, x[0], case.sigma2, Draws())
     benchmark.extra_info["error"] = relative_error(step, case)
     assert benchmark.extra_info["error"] < TOLERANCE

@@ -51,12 +51,12 @@ DENSITIES = [
 @pytest.mark.parametrize(
     ("op", "case", "who", "dtype"),
     [
-        pytest.param(op, case, who, dtype, id=f"{op}-{case.name}-{str(dtype).removeprefix('torch.')}-{who}")
+        pytest.param(op, case, who, dtype, id=f"{op}-{case.name}-{peers.name_of(dtype)}-{who}")
         for op, case, who, dtype in FLOAT32 + OTHERS + DENSITIES
     ],
 )
 def test_op(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype) -> None:
-    precision = "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    precision = "" if dtype == torch.float32 else f", {peers.name_of(dtype)}"
     benchmark.group = f"{op}{precision}: {case.name}"
     in_table = (op, case.name) in MEMORY and who in ("cpu", PUBLISHED) and dtype == torch.float32
     measure(benchmark, op, case, who, dtype, with_memory=in_table)

@@ -26,6 +26,18 @@ def patient(op: str, case: Case, who: str) -> bool:
     return expected_seconds(op, case, who) < PATIENCE.get(who, 60.0)
 
 
+def describe(op: str, case: Case, who: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What the report needs to know of a benchmark, beside what comes out."""
+    return {
+        "op": op,
+        "case": {name: value for name, value in asdict(case).items() if name != "make"},
+        "who": who,
+        "dtype": peers.name_of(dtype),
+        "threads": torch.get_num_threads(),
+        "rates": limits.rates(),
+    }
+
+
 def measure(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype, *, with_memory: bool) -> None:
     """Time the call and keep beside it all that a table says of it.
 
@@ -35,14 +47,7 @@ def measure(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype, *
     if reason := peers.missing(who):
         pytest.skip(reason)
     info = benchmark.extra_info
-    info |= {
-        "op": op,
-        "case": {name: value for name, value in asdict(case).items() if name != "make"},
-        "who": who,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "rates": limits.rates(),
-    }
+    info |= describe(op, case, who, dtype)
     if with_memory:
         try:
             info["memory"] = memory.peak_extra(op, case, who, dtype)
@@ -63,7 +68,7 @@ def measure(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype, *
         again = 3 if seconds < 5 else 1
         benchmark.pedantic(call, (x, refs, case.sigma2), rounds=again, warmup_rounds=int(again > 1))
     info["cores"] = (time.process_time() - busy) / (time.perf_counter() - wall)
-    info["live_share"] = limits.live_share(x, refs, case.sigma2)
+    info["live_share"] = limits.live_share(*peers.judged(x, refs), case.sigma2)
     info["error"] = peers.relative_error(op, who, case, dtype)
     if who in peers.BACKENDS:
         assert info["error"] < peers.tolerance(who, dtype)

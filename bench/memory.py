@@ -30,7 +30,7 @@ def peak_extra(op: str, case: Case, who: str, dtype: torch.dtype = torch.float32
         OutOfMemoryError: more than LIMIT.
         subprocess.CalledProcessError: it failed for another reason.
     """
-    command = [sys.executable, "-m", "bench.memory", op, case.name, who, str(dtype).removeprefix("torch.")]
+    command = [sys.executable, "-m", "bench.memory", op, case.name, who, peers.name_of(dtype)]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     if run.returncode == _OUT_OF_MEMORY:
         raise OutOfMemoryError(f"{who} takes more than {LIMIT / 2**30:.0f} GiB")

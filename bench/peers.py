@@ -219,13 +219,22 @@ def function(op: str, who: str) -> Function:
     return _compiled(op) if who == COMPILED else _THEIRS[op, who]
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def judged(x: Tensor, refs: Tensor) -> tuple[Tensor, Tensor]:
+    """The first groups and queries, with all of their centres: what an answer is judged on."""
+    queries = max(16, min(512, JUDGED_PAIRS // refs.shape[1]))
+    return x[:4, :queries].contiguous(), refs[:4].contiguous()
+
+
 def relative_error(op: str, who: str, case: Case, dtype: torch.dtype = torch.float32) -> float:
     """In the Euclidean norm, against our torch backend in float64 on the same inputs and noise.
 
     On the first groups and queries only, with all of their centres.
     """
-    x, refs = (points.to(dtype) for points in case.inputs())
-    x, refs = x[:4, : max(16, min(512, JUDGED_PAIRS // case.centres))].contiguous(), refs[:4].contiguous()
+    x, refs = judged(*(points.to(dtype) for points in case.inputs()))
     given: dict[str, Any] = {}
     if op in NOISY:
         count = STEPS + (op == PASS)

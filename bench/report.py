@@ -10,34 +10,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy, plots, speed
+from bench import accuracy, plots, records, speed
 from bench.gpu import report as gpu
+from bench.records import RESULTS
 from bench.reliability import results as reliability
 from bench.training import cost
 
 Table = Callable[[dict[str, Any]], list[str]]
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
-
-
-def newest(kind: str, folder: Path = RESULTS) -> dict[str, Any] | None:
-    """The last results of a kind, such as "speed-cpu"; names begin with the date."""
-    files = sorted(folder.glob(f"*-{kind}.json"))
-    return json.loads(files[-1].read_text()) if files else None
 
 
 def keep(raw: Path, folder: Path = RESULTS) -> None:
     """The results of a benchmark run in place of the last ones."""
     results = speed.keep(json.loads(raw.read_text()))
-    for old in folder.glob("*-speed-cpu.*"):
-        old.unlink()
-    (folder / f"{results['date']}-speed-cpu.json").write_text(json.dumps(results, indent=1) + "\n")
+    records.keep("speed-cpu", results, results["date"], folder)
 
 
 def render(folder: Path = RESULTS) -> dict[str, list[str]]:
     """Write all rows and the plots into the folder; return the README's parts by name."""
-    if (found := newest("speed-cpu", folder)) is not None:
-        (folder / f"{found['date']}-speed-cpu.md").write_text(speed.document(found))
+    if (found := records.newest("speed-cpu", folder)) is not None:
+        records.keep_text("speed-cpu", speed.document(found), found["date"], "md", folder)
         plots.draw(folder, found)
     return parts(folder)
 
@@ -52,7 +44,7 @@ def parts(folder: Path = RESULTS) -> dict[str, list[str]]:
     }
     found = {}
     for name, (kind, table) in tables.items():
-        results = newest(kind, folder)
+        results = records.newest(kind, folder)
         found[name] = ["No results yet."] if results is None else table(results)
         document = folder / f"{(results or {}).get('date')}-{kind}.md"
         if document.exists():

@@ -47,8 +47,8 @@ def keep(raw: dict[str, Any]) -> dict[str, Any]:
     machine, commit = raw["machine_info"], raw["commit_info"]
     entries = raw["benchmarks"]
     measured = [entry["extra_info"]["rates"] for entry in entries if "rates" in entry["extra_info"]]
-    # The highest: a machine that others use as well is not always as fast.
     by_threads = max((e["extra_info"].get("threads", 1) for e in entries), default=1)
+    # The highest: a machine that others use as well is not always as fast.
     rates = [max((pair[k] for pair in measured), default=math.nan) for k in range(2)]
     rows = []
     for entry in entries:

@@ -2,28 +2,18 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from fluxkernels import backends, cpu, use_backend
+from tests.targets import use_target
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 AVAILABLE = [name for name, b in backends().items() if b.available and (not b.devices or "cpu" in b.devices)]
 TARGETS = cpu._kernels.targets() if "cpu" in AVAILABLE else []
-
-
-@contextmanager
-def use_target(name: str) -> Iterator[None]:
-    """Run the cpu backend with one of its instruction sets inside of the `with` block."""
-    before = cpu._kernels.target()
-    cpu._kernels.use(name)
-    try:
-        yield
-    finally:
-        cpu._kernels.use(before)
 
 
 @pytest.fixture(params=AVAILABLE)

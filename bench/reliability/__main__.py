@@ -13,9 +13,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from bench.records import RESULTS, commit
 from bench.reliability import results, soak, wheels
 from bench.reliability.checks import CHECKS, Entry
-from bench.training.results import RESULTS, commit
 
 
 def positive(text: str) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -14,6 +13,7 @@ from bench import accuracy
 from fluxkernels import cpu
 from tests import fuzz
 from tests.cases import CASES, Case
+from tests.targets import use_target
 
 TRITON = importlib.util.find_spec("triton") is not None
 # Who computed, on what, how many results, and the errors of those that are wrong by op.
@@ -49,17 +49,6 @@ def say_random(entry: dict[str, Any]) -> str:
     return (
         f"{entry['inputs']} inputs, {entry['calls']} calls in {entry['seconds']:g} s: {entry['failures_in_all']} wrong"
     )
-
-
-@contextmanager
-def use_target(name: str) -> Iterator[None]:
-    """Inside of the `with` block the cpu backend runs with this instruction set."""
-    before = cpu._kernels.target()
-    cpu._kernels.use(name)
-    try:
-        yield
-    finally:
-        cpu._kernels.use(before)
 
 
 def of_cases(cases: Sequence[Case] = CASES) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench import records
+from bench.records import RESULTS
 from bench.reliability.checks import CHECKS, Entry
-from bench.training.results import RESULTS, today
 
-NAME = "reliability-cpu.json"
+KIND = "reliability-cpu"
 
 
 def machine() -> dict[str, Any]:
@@ -34,26 +34,17 @@ def cpu_name() -> str:
 
 def newest(folder: Path = RESULTS) -> dict[str, Any]:
     """The last results, or some without a check."""
-    files = sorted(folder.glob(f"*-{NAME}"))  # names begin with the date
-    results: dict[str, Any] = json.loads(files[-1].read_text()) if files else {"checks": {}}
-    return results
+    return records.newest(KIND, folder) or {"checks": {}}
 
 
 def keep(name: str, entry: Entry, commit: str, folder: Path = RESULTS) -> Path:
     """The last results with this entry in place of that check's, in the one file there is, of today."""
-    here, date = machine(), today()
+    here, date = machine(), records.today()
     checks = newest(folder)["checks"]
     # Machine, too: other entries may come from elsewhere.
     checks[name] = {"date": date, "commit": commit, "machine": here, **entry}
     checks = {known: checks[known] for known in CHECKS if known in checks}
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{date}-{NAME}"
-    results = {"date": date, "machine": here, "commit": commit, "checks": checks}
-    file.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    for old in folder.glob(f"*-{NAME}"):
-        if old != file:
-            old.unlink()
-    return file
+    return records.keep(KIND, {"machine": here, "commit": commit, "checks": checks}, date, folder)
 
 
 def result(name: str, entry: Entry) -> str:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxkernels as fk
+from bench import records
 from bench.memory import resident
 from bench.training.problems import images
-from bench.training.results import begin, device_argument, keep_json, machine, today
+from bench.training.results import begin, device_argument, machine
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import EDMField, LossNormalizer, Trainer, TrainingOptions, UNet, dsm_loss, noise_annealed_flux_loss
@@ -278,8 +279,8 @@ def main() -> None:
             rows += found
             write("\n".join(table(found)))
     if kept:
-        kind = "gpu" if device.type == "cuda" else "cpu"
-        keep_json(f"training-{kind}", {"date": today(), "machine": machine(device), "rows": rows})
+        kind, date = "gpu" if device.type == "cuda" else "cpu", records.today()
+        records.keep(f"training-{kind}", {"date": date, "machine": machine(device), "rows": rows}, date)
 
 
 if __name__ == "__main__":

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parents[1] / "results"
+from bench.records import RESULTS, commit, keep_text, today
 
 
 def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
@@ -26,27 +22,6 @@ def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the latter where PyTorch has no CUDA
         parser.error(f"--device {name} cannot be used: {str(error).splitlines()[0]}")
     return device
-
-
-def today() -> str:
-    return datetime.now(timezone.utc).date().isoformat()
-
-
-def keep_json(kind: str, results: dict[str, Any], document: str = "") -> None:
-    """Results, and a document of them, in place of the last of their kind: bench/results/<date>-<kind>.json, .md."""
-    for ending, text in (("json", json.dumps(results, indent=1) + "\n"), ("md", document)):
-        if text:
-            for old in RESULTS.glob(f"*-{kind}.{ending}"):
-                old.unlink()
-            (RESULTS / f"{results['date']}-{kind}.{ending}").write_text(text)
-
-
-def commit() -> str:
-    """What is checked out, "-dirty" if it was changed since."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
 
 
 def machine(device: torch.device) -> str:
@@ -72,6 +47,4 @@ def begin(what: str, device: torch.device, *, keep: bool = True) -> Iterator[Cal
     yield write
     if keep:
         kind = "gpu" if device.type == "cuda" else "cpu"
-        for old in RESULTS.glob(f"*-{what}-{kind}.md"):
-            old.unlink()
-        (RESULTS / f"{today()}-{what}-{kind}.md").write_text("\n".join(lines) + "\n")
+        keep_text(f"{what}-{kind}", "\n".join(lines) + "\n", today(), "md", RESULTS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from experiments.common import figures as style
+from fluxkernels.checks import check_sigma_range
 from fluxmatching import (
     EDMField,
     Horizon,
@@ -39,10 +40,18 @@ HORIZONS: dict[str, Callable[[float], Horizon]] = {
 }
 
 
-def check_horizon(name: str) -> None:
-    """Raise ValueError unless there is a horizon of that name."""
-    if name not in HORIZONS:
-        raise ValueError(f"horizon must be one of {', '.join(HORIZONS)}, got {name!r}")
+def check_training(name: str, config: Any) -> None:
+    """Raise ValueError if a config's noise levels, horizon or number of evaluations cannot be."""
+    check_sigma_range(name, config.sigma_min, config.sigma_max)
+    if config.horizon not in HORIZONS:
+        raise ValueError(f"horizon must be one of {', '.join(HORIZONS)}, got {config.horizon!r}")
+    if config.evaluations > config.iterations:
+        raise ValueError(f"evaluations must be at most iterations, got {config.evaluations} and {config.iterations}")
+
+
+def stages(config: Any) -> list[int]:
+    """Iterations after which a model is judged, evenly over its training."""
+    return [config.iterations * stage // config.evaluations for stage in range(1, config.evaluations + 1)]
 
 
 def make_model(network: nn.Module, sigma_data: float, horizon: Horizon) -> nn.ModuleDict:

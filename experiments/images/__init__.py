@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from experiments.common.clock import Clock
-from experiments.common.objectives import DSM, FLUX, check_horizon
+from experiments.common.objectives import DSM, FLUX, check_training
 from experiments.common.registry import GPU, Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run
 from experiments.common.timing import log_steps, step_results
@@ -19,7 +19,6 @@ from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.sampling import likelihood, sample
 from experiments.images.stages import SHOWN, best_field, choice, draw, log_floor, reference, train
 from experiments.images.training import folder, make_trainer
-from fluxkernels.checks import check_sigma_range
 from fluxmatching.training import PRECISIONS
 
 TRAINED = (FLUX, DSM)
@@ -91,12 +90,9 @@ class Config:
             raise ValueError("multipliers must not be empty")
         if self.attention_level >= len(self.multipliers):
             raise ValueError(f"attention_level must be below {len(self.multipliers)}, got {self.attention_level}")
-        check_sigma_range("images", self.sigma_min, self.sigma_max)
-        check_horizon(self.horizon)
+        check_training("images", self)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
-        if self.evaluations > self.iterations:
-            raise ValueError(f"evaluations must be at most iterations, got {self.evaluations} and {self.iterations}")
 
     def loss_options(self) -> dict[str, Any]:
         """Of `make_loss`, beside the noise."""

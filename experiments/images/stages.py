@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.clock import Clock
+from experiments.common.objectives import stages
 from experiments.common.registry import Paused
 from experiments.common.run import Run
 from experiments.images import fidelity, figures
@@ -30,11 +31,10 @@ def train(run: Run, objectives: Sequence[str], images: Images, clock: Clock) -> 
     """
     config = run.config
     real = reference(run, images, config.evaluation_samples)
-    for stage in range(1, config.evaluations + 1):
+    for stage, target in enumerate(stages(config), 1):
         judged = {row["objective"] for row in run.rows("progress") if row["stage"] == stage}
         if judged >= set(objectives):
             continue
-        target = config.iterations * stage // config.evaluations
         trainers = {o: make_trainer(run, o, images, iterations=target, folder=folder(run, o)) for o in objectives}
         for turn, trainer in enumerate(trainers.values()):
             if trainer.iteration < target:  # an equal share of the time to those that come

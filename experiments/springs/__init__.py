@@ -8,11 +8,12 @@ from functools import partial
 
 import torch
 
-from experiments.common.objectives import check_horizon
+from experiments.common.objectives import check_training, stages
 from experiments.common.registry import Experiment, check_sizes
 from experiments.common.run import Figure, Result, Run, spread
 from experiments.common.timing import log_steps, step_results
 from experiments.springs import figures, linear
+from experiments.springs.simulator import LENGTH, STEP
 from experiments.springs.training import (
     CAUSAL,
     DSM,
@@ -28,10 +29,8 @@ from experiments.springs.training import (
     log_sizes,
     make_trainer,
     samples_file,
-    stages,
     train,
 )
-from fluxkernels.checks import check_sigma_range
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Config:
     Args:
         seeds: trainings of each model.
         data: training trajectories.
+        every: of their 50 points of time one in so many is kept, the first of all first.
         iterations, batch, lr, warmup, ema: training by Adam.
         evaluations: how often a model is judged, evenly over the training.
         horizon, tau_max: of Flux Matching: "learned", "uniform" or "exponential" with rate 1, all on [0, tau_max].
@@ -53,6 +53,7 @@ class Config:
 
     seeds: int = 3
     data: int = 2000
+    every: int = 1
     iterations: int = 10_000
     batch: int = 256
     lr: float = 3e-4
@@ -72,14 +73,13 @@ class Config:
 
     def __post_init__(self) -> None:
         check_sizes(self, data=self.batch, warmup=0, ema=0)
-        check_sigma_range("springs", self.sigma_min, self.sigma_max)
-        check_horizon(self.horizon)
+        check_training("springs", self)
         if self.ema >= 1:
             raise ValueError(f"ema must be below 1, got {self.ema}")
+        if self.every > LENGTH // 2:
+            raise ValueError(f"every must leave two points of {LENGTH}, so be at most {LENGTH // 2}, got {self.every}")
         if self.width % (2 * self.heads):
             raise ValueError(f"width must be a multiple of 2 heads, got {self.width} and {self.heads}")
-        if self.evaluations > self.iterations:
-            raise ValueError(f"evaluations must be at most iterations, got {self.evaluations} and {self.iterations}")
 
 
 def run(run: Run) -> None:
@@ -94,13 +94,13 @@ def run(run: Run) -> None:
     log_sizes(run)
     if not run.rows("floor"):
         run.log(kind="floor", w2=floor(run))
-    changes = {o: {stage: relative_changes(run, o, stage) for stage in stages(run)} for o in OBJECTIVES}
+    changes = {o: {stage: relative_changes(run, o, stage) for stage in stages(run.config)} for o in OBJECTIVES}
     paths = [run.figure("mask"), run.figure("linear"), run.figure("trajectories")]
     figures.draw_change(paths[0], changes)
     figures.draw_linear(paths[1], *linear_curves(run), trained_sizes(run))
     shown = {"simulator": data(run)[:SHOWN].cpu()}
     shown |= {f"{o}, {m}": torch.load(samples_file(run, o, m, 0), weights_only=True) for o, m in MODELS}
-    figures.draw_trajectories(paths[2], shown)
+    figures.draw_trajectories(paths[2], shown, run.config.every * STEP)
     figures.animate(run.out / "masses.gif", shown)
     run.summary(
         compare(run, changes),
@@ -164,7 +164,7 @@ def compare(run: Run, changes: dict[str, dict[int, list[float]]]) -> list[Result
         )
     differences = [
         [100 * (flux - dsm) for flux, dsm in zip(changes[FLUX][stage], changes[DSM][stage], strict=True)]
-        for stage in stages(run)
+        for stage in stages(run.config)
     ]
     results.append(
         Result(

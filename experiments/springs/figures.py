@@ -12,7 +12,6 @@ from torch import Tensor
 
 from experiments.common import figures as style
 from experiments.common.objectives import COLOURS
-from experiments.springs.simulator import STEP
 
 
 def draw_change(path: Path, changes: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
@@ -59,11 +58,11 @@ def draw_linear(
     style.save(fig, path)
 
 
-def draw_trajectories(path: Path, by_model: Mapping[str, Tensor], shown: int = 12) -> None:
+def draw_trajectories(path: Path, by_model: Mapping[str, Tensor], spacing: float, shown: int = 12) -> None:
     """The first mass's position and both positions against each other, a row a model, the first row the simulator."""
     fig, axes = style.new_figure(6.5, 1.7 * len(by_model), len(by_model), 2, squeeze=False)
     for (over_time, plane), (name, found) in zip(axes, by_model.items(), strict=True):
-        time = STEP * np.arange(found.shape[1])
+        time = spacing * np.arange(found.shape[1])
         for trajectory in found[:shown].numpy():
             over_time.plot(time, trajectory[:, 0], lw=0.8)
             plane.plot(trajectory[:, 0], trajectory[:, 2], lw=0.8)

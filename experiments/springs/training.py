@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.common.distances import wasserstein2
-from experiments.common.objectives import DSM, FLUX, HORIZONS, make_loss, make_model
+from experiments.common.objectives import DSM, FLUX, HORIZONS, make_loss, make_model, stages
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
@@ -25,8 +25,13 @@ SHOWN = 64  # generated trajectories that a run keeps
 
 
 def data(run: Run) -> Tensor:
-    """The training trajectories, `[data, 50, 4]`."""
-    return trajectories(run.config.data, run.generator("data")).to(run.device)
+    """The training trajectories, `[data, points, 4]`."""
+    return simulate(run, run.config.data, "data")
+
+
+def simulate(run: Run, count: int, key: str) -> Tensor:
+    """Trajectories of the simulator at the points of time that the config keeps, those of a key always the same."""
+    return trajectories(count, run.generator(key))[:, :: run.config.every].contiguous().to(run.device)
 
 
 def make_trainer(
@@ -43,7 +48,7 @@ def make_trainer(
     config, samples = run.config, data(run)
     with run.drawing("weights", seed):
         network = TrajectoryTransformer(
-            width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
+            samples.shape[1], width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )
         model = make_model(network, samples.std().item(), HORIZONS[config.horizon](config.tau_max))
     options = TrainingOptions(
@@ -56,18 +61,12 @@ def make_trainer(
     return Trainer(model.to(run.device), loss, samples, options, folder=folder)
 
 
-def stages(run: Run) -> list[int]:
-    """Iterations after which a model is judged."""
-    config = run.config
-    return [config.iterations * stage // config.evaluations for stage in range(1, config.evaluations + 1)]
-
-
 def train(run: Run, objective: str, mask: str, seed: int) -> None:
     """One training, judged at every stage: logs W2 to the training trajectories, and keeps some samples for figures."""
     key = {"objective": objective, "mask": mask, "seed": seed}
     done = {row["iteration"] for row in run.rows("model") if {name: row[name] for name in key} == key}
     file = samples_file(run, objective, mask, seed)
-    for iteration in stages(run):
+    for iteration in stages(run.config):
         if iteration in done:
             continue
         one = make_trainer(run, objective, mask, seed, iterations=iteration, folder=file.parent)
@@ -112,4 +111,4 @@ def samples_file(run: Run, objective: str, mask: str, seed: int) -> Path:
 
 def floor(run: Run) -> float:
     """W2 of new trajectories, as many as are sampled, to the training ones: what a perfect model has."""
-    return wasserstein2(trajectories(run.config.samples, run.generator("new")), data(run))
+    return wasserstein2(simulate(run, run.config.samples, "new"), data(run))

@@ -103,9 +103,10 @@ def test_fid_by_number_of_steps_is_in_the_summary(tmp_path: Path, monkeypatch: p
         ("mixture_batch=3", "mixture_batch must be at least 4"),
         ("mixture_data=10", "mixture_data must be at least mixture_batch, got 10"),
         ("steps=", "steps and mixture_steps must not be empty"),
+        ("steps=0,5", "steps must be above 0"),
     ],
 )
-def test_settings_that_cannot_train(override: str, text: str) -> None:
+def test_bad_settings(override: str, text: str) -> None:
     with pytest.raises(UsageError, match=text):
         fast_mixing.EXPERIMENT.configure("smoke", [override])
 
@@ -128,8 +129,3 @@ def test_the_circulating_field_keeps_the_density_and_is_no_gradient() -> None:
 def test_the_weight_of_images_reaches_their_loss() -> None:
     config = fast_mixing.EXPERIMENT.configure("smoke", ["mixing_weight=0.7"])
     assert config.loss_options() == {"chunk": config.chunk, "mixing_weight": 0.7}
-
-
-def test_bad_settings() -> None:
-    with pytest.raises(UsageError, match="steps must be above 0"):
-        fast_mixing.EXPERIMENT.configure("smoke", ["steps=0,5"])

@@ -17,7 +17,7 @@ from experiments.common.run import Run
 from experiments.springs import simulator
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories, velocity
-from experiments.springs.training import MODELS, OBJECTIVES, data, make_trainer, samples_file
+from experiments.springs.training import MODELS, OBJECTIVES, data, floor, make_trainer, samples_file
 from fluxmatching import LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
 
 
@@ -117,6 +117,16 @@ def test_losses_are_normalised_and_say_their_noise(tmp_path: Path, objective: st
     torch.testing.assert_close(higher, (values - (scale - 1)) / np.e + scale, rtol=1e-4, atol=1e-4)
 
 
+def test_every_fifth_point_of_the_same_trajectories(tmp_path: Path) -> None:
+    config = springs.EXPERIMENT.configure("smoke", ["every=5"])
+    run = Run(springs.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "few", progress=False)
+    found = data(run)
+    assert found.shape == (config.data, 10, 4)
+    assert torch.equal(found, data(make_run(tmp_path / "all"))[:, ::5])
+    assert np.isfinite(make_trainer(run, "flux", "causal", seed=0, iterations=1).step())
+    assert floor(run) > 0
+
+
 def test_relative_changes_by_hand(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     for mask, found in (("full", (2.0, 4.0)), ("causal", (3.0, 3.0))):
@@ -163,6 +173,8 @@ def test_sizes_of_trained_fields(tmp_path: Path) -> None:
         ("width=18", "width must be a multiple of 2 heads, got 18 and 2"),
         ("evaluations=9", "evaluations must be at most iterations, got 9 and 4"),
         ("data=8", "data must be at least 16"),
+        ("every=0", "every must be above 0"),
+        ("every=26", "every must leave two points of 50, so be at most 25, got 26"),
     ],
 )
 def test_bad_settings(override: str, text: str) -> None:

@@ -1,0 +1,45 @@
+"""Dated results in bench/results: a file of every kind, the newest in place of the last."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def today() -> str:
+    return datetime.now(timezone.utc).date().isoformat()
+
+
+def commit() -> str:
+    """What is checked out, "-dirty" if it was changed since."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def keep_text(kind: str, text: str, date: str, ending: str, folder: Path = RESULTS) -> Path:
+    """<date>-<kind>.<ending> in place of the last of its kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob(f"*-{kind}.{ending}"):
+        old.unlink()
+    file = folder / f"{date}-{kind}.{ending}"
+    file.write_text(text)
+    return file
+
+
+def keep(kind: str, results: dict[str, Any], date: str, folder: Path = RESULTS) -> Path:
+    """The same of results, as JSON."""
+    return keep_text(kind, json.dumps(results, indent=1, ensure_ascii=False) + "\n", date, "json", folder)
+
+
+def newest(kind: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """The last results of a kind, such as "speed-cpu", or None."""
+    files = sorted(folder.glob(f"*-{kind}.json"))  # names begin with the date
+    found: dict[str, Any] | None = json.loads(files[-1].read_text()) if files else None
+    return found
