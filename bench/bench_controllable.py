@@ -11,13 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import fluxkernels as fk
 from bench import published
+from bench.peers import BACKENDS, PUBLISHED
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.controllable.fields import Controls, Family, SkewTemplate, TriangleTemplate, rotate
 from experiments.controllable.metrics import flux_losses
 
-BACKENDS = [name for name, backend in fk.backends().items() if backend.available]
 THETA = torch.tensor([2.5, -2.5, 2.5], dtype=torch.float64)
 MINIBATCHES, BATCH = 64, 256
 
@@ -60,12 +59,12 @@ def published_losses(controls: Controls, family: Family = "preserving") -> Tenso
     )
 
 
-@pytest.mark.parametrize("who", [*BACKENDS, "published"])
+@pytest.mark.parametrize("who", [*BACKENDS, PUBLISHED])
 def test_speed(benchmark: Any, who: str) -> None:
     controls = make_controls()
     benchmark.group = f"controllable: one field, {MINIBATCHES} minibatches of {BATCH}"
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    if who == "published":
+    if who == PUBLISHED:
         benchmark.pedantic(published_losses, (controls,), rounds=3, warmup_rounds=1)
     else:
         generator = torch.Generator().manual_seed(1)

@@ -17,9 +17,8 @@ PATIENCE = {"torch": 5.0}
 
 
 def expected_seconds(op: str, case: Case, who: str) -> float:
-    exponentials, multiply_adds = limits.ARITHMETIC[op]
-    work = case.pairs * (exponentials + multiply_adds * case.dimensions / 10)
-    return NANOSECONDS.get(who, 5.0) * work * 1e-9
+    exponentials, multiply_adds = limits.work(op, case)
+    return NANOSECONDS.get(who, 5.0) * (exponentials + multiply_adds / 10) * 1e-9
 
 
 def patient(op: str, case: Case, who: str) -> bool:
@@ -71,4 +70,4 @@ def measure(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype, *
     info["live_share"] = limits.live_share(*peers.judged(x, refs), case.sigma2)
     info["error"] = peers.relative_error(op, who, case, dtype)
     if who in peers.BACKENDS:
-        assert info["error"] < peers.tolerance(who, dtype)
+        assert info["error"] < peers.tolerance(op, who, dtype)

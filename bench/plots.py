@@ -28,7 +28,7 @@ def curves(results: dict[str, Any], what: str) -> dict[str, list[tuple[float, Ro
 
 def draw_quantity(path: Path, results: dict[str, Any], column: str, label: str, factor: float) -> None:
     """A panel for everything that grows; a cross at the top where memory ran out."""
-    fig, panels = style.new_figure(11.0, 2.9, 1, len(SCALING), sharey=True)
+    fig, panels = style.new_figure(11.0, 3.1, 1, len(SCALING), sharey=True)
     for axes, what in zip(panels, SCALING, strict=True):
         for who, points in curves(results, what).items():
             good = [(size, factor * row[column]) for size, row in points if row.get(column)]
@@ -41,17 +41,21 @@ def draw_quantity(path: Path, results: dict[str, Any], column: str, label: str, 
     panels[0].set_ylabel(label)
     if panels[0].lines:
         panels[0].legend(fontsize=7)
+    machine = results["machine"]
+    fig.suptitle(f"{machine['cpu']}, {machine['threads']} threads, {results['date']}, {results['commit']}", fontsize=8)
     style.save(fig, path)
 
 
+QUANTITIES = {
+    "speed-time.png": ("seconds", "time of a score (ms)", 1e3),
+    "speed-memory.png": ("memory", "memory of a call (MB)", 1e-6),
+    "speed-limit.png": ("limit", "share of the machine's limit (%)", 100.0),
+}
+
+
 def draw(folder: Path, results: dict[str, Any]) -> list[Path]:
-    """speed-time.png, speed-memory.png and speed-limit.png."""
-    quantities = {
-        "time": ("seconds", "time of a score (ms)", 1e3),
-        "memory": ("memory", "memory of a call (MB)", 1e-6),
-        "limit": ("limit", "share of the machine's limit (%)", 100.0),
-    }
-    paths = [folder / f"speed-{name}.png" for name in quantities]
-    for path, (column, label, factor) in zip(paths, quantities.values(), strict=True):
+    """All plots, into that folder."""
+    paths = [folder / name for name in QUANTITIES]
+    for path, (column, label, factor) in zip(paths, QUANTITIES.values(), strict=True):
         draw_quantity(path, results, column, label, factor)
     return paths

@@ -49,6 +49,9 @@ def parts(folder: Path = RESULTS) -> dict[str, list[str]]:
         document = folder / f"{(results or {}).get('date')}-{kind}.md"
         if document.exists():
             found[name] += ["", f"[All rows](bench/results/{document.name})"]
+    for plot in (folder / name for name in plots.QUANTITIES):
+        if plot.exists():
+            found["speed"] += ["", f"![{plot.stem}](bench/results/{plot.name})"]
     return found | {"gpu": gpu.report(folder).splitlines()}
 
 

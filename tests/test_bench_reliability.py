@@ -246,9 +246,11 @@ def test_table_of_what_passed_failed_and_could_not_run() -> None:
         "sanitizer": {"skipped": "there is no g++"},
         "wheels": {"passed": True, "pythons": {"3.10": {"skipped": "not found"}, "3.11": {"error": 1e-9}}},
     }
-    head, line, *rows = results.table({"checks": checks})
-    assert (head, line) == ("| check | what was done | result |", "|---|---|---|")
-    assert [row.split(" | ")[-1] for row in rows] == [
+    when = {"date": "2030-01-02", "commit": "0123456"}
+    head, line, *rows = results.table({"checks": {name: {**entry, **when} for name, entry in checks.items()}})
+    assert (head, line) == ("| check | what was done | result | date, commit |", "|---|---|---|---|")
+    assert {row.split(" | ")[-1] for row in rows} == {"2030-01-02, 0123456 |"}
+    assert [f"{row.split(' | ')[-2]} |" for row in rows] == [
         "7 inputs, 56 calls in 10 s: 0 wrong |",
         "62 cases; right: `torch` 9 of 9, `triton` is not installed |",
         "**failed**: 2 of 3 identical bit for bit, after 4 kills |",

@@ -44,7 +44,7 @@ def keep(name: str, entry: Entry, commit: str, folder: Path = RESULTS) -> Path:
     # Machine, too: other entries may come from elsewhere.
     checks[name] = {"date": date, "commit": commit, "machine": here, **entry}
     checks = {known: checks[known] for known in CHECKS if known in checks}
-    return records.keep(KIND, {"machine": here, "commit": commit, "checks": checks}, date, folder)
+    return records.keep(KIND, {"date": date, "machine": here, "commit": commit, "checks": checks}, date, folder)
 
 
 def result(name: str, entry: Entry) -> str:
@@ -58,5 +58,8 @@ def result(name: str, entry: Entry) -> str:
 
 def table(results: dict[str, Any]) -> list[str]:
     """Markdown: a row for each check that has an entry."""
-    rows = [f"| {name} | {CHECKS[name].what} | {result(name, entry)} |" for name, entry in results["checks"].items()]
-    return ["| check | what was done | result |", "|---|---|---|", *rows]
+    rows = [
+        f"| {name} | {CHECKS[name].what} | {result(name, entry)} | {entry['date']}, {entry['commit']} |"
+        for name, entry in results["checks"].items()
+    ]
+    return ["| check | what was done | result | date, commit |", "|---|---|---|---|", *rows]

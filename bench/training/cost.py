@@ -243,6 +243,9 @@ def summary(results: dict[str, Any]) -> list[str]:
     for name in dict.fromkeys(row["setting"]["name"] for row in results["rows"]):
         by_way = {row["way"]: row for row in results["rows"] if row["setting"]["name"] == name}
         base = by_way["score matching"]
+        if "failed" in base:
+            lines.append(f"| {name} | {base['failed'].split(':')[0]} |" + " – |" * len(SUMMARY))
+            continue
         cells = [name, f"{1e3 * base['seconds']:.3g} ms"]
         for way in SUMMARY:
             row = by_way[way]
