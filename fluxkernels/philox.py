@@ -58,7 +58,7 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
     Args:
         seed: int64 tensor of shape `[]`; its device is the device of the result.
         shape: `[steps, ...]`.
-        stream: what the numbers are for: CHAIN, START, PROBE or MIXING.
+        stream: what the numbers are for: CHAIN, START or MIXING.
         dtype: float32 or float64; both give the same numbers to rounding.
     """
     return _to_shape(normal_from_words(bits(seed, shape, stream), dtype), shape)
