@@ -60,27 +60,16 @@ accuracy: $(VENV)/installed-dev
 	$(BIN)/python -m bench.accuracy --backend $(BACKEND)
 
 reliability: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet "pybind11>=2.13" "setuptools>=77"
 	$(BIN)/python -m bench.reliability
 	$(BIN)/python -m bench.report
 
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m tests.fuzz --seconds 60
 
-# Preloaded because Python itself is not built with them; libstdc++ too, or the first C++ exception would end the process.
-SANITIZED := OMP_NUM_THREADS=1 UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/build/asan \
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)"
-
-# A report comes on the standard error of the process, which pytest would keep from one that it ends.
-# torch.compile's inductor starts compilers of its own, which do not run with a sanitizer preloaded.
 sanitize: $(VENV)/installed-dev
-	rm -rf build/sanitize build/sanitize-objects build/asan.*
 	$(BIN)/python -m pip install --quiet "pybind11>=2.13" "setuptools>=77"
-	FLUXKERNELS_CPU=require FLUXKERNELS_SANITIZE=1 $(BIN)/python setup.py -q build --build-lib build/sanitize \
-		--build-temp build/sanitize-objects
-	cd build/sanitize && $(SANITIZED) $(abspath $(BIN))/python -c "from fluxkernels.cpu import _kernels as k; \
-		print(k.__file__)" | grep build/sanitize  # not the checkout's own
-	$(SANITIZED) $(BIN)/python -m pytest -o "pythonpath=build/sanitize ." tests/fluxkernels -k "not inductor" --capture=sys \
-		|| { cat build/asan.* 2>/dev/null; exit 1; }
+	$(BIN)/python -m bench.reliability --only sanitizer --output build
 
 arm64:
 	for file in csrc/parallel.cpp csrc/targets/*.cpp; do \

@@ -19,9 +19,10 @@ from tyro.extras import SubcommandApp
 from experiments.common.registry import Paused, UsageError, load_experiment, load_experiments
 from experiments.common.report import Result, write_report
 from experiments.common.run import Run, describe, read_config
+from fluxkernels import backends
 
 LOCK = ".lock"  # held while a run writes; the system lets it go when the process ends, however it ends
-BACKENDS = ("auto", "torch", "cpu", "triton")
+BACKENDS = ("auto", *backends())
 app = SubcommandApp()
 
 
@@ -216,7 +217,6 @@ def _remove_run(out: Path) -> None:
     for folder in ("figures", "models"):
         if (out / folder).is_dir():
             shutil.rmtree(out / folder)
-    (out / "masses.gif").unlink(missing_ok=True)
     for name in ("summary.md", "checkpoint.pt", "metrics.csv", "config.json"):
         (out / f"{name}.tmp").unlink(missing_ok=True)
         (out / name).unlink(missing_ok=True)

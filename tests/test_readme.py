@@ -1,5 +1,6 @@
 """Every block of the README runs: Python as it stands, in a fresh interpreter, commands at their smallest."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 
 import fluxkernels
 import fluxmatching
-from fluxmatching import velocity
+from fluxmatching import velocity, velocity_metrics
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -53,9 +54,11 @@ def test_links_lead_somewhere() -> None:
 def test_the_api_page_names_everything_public() -> None:
     page = (README.parent / "python_api" / "README.md").read_text(encoding="utf-8")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
-    named = [name for row in rows for name in re.findall(r"`(\w+)", row)]
-    public = [*fluxkernels.__all__, *fluxmatching.__all__, *velocity.__all__]
-    assert sorted(named) == sorted(public)
+    named = [name for row in rows for name in re.findall(r"`([\w.]+)", row)]
+    public = [*fluxkernels.__all__, *fluxmatching.__all__, *velocity.__all__, *velocity_metrics.__all__]
+    assert sorted(name for name in named if "." not in name) == sorted(public)
+    for module, _, name in (name.rpartition(".") for name in named if "." in name):
+        assert hasattr(importlib.import_module(module), name)
 
 
 SHELL = [

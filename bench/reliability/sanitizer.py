@@ -92,12 +92,10 @@ def check(tests: tuple[str, ...] = TESTS) -> dict[str, Any]:
         )  # fmt: skip
         counts = count(folder / "tests.xml")
     reports = len(REPORT.findall(done.stderr))
-    return {
-        "passed": done.returncode == 0 and counts["tests_passed"] > 0 and reports == 0,
-        **counts,
-        "reports": reports,
-        "said": "" if done.returncode == 0 and reports == 0 else done.stderr[:4000] + done.stdout[-2000:],
-    }
+    good = done.returncode == 0 and reports == 0
+    said = "" if good else done.stderr[:4000] + done.stdout[-2000:]
+    print(said, flush=True)
+    return {"passed": good and counts["tests_passed"] > 0, **counts, "reports": reports, "said": said}
 
 
 def say(entry: dict[str, Any]) -> str:

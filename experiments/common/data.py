@@ -9,6 +9,6 @@ VARIABLE = "FLUXMATCHING_DATA"
 
 
 def data_folders() -> list[Path]:
-    """The variable's folder, `data` here, and a shared one beside the checkout."""
+    """The variable's folder, `data` here, and `shared/data` beside the checkout, in this order."""
     named = [Path(os.environ[VARIABLE])] if VARIABLE in os.environ else []
     return [*named, Path("data"), Path(__file__).parents[3] / "shared" / "data"]

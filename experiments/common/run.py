@@ -41,7 +41,7 @@ class Run:
 
     Args:
         experiment: what is run.
-        preset: "smoke", "small" or "paper".
+        preset: "smoke", "small", "gpu" or "paper".
         config: the preset's dataclass, overrides applied.
         backend: for the `backend=` argument of every op; None chooses by itself.
         device: where tensors go.

@@ -148,9 +148,8 @@ def autocorrelation(
 
 @dataclass(frozen=True)
 class ExponentialFit:
-    """log ℓ(τ) ≈ log amplitude - rate τ, and the R² of that line."""
+    """log ℓ(τ) falls by rate τ, and the R² of that line."""
 
-    amplitude: float
     rate: float
     r_squared: float
 
@@ -159,11 +158,11 @@ def fit_exponential(tau: Array, mean: Array, error: Array, low: float, high: flo
     """Least-squares line through log ℓ over low ≤ τ ≤ high, where ℓ exceeds zero by two standard errors."""
     used = (tau >= low) & (tau <= high) & (mean > 2 * error)
     if used.sum() < 3:
-        return ExponentialFit(math.nan, math.nan, math.nan)
+        return ExponentialFit(math.nan, math.nan)
     x, y = tau[used], np.log(mean[used])
     slope, intercept = np.polyfit(x, y, 1)
     unexplained = np.square(y - slope * x - intercept).sum()
-    return ExponentialFit(math.exp(intercept), -float(slope), float(1 - unexplained / np.square(y - y.mean()).sum()))
+    return ExponentialFit(-float(slope), float(1 - unexplained / np.square(y - y.mean()).sum()))
 
 
 def share_beyond(tau: Array, mean: Array, cut: float) -> float:

@@ -101,7 +101,7 @@ def run(run: Run) -> None:
     shown = {"simulator": data(run)[:SHOWN].cpu()}
     shown |= {f"{o}, {m}": torch.load(samples_file(run, o, m, 0), weights_only=True) for o, m in MODELS}
     figures.draw_trajectories(paths[2], shown, run.config.every * STEP)
-    figures.animate(run.out / "masses.gif", shown)
+    figures.animate(paths[0].with_name("masses.gif"), shown)
     run.summary(
         compare(run, changes),
         [
@@ -111,7 +111,7 @@ def run(run: Run) -> None:
             Figure(paths[1], "Linear fields in closed form: W2 of what they generate, and their size."),
             Figure(paths[2], "Trajectories of the simulator and of each model, seed 0."),
         ],
-        ("masses.gif in this folder shows the masses in motion.",),
+        ("`figures/masses.gif` shows the masses in motion.",),
     )
 
 

@@ -1,9 +1,9 @@
 """RNA velocity: the splicing model fitted by Flux Matching, in scVelo's conventions (Sec. 4.2, B.2).
 
 >>> import scvelo as scv                                        # doctest: +SKIP
->>> from fluxmatching.velocity import flux_velocity
->>> flux_velocity(adata)                                        # doctest: +SKIP
->>> scv.tl.velocity_graph(adata)                                # doctest: +SKIP
+>>> from fluxmatching.velocity import CIRCULATING, flux_velocity
+>>> flux_velocity(adata, **CIRCULATING)                         # doctest: +SKIP
+>>> scv.tl.velocity_graph(adata, sqrt_transform=True)           # doctest: +SKIP
 >>> scv.pl.velocity_embedding_stream(adata)                     # doctest: +SKIP
 """
 

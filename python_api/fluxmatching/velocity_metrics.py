@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from anndata import AnnData
 
+__all__ = ["CrossBoundaryCorrectness", "cross_boundary_correctness", "velocity_consistency"]
+
 
 @dataclass(frozen=True)
 class CrossBoundaryCorrectness:

@@ -189,7 +189,7 @@ def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     assert [row["iteration"] for row in run.rows("model")] == [2, 4] * len(MODELS)
     assert all(row["w2"] > 0 for row in run.rows("model"))
     assert {path.stem for path in run.figures} == {"mask", "linear", "trajectories"}
-    assert (tmp_path / "masses.gif").stat().st_size > 1000
+    assert (tmp_path / "figures" / "masses.gif").stat().st_size > 1000
     assert "change of W2 by the mask after 2, 4 iterations: flux" in (tmp_path / "summary.md").read_text()
     assert (
         "linear fields in 72 steps: W2 under the mask, score matching over Flux Matching"
