@@ -7,7 +7,6 @@ tests/cases.py.
 """
 
 import argparse
-import platform
 from typing import Any
 
 import numpy as np
@@ -114,14 +113,17 @@ def measure(backend: str, cases: list[Case] = CASES) -> dict[str, Any]:
     for case in cases:
         mine, theirs = errors(case, backend)
         by_case[case.name] = {op: (mine[op], theirs.get(op)) for op in OPS}
-    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}"
     return {
         "date": records.today(),
-        "machine": machine,
+        "machine": records.machine(),
         "commit": records.commit(),
         "backend": backend,
         "errors": by_case,
     }
+
+
+def where(results: dict[str, Any]) -> str:
+    return records.where(results["machine"], results["commit"])
 
 
 def table(results: dict[str, Any], ops: tuple[str, ...] = OPS, cases: tuple[str, ...] = ()) -> list[str]:
@@ -142,7 +144,7 @@ def document(results: dict[str, Any]) -> str:
         "",
         f"`python -m bench.accuracy --backend {backend} --keep`: relative error in the Euclidean norm against",
         "extended precision (NumPy longdouble), float32 inputs of tests/cases.py. Each cell: fluxkernels / the formula",
-        f"as published, in float32 PyTorch (bench/published.py). {results['machine']}, commit {results['commit']}.",
+        f"as published, in float32 PyTorch (bench/published.py). {where(results)}",
         "A dash: not computed, the published divergence takes one backward pass for each coordinate.",
         "",
         *table(results),
@@ -153,7 +155,7 @@ def document(results: dict[str, Any]) -> str:
 def summary(results: dict[str, Any]) -> list[str]:
     """The README's table."""
     return [
-        f"*{results['date']}, {results['machine']}, commit {results['commit']}.*",
+        f"*{results['date']}, {where(results)}*",
         "",
         *table(results, SHOWN_OPS, SHOWN),
     ]

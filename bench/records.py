@@ -1,12 +1,15 @@
-"""Dated results in bench/results: a file of every kind, the newest in place of the last."""
+"""Dated results in bench/results: a file of every kind, the newest in place of the last; where they come from."""
 
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -21,6 +24,30 @@ def commit() -> str:
         ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
     )
     return described.stdout.strip() or "unknown"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, system and versions."""
+    return {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def cpu_name() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def where(machine: dict[str, Any], commit: str, card: str = "") -> str:
+    """The same as a sentence, with the GPU's name in the processor's place if it was one that computed."""
+    processor = card or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{processor}, {machine['system']}, Python {machine['python']}, torch {machine['torch']}, commit {commit}."
 
 
 def keep_text(kind: str, text: str, date: str, ending: str, folder: Path = RESULTS) -> Path:

@@ -116,6 +116,22 @@ def test_a_way_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows[1]["failed"] == "MemoryError: too large"
 
 
+def gpu_row(who: str, seconds: float, error: float, **others: Any) -> dict[str, Any]:
+    case = {"kind": "score", "name": "tiny"}
+    return {"case": case, "who": who, "seconds": {"median": seconds}, "memory": 10**6, "error": error, **others}
+
+
+def test_gpu_report_has_no_figure_of_a_wrong_answer() -> None:
+    graph = {"graph": {"median": 1e-3}, "limit_seconds": 5e-4, "pairs_a_second": 1e9}
+    machine = dict.fromkeys(("card", "date", "driver", "torch", "triton", "commit"), "0")
+    results = {"machine": machine, "tests": None}
+    peers = [gpu_row("plain PyTorch", 0.01, 1e-4), gpu_row("KeOps", 0.002, 0.5)]
+    lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 1e-6, **graph), *peers]})
+    assert "| score | tiny | 1 ms | 1.0e+09 | 50% | 10 × | – | wrong | 1 / 1 | 1e-06 / 1e-04 / 5e-01 |" in lines
+    lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 0.9, **graph), *peers]})
+    assert "| score | tiny | wrong | | | | | | | 9e-01 / 1e-04 / 5e-01 |" in lines
+
+
 def test_gpu_report_shows_training_steps() -> None:
     rows = [row("score matching", seconds=0.1, memory=1e9, kde=0.001), row("flux", seconds=0.2, memory=1e9)]
     machine = dict.fromkeys(("card", "date", "driver", "torch", "triton", "commit"), "x")
@@ -152,7 +168,7 @@ def test_made_cells_are_as_wide_as_real_ones() -> None:
 
 
 def test_results_replace_the_last_ones_of_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(results.records, "RESULTS", tmp_path)
     for name in ("2020-01-01-training-cpu.md", "2020-01-01-training-gpu.md"):
         (tmp_path / name).write_text("old")
     with results.begin("training", torch.device("cpu")) as write:

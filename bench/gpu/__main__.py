@@ -19,7 +19,7 @@ import torch
 import triton
 
 from bench.gpu import rates
-from bench.gpu.cases import CASES, Case, contenders, errors
+from bench.gpu.cases import CASES, COMPILED, OURS, PLAIN, Case, contenders, errors
 from bench.training import cost, presets, velocity
 
 ROOT = Path(__file__).parents[2]
@@ -86,16 +86,17 @@ def measure(case: Case, limit: dict[str, float], deadline: float) -> list[dict[s
             if time.perf_counter() > deadline:
                 raise TimeoutError("no time was left")
             with torch.no_grad():
-                if who == "triton":
+                if who == OURS:
                     found = errors(case)
                 row |= {"seconds": quantiles(timed(call)), "memory": peak_memory(call)}
-                if who == "triton":
+                if who == OURS:
                     row["graph"] = quantiles(timed(graph_of(call)))
                     shape = (case.groups, case.queries, case.centres, case.dimensions)
-                    row["limit"] = rates.model_seconds(limit, case.kind, *shape)
+                    row["limit_seconds"] = rates.model_seconds(limit, case.kind, *shape)
                     row["pairs_a_second"] = rates.pairs(case.kind, *shape[:3]) / row["graph"]["median"]
-                if who in found:
-                    row["error"] = found[who]
+                judged = PLAIN if who == COMPILED else who
+                if judged in found:
+                    row["error"] = found[judged]
         except Exception as problem:  # out of memory, a compiler that fails: the row stays
             row["failed"] = f"{type(problem).__name__}: {problem}"[:500]
         torch.cuda.empty_cache()
@@ -108,7 +109,7 @@ def say(row: dict[str, Any]) -> None:
     figures = row.get("failed") or f"{1e6 * row['seconds']['median']:10.1f} us"
     if "graph" in row:
         figures += f", graph {1e6 * row['graph']['median']:.1f} us, error {row['error']:.1e}"
-        figures += f", limit {row['limit'] / row['graph']['median']:.0%}"
+        figures += f", limit {row['limit_seconds'] / row['graph']['median']:.0%}"
     print(f"{row['case']['kind']:6}{row['case']['name']:40}{row['who']:15}{figures}", flush=True)
 
 

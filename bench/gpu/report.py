@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench.gpu.cases import COMPILED, KEOPS, OURS, PLAIN
 from bench.training import cost, presets
 
-PEERS = ("eager", "torch.compile", "KeOps")
+PEERS = (PLAIN, COMPILED, KEOPS)
+TOLERANCE, PEERS_TOLERANCE = 1e-4, 1e-2  # relative errors above which no figure is shown
 NONE = "No card has run `make gpu` yet: there are no figures."
 
 
@@ -28,11 +30,23 @@ def peer_cell(row: dict[str, Any] | None, ours: float) -> str:
         return "–"
     if "failed" in row:
         return row["failed"].split(":")[0]
+    if wrong(row):
+        return "wrong"
     return f"{row['seconds']['median'] / ours:.3g} ×"
 
 
+def wrong(row: dict[str, Any]) -> bool:
+    """Whether the answer is, so that its time means nothing."""
+    return not row["error"] < (TOLERANCE if row["who"] == OURS else PEERS_TOLERANCE)
+
+
+def errors(rows: dict[str, dict[str, Any]]) -> str:
+    found = [rows.get(who, {}).get("error") for who in (OURS, PLAIN, KEOPS)]
+    return " / ".join("–" if error is None else f"{error:.0e}" for error in found)
+
+
 def memory(row: dict[str, Any] | None) -> str:
-    return f"{row['memory'] / 1e6:.3g}" if row and "memory" in row else "–"
+    return f"{row['memory'] / 1e6:.3g}" if row and "memory" in row and not wrong(row) else "–"
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -42,25 +56,27 @@ def table(results: dict[str, Any]) -> list[str]:
         f"{machine['triton']}, commit {machine['commit']}; tests: "
         f"{' '.join(tests['summary']) if tests else 'not run'}.",
         "",
-        "| what | size | `triton` | pairs/s | limit | eager | torch.compile | KeOps | MB: ours / eager | error |",
+        "| what | size | `triton` | pairs/s | limit | plain PyTorch | torch.compile | KeOps | MB: ours / plain "
+        "| error: ours / plain / KeOps |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = dict.fromkeys((row["case"]["kind"], row["case"]["name"]) for row in results["rows"])
     for kind, name in names:
         rows = {r["who"]: r for r in results["rows"] if (r["case"]["kind"], r["case"]["name"]) == (kind, name)}
-        ours = rows["triton"]
-        if "failed" in ours:
-            lines.append(f"| {kind} | {name} | {ours['failed'].split(':')[0]} |" + " |" * 7)
+        ours = rows[OURS]
+        if "failed" in ours or wrong(ours):
+            said = ours["failed"].split(":")[0] if "failed" in ours else "wrong"
+            lines.append(f"| {kind} | {name} | {said} |" + " |" * 6 + f" {errors(rows)} |")
             continue
         # Peers take their launches one by one, or in graphs of their own where torch.compile makes them.
         median = ours["graph"]["median"]
         cells = [
             duration(median),
             f"{ours['pairs_a_second']:.1e}",
-            f"{ours['limit'] / median:.0%}",
+            f"{ours['limit_seconds'] / median:.0%}",
             *(peer_cell(rows.get(p), median) for p in PEERS),
         ]
-        cells += [f"{memory(ours)} / {memory(rows.get('eager'))}", f"{ours['error']:.0e}"]
+        cells += [f"{memory(ours)} / {memory(rows.get(PLAIN))}", errors(rows)]
         lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
     if found := results.get("velocity"):
         if "failed" in found:

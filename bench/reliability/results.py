@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench import records
 from bench.records import RESULTS
 from bench.reliability.checks import CHECKS, Entry
 
 KIND = "reliability-cpu"
-
-
-def machine() -> dict[str, Any]:
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
 
 
 def newest(folder: Path = RESULTS) -> dict[str, Any]:
@@ -39,7 +19,7 @@ def newest(folder: Path = RESULTS) -> dict[str, Any]:
 
 def keep(name: str, entry: Entry, commit: str, folder: Path = RESULTS) -> Path:
     """The last results with this entry in place of that check's, in the one file there is, of today."""
-    here, date = machine(), records.today()
+    here, date = records.machine(), records.today()
     checks = newest(folder)["checks"]
     # Machine, too: other entries may come from elsewhere.
     checks[name] = {"date": date, "commit": commit, "machine": here, **entry}

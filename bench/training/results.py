@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from bench.records import RESULTS, commit, keep_text, today
+from bench import records
 
 
 def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
@@ -25,11 +24,9 @@ def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
 
 
 def machine(device: torch.device) -> str:
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return (
-        f"{where}, {platform.system()}, Python {platform.python_version()}, torch {torch.__version__}, commit "
-        f"{commit()}."
-    )
+    """Where the device is, in a sentence."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return records.where(records.machine(), records.commit(), card)
 
 
 @contextmanager
@@ -47,4 +44,4 @@ def begin(what: str, device: torch.device, *, keep: bool = True) -> Iterator[Cal
     yield write
     if keep:
         kind = "gpu" if device.type == "cuda" else "cpu"
-        keep_text(f"{what}-{kind}", "\n".join(lines) + "\n", today(), "md", RESULTS)
+        records.keep_text(f"{what}-{kind}", "\n".join(lines) + "\n", records.today(), "md", records.RESULTS)
