@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
