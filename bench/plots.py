@@ -39,8 +39,8 @@ def draw_quantity(path: Path, results: dict[str, Any], column: str, label: str, 
                     axes.plot(size, 0.96, "x", ms=7, mew=2, color=COLOURS[who], transform=axes.get_xaxis_transform())
         axes.set(xscale="log", yscale="log" if column != "limit" else "linear", xlabel=what)
     panels[0].set_ylabel(label)
-    if panels[0].lines:
-        panels[0].legend(fontsize=7)
+    handles, names = panels[0].get_legend_handles_labels()
+    fig.legend(handles, names, loc="outside lower center", ncols=max(1, len(names)), fontsize=8, frameon=False)
     machine = results["machine"]
     fig.suptitle(f"{machine['cpu']}, {machine['threads']} threads, {results['date']}, {results['commit']}", fontsize=8)
     style.save(fig, path)
