@@ -46,8 +46,9 @@ def draw_quantity(path: Path, results: dict[str, Any], column: str, label: str, 
     style.save(fig, path)
 
 
+TIME = "speed-time.png"
 QUANTITIES = {
-    "speed-time.png": ("seconds", "time of a score (ms)", 1e3),
+    TIME: ("seconds", "time of a score (ms)", 1e3),
     "speed-memory.png": ("memory", "memory of a call (MB)", 1e-6),
     "speed-limit.png": ("limit", "share of the machine's limit (%)", 100.0),
 }

@@ -50,6 +50,12 @@ def where(machine: dict[str, Any], commit: str, card: str = "") -> str:
     return f"{processor}, {machine['system']}, Python {machine['python']}, torch {machine['torch']}, commit {commit}."
 
 
+def duration(seconds: float) -> str:
+    """Three digits, in s, ms or µs."""
+    factor, unit = next((f, u) for f, u in ((1, "s"), (1e3, "ms"), (1e6, "µs")) if f * seconds >= 0.9995 or f == 1e6)
+    return f"{factor * seconds:.3g} {unit}"
+
+
 def keep_text(kind: str, text: str, date: str, ending: str, folder: Path = RESULTS) -> Path:
     """<date>-<kind>.<ending> in place of the last of its kind."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,9 +49,8 @@ def parts(folder: Path = RESULTS) -> dict[str, list[str]]:
         document = folder / f"{(results or {}).get('date')}-{kind}.md"
         if document.exists():
             found[name] += ["", f"[All rows](bench/results/{document.name})"]
-    for plot in (folder / name for name in plots.QUANTITIES):
-        if plot.exists():
-            found["speed"] += ["", f"![{plot.stem}](bench/results/{plot.name})"]
+    if (folder / plots.TIME).exists():
+        found["speed"] += ["", f"![Time by size](bench/results/{plots.TIME})"]
     return found | {"gpu": gpu.report(folder).splitlines()}
 
 

@@ -13,6 +13,7 @@ from bench.bench_loss import TOLERANCE as LOSS_TOLERANCE
 from bench.cases import Case
 from bench.limits import ARITHMETIC, model_seconds
 from bench.peers import BACKWARD, LOG_DENSITY, PASS, SCORE, tolerance
+from bench.records import duration
 
 Row = dict[str, Any]
 LABELS = {
@@ -95,10 +96,6 @@ def wrong(row: Row) -> bool:
     return not row["error"] < limit  # a NaN is wrong as well
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
-
-
 def size(number: float) -> str:
     return f"{number / 1e9:.3g} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
@@ -173,6 +170,7 @@ def document(results: dict[str, Any]) -> str:
         *NOTES.splitlines(),
         cores(rows),
     ]
+    lines += ["", *(f"![{what} by size](speed-{what}.png)" for what in ("time", "memory", "limit"))]
     for name in dict.fromkeys(row["table"] for row in rows):
         lines += ["", f"## {name}", "", *table([row for row in rows if row["table"] == name])]
     return "\n".join(lines) + "\n"
@@ -182,12 +180,12 @@ def document(results: dict[str, Any]) -> str:
 # it costs in the end.
 SHOWN = {
     PASS: ("pass", ("",)),
-    SCORE: ("score", ("toy", "RNA", "many", "large")),
-    SCORE + BACKWARD: ("score, with gradients", ("toy", "RNA", "springs", "many")),
+    SCORE: ("score", ("toy", "RNA", "springs", "many", "large")),
+    SCORE + BACKWARD: ("score, with gradients", ("RNA", "springs")),
     f"{LOG_DENSITY}, float64": ("log-density, float64", ("",)),
-    LOSS: ("loss, with gradients", ("",)),
+    LOSS: ("loss, with gradients", ("toy", "RNA", "springs", "CIFAR")),
 }
-PEERS = ("published", "compiled", "keops", "attention", "sklearn")
+PEERS = ("torch", "published", "compiled", "keops", "attention", "sklearn")
 
 
 def summary(results: dict[str, Any]) -> list[str]:

@@ -190,17 +190,17 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
     assert "| one field | 500 ms |" in text
     for fact in ("A CPU", "2 threads (OpenMP)", "avx2", "0123456", "torch 2.13", "1e+03 exponentials"):
         assert fact in " ".join(text.split())
-    shown = "| score | toy | 208 ms | 10 × |  | wrong |  |  | 3 MB /  | 1e-08 / 1e-04 | 50% |"
+    shown = "| score | toy | 208 ms |  | 10 × |  | wrong |  |  | 3 MB /  | 1e-08 / 1e-04 | 50% |"
     assert shown in parts["speed"]
     assert "[All rows](bench/results/2030-01-02-speed-cpu.md)" in parts["speed"]
-    assert parts["speed"][-1] == "![speed-limit](bench/results/speed-limit.png)"
+    assert parts["speed"][-1] == "![Time by size](bench/results/speed-time.png)"
     assert "2030-01-02, A CPU" in parts["speed"][0]
 
 
 def test_no_figure_without_a_right_answer_of_ours() -> None:
     kept = speed.keep(results(entry("cpu", 0.1, math.nan), entry("published", 0.5, 1e-4)))
     assert "| toy | wrong | 500 ms | – / 21% | – |" in speed.document(kept)
-    assert "| score | toy | wrong | 500 ms |" in "\n".join(speed.summary(kept))
+    assert "| score | toy | wrong |  | 500 ms |" in "\n".join(speed.summary(kept))
 
 
 def test_no_memory_of_a_wrong_answer() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.cases import COMPILED, KEOPS, OURS, PLAIN
+from bench.records import duration
 from bench.training import cost, presets
 
 PEERS = (PLAIN, COMPILED, KEOPS)
@@ -19,10 +20,6 @@ def newest(folder: Path) -> list[dict[str, Any]]:
         results = json.loads(file.read_text())
         by_card[results["machine"]["card"]] = results
     return list(by_card.values())
-
-
-def duration(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
 
 
 def peer_cell(row: dict[str, Any] | None, ours: float) -> str:

@@ -246,7 +246,7 @@ def summary(results: dict[str, Any]) -> list[str]:
         if "failed" in base:
             lines.append(f"| {name} | {base['failed'].split(':')[0]} |" + " – |" * len(SUMMARY))
             continue
-        cells = [name, f"{1e3 * base['seconds']:.3g} ms"]
+        cells = [name, records.duration(base["seconds"])]
         for way in SUMMARY:
             row = by_way[way]
             cells.append(
