@@ -162,7 +162,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.accuracy", description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="torch", choices=[n for n, b in fk.backends().items() if b.available])
     parser.add_argument("--keep", action="store_true", help="as JSON and Markdown in bench/results")
     options = parser.parse_args()

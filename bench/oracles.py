@@ -12,7 +12,7 @@ from tests import oracles, problems
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.oracles", description=__doc__.splitlines()[0])
     parser.add_argument("--backend", default="torch")
     with fk.use_backend(parser.parse_args().backend):
         torch.manual_seed(0)

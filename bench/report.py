@@ -79,9 +79,11 @@ def fill(text: str, by_name: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__.splitlines()[0])
     parser.add_argument("json", type=Path, nargs="?", help="what pytest --benchmark-json wrote")
     options = parser.parse_args()
+    if options.json and not options.json.exists():
+        parser.error(f"there is no file {options.json}")
     if options.json:
         keep(options.json)
     readme = ROOT / "README.md"

@@ -111,7 +111,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: there is no backend of that name.
     """
-    token = _in_use.set(_known(name, "use_backend"))
+    token = _in_use.set(_known(name, "use_backend: name"))
     try:
         yield
     finally:

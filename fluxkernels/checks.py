@@ -117,11 +117,12 @@ class Groups:
         """`[..., N, D]` to `[B, N, D]`."""
         return t.expand(*self.batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
 
-    def per_group(self, name: str, t: Tensor) -> Tensor:
-        """`[]` or `[...]` to `[B]`."""
+    def per_group(self, name: str, t: Tensor, queries: int | None = None) -> Tensor:
+        """`[]` or `[...]` to `[B]`; with the queries, the error names that choice too."""
         if t.ndim > len(self.batch):
+            other = "" if queries is None else f" or one a query, {[*self.batch, queries]}"
             raise ValueError(
-                f"{self.function}: {name} must be a number or have one entry a group, shape {list(self.batch)}, "
+                f"{self.function}: {name} must be a number or have one entry a group, shape {list(self.batch)}{other}, "
                 f"got {shape_of(t)}"
             )
         return self._expand(name, t, self.batch).reshape(-1)
@@ -130,7 +131,8 @@ class Groups:
         """`[]`, `[...]` or `[..., N]` to `[B, N]`."""
         target = torch.Size((*self.batch, queries))
         if t.ndim != len(target):
-            t = self.per_group(name, t).reshape(*self.batch, 1) if self.batch else self.per_group(name, t)
+            t = self.per_group(name, t, queries)
+            t = t.reshape(*self.batch, 1) if self.batch else t
         return self._expand(name, t, target).reshape(-1, queries)
 
     def unflatten(self, t: Tensor) -> Tensor:

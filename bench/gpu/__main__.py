@@ -154,7 +154,7 @@ def run_tests() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--minutes", type=float, default=7, help="nothing further is measured after so long")

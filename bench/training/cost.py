@@ -227,7 +227,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 SUMMARY = {
     "flux": "Flux Matching",
     "flux, half of the ends": "`endpoint_share=0.5`",
-    "flux, double backward": "double backward, as published",
+    "flux, double backward": "double backward, as in the paper",
 }
 
 
@@ -259,7 +259,7 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.training.cost", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--setting", choices=sorted(SETTINGS), help="one of them alone, printed and not kept")
     parser.add_argument("--repetitions", type=int, default=9, help="of every step; with fewer than 5 nothing is kept")

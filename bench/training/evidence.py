@@ -197,7 +197,7 @@ def print_rows(problem: Problem, device: torch.device, minibatches: int | None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.training.evidence", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--problem", choices=sorted(MINIBATCHES), help="one of them alone, its rows printed and not kept"

@@ -82,7 +82,7 @@ def print_memory(cells: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.training.velocity", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repetitions", type=int, default=5, help="of a step; with fewer than 5 nothing is kept")
     parser.add_argument("--passes", type=int, default=100, help="of the whole fit")

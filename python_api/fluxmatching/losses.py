@@ -73,6 +73,7 @@ def flux_target(
     sample, such as one for each group: `target.loss(field)` keeps the event's dimensions.
     """
     function = "flux_matching_loss"
+    _check_callable(function, "field", field)
     check_tensor(function, "x", x)
     if x.dtype in (torch.float16, torch.bfloat16):
         raise TypeError(
@@ -171,6 +172,11 @@ def flux_target(
         target = target.reshape(bundle.x0.shape).to(x.dtype)
     parts = [layout.from_points(part) for part in (bundle.x0, bundle.score0, target)]
     return FluxTarget(*(parts if processes == 1 else [part[own] for part in parts]), tau)
+
+
+def _check_callable(function: str, name: str, value: object) -> None:
+    if not callable(value):
+        raise TypeError(f"{function}: {name} must be callable, got {type(value).__name__}")
 
 
 def _instance(function: str, name: str, value: object, kind: type[T]) -> T:
@@ -338,6 +344,8 @@ def noise_annealed_flux_loss(
         endpoint: as in `flux_matching_loss`, but for "closed_form": the method knows no σ.
         The others: as in `flux_matching_loss`.
     """
+    for name, value in (("field", field), ("normalizer", normalizer)):
+        _check_callable("noise_annealed_flux_loss", name, value)
     check_tensor("noise_annealed_flux_loss", "x", x)
     level = as_number_tensor("noise_annealed_flux_loss", "sigma", sigma, like=x)
     if level.ndim:

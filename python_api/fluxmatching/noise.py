@@ -18,7 +18,7 @@ class LogNormalNoise:
 
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise ValueError(f"mean and std must be finite and std positive, got {mean} and {std}")
+            raise ValueError(f"LogNormalNoise: mean and std must be finite and std positive, got {mean} and {std}")
         self.mean, self.std = mean, std
 
     def sample(self, shape: tuple[int, ...] = (), *, generator: torch.Generator | None = None) -> Tensor:

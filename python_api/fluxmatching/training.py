@@ -150,6 +150,7 @@ class Trainer:
         iteration: how many are done.
 
     Raises:
+        TypeError: a model that is no module, options of another kind.
         ValueError: nothing to train, fewer samples than a minibatch, or a checkpoint of another run or model.
         TrainingError: the loss or its gradient is not finite, or no checkpoint can be read. The last good checkpoint
             stays.
@@ -164,6 +165,10 @@ class Trainer:
         *,
         folder: str | os.PathLike[str] | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Trainer: model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(options, TrainingOptions):
+            raise TypeError(f"Trainer: options must be TrainingOptions, got {type(options).__name__}")
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError(f"Trainer: model must have parameters that need a gradient, got {type(model).__name__}")
         self.rank, self.processes = rank_and_size()

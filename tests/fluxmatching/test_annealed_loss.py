@@ -64,6 +64,11 @@ def test_value_and_where_gradients_go(backend: str) -> None:
             torch.testing.assert_close(a, b)
 
 
+def test_field_and_normalizer_are_called() -> None:
+    with pytest.raises(TypeError, match="normalizer must be callable, got NoneType"):
+        noise_annealed_flux_loss(lambda z, sigma: -z, torch.randn(4, 2), 0.5, None)  # type: ignore[arg-type]
+
+
 def test_sigma_is_one_number() -> None:
     with pytest.raises(ValueError, match="sigma must be one number"):
         noise_annealed_flux_loss(lambda z, s: z, torch.randn(4, 2), torch.ones(4), LossNormalizer())

@@ -17,6 +17,7 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
+        ({"field": None}, TypeError, "field must be callable, got NoneType"),
         ({"x": X.tolist()}, TypeError, "x must be a torch.Tensor, got list"),
         ({"x": X[:, 0]}, ValueError, r"x must have shape \[N, \*event\], got \[6\]"),
         ({"x": X.index_fill(0, torch.tensor(2), torch.nan)}, ValueError, "x must be finite"),

@@ -366,3 +366,10 @@ def test_a_model_with_nothing_to_train() -> None:
     for nothing in (nn.Tanh(), model().requires_grad_(False)):
         with pytest.raises(ValueError, match="model must have parameters that need a gradient, got"):
             Trainer(nothing, loss, data(), OPTIONS)
+
+
+def test_arguments_of_another_kind() -> None:
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
+        Trainer(loss, loss, data(), OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="options must be TrainingOptions, got NoneType"):
+        Trainer(model(), loss, data(), None)  # type: ignore[arg-type]
