@@ -19,7 +19,7 @@ def draw_curves(
     ylabel: str,
 ) -> None:
     """Distance by number of predictor-corrector steps (Fig. 6): mean and a point a seed; `floor` is that of `best`."""
-    fig, axes = style.new_figure(4.2, 3.0)
+    fig, axes = style.new_figure(4.2, 3.3)
     for name, by_steps in by_field.items():
         colour = COLOURS.get(name, style.REFERENCE)
         steps = sorted(by_steps)
@@ -31,7 +31,7 @@ def draw_curves(
     ticks = sorted({k for by_steps in by_field.values() for k in by_steps})
     axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.set_xticks([], minor=True)
-    axes.legend()
+    fig.legend(loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     style.save(fig, path)
 
 
