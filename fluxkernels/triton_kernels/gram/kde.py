@@ -63,7 +63,7 @@ def weights_kernel(
             norms += tl.load(products + (s * (N + 1) + N) * width + j, mask=j < M, other=0.0)
         a = norms - 2 * inner
         a = tl.where(a < 0, 0.0, a)  # not the larger of both, in which NaN is lost
-        near = ((a < CANCELLED * norms) & (j < M)).to(tl.int32)
+        near = ((a < norms * CANCELLED) & (j < M)).to(tl.int32)
         while tl.max(near, 0) > 0:
             i = start + tl.argmax(near, 0)
             exact = distance(
