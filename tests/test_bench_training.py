@@ -128,6 +128,9 @@ def test_gpu_report_has_no_figure_of_a_wrong_answer() -> None:
     peers = [gpu_row("plain PyTorch", 0.01, 1e-4), gpu_row("KeOps", 0.002, 0.5)]
     lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 1e-6, **graph), *peers]})
     assert "| score | tiny | 1 ms | 1.0e+09 | 50% | 10 × | – | wrong | 1 / 1 | 1e-06 / 1e-04 / 5e-01 |" in lines
+    unjudged = {name: value for name, value in peers[0].items() if name != "error"}
+    lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 1e-6, **graph), unjudged]})
+    assert "| score | tiny | 1 ms | 1.0e+09 | 50% | wrong | – | – | 1 / – | 1e-06 / – / – |" in lines
     lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 0.9, **graph), *peers]})
     assert "| score | tiny | wrong | | | | | | | 9e-01 / 1e-04 / 5e-01 |" in lines
 

@@ -1,6 +1,7 @@
 """The README's table of GPU results, from the newest JSON of each card in bench/results."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ def peer_cell(row: dict[str, Any] | None, ours: float) -> str:
 
 
 def wrong(row: dict[str, Any]) -> bool:
-    """Whether the answer is, so that its time means nothing."""
-    return not row["error"] < (TOLERANCE if row["who"] == OURS else PEERS_TOLERANCE)
+    """Whether the answer is, or nobody knows, so that its time means nothing."""
+    return not row.get("error", math.nan) < (TOLERANCE if row["who"] == OURS else PEERS_TOLERANCE)
 
 
 def errors(rows: dict[str, dict[str, Any]]) -> str:
