@@ -35,14 +35,13 @@ SMALL = (TOY, GENES[1], SPRINGS, CIFAR)
 BRIEF = (STEP, WEIGHTS, *(op + BACKWARD for op in (MEAN, STEP, CHAIN)))
 # Their gradients are plain PyTorch on every backend, of matrices of all pairs.
 HELD = tuple(op + BACKWARD for op in (WEIGHTS, TRANSITION, RESIDUAL, PASS))
-COMPILING = SMALL  # a compilation takes up to a minute
 
 
 def able(op: str, case: Case, who: str) -> bool:
     if who == SKLEARN:
         return False  # in float64, below
     if who == COMPILED:
-        return case in COMPILING
+        return case in SMALL  # a compilation takes up to a minute
     if (op in BRIEF and case not in SMALL) or (op in HELD and case not in (TOY, SPRINGS, CIFAR)):
         return False
     if op == RESIDUAL and who == PUBLISHED:

@@ -41,6 +41,9 @@ def test_controllable_peer_has_the_same_loss() -> None:
     assert controllable.published_losses(controls, "preserving").abs().max() < 1e-6 * scale
 
 
+TRANSITION_GRADIENTS = [op + peers.BACKWARD for op in (peers.WEIGHTS, peers.TRANSITION, peers.PASS)]
+
+
 def contenders(op: str) -> list[str]:
     # torch.compile and the gradients of KeOps take a compilation of up to a minute each.
     slow = {peers.COMPILED} | ({peers.KEOPS} if op.endswith(peers.BACKWARD) else set())
@@ -56,7 +59,8 @@ def test_everybody_computes_the_same(op: str, who: str, small: Case) -> None:
         pytest.skip(reason)
     if who == peers.KEOPS and small.dimensions > 2:
         pytest.skip("KeOps compiles for every number of dimensions")
-    limit = 1e-6 if op in (*peers.OPS, peers.SCORE + peers.BACKWARD, peers.MEAN + peers.BACKWARD) else 2e-5
+    # At σ² = 0.001 gradients through a transition magnify the rounding of what they are given in float32.
+    limit = 2e-5 if op in TRANSITION_GRADIENTS else 1e-6
     assert peers.relative_error(op, who, small) < (limit if who in peers.BACKENDS else 1e-3)
 
 
