@@ -1,11 +1,11 @@
 # make demo         a virtual environment, the library, and its first experiment with figures
 # make test         the whole test suite, with its own set-up
-# make check        formatting, lint and types
+# make check        formatting, lint, types and layers of imports
 # make bench        every benchmark in one run, into bench/results/ and the README's tables
 # make gpu          on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/
 # make accuracy     errors of every op against extended precision
 # make reliability  fuzz, adversarial cases, kill and resume, soak, sanitizers, wheels, into bench/results/
-# make sanitize     the kernel tests on C++ compiled with the address and undefined-behaviour sanitizers
+# make sanitize     the kernel tests on C++ compiled with the address and undefined-behavior sanitizers
 # make arm64        whether the kernels compile for arm64 (needs aarch64-linux-gnu-g++)
 # make fuzz         a minute of random shapes, strides and extreme values
 PYTHON ?= python3
@@ -46,6 +46,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 bench: $(VENV)/installed-bench
@@ -65,7 +66,7 @@ reliability: $(VENV)/installed-dev
 	$(BIN)/python -m bench.report
 
 fuzz: $(VENV)/installed-dev
-	$(BIN)/python -m tests.fuzz --seconds 60
+	$(BIN)/python -m tests.programs.fuzz --seconds 60
 
 sanitize: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet "pybind11>=2.13" "setuptools>=77"

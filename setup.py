@@ -1,8 +1,8 @@
-"""Package layout and the compiled module of the cpu backend. Everything else is in pyproject.toml.
+"""Packages and the compiled module of the cpu backend. Everything else is in pyproject.toml.
 
-FLUXKERNELS_CPU says what to do about the C++ of csrc/: unset compiles it if that works and goes on without if not (the
-cpu backend then says so), `require` stops where it does not compile, `0` leaves it out.
-FLUXKERNELS_SANITIZE=1 compiles it with the address and undefined-behaviour sanitizers (`make sanitize`).
+FLUXKERNELS_CPU controls the C++ of csrc/. Unset: it is compiled; if that fails, the installation continues without it,
+and the cpu backend reports that it is missing. `require`: a failure stops the installation. `0`: it is not compiled.
+FLUXKERNELS_SANITIZE=1 compiles it with the address and undefined-behavior sanitizers (`make sanitize`).
 """
 
 import os
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -22,12 +22,12 @@ CSRC = Path("csrc")
 
 
 class BuildKernels(build_ext):
-    """Refuses, with its reason, a compiler that has no vector types."""
+    """Build the module; raise CompileError for a compiler that has no vector types."""
 
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
             raise CompileError("csrc/ needs GCC or Clang: it uses their vector types")
-        # Where this fails the package goes on without the module; an older one must not take its place.
+        # If this build fails, the package is installed without the module: an older one must not take its place.
         for built in (self.get_ext_fullpath(ext.name), str(Path(self.build_lib, self.get_ext_filename(ext.name)))):
             Path(built).unlink(missing_ok=True)
         super().build_extension(ext)
@@ -51,7 +51,7 @@ def kernels() -> list[Extension]:
         "libraries": ["dl"] if linux else [],
         "extra_compile_args": [
             *("-std=c++17", "-pthread", "-Wall", "-Wextra"),
-            "-fno-math-errno",  # nobody asks for errno of a square root
+            "-fno-math-errno",  # errno of a square root is never read
             "-fvisibility=hidden",
             *(["-O1", "-g", *sanitizers] if SANITIZE else ["-O3", "-g0"]),
         ],
@@ -67,10 +67,8 @@ def kernels() -> list[Extension]:
 
 setup(
     packages=[
-        "fluxkernels",
-        *(f"fluxkernels.{part}" for part in ("cpu", "ops", "reference")),
-        *(f"fluxkernels.triton_kernels{part}" for part in ("", ".gram", ".streaming")),
-        "fluxmatching",
+        *find_packages(include=["fluxkernels", "fluxkernels.*"]),
+        *find_packages("python_api", include=["fluxmatching", "fluxmatching.*"]),
     ],
     package_dir={"fluxkernels": "fluxkernels", "fluxmatching": "python_api/fluxmatching"},
     package_data={"fluxkernels": ["py.typed", "MATH.md"], "fluxkernels.cpu": ["*.pyi"], "fluxmatching": ["py.typed"]},

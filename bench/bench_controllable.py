@@ -1,7 +1,7 @@
 """The controllable experiment's unit of work at paper settings: the flux loss of one field, 64 minibatches of 256.
 
-The peer does it as published: minibatch by minibatch, gradients of the templates and of r by autograd throughout.
-Its fields get their gradients from autograd too, which is what makes a minibatch cost what it costs there.
+The baseline computes it as published: minibatch by minibatch, with gradients of the templates and of r by autograd. Its
+fields get their gradients from autograd too, as in published code.
 """
 
 from collections.abc import Callable
@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import published
-from bench.peers import BACKENDS, PUBLISHED
+from bench.baselines import BACKENDS, PUBLISHED
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.controllable.fields import Controls, Family, SkewTemplate, TriangleTemplate, rotate
 from experiments.controllable.metrics import flux_losses
+from tests.support import published
 
 THETA = torch.tensor([2.5, -2.5, 2.5], dtype=torch.float64)
 MINIBATCHES, BATCH = 64, 256
@@ -24,12 +24,12 @@ MINIBATCHES, BATCH = 64, 256
 def make_controls() -> Controls:
     mixture = GaussianMixture(triangle_means(2.3), 0.625)
     controls = Controls(mixture, TriangleTemplate(mixture.means), SkewTemplate(2.3))
-    controls.normalise(mixture.sample(1200, torch.Generator().manual_seed(0)))
+    controls.normalize(mixture.sample(1200, torch.Generator().manual_seed(0)))
     return controls
 
 
 def field_by_autograd(controls: Controls, family: Family) -> Callable[[Tensor], Tensor]:
-    """The field of Eq. 18 or Eq. 30, ∇ψ taken by autograd."""
+    """The field of Eq. 18 or Eq. 30, with ∇ψ from autograd."""
     signs = (-1, 1) if family == "preserving" else (1, 1)
 
     def turn(v: Tensor) -> Tensor:
@@ -59,14 +59,14 @@ def published_losses(controls: Controls, family: Family = "preserving") -> Tenso
     )
 
 
-@pytest.mark.parametrize("who", [*BACKENDS, PUBLISHED])
-def test_speed(benchmark: Any, who: str) -> None:
+@pytest.mark.parametrize("implementation", [*BACKENDS, PUBLISHED])
+def test_speed(benchmark: Any, implementation: str) -> None:
     controls = make_controls()
     benchmark.group = f"controllable: one field, {MINIBATCHES} minibatches of {BATCH}"
     benchmark.extra_info["threads"] = torch.get_num_threads()
-    if who == PUBLISHED:
+    if implementation == PUBLISHED:
         benchmark.pedantic(published_losses, (controls,), rounds=3, warmup_rounds=1)
     else:
         generator = torch.Generator().manual_seed(1)
-        arguments = (controls, THETA, "preserving", BATCH, MINIBATCHES, generator, who)
+        arguments = (controls, THETA, "preserving", BATCH, MINIBATCHES, generator, implementation)
         benchmark.pedantic(flux_losses, arguments, rounds=5, warmup_rounds=1)

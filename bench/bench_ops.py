@@ -8,77 +8,66 @@ from typing import Any
 import pytest
 import torch
 
-from bench import peers
-from bench.cases import CELEBA, CIFAR, FAMILIES, GENES, MANY, SPRINGS, TOY, Case
-from bench.measuring import measure, patient
-from bench.peers import (
-    BACKENDS,
-    BACKWARD,
-    CHAIN,
-    COMPILED,
-    LOG_DENSITY,
-    MEAN,
-    PASS,
-    PEERS,
-    PUBLISHED,
-    RESIDUAL,
-    SCORE,
-    SKLEARN,
-    STEP,
-    TRANSITION,
-    WEIGHTS,
-)
+from bench import baselines
+from bench.baselines import BACKENDS, COMPILED, PUBLISHED, SKLEARN, baselines_of
+from bench.measuring import fits_time_limit, measure
+from bench.tasks import AVERAGE, CHAIN, LOG_DENSITY, MEAN, PASS, RESIDUAL, SCORE, STEP, TASKS, WEIGHTS, Task
+from bench.workloads import CELEBA, CIFAR, FAMILIES, GENES, MANY, SPRINGS, TOY, Workload
 
-MEMORY = {(op, case.name) for op in (SCORE, PASS) for case in (*GENES, CIFAR, CELEBA, MANY)}
+MEMORY = {(task.name, workload.name) for task in (SCORE, PASS) for workload in (*GENES, CIFAR, CELEBA, MANY)}
 SMALL = (TOY, GENES[1], SPRINGS, CIFAR)
-# What these take elsewhere follows from the ops beside them: a step is a quarter of a chain, the mean the score.
-BRIEF = (STEP, WEIGHTS, *(op + BACKWARD for op in (MEAN, STEP, CHAIN)))
-# Their gradients are plain PyTorch on every backend, of matrices of all pairs.
-HELD = tuple(op + BACKWARD for op in (WEIGHTS, TRANSITION, RESIDUAL, PASS))
+# Their times on other workloads follow from the tasks beside them: a step is a quarter of a chain, the mean the score.
+BRIEF = (STEP, WEIGHTS, *(task.with_gradient() for task in (MEAN, STEP, CHAIN)))
+# Their gradients are plain PyTorch on every backend, and materialize the matrices of all pairs.
+NEEDS_ALL_PAIRS = tuple(task.with_gradient() for task in (WEIGHTS, AVERAGE, RESIDUAL, PASS))
 
 
-def able(op: str, case: Case, who: str) -> bool:
-    if who == SKLEARN:
+def should_run(task: Task, workload: Workload, implementation: str) -> bool:
+    if implementation == SKLEARN:
         return False  # in float64, below
-    if who == COMPILED:
-        return case in SMALL  # a compilation takes up to a minute
-    if (op in BRIEF and case not in SMALL) or (op in HELD and case not in (TOY, SPRINGS, CIFAR)):
+    if implementation == COMPILED:
+        return workload in SMALL  # a compilation takes up to a minute
+    if task in BRIEF and workload not in SMALL:
         return False
-    if op == RESIDUAL and who == PUBLISHED:
-        # D backward passes through the density estimate, each of which holds a dozen matrices of all pairs.
-        return case.dimensions == 2 and case.pairs < 1e6
-    return patient(op, case, who)
+    if task in NEEDS_ALL_PAIRS and workload not in (TOY, SPRINGS, CIFAR):
+        return False
+    if task == RESIDUAL and implementation == PUBLISHED:
+        # D backward passes through the density estimate, each of which materializes a dozen matrices of all pairs.
+        return workload.dimensions == 2 and workload.pairs < 1e6
+    return fits_time_limit(task, workload, implementation)
 
 
 FLOAT32 = [
-    (op, case, who, torch.float32)
-    for op in (*peers.OPS, *peers.DIFFERENTIATED)
-    for case in FAMILIES
-    for who in (*BACKENDS, *PEERS[op])
-    if able(op, case, who)
+    (task, workload, implementation, torch.float32)
+    for task in TASKS.values()
+    for workload in FAMILIES
+    for implementation in (*BACKENDS, *baselines_of(task))
+    if should_run(task, workload, implementation)
 ]
 OTHERS = [
-    (op, case, who, dtype)
-    for op in (SCORE, PASS)
-    for case in (TOY, GENES[1], CIFAR)
+    (task, workload, implementation, dtype)
+    for task in (SCORE, PASS)
+    for workload in (TOY, GENES[1], CIFAR)
     for dtype in (torch.float64, torch.bfloat16, torch.float16)
-    for who in (*BACKENDS, PUBLISHED)
+    for implementation in (*BACKENDS, PUBLISHED)
 ]
 # scikit-learn computes in float64 alone.
 DENSITIES = [
-    (LOG_DENSITY, case, who, torch.float64) for case in (TOY, MANY) for who in (*BACKENDS, *PEERS[LOG_DENSITY])
+    (LOG_DENSITY, workload, implementation, torch.float64)
+    for workload in (TOY, MANY)
+    for implementation in (*BACKENDS, *baselines_of(LOG_DENSITY))
 ]
 
 
 @pytest.mark.parametrize(
-    ("op", "case", "who", "dtype"),
+    ("task", "workload", "implementation", "dtype"),
     [
-        pytest.param(op, case, who, dtype, id=f"{op}-{case.name}-{peers.name_of(dtype)}-{who}")
-        for op, case, who, dtype in FLOAT32 + OTHERS + DENSITIES
+        pytest.param(*row, id=f"{row[0].name}-{row[1].name}-{baselines.name_of(row[3])}-{row[2]}")
+        for row in FLOAT32 + OTHERS + DENSITIES
     ],
 )
-def test_op(benchmark: Any, op: str, case: Case, who: str, dtype: torch.dtype) -> None:
-    precision = "" if dtype == torch.float32 else f", {peers.name_of(dtype)}"
-    benchmark.group = f"{op}{precision}: {case.name}"
-    in_table = (op, case.name) in MEMORY and who in ("cpu", PUBLISHED) and dtype == torch.float32
-    measure(benchmark, op, case, who, dtype, with_memory=in_table)
+def test_op(benchmark: Any, task: Task, workload: Workload, implementation: str, dtype: torch.dtype) -> None:
+    precision = "" if dtype == torch.float32 else f", {baselines.name_of(dtype)}"
+    benchmark.group = f"{task.name}{precision}: {workload.name}"
+    in_table = (task.name, workload.name) in MEMORY and implementation in ("cpu", PUBLISHED) and dtype == torch.float32
+    measure(benchmark, task, workload, implementation, dtype, with_memory=in_table)

@@ -1,4 +1,4 @@
-"""The score as points, centres, dimensions, groups and threads grow: time, and memory up to a limit."""
+"""The score as points, reference points, dimensions, groups and threads grow: time, and memory up to a limit."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cases import GENES, LARGE, SCALING, Case
-from bench.measuring import measure, patient
-from bench.peers import ATTENTION, KEOPS, PASS, PUBLISHED, SCORE, WHOLE
+from bench.baselines import ATTENTION, KEOPS, PUBLISHED, WHOLE
+from bench.measuring import fits_time_limit, measure
+from bench.tasks import PASS, SCORE, Task
+from bench.workloads import GENES, LARGE, SCALING, Workload
 
-WHO = ("cpu", WHOLE, KEOPS, ATTENTION)
+IMPLEMENTATIONS = ("cpu", WHOLE, KEOPS, ATTENTION)
 
 
 @pytest.fixture
@@ -21,26 +22,26 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("what", "case", "who"),
+    ("what", "workload", "implementation"),
     [
-        pytest.param(what, case, who, id=f"{case.name}-{who}")
-        for what, cases in SCALING.items()
-        for case in cases
-        for who in WHO
-        if patient(SCORE, case, who)
+        pytest.param(what, workload, implementation, id=f"{workload.name}-{implementation}")
+        for what, workloads in SCALING.items()
+        for workload in workloads
+        for implementation in IMPLEMENTATIONS
+        if fits_time_limit(SCORE, workload, implementation)
     ],
 )
-def test_sizes(benchmark: Any, what: str, case: Case, who: str) -> None:
-    benchmark.group = f"{SCORE} by {what}: {case.name}"
-    measure(benchmark, SCORE, case, who, torch.float32, with_memory=True)
+def test_sizes(benchmark: Any, what: str, workload: Workload, implementation: str) -> None:
+    benchmark.group = f"{SCORE.name} by {what}: {workload.name}"
+    measure(benchmark, SCORE, workload, implementation, torch.float32, with_memory=True)
 
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("count", [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= torch.get_num_threads()])
-@pytest.mark.parametrize("who", ["cpu", PUBLISHED])
-@pytest.mark.parametrize("op", [SCORE, PASS])
-@pytest.mark.parametrize("case", [GENES[1], LARGE[0]], ids=lambda case: case.name)
-def test_threads(benchmark: Any, op: str, case: Case, who: str, count: int) -> None:
+@pytest.mark.parametrize("implementation", ["cpu", PUBLISHED])
+@pytest.mark.parametrize("task", [SCORE, PASS], ids=lambda task: task.name)
+@pytest.mark.parametrize("workload", [GENES[1], LARGE[0]], ids=lambda workload: workload.name)
+def test_threads(benchmark: Any, task: Task, workload: Workload, implementation: str, count: int) -> None:
     torch.set_num_threads(count)
-    benchmark.group = f"{op} by threads, {case.name}: {count}"
-    measure(benchmark, op, case, who, torch.float32, with_memory=False)
+    benchmark.group = f"{task.name} by threads, {workload.name}: {count}"
+    measure(benchmark, task, workload, implementation, torch.float32, with_memory=False)

@@ -1,9 +1,9 @@
-"""Writes into the JSON of a run what its report needs to know of the machine."""
+"""The origin of a run, written into its JSON for the report."""
 
 from typing import Any
 
-from bench import limits
+from bench.origin import Origin
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info["fluxkernels"] = limits.machine()
+    machine_info["origin"] = Origin.here().fields()

@@ -1,30 +1,32 @@
-"""The flux loss against its closed forms, every way of computing it, with standard errors.
+"""The flux loss against its closed forms, for every combination of its options, with standard errors.
 
 python -m bench.oracles [--backend torch]
 """
 
 import argparse
+from typing import Any
 
 import torch
 
 import fluxkernels as fk
-from tests import oracles, problems
+from tests.support import oracles, problems
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.oracles", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.oracles", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="torch")
     with fk.use_backend(parser.parse_args().backend):
         torch.manual_seed(0)
         U = torch.randn(3, 3, dtype=problems.F64)
         truth = oracles.gaussian_flux_loss(U.numpy())
-        print("| estimator | endpoint | divergence | Gaussian, truth | estimate | antisymmetric U, truth 0 |")
+        names = ("estimator", "second_derivatives", "divergence")
+        print(f"| {' | '.join(names)} | Gaussian, truth | estimate | antisymmetric U, truth 0 |")
         print("|---|---|---|---|---|---|")
-        for way in problems.WAYS:
-            options = dict(zip(("estimator", "endpoint", "divergence"), way, strict=True))
+        for method in problems.METHODS:
+            options: dict[str, Any] = dict(zip(names, method, strict=True))
             mean, error = problems.gaussian(U, **options)
             zero, _ = problems.gaussian(U - U.T, batches=4, **options)
-            print(f"| {' | '.join(way)} | {truth:.3f} | {mean:.3f} ± {error:.3f} | {zero:.0e} |")
+            print(f"| {' | '.join(method)} | {truth:.3f} | {mean:.3f} ± {error:.3f} | {zero:.0e} |")
         print("\n| estimator | divergence | s + J∇ψ/p, truth 0 | s + ∇ψ/p, truth > 0 |")
         print("|---|---|---|---|")
         for estimator in ("cross_chain", "single_chain"):

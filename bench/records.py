@@ -1,53 +1,12 @@
-"""Dated results in bench/results: a file of every kind, the newest in place of the last; where they come from."""
+"""Dated results in bench/results: one file of every kind, the newest in place of the last."""
 
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).parent / "results"
-
-
-def today() -> str:
-    return datetime.now(timezone.utc).date().isoformat()
-
-
-def commit() -> str:
-    """What is checked out, "-dirty" if it was changed since."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=RESULTS, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
-
-
-def machine() -> dict[str, Any]:
-    """Processor, threads, system and versions."""
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown"
-
-
-def where(machine: dict[str, Any], commit: str, card: str = "") -> str:
-    """The same as a sentence, with the GPU's name in the processor's place if it was one that computed."""
-    processor = card or f"{machine['cpu']}, {machine['threads']} threads"
-    return f"{processor}, {machine['system']}, Python {machine['python']}, torch {machine['torch']}, commit {commit}."
 
 
 def duration(seconds: float) -> str:
@@ -56,8 +15,21 @@ def duration(seconds: float) -> str:
     return f"{factor * seconds:.3g} {unit}"
 
 
+def as_text(value: Any, depth: int = 2) -> str:
+    """JSON with one line per entry, down to that depth of nesting."""
+    if depth and value and isinstance(value, (dict, list)):
+        if isinstance(value, dict):
+            parts = [f"{json.dumps(str(key), ensure_ascii=False)}: {as_text(v, depth - 1)}" for key, v in value.items()]
+        else:
+            parts = [as_text(v, depth - 1) for v in value]
+        begin, end = "{}" if isinstance(value, dict) else "[]"
+        inner = ",\n".join(parts).replace("\n", "\n ")
+        return f"{begin}\n {inner}\n{end}"
+    return json.dumps(value, ensure_ascii=False)
+
+
 def keep_text(kind: str, text: str, date: str, ending: str, folder: Path = RESULTS) -> Path:
-    """<date>-<kind>.<ending> in place of the last of its kind."""
+    """Write <date>-<kind>.<ending> in place of the last of its kind."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob(f"*-{kind}.{ending}"):
         old.unlink()
@@ -67,8 +39,8 @@ def keep_text(kind: str, text: str, date: str, ending: str, folder: Path = RESUL
 
 
 def keep(kind: str, results: dict[str, Any], date: str, folder: Path = RESULTS) -> Path:
-    """The same of results, as JSON."""
-    return keep_text(kind, json.dumps(results, indent=1, ensure_ascii=False) + "\n", date, "json", folder)
+    """Write results as JSON in place of the last of their kind."""
+    return keep_text(kind, as_text(results) + "\n", date, "json", folder)
 
 
 def newest(kind: str, folder: Path = RESULTS) -> dict[str, Any] | None:

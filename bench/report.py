@@ -1,6 +1,6 @@
-"""One script from the dated JSONs of bench/results to tables, plots and the generated parts of the README.
+"""Tables, plots and the generated parts of the README, from the dated JSONs of bench/results.
 
-python -m bench.report bench.json     keeps what `pytest bench --benchmark-json=bench.json` wrote, then renders
+python -m bench.report bench.json     keeps the results of `pytest bench --benchmark-json=bench.json`, then renders
 python -m bench.report                renders everything from the newest results that are there
 """
 
@@ -21,14 +21,18 @@ ROOT = Path(__file__).parents[1]
 
 
 def keep(raw: Path, folder: Path = RESULTS) -> None:
-    """The results of a benchmark run in place of the last ones."""
+    """Keep the results of a benchmark run in place of the last ones.
+
+    All rows go into "<date>-speed-cpu-rows.json", which git ignores; the README's into "<date>-speed-cpu.json".
+    """
     results = speed.keep(json.loads(raw.read_text()))
-    records.keep("speed-cpu", results, results["date"], folder)
+    records.keep("speed-cpu-rows", results, results["date"], folder)
+    records.keep("speed-cpu", speed.shown(results), results["date"], folder)
 
 
 def render(folder: Path = RESULTS) -> dict[str, list[str]]:
-    """Write all rows and the plots into the folder; return the README's parts by name."""
-    if (found := records.newest("speed-cpu", folder)) is not None:
+    """Write the table of all rows and the plots, if the rows are there; return the README's parts by name."""
+    if (found := records.newest("speed-cpu-rows", folder)) is not None:
         records.keep_text("speed-cpu", speed.document(found), found["date"], "md", folder)
         plots.draw(folder, found)
     return parts(folder)
@@ -62,7 +66,7 @@ END = "<!-- end -->"
 
 
 def fill(text: str, by_name: dict[str, list[str]]) -> str:
-    """The text with what stands between the markers of each part replaced.
+    """Replace the lines between the markers of each part.
 
     Raises:
         ValueError: a part has no markers in the text.
@@ -79,15 +83,16 @@ def fill(text: str, by_name: dict[str, list[str]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.report", description=__doc__.splitlines()[0])
-    parser.add_argument("json", type=Path, nargs="?", help="what pytest --benchmark-json wrote")
+    parser = argparse.ArgumentParser("python -m bench.report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("json", type=Path, nargs="?", help="written by pytest --benchmark-json")
     options = parser.parse_args()
     if options.json and not options.json.exists():
         parser.error(f"there is no file {options.json}")
     if options.json:
         keep(options.json)
+    by_name = render()
     readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(), render()))
+    readme.write_text(fill(readme.read_text(), by_name))
 
 
 if __name__ == "__main__":

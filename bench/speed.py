@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from bench.baselines import tolerance
 from bench.bench_loss import LOSS
 from bench.bench_loss import TOLERANCE as LOSS_TOLERANCE
-from bench.cases import Case
-from bench.limits import ARITHMETIC, model_seconds
-from bench.peers import BACKWARD, LOG_DENSITY, PASS, SCORE, tolerance
+from bench.limits import model_seconds
+from bench.origin import Origin
 from bench.records import duration
+from bench.tasks import LOG_DENSITY, PASS, SCORE, TASKS
+from bench.workloads import Workload
 
 Row = dict[str, Any]
 LABELS = {
@@ -28,26 +30,27 @@ LABELS = {
 }
 NOTES = """\
 - `cpu` and `torch` are our backends; both compute in float64 and round once. *Plain PyTorch* is the paper's formulas
-  with `torch.randn` noise (`bench/peers.py`), in float32 unless said otherwise, of at most 4096 queries of a group at
-  once; *whole*: of all at once. *torch.compile* compiles them, *attention* is scaled_dot_product_attention with keys
-  and values = centres, *KeOps* is compiled for this processor (`-march=native -ffast-math`), *scikit-learn* is
-  `KernelDensity` with its default tolerances, which are zero. In parentheses: the time over that of `cpu`.
+  with `torch.randn` noise (`tests/support/published.py`), in float32 unless said otherwise, of at most 4096 queries of
+  a group at once; *whole*: of all at once. *torch.compile* compiles them, *attention* is scaled_dot_product_attention
+  with keys and values = reference points, *KeOps* is compiled for this processor (`-march=native -ffast-math`),
+  *scikit-learn* is `KernelDensity` with its default tolerances, which are zero. In parentheses: the time over that of
+  `cpu`.
 - *Error*: relative, in the Euclidean norm, against the `torch` backend in float64 on the same inputs and noise, on the
   first 4 groups and 512 queries; of the loss: its gradient against float64 with exact derivatives. A time whose answer
-  is wrong is not printed: above 1e-5 for our ops (gradients of the pass 1e-4), 1e-2 for the peers, half precision and
-  the loss. `controllable` has no error here: who draws other numbers is compared by means, in `tests/test_bench.py`.
+  is wrong is not printed: above 1e-5 for our ops (gradients of the pass 1e-4), 1e-2 for the baselines, half precision
+  and the loss. `controllable` has no error here: implementations that draw other numbers are compared by means, in
+  `tests/bench/test_bench.py`.
 - *Limit*: the time that the exponentials and multiply-adds of all pairs need in double precision at the best rates
-  measured beside the cases (`bench/limits.py`), over the time taken. Above 100 % is who skips pairs that cannot matter,
-  or computes in single precision. The loss has none: its network is PyTorch's. *Live*: the share of pairs whose weight
-  is above rounding.
+  measured beside them (`bench/limits.py`), over the time taken. Above 100 % are those that skip pairs that cannot
+  matter, or compute in single precision. The loss has none: its network is PyTorch's. *Live*: the share of pairs whose
+  weight is above rounding.
 - *Memory*: growth of the resident set over one call, results included, in a process of its own that may have 12 GiB;
   empty: not measured.
 """
 
 
 def keep(raw: dict[str, Any]) -> dict[str, Any]:
-    """What pytest-benchmark's JSON says, without the single times, and with the share of the limit in each row."""
-    machine, commit = raw["machine_info"], raw["commit_info"]
+    """All rows of pytest-benchmark's JSON, without the single times, and with the share of the limit in each row."""
     entries = raw["benchmarks"]
     measured = [entry["extra_info"]["rates"] for entry in entries if "rates" in entry["extra_info"]]
     by_threads = max((e["extra_info"].get("threads", 1) for e in entries), default=1)
@@ -57,42 +60,25 @@ def keep(raw: dict[str, Any]) -> dict[str, Any]:
     for entry in entries:
         info: Row = {name: value for name, value in entry["extra_info"].items() if name != "rates"}
         table, _, name = entry["group"].partition(": ")
-        row: Row = {"table": table, "name": name, "who": info.get("who") or entry["params"]["who"], **info}
+        implementation = info.get("implementation") or entry["params"]["implementation"]
+        row: Row = {"table": table, "name": name, "implementation": implementation, **info}
         if "failed" not in row:
             row["seconds"] = entry["stats"]["median"]
-            if row.get("op") in ARITHMETIC:
+            if row.get("task") in TASKS:
                 share = [rate * row["threads"] / by_threads for rate in rates]
-                row["limit"] = model_seconds(row["op"], Case(**row["case"]), (share[0], share[1])) / row["seconds"]
+                limit = model_seconds(TASKS[row["task"]], Workload(**row["workload"]), (share[0], share[1]))
+                row["limit"] = limit / row["seconds"]
         rows.append(row)
-    return {
-        "date": raw["datetime"][:10],
-        "commit": str(commit.get("id"))[:7] + (" with changes" if commit.get("dirty") else ""),
-        "machine": {
-            "cpu": machine["cpu"].get("brand_raw", "unknown CPU"),
-            "system": machine["system"],
-            "python": machine["python_version"],
-            **machine["fluxkernels"],
-        },
-        "rates": rates,
-        "rows": rows,
-    }
-
-
-def where(results: dict[str, Any]) -> str:
-    """Date, machine, versions and commit in a sentence."""
-    machine = results["machine"]
-    return (
-        f"{results['date']}, {machine['cpu']}, {machine['threads']} threads ({machine['thread_source']}), "
-        f"{machine['system']}, Python {machine['python']}, torch {machine['torch']}, instruction set "
-        f"{machine['target']}, commit {results['commit']}."
-    )
+    return {**Origin.of(raw["machine_info"]["origin"]).fields(), "rates": rates, "rows": rows}
 
 
 def wrong(row: Row) -> bool:
     if row.get("error") is None:
         return False
-    op = row["op"]
-    limit = LOSS_TOLERANCE if op == LOSS else tolerance(op, row["who"], getattr(torch, row["dtype"]))
+    if row["task"] == LOSS:
+        limit = LOSS_TOLERANCE
+    else:
+        limit = tolerance(TASKS[row["task"]], row["implementation"], getattr(torch, row["dtype"]))
     return not row["error"] < limit  # a NaN is wrong as well
 
 
@@ -124,48 +110,48 @@ def share(row: Row | None, name: str) -> str:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown of the rows of one table: a line a case, a column for each who runs it."""
-    names = [who for who in LABELS if any(row["who"] == who for row in rows)]
-    measured = [who for who in names if any("memory" in row for row in rows if row["who"] == who)]
+    """Markdown of the rows of one table: a line per workload, a column per implementation."""
+    names = [name for name in LABELS if any(row["implementation"] == name for row in rows)]
+    measured = [name for name in names if any("memory" in row for row in rows if row["implementation"] == name)]
     checked = any("error" in row for row in rows)
-    heads = ["case", *(LABELS[who] for who in names)]
+    heads = ["case", *(LABELS[name] for name in names)]
     if checked:
-        order = " / ".join(LABELS[who] for who in names)
+        order = " / ".join(LABELS[name] for name in names)
         heads += [f"limit: {order}", "live", f"error: {order}"]
-    heads += [f"memory: {LABELS[who]}" for who in measured]
+    heads += [f"memory: {LABELS[name]}" for name in measured]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for case in dict.fromkeys(row["name"] for row in rows):
-        by_who = {row["who"]: row for row in rows if row["name"] == case}
-        ours = by_who.get("cpu")
-        cells = [case, *(time_cell(by_who.get(who), ours) for who in names)]
+        by_name = {row["implementation"]: row for row in rows if row["name"] == case}
+        ours = by_name.get("cpu")
+        cells = [case, *(time_cell(by_name.get(name), ours) for name in names)]
         if checked:
-            found = [by_who.get(who, {}).get("error") for who in names]
-            cells += [" / ".join(share(by_who.get(who), "limit") for who in names), share(ours, "live_share")]
+            found = [by_name.get(name, {}).get("error") for name in names]
+            cells += [" / ".join(share(by_name.get(name), "limit") for name in names), share(ours, "live_share")]
             cells += [" / ".join("–" if error is None else f"{error:.0e}" for error in found)]
-        cells += [memory_cell(by_who.get(who)) for who in measured]
+        cells += [memory_cell(by_name.get(name)) for name in measured]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def cores(rows: list[Row]) -> str:
-    """Who kept how many cores busy in the calls that take long enough to say."""
+    """Cores that each implementation kept busy, in the calls that take long enough to measure it."""
     ranges = []
-    for who, label in LABELS.items():
-        busy = [r["cores"] for r in rows if r["who"] == who and "cores" in r and r.get("seconds", 0) > 0.1]
+    for name, label in LABELS.items():
+        busy = [r["cores"] for r in rows if r["implementation"] == name and "cores" in r and r.get("seconds", 0) > 0.1]
         if busy:
             ranges.append(f"{label} {min(busy):.1f} to {max(busy):.1f}")
     return f"- Cores busy in calls above 100 ms: {', '.join(ranges) or 'none so long'}."
 
 
 def document(results: dict[str, Any]) -> str:
-    """All tables."""
+    """Markdown with all tables."""
     exponentials, multiply_adds = results["rates"]
     rows = results["rows"]
     lines = [
         f"# Speed on a CPU, {results['date']}",
         "",
-        f"`make bench`, one run, medians. {where(results)} In the same run, all threads together: {exponentials:.2g} "
-        f"exponentials and {multiply_adds:.2g} multiply-adds a second, in double precision.",
+        f"`make bench`, one run, medians. {Origin.of(results).dated()} In the same run, all threads together: "
+        f"{exponentials:.2g} exponentials and {multiply_adds:.2g} multiply-adds per second, in double precision.",
         "",
         *NOTES.splitlines(),
         cores(rows),
@@ -176,30 +162,45 @@ def document(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The README's choice, with the beginnings of its cases: what a training step asks for, what others offer too, and what
-# it costs in the end.
+# The README's choice by table, with the beginnings of its rows' names: the work of a training step, that which other
+# libraries offer too, and the cost of the loss.
 SHOWN = {
-    PASS: ("pass", ("",)),
-    SCORE: ("score", ("toy", "RNA", "springs", "many", "large")),
-    SCORE + BACKWARD: ("score, with gradients", ("RNA", "springs")),
-    f"{LOG_DENSITY}, float64": ("log-density, float64", ("",)),
+    PASS.name: ("pass", ("",)),
+    SCORE.name: ("score", ("toy", "RNA", "springs", "many", "large")),
+    SCORE.with_gradient().name: ("score, with gradients", ("RNA", "springs")),
+    f"{LOG_DENSITY.name}, float64": ("log-density, float64", ("",)),
     LOSS: ("loss, with gradients", ("toy", "RNA", "springs", "CIFAR")),
 }
-PEERS = ("torch", "published", "compiled", "keops", "attention", "sklearn")
+OTHERS = ("torch", "published", "compiled", "keops", "attention", "sklearn")
+
+
+USED = (
+    "table", "name", "implementation", "task", "dtype", "seconds", "memory", "error", "limit", "failed"
+)  # fmt: skip
+
+
+def shown(results: dict[str, Any]) -> dict[str, Any]:
+    """The part of the results that `summary` reads: few enough rows for git."""
+    rows = [
+        {key: row[key] for key in USED if key in row}
+        for row in results["rows"]
+        if row["table"] in SHOWN and row["name"].startswith(SHOWN[row["table"]][1])
+    ]
+    return {**results, "rows": rows}
 
 
 def summary(results: dict[str, Any]) -> list[str]:
     """The README's table: our time, the others' over it, memory, error and share of the limit."""
-    heads = ["op", "case", "`cpu`", *(LABELS[who] for who in PEERS)]
+    heads = ["op", "case", "`cpu`", *(LABELS[name] for name in OTHERS)]
     heads += ["memory: `cpu` / plain", "error: `cpu` / plain", "of the limit"]
-    lines = [f"*{where(results)}*", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for op, (label, cases) in SHOWN.items():
-        rows = [row for row in results["rows"] if row["table"] == op and row["name"].startswith(cases)]
+    lines = [f"*{Origin.of(results).dated()}*", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for table_name, (label, beginnings) in SHOWN.items():
+        rows = [row for row in results["rows"] if row["table"] == table_name and row["name"].startswith(beginnings)]
         for case in dict.fromkeys(row["name"] for row in rows):
-            by_who = {row["who"]: row for row in rows if row["name"] == case}
-            ours, plain = by_who.get("cpu"), by_who.get("published")
+            by_name = {row["implementation"]: row for row in rows if row["name"] == case}
+            ours, plain = by_name.get("cpu"), by_name.get("published")
             cells = [label, case, time_cell(ours, None)]
-            cells += [time_cell(by_who.get(who), ours, ratio_alone=True).replace("–", "") for who in PEERS]
+            cells += [time_cell(by_name.get(name), ours, ratio_alone=True).replace("–", "") for name in OTHERS]
             memory = [memory_cell(ours), memory_cell(plain)]
             cells.append(" / ".join(memory) if any(memory) else "")
             cells.append(" / ".join(f"{row['error']:.0e}" if row and "error" in row else "–" for row in (ours, plain)))

@@ -1,4 +1,4 @@
-// What the kernels take, the same for every instruction set.
+// Arguments of the kernels, the same for every instruction set, and the list of kernels.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ constexpr double EPSILON = 2.220446049250313e-16;  // of double
 // Streams of random numbers, as in fluxkernels/philox.py.
 constexpr uint64_t CHAIN = 0, START = 1;
 
-/// B groups, each of N queries and M centres in D dimensions.
+/// B groups; each has N queries and M reference points in D dimensions.
 struct Shape {
     int64_t B, N, M, D;
 };
@@ -44,33 +44,39 @@ struct LangevinArguments {
     int threads;
     Array x, refs, sigma2, tau;  // sigma2 and tau [B]
     int64_t steps;
-    std::vector<Array> noise;       // [B, N, D] for each step, before them one for x0 if that is asked for; or empty:
-    uint64_t seed;                  // then the noise is that of the seed
-    Array x0, shift0, xt, shift_t;  // results; no x0: the chain starts from x. No shift0, shift_t: not asked for.
+    std::vector<Array> noise;       // [B, N, D] per step, preceded by that of x0 if x0 is a result; may be empty
+    uint64_t seed;                  // makes the noise where `noise` is empty
+    Array x0, shift0, xt, shift_t;  // results, all but xt optional; without x0 the chain starts from x
 };
 
-/// Queries are the N ends of chains, centres come from the M starts.
+/// The queries are the N ends of chains; the reference points are made from the M starts.
 struct TransitionArguments {
     Shape shape;
     int threads;
     Array x0, shift0, xt, sigma2, tau;
-    Array values;  // [B, N, values_count], of the average only
+    Array values;  // [B, N, values_count], for the average only
     int64_t values_count;
     Array result;  // [B, M, N] weights, or [B, M, values_count] averages
 };
 
+/// Every kernel and its arguments. The rest of csrc/ iterates this list.
+#define FLUX_FOR_EACH_KERNEL(DO)                \
+    DO(kde, KdeArguments)                       \
+    DO(kde_backward, KdeBackwardArguments)      \
+    DO(residual_gradient, ResidualArguments)    \
+    DO(langevin, LangevinArguments)             \
+    DO(transition_weights, TransitionArguments) \
+    DO(transition_average, TransitionArguments)
+
 /// The kernels as compiled for one instruction set.
 struct Kernels {
     const char* name;
-    void (*kde)(const KdeArguments&);
-    void (*kde_backward)(const KdeBackwardArguments&);
-    void (*residual_gradient)(const ResidualArguments&);
-    void (*langevin)(const LangevinArguments&);
-    void (*transition_weights)(const TransitionArguments&);
-    void (*transition_average)(const TransitionArguments&);
     void (*normals)(uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, double* out);
     double (*exponentials_per_second)(int threads);
     double (*multiply_adds_per_second)(int threads);
+#define FLUX_DECLARE(kernel, Arguments) void (*kernel)(const Arguments&);
+    FLUX_FOR_EACH_KERNEL(FLUX_DECLARE)
+#undef FLUX_DECLARE
 };
 
 extern const Kernels baseline_kernels;

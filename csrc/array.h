@@ -1,5 +1,5 @@
-// Strided arrays of the four floating types that PyTorch tensors come in. Kernels compute in double: numbers are
-// converted when they are loaded, and rounded once when they are stored.
+// Strided arrays of the four floating types of PyTorch tensors. Kernels compute in double: numbers are converted when
+// they are loaded, and rounded once when they are stored.
 #pragma once
 
 #include <cmath>
@@ -48,7 +48,7 @@ struct Half {
         } else if (magnitude >= 65520) {
             result = 0x7c00;
         } else {
-            // In units of the last place there, below the smallest normal number those of that number.
+            // In units of the last place; below the smallest normal number, in the units of that number.
             int exponent = magnitude < 0x1p-14 ? -14 : std::ilogb(magnitude);
             const double units = std::nearbyint(std::ldexp(magnitude, 10 - exponent));
             // A mantissa of 2048 carries into the exponent by itself; one below 1024 is subnormal.
@@ -114,7 +114,7 @@ struct Array {
         });
     }
 
-    /// `count` numbers as this array would hold them.
+    /// Rounds `count` numbers to the type of this array.
     void round(int64_t count, double* values) const {
         visit(type, [&](auto* kind) {
             using T = std::remove_pointer_t<decltype(kind)>;
@@ -125,7 +125,7 @@ struct Array {
 private:
     template <class F>
     void each(int64_t rows, int64_t columns, int64_t pitch, F f) const {
-        if (stride[2] == 1 && stride[1] == columns && pitch == columns) {  // one run, which compilers vectorise
+        if (stride[2] == 1 && stride[1] == columns && pitch == columns) {  // one run, which compilers vectorize
             for (int64_t i = 0; i < rows * columns; ++i) f(i, i);
         } else if (stride[2] == 1) {
             for (int64_t n = 0; n < rows; ++n)

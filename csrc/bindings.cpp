@@ -1,7 +1,8 @@
 // The Python module fluxkernels.cpu._kernels: chooses the instruction set, unpacks arguments, releases the GIL.
 //
-// No header of PyTorch is included, so one binary serves every release of it. A tensor arrives as a tuple
-// (address, type, stride, stride, ...) made by fluxkernels/cpu; shapes are checked there.
+// No header of PyTorch is included, so one binary works with every release of PyTorch. A tensor arrives as a tuple
+// (address, type, stride, stride, ...) made by fluxkernels/cpu/host.py, which also checks shapes. A kernel writes into
+// the last tensors of its arguments, its results.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -54,7 +55,8 @@ Array array(const py::object& view) {
     return result;
 }
 
-/// A job of few multiply-adds, `each` a pair beside its distance, is done before a second thread has woken up.
+/// One thread for few multiply-adds, which are done before a second thread wakes up. `each` of them are needed per pair
+/// in addition to its distance.
 int threads_for(const Shape& shape, int threads, int64_t each = 10) {
     const double operations = double(shape.B) * shape.N * shape.M * (shape.D + each);
     return operations < 2e5 ? 1 : threads;
@@ -142,13 +144,11 @@ PYBIND11_MODULE(_kernels, module) {
         "Instruction sets that this machine runs, best first.");
     module.def("target", [] { return std::string(chosen.load()->name); }, "The instruction set in use.");
     module.def("use", &use, "Use an instruction set by name.");
-    module.def("thread_source", [] { return std::string(thread_source()); }, "Whose threads the kernels run on.");
-    module.def("kde", &kde);
-    module.def("kde_backward", &kde_backward);
-    module.def("residual_gradient", &residual_gradient);
-    module.def("langevin", &langevin);
-    module.def("transition_weights", &transition_weights);
-    module.def("transition_average", &transition_average);
+    module.def(
+        "thread_source", [] { return std::string(thread_source()); }, "Source of the threads that the kernels run on.");
+#define FLUX_DEFINE(kernel, Arguments) module.def(#kernel, &kernel);
+    FLUX_FOR_EACH_KERNEL(FLUX_DEFINE)
+#undef FLUX_DEFINE
     module.def("normals", [](uint64_t seed, uint64_t stream, int64_t steps, int64_t first, int64_t count, int threads,
                              uintptr_t out) {
         py::gil_scoped_release release;
@@ -167,5 +167,5 @@ PYBIND11_MODULE(_kernels, module) {
             return std::make_pair(chosen.load()->exponentials_per_second(threads),
                                   chosen.load()->multiply_adds_per_second(threads));
         },
-        "(exponentials, multiply-adds) of doubles that this machine does a second on so many threads.");
+        "(exponentials, multiply-adds) of doubles per second on this machine with that number of threads.");
 }

@@ -1,4 +1,4 @@
-// Uninitialised, aligned memory for numbers.
+// Uninitialized, aligned memory for numbers.
 #pragma once
 
 #include <cstddef>
@@ -12,9 +12,8 @@ namespace flux {
 
 constexpr int64_t CACHE_LINE = 64;
 
-/// Blocks that this thread has freed, kept for its next block of queries or its next op: memory fresh from the system
-/// costs a page fault for each 4096 bytes, which took a fifth of the time of an op on images. At most KEPT bytes a
-/// thread.
+/// Blocks that this thread has freed, reused for its next block of queries or its next op: memory fresh from the system
+/// costs a page fault per 4096 bytes, which took a fifth of the time of an op on images. At most KEPT bytes per thread.
 class Shelf {
 public:
     Shelf() { blocks_.reserve(64); }  // so that putting a block back cannot fail
@@ -36,7 +35,7 @@ public:
         return exact;
 #else
         bytes = (bytes / CACHE_LINE + 1) * CACHE_LINE;
-        for (size_t i = blocks_.size(); i-- > 0;)  // the last one put back is warmest
+        for (size_t i = blocks_.size(); i-- > 0;)  // the most recent block is most likely in the cache
             if (bytes <= blocks_[i].bytes && blocks_[i].bytes <= 2 * bytes) {
                 const Block block = blocks_[i];
                 blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
@@ -52,7 +51,7 @@ public:
 
     void put_back(void* data, size_t bytes) {
 #if defined(FLUX_SANITIZED)
-        const bool keep = false;  // a sanitizer is to see each block freed
+        const bool keep = false;  // a sanitizer must see each block freed
 #else
         const bool keep = bytes <= KEPT;
 #endif
@@ -60,7 +59,7 @@ public:
             std::free(data);
             return;
         }
-        // The oldest make room.
+        // Free the oldest blocks to make room.
         while (!blocks_.empty() && (kept_ + bytes > KEPT || blocks_.size() == blocks_.capacity())) {
             kept_ -= blocks_.front().bytes;
             std::free(blocks_.front().data);

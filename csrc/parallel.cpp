@@ -1,7 +1,7 @@
-// A second pool of threads beside PyTorch's would fight it for the cores: the idle threads of an OpenMP pool spin for
-// a while before they sleep. So the work is handed to PyTorch's own pool where it can be found: PyTorch loads its
-// OpenMP library (GNU's) for the whole process, and its entry point is looked up by name. Elsewhere threads are started
-// for the call.
+// A second pool of threads would compete with PyTorch's for the cores: the idle threads of an OpenMP pool spin for a
+// while before they sleep. So the work runs on PyTorch's own pool where that is found: PyTorch loads its OpenMP library
+// (GNU's) for the whole process, and the library's entry point is looked up by name. Elsewhere each call starts
+// threads.
 
 #include "parallel.h"
 
@@ -65,7 +65,7 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
         try {
             for (int i = 1; i < workers; ++i) others.emplace_back([&work] { work.run(); });
         } catch (const std::system_error&) {
-            // The system gives no more threads: those that started do the work.
+            // The system has no more threads: those that started do the work.
         }
         work.run();
         for (auto& thread : others) thread.join();

@@ -7,32 +7,18 @@
 torch.Size([1, 2])
 """
 
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
-
 from fluxkernels.backend import Backend, BackendError, backends, resolve_backend, use_backend
-from fluxkernels.ops import (
-    FluxPass,
-    flux_pass,
-    kde_log_density,
-    kde_mean,
-    kde_score,
-    langevin_chain,
-    langevin_step,
-    residual_gradient,
-    transition_average,
-    transition_weights,
-)
-
-try:
-    __version__ = _version("fluxkernels")
-except _PackageNotFoundError:  # run from a checkout, as `make gpu` does
-    __version__ = "not-installed"
+from fluxkernels.ops.kde import kde_log_density, kde_mean, kde_score
+from fluxkernels.ops.langevin import FluxPass, flux_pass, langevin_chain, langevin_step
+from fluxkernels.ops.residual import residual_gradient
+from fluxkernels.ops.transition import transition_average, transition_weights
+from fluxkernels.version import __version__
 
 __all__ = [
     "Backend",
     "BackendError",
     "FluxPass",
+    "__version__",
     "backends",
     "flux_pass",
     "kde_log_density",

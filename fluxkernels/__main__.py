@@ -1,4 +1,4 @@
-"""`python -m fluxkernels`: version, what this machine offers, and which backend runs."""
+"""`python -m fluxkernels`: version, devices and backends of this machine, and the backend that runs."""
 
 import platform
 import warnings
@@ -24,7 +24,7 @@ def main() -> None:
         for kind in ("cpu", "cuda"):
             try:
                 chosen = fluxkernels.resolve_backend(None, kind)
-            except (ValueError, fluxkernels.BackendError) as error:  # the environment names one that cannot run
+            except (ValueError, fluxkernels.BackendError) as error:  # the environment names a backend that cannot run
                 chosen = f"none, {error}"
             print(f"\n{kind} tensors run on: {chosen}", end="")
     print()

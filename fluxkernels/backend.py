@@ -1,8 +1,8 @@
-"""Which implementation runs an op: `torch` (pure PyTorch), `cpu` (compiled C++), `triton` (NVIDIA GPUs).
+"""Backends: `torch` (pure PyTorch), `cpu` (compiled C++), `triton` (NVIDIA GPUs).
 
 The choice, first match: the call's `backend=`, the innermost `with use_backend(...)`, the environment variable
-FLUXKERNELS_BACKEND, else automatic: CUDA tensors take triton, CPU tensors take cpu, all others torch. A backend asked
-for by name runs or raises; only the automatic choice goes on to `torch`, and it warns once a device type.
+FLUXKERNELS_BACKEND, else automatic: CUDA tensors run on triton, CPU tensors on cpu, all others on torch. A backend
+chosen by name runs or raises; only the automatic choice falls back to `torch`, with one warning per device type.
 """
 
 import importlib
@@ -12,17 +12,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
+from typing import cast
 
 import torch
 
 from fluxkernels import cpu, reference
+from fluxkernels.implementation import Implementation
 
 ENVIRONMENT = "FLUXKERNELS_BACKEND"
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for cannot run; the message says why."""
+    """The chosen backend cannot run; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Backend:
     """One row of `backends()`.
 
     Attributes:
-        name: what to pass as `backend=`.
-        what: what it is made of.
+        name: value for `backend=`.
+        what: a short description.
         devices: device types whose tensors it takes; empty means any.
-        missing: why it cannot run here, or None if it can.
+        missing: reason why it cannot run here, or None if it can.
     """
 
     name: str
@@ -51,16 +52,16 @@ class _Entry:
     what: str
     devices: tuple[str, ...]
     missing: Callable[[], str | None]
-    implementation: Callable[[], ModuleType]
+    implementation: Callable[[], Implementation]
 
 
-# Triton then runs kernels on the CPU, number by number: for tests.
+# Triton then runs kernels on the CPU, one operation at a time: for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton() -> ModuleType:
-    """Imported only where it is wanted: Triton takes a second, and need not be installed."""
-    return importlib.import_module("fluxkernels.triton_kernels")
+def _triton() -> Implementation:
+    """Import the backend on first use: Triton takes a second to import, and is optional."""
+    return cast(Implementation, importlib.import_module("fluxkernels.triton_kernels"))
 
 
 def _triton_missing() -> str | None:
@@ -76,7 +77,7 @@ def _triton_missing() -> str | None:
 
 
 _ENTRIES = {
-    "torch": _Entry("pure PyTorch, the definition of right", (), lambda: None, lambda: reference),
+    "torch": _Entry("pure PyTorch, reference implementation", (), lambda: None, lambda: reference),
     "cpu": _Entry("compiled C++", ("cpu",), cpu.missing, lambda: cpu),
     "triton": _Entry(
         "Triton kernels",
@@ -92,7 +93,7 @@ _warned: set[str] = set()
 
 
 def backends() -> dict[str, Backend]:
-    """Every backend by name, with the reason why it cannot run here if it cannot."""
+    """All backends by name; each has the reason why it cannot run here, if there is one."""
     return {name: Backend(name, e.what, e.devices, e.missing()) for name, e in _ENTRIES.items()}
 
 
@@ -109,7 +110,7 @@ def use_backend(name: str) -> Iterator[None]:
     A graph of `torch.compile` keeps the backend it was compiled with.
 
     Raises:
-        ValueError: there is no backend of that name.
+        ValueError: no backend has that name.
     """
     token = _in_use.set(_known(name, "use_backend: name"))
     try:
@@ -119,7 +120,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _asked_for(backend: str | None) -> tuple[str, str] | None:
-    """(name, source) of the backend that somebody named, or None for the automatic choice."""
+    """(name, source) of the backend chosen by name, or None for the automatic choice."""
     if backend is not None:
         return backend, "backend"
     if (name := _in_use.get()) is not None:
@@ -137,8 +138,8 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
         device: where the op's tensors are.
 
     Raises:
-        ValueError: there is no backend of that name.
-        BackendError: it cannot run here, or not on that device.
+        ValueError: no backend has that name.
+        BackendError: the backend cannot run here, or not on that device.
     """
     kind = torch.device(device).type
     asked = _asked_for(backend)
@@ -164,6 +165,6 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
     return name
 
 
-def implementation(name: str) -> ModuleType:
-    """The module that holds the ops of an available backend."""
+def implementation(name: str) -> Implementation:
+    """The functions of an available backend."""
     return _ENTRIES[name].implementation()

@@ -1,7 +1,7 @@
-"""What every public function asks of its arguments, and how it brings them into one flat form.
+"""Checks of user arguments, and their conversion to one flat form.
 
-A message names the function, the argument, what it takes and what it got. Values are checked where that is cheap: on
-the CPU, outside of `torch.compile`. On an accelerator a look at the values would make the host wait for the device.
+An error message names the function, the argument, what it takes and what it got. Values are checked where that is
+cheap: on the CPU, outside of `torch.compile`. On an accelerator, reading values would make the host wait.
 """
 
 import math
@@ -19,12 +19,12 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def shape_of(t: Tensor) -> str:
-    """The shape as a user writes it: [3, 2]."""
+    """The shape in a user's notation: [3, 2]."""
     return str(list(t.shape))
 
 
 def check_tensor(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:
-    """`t` if it is a non-empty floating tensor of the dtype and on the device of `like`."""
+    """Return `t` if it is a non-empty floating tensor with the dtype and device of `like`."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
@@ -38,23 +38,23 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
     return t
 
 
-def looks_at_values(t: Tensor) -> bool:
-    """Whether a look at t's values is cheap, and allowed here."""
+def can_check_values(t: Tensor) -> bool:
+    """Return True if reading the values of `t` is cheap, and allowed here."""
     return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
 def check_finite(function: str, **tensors: Tensor | None) -> None:
-    """Raise ValueError if one of the tensors holds NaN or infinity."""
+    """Raise ValueError if a tensor contains NaN or infinity."""
     for name, t in tensors.items():
-        if t is None or not looks_at_values(t):
+        if t is None or not can_check_values(t):
             continue
-        # The sum is finite only if every entry is; the slower look is for sums that overflow.
+        # The sum is finite only if every entry is; the slower test is for sums that overflow.
         if not math.isfinite(t.detach().sum().item()) and not t.detach().isfinite().all():
             raise ValueError(f"{function}: {name} must be finite, got NaN or infinity")
 
 
 def check_points(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:
-    """A tensor `[..., N, D]`."""
+    """Return `t` if it is a tensor `[..., N, D]`."""
     t = check_tensor(function, name, t, like)
     if t.ndim < 2:
         raise ValueError(f"{function}: {name} must have shape [..., N, D], got {shape_of(t)}")
@@ -62,7 +62,7 @@ def check_points(function: str, name: str, t: object, like: Tensor | None = None
 
 
 def check_same_shape(function: str, name: str, t: object, other: str, like: Tensor) -> Tensor:
-    """A tensor of the shape, dtype and device of `like`, which the user knows as `other`."""
+    """Return `t` if it has the shape, dtype and device of `like`, the argument named `other`."""
     t = check_tensor(function, name, t, like)
     if t.shape != like.shape:
         raise ValueError(f"{function}: {name} must have the shape of {other}, {shape_of(like)}, got {shape_of(t)}")
@@ -70,9 +70,9 @@ def check_same_shape(function: str, name: str, t: object, other: str, like: Tens
 
 
 def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero: bool = False) -> Tensor:
-    """A float or tensor of positive numbers (or zeros, with `zero`) as a tensor of at least float32 like `like`.
+    """Convert a float or tensor of positive numbers (or zeros, with `zero`) to a tensor of at least float32.
 
-    What is checked is the number after rounding: a bandwidth below float32's range is no bandwidth there.
+    The check is on the rounded number: a bandwidth below the range of float32 is zero there, and refused.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
     takes = "a non-negative" if zero else "a positive"
@@ -82,7 +82,7 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
         if value.device != like.device and value.ndim > 0:
             raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {value.device}")
         converted = value.to(device=like.device, dtype=dtype)
-        if looks_at_values(converted):
+        if can_check_values(converted):
             v = converted.detach()
             if not ((v >= 0 if zero else v >= torch.finfo(dtype).tiny) & v.isfinite()).all():
                 raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(value.detach())}")
@@ -90,7 +90,7 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got {type(value).__name__}")
     number = float(value)
-    if not torch.compiler.is_compiling():  # there a number that changes between calls is a symbol, not a value
+    if not torch.compiler.is_compiling():  # when compiling, a number may be a symbol without a value
         limits = torch.finfo(dtype)
         least = 0 if zero else limits.tiny
         if not least <= number <= limits.max:
@@ -118,7 +118,7 @@ class Groups:
         return t.expand(*self.batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
 
     def per_group(self, name: str, t: Tensor, queries: int | None = None) -> Tensor:
-        """`[]` or `[...]` to `[B]`; with the queries, the error names that choice too."""
+        """`[]` or `[...]` to `[B]`; with `queries`, an error lists the shape with one entry per query too."""
         if t.ndim > len(self.batch):
             other = "" if queries is None else f" or one a query, {[*self.batch, queries]}"
             raise ValueError(
@@ -150,7 +150,7 @@ class Groups:
 
 
 def group(function: str, **tensors: Tensor) -> Groups:
-    """The groups that tensors `[..., N, D]` have in common.
+    """Groups that the leading dimensions of tensors `[..., N, D]` define together.
 
     Raises:
         ValueError: their leading dimensions do not broadcast, or their last dimensions differ.
@@ -171,7 +171,7 @@ def group(function: str, **tensors: Tensor) -> Groups:
 
 
 def check_positive(function: str, name: str, value: object) -> float:
-    """A finite positive number, as a float."""
+    """Return a finite positive number as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} must be a positive number, got {type(value).__name__}")
     number = float(value)
@@ -180,8 +180,8 @@ def check_positive(function: str, name: str, value: object) -> float:
     return number
 
 
-def one_of(function: str, name: str, value: str, choices: tuple[str, ...]) -> None:
-    """A word among those known."""
+def check_choice(function: str, name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of the choices."""
     if value not in choices:
         raise ValueError(f"{function}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -192,15 +192,15 @@ def check_sigma_range(function: str, sigma_min: float, sigma_max: float) -> None
         raise ValueError(f"{function}: 0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}")
 
 
-def check_steps(function: str, steps: object) -> int:
-    """A positive number of steps."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{function}: steps must be a positive integer, got {steps!r}")
-    return steps
+def check_num_steps(function: str, value: object, name: str = "num_steps") -> int:
+    """Return a positive number of steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{function}: {name} must be a positive integer, got {value!r}")
+    return value
 
 
 def check_seed(function: str, seed: object) -> int | Tensor | None:
-    """None, an integer below 2⁶⁴, or an int64 tensor of shape []."""
+    """Return a seed: None, an integer below 2⁶⁴, or an int64 tensor of shape []."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim:
             raise TypeError(
@@ -219,7 +219,7 @@ def check_seed(function: str, seed: object) -> int | Tensor | None:
 def check_noise(
     function: str, noise: object, seed: object, shape: Sequence[int], like: Tensor
 ) -> tuple[Tensor | None, int | Tensor | None]:
-    """At most one of noise, of that shape, and seed."""
+    """Return (noise, seed), of which at least one is None; the noise must have that shape."""
     if noise is not None and seed is not None:
         raise ValueError(f"{function}: give noise or seed, not both")
     if noise is None:
@@ -230,8 +230,8 @@ def check_noise(
     return noise, None
 
 
-def choose(backend: str | None, device: torch.device) -> str:
-    """`resolve_backend`, fixed once and for all inside a compiled graph."""
+def pick_backend(backend: str | None, device: torch.device) -> str:
+    """Name of the backend from `resolve_backend`; a constant inside a compiled graph."""
     return _resolve_constant(backend, device.type)
 
 

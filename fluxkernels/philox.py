@@ -1,11 +1,11 @@
-"""Counter-based random numbers, the same on every device and backend: Philox 4×32-10.
+"""Counter-based random numbers, equal on every device and backend: Philox 4×32-10.
 
 Salmon, Moraes, Dror, Shaw: Parallel random numbers, as easy as 1, 2, 3 (SC 2011). A block of four 32-bit numbers is a
 function of a counter and a key alone. Element e of step k of a stream takes number e mod 4 of the block with
 
     counter = (⌊e/4⌋ mod 2³², ⌊e/4⌋ div 2³², k, stream),   key = (seed mod 2³², seed div 2³²),
 
-where e counts the elements of a contiguous `[..., N, D]`. The streams keep the uses of one seed apart.
+where e counts the elements of a contiguous `[..., N, D]`. Different uses of one seed take different streams.
 """
 
 import math
@@ -31,7 +31,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap modulo 2⁶⁴, so both halves are right once the sign's copies are masked off.
+        # int64 products wrap modulo 2⁶⁴, so both halves are right after the copies of the sign bit are masked out.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         high0, high1 = (product0 >> 32) & _LOW, (product1 >> 32) & _LOW
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _LOW, high0 ^ c3 ^ k1, product0 & _LOW
@@ -40,7 +40,7 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
 
 
 def bits(seed: Tensor, shape: Sequence[int], stream: int) -> Tensor:
-    """Words `[steps, blocks, 4]` for `shape` = `[steps, ...]`: the blocks that cover the elements of each step."""
+    """Words `[steps, blocks, 4]` for `shape` = `[steps, ...]`; the blocks cover the elements of each step."""
     steps, elements = shape[0], math.prod(shape[1:])
     block = torch.arange((elements + 3) // 4, device=seed.device)
     step = torch.arange(steps, device=seed.device).unsqueeze(-1)
@@ -53,13 +53,13 @@ def _to_shape(words: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
-    """Standard normal numbers of shape `[steps, ...]`, by Box and Muller from pairs of words.
+    """Standard normal numbers of shape `[steps, ...]`, by Box and Muller's method from pairs of words.
 
     Args:
         seed: int64 tensor of shape `[]`; its device is the device of the result.
         shape: `[steps, ...]`.
-        stream: what the numbers are for: CHAIN, START or MIXING.
-        dtype: float32 or float64; both give the same numbers to rounding.
+        stream: CHAIN, START or MIXING, by the use of the numbers.
+        dtype: float32 or float64; both give the same numbers up to rounding.
     """
     return _to_shape(normal_from_words(bits(seed, shape, stream), dtype), shape)
 
@@ -76,25 +76,25 @@ def normal_from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def uniform_from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """The top 23 bits of each word as a number strictly inside of (0, 1)."""
+    """Convert the top 23 bits of each word to a number strictly between 0 and 1."""
     return ((words >> 9).to(dtype) + 0.5) * 2.0**-23
 
 
 def uniform(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
-    """Numbers uniform on (0, 1), of shape `[steps, ...]`: (⌊word/2⁹⌋ + ½)/2²³, which float32 holds exactly."""
+    """Uniform numbers on (0, 1) of shape `[steps, ...]`: (⌊word/2⁹⌋ + ½)/2²³, exact in float32."""
     return _to_shape(uniform_from_words(bits(seed, shape, stream), dtype), shape)
 
 
 def rademacher(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
-    """Signs ±1 with equal probability, of shape `[steps, ...]`: the top bit of each word."""
+    """Signs ±1 with equal probability, of shape `[steps, ...]`, from the top bit of each word."""
     return _to_shape(1 - 2 * (bits(seed, shape, stream) >> 31), shape).to(dtype)
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """`seed` as an int64 tensor of shape `[]`; None draws one from torch's generator of that device."""
+    """Convert `seed` to an int64 tensor of shape `[]`; None draws one from torch's generator of the device."""
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         return seed.to(device=device, dtype=torch.int64)
-    # Filled in on the device: a copy from the host cannot be captured in a CUDA graph.
+    # Created on the device: a copy from the host cannot be captured in a CUDA graph.
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluxkernels import backends, cpu, use_backend
-from tests.targets import use_target
+from tests.support.targets import use_target
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

@@ -72,12 +72,12 @@ def installed(wheel: Path, folder: Path) -> Path:
     return folder / "site"
 
 
-# The editable install that runs these tests would lend its compiled module to a package that has none.
+# The editable install that runs these tests would provide its compiled module to a package that has none.
 ALONE = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, '__name__', '') != '_EditableFinder']"
 
 
 def python(site: Path, code: str) -> str:
-    """What `code` prints where `site` is all that is installed of this project."""
+    """Output of `code` where `site` is all that is installed of this project."""
     return command(sys.executable, "-W", "error", "-c", f"{ALONE}\n{code}", cwd=site.parent, PYTHONPATH=str(site))
 
 
@@ -109,7 +109,7 @@ NO_COMPILER = {"CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
 
 @pytest.mark.parametrize("environment", [{"FLUXKERNELS_CPU": "0"}, NO_COMPILER], ids=["left out", "no compiler"])
 def test_without_the_compiled_kernels(source: Path, tmp_path: Path, environment: dict[str, str]) -> None:
-    """It installs, says why, and runs on PyTorch with one warning in all."""
+    """It installs, reports why, and runs on PyTorch with one warning in all."""
     path = build_wheel(source, tmp_path, **environment)
     assert not [name for name in zipfile.ZipFile(path).namelist() if ".so" in name]
     code = """
@@ -142,12 +142,12 @@ def test_compiled_kernels_can_be_required(source: Path, tmp_path: Path) -> None:
     arguments = ("wheel", "--no-deps", "-w", str(tmp_path), str(source))
     done = pip(*arguments, cwd=tmp_path, FLUXKERNELS_CPU="require", **NO_COMPILER)
     assert done.returncode != 0
-    assert "/nonexistent/c" in done.stdout + done.stderr  # what it says is shown
+    assert "/nonexistent/c" in done.stdout + done.stderr  # the compiler's message is shown
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_unknown_wish_is_refused(source: Path) -> None:
-    """Said by setup.py itself, before anything is built: no need of pip, nor of setuptools' version."""
+def test_unknown_setting_is_refused(source: Path) -> None:
+    """Refused by setup.py itself, before anything is built: no need of pip, nor of setuptools' version."""
     done = run(sys.executable, "setup.py", "--version", cwd=source, FLUXKERNELS_CPU="yes")
     assert done.returncode != 0
     assert "FLUXKERNELS_CPU must be unset, 'require' or '0', got 'yes'" in done.stderr
@@ -160,6 +160,6 @@ def test_editable_install_finds_both_from_anywhere(tmp_path: Path) -> None:
 
 
 def test_importing_needs_no_experiment_dependency(tmp_path: Path) -> None:
-    """The library itself asks for torch, numpy and tqdm alone."""
+    """The library itself requires torch, numpy and tqdm alone."""
     blocked = "import sys; sys.modules.update(dict.fromkeys(['diffusers', 'markdown', 'matplotlib', 'scipy', 'tyro']))"
     command(sys.executable, "-c", f"{blocked}; {IMPORTS}", cwd=tmp_path)

@@ -1,18 +1,22 @@
-"""What a GPU could do at best, measured: exponentials, multiply-adds, matrix products, memory."""
+"""Best rates of a GPU, measured: exponentials, multiply-adds, matrix products, memory."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from bench.cases import STEPS
+from bench.tasks import PASS, Task
+from bench.timing import fastest_on_gpu
+from bench.workloads import Workload
+from tests.support.ops import NUM_STEPS
 
 ROUNDS = 512
 
 
 @triton.jit
-def exponentials_kernel(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+def exponentials_kernel(out: Any, ROUNDS: tl.constexpr, BLOCK: tl.constexpr) -> None:
     x = tl.arange(0, BLOCK).to(tl.float32) * -1e-3
     for _ in range(ROUNDS):
         x = tl.exp2(-x)
@@ -20,7 +24,7 @@ def exponentials_kernel(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def multiply_adds_kernel(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+def multiply_adds_kernel(out: Any, ROUNDS: tl.constexpr, BLOCK: tl.constexpr) -> None:
     x = tl.arange(0, BLOCK).to(tl.float32) * 1e-3
     a = x
     b = x + 1
@@ -34,14 +38,17 @@ def multiply_adds_kernel(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), a + b + c + d)
 
 
-def measure(timed: Callable[[Callable[[], object]], list[float]]) -> dict[str, float]:
-    """Best rates: `exponentials` and `multiply_adds` a second in float32, `product` and `product64` multiply-adds a
-    second of a matrix product in float32 and float64, `bytes` a second, read and written."""
+def measure() -> dict[str, float]:
+    """Best rates per second.
+
+    `exponentials` and `multiply_adds` in float32, `product` and `product64` for multiply-adds of a matrix product in
+    float32 and float64, `bytes` read and written.
+    """
     programs, block = 32 * torch.cuda.get_device_properties(0).multi_processor_count, 1024
     out = torch.empty(programs * block, device="cuda")
 
     def per_second(work: float, call: Callable[[], object]) -> float:
-        return work / min(timed(call))
+        return work / fastest_on_gpu(call)
 
     found = {
         "exponentials": per_second(
@@ -62,29 +69,24 @@ def measure(timed: Callable[[Callable[[], object]], list[float]]) -> dict[str, f
     return found
 
 
-def pairs(kind: str, groups: int, queries: int, centres: int) -> int:
-    """Pairs of a query and a centre that a case evaluates; the pass has one evaluation for its transition too."""
-    return (STEPS + 2 if kind == "pass" else 1) * groups * queries * centres
+def pairs(task: Task, workload: Workload) -> int:
+    """Pairs of a query and a reference point that are evaluated; the pass has one evaluation for its transition too."""
+    return (NUM_STEPS + 2 if task == PASS else 1) * workload.pairs
 
 
-def model_seconds(
-    rates: dict[str, float], kind: str, groups: int, queries: int, centres: int, dimensions: int
-) -> float:
-    """Least time of a case: its exponentials and multiply-adds at the rates above, or its bytes if they take longer.
+def model_seconds(rates: dict[str, float], task: Task, workload: Workload) -> float:
+    """Least time of a pass or a score: exponentials and multiply-adds at these rates, or bytes if they take longer.
 
-    `kind` is "pass" (with the transition, whose values have D coordinates too) or "score". Above 16 dimensions the
-    multiply-adds are those of float64 products: a score has two, the pass the stacked product and three rebuilt points,
-    and the transition's two.
+    The values of a pass's transition have D coordinates too. Above 16 dimensions the multiply-adds are those of float64
+    products: a score has two, the pass the stacked product and three rebuilt points, and the transition's two.
     """
-    if dimensions <= 16:
-        arithmetic = pairs(kind, groups, queries, centres) * (
-            1 / rates["exponentials"] + 2 * dimensions / rates["multiply_adds"]
-        )
+    D, queries, refs = workload.dimensions, workload.queries, workload.refs
+    if D <= 16:
+        per_pair = 1 / rates["exponentials"] + 2 * D / rates["multiply_adds"]
+        arithmetic = pairs(task, workload) * per_pair
     else:
-        products = 2.0
-        if kind == "pass":
-            products = (1 + STEPS) + centres / queries + 3 + 2
-        arithmetic = products * groups * queries * centres * dimensions / rates["product64"]
-    # Queries and centres read once, results written once: one array for the score, five for the pass.
-    numbers = groups * dimensions * (queries * (6 if kind == "pass" else 2) + centres)
+        products = (1 + NUM_STEPS) + refs / queries + 3 + 2 if task == PASS else 2.0
+        arithmetic = products * workload.pairs * D / rates["product64"]
+    # Queries and reference points read once, results written once: one array for the score, five for the pass.
+    numbers = workload.groups * D * (queries * (6 if task == PASS else 2) + refs)
     return max(arithmetic, 4 * numbers / rates["bytes"])

@@ -13,7 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench.records import RESULTS, commit
+from bench.origin import checked_out
+from bench.records import RESULTS
 from bench.reliability import results, soak, wheels
 from bench.reliability.checks import CHECKS, Entry
 
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(name: str, arguments: dict[str, Any]) -> Entry:
-    """In a process of its own: one that crashes fails its check and no other."""
+    """Run a check in a process of its own: one that crashes fails its check and no other."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
             return pool.submit(CHECKS[name].run, **arguments).result()
@@ -71,7 +72,7 @@ def main() -> None:
         "soak": {"minutes": options.minutes},
         "wheels": {"pythons": options.pythons, "torch": options.torch, "fetch": options.fetch},
     }
-    head = commit()  # once: the first entry that is kept changes the checkout
+    head = checked_out()  # once: the first entry that is kept changes the checkout
     failed = []
     for name in dict.fromkeys(options.only):
         print(f"{name}: {CHECKS[name].what}", flush=True)

@@ -1,4 +1,4 @@
-"""The checks by name: what runs them, what they do in words, and their figures in words."""
+"""The checks by name: the function that runs them, and what they do and found in words."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Check:
-    """`run` gives an entry with "passed" and figures, or with "skipped" and the reason why it cannot run."""
+    """A check whose `run` returns an entry with "passed" and figures, or with "skipped" and the reason."""
 
     run: Callable[..., Entry]
     what: str
-    say: Callable[[Entry], str]
+    describe: Callable[[Entry], str]
 
 
 CHECKS = {
-    "fuzz": Check(correctness.of_random_inputs, correctness.RANDOM, correctness.say_random),
-    "adversarial": Check(correctness.of_cases, correctness.ADVERSARIAL, correctness.say_cases),
-    "resume": Check(resume.check, resume.WHAT, resume.say),
-    "soak": Check(soak.check, soak.WHAT, soak.say),
-    "sanitizer": Check(sanitizer.check, sanitizer.WHAT, sanitizer.say),
-    "wheels": Check(wheels.check, wheels.WHAT, wheels.say),
+    "fuzz": Check(correctness.of_random_inputs, correctness.RANDOM, correctness.describe_random),
+    "adversarial": Check(correctness.of_cases, correctness.ADVERSARIAL, correctness.describe_cases),
+    "resume": Check(resume.check, resume.WHAT, resume.describe),
+    "soak": Check(soak.check, soak.WHAT, soak.describe),
+    "sanitizer": Check(sanitizer.check, sanitizer.WHAT, sanitizer.describe),
+    "wheels": Check(wheels.check, wheels.WHAT, wheels.describe),
 }

@@ -1,4 +1,4 @@
-"""Right answers: random inputs, and every adversarial case with every backend."""
+"""Correctness: random inputs, and every adversarial case with every backend."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench import accuracy
 from fluxkernels import cpu
-from tests import fuzz
-from tests.cases import CASES, Case
-from tests.targets import use_target
+from tests.support import accuracy, fuzzing
+from tests.support.cases import CASES, Case
+from tests.support.processes import run_in_parts
+from tests.support.targets import use_target
 
 TRITON = importlib.util.find_spec("triton") is not None
-# Who computed, on what, how many results, and the errors of those that are wrong by op.
+# Implementation, case, number of results, and the errors of those that are wrong by op.
 Tried = tuple[str, str, int, dict[str, float]]
 RANDOM = "random shapes, strides, dtypes and extreme values: the `cpu` kernels against the formulas in float64"
 ADVERSARIAL = (
     "every op on every adversarial case against extended precision; the Triton kernels by Triton's interpreter, on the "
-    "cases with few centres, against the formulas in float64"
+    "cases with few reference points, against the formulas in float64"
 )
 
 
 def of_random_inputs(seconds: float) -> dict[str, Any]:
-    """`make fuzz`. It has bounds for the cpu backend alone: the torch backend is what it compares with."""
+    """Run `make fuzz`. It has bounds for the cpu backend alone, because it compares with the torch backend."""
     if reason := cpu.missing():
         return {"skipped": f"the cpu backend cannot run: {reason}"}
     with tqdm(itertools.count(), desc="inputs", mininterval=1) as bar:
-        report = fuzz.run(seed=0, cases=iter(bar), seconds=seconds)
+        report = fuzzing.run(seed=0, cases=iter(bar), seconds=seconds)
     return {
         "passed": report.problems > 0 and not report.failures,
         "backend": "cpu",
@@ -45,21 +45,21 @@ def of_random_inputs(seconds: float) -> dict[str, Any]:
     }
 
 
-def say_random(entry: dict[str, Any]) -> str:
+def describe_random(entry: dict[str, Any]) -> str:
     return (
         f"{entry['inputs']} inputs, {entry['calls']} calls in {entry['seconds']:g} s: {entry['failures_in_all']} wrong"
     )
 
 
 def of_cases(cases: Sequence[Case] = CASES) -> dict[str, Any]:
-    """Results tried and right: of torch, of cpu with each instruction set, of triton by its interpreter."""
+    """Results tried and correct: of torch, of cpu with each instruction set, of triton by its interpreter."""
     backends: dict[str, dict[str, Any]] = {}
     failures: list[str] = []
-    for who, where, tried, wrong in itertools.chain(compiled(cases), interpreted()):
-        figures = backends.setdefault(who, {"tried": 0, "passed": 0})
+    for implementation, where, tried, wrong in itertools.chain(compiled(cases), interpreted()):
+        figures = backends.setdefault(implementation, {"tried": 0, "passed": 0})
         figures["tried"] += tried
         figures["passed"] += tried - len(wrong)
-        failures += [f"{who}: {where}, {op}: error {error:.1e}" for op, error in wrong.items()]
+        failures += [f"{implementation}: {where}, {op}: error {error:.1e}" for op, error in wrong.items()]
     if reason := cpu.missing():
         backends["cpu"] = {"skipped": reason}
     if not TRITON:
@@ -68,37 +68,35 @@ def of_cases(cases: Sequence[Case] = CASES) -> dict[str, Any]:
 
 
 def compiled(cases: Sequence[Case]) -> Iterator[Tried]:
-    """Of torch and cpu, in float32."""
+    """Results of torch and cpu, in float32."""
     targets = [] if cpu.missing() else cpu._kernels.targets()
     for case in tqdm(cases, desc="cases"):
-        of_torch, _ = accuracy.errors(case, "torch", with_plain=False)
+        of_torch = accuracy.errors(case, "torch")
         yield "torch", case.name, len(of_torch), accuracy.wrong(case, of_torch, of_torch)
         for target in targets:
             with use_target(target):
-                of_cpu, _ = accuracy.errors(case, "cpu", with_plain=False)
+                of_cpu = accuracy.errors(case, "cpu")
             yield f"cpu {target}", case.name, len(of_cpu), accuracy.wrong(case, of_cpu, of_torch)
 
 
 def interpreted() -> Iterator[Tried]:
-    """Of Triton's interpreter, where Triton is installed: derivatives too, against the formulas in float64.
+    """Results of Triton's interpreter, where Triton is installed: derivatives too, against the formulas in float64.
 
-    It is slow and takes cases with few centres alone, in processes of their own on all cores.
+    It is slow and takes cases with few reference points alone, in processes of their own on all cores.
     """
     if not TRITON:
         return
-    from tests.fluxkernels.test_triton import run_in_parts
-
     print("triton by its interpreter: some minutes", flush=True)
     for row in run_in_parts(
-        "tests.fluxkernels.interpreted", TRITON_INTERPRET="1", FLUXKERNELS_AUTOTUNE="0", CUDA_VISIBLE_DEVICES=""
+        "tests.programs.interpreted", TRITON_INTERPRET="1", FLUXKERNELS_AUTOTUNE="0", CUDA_VISIBLE_DEVICES=""
     ):
         wrong = {op: error for op, error in row["errors"].items() if not error < row["limit"]}
         yield "triton, interpreted", f"{row['case']}, {row['dtype']}", len(row["errors"]), wrong
 
 
-def say_cases(entry: dict[str, Any]) -> str:
+def describe_cases(entry: dict[str, Any]) -> str:
     cells = [
-        f"`{who}` {f['skipped']}" if "skipped" in f else f"`{who}` {f['passed']} of {f['tried']}"
-        for who, f in entry["backends"].items()
+        f"`{name}` {f['skipped']}" if "skipped" in f else f"`{name}` {f['passed']} of {f['tried']}"
+        for name, f in entry["backends"].items()
     ]
     return f"{entry['cases']} cases; right: {', '.join(cells)}"

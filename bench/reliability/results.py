@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import records
+from bench.origin import Origin
 from bench.records import RESULTS
 from bench.reliability.checks import CHECKS, Entry
 
@@ -18,13 +19,13 @@ def newest(folder: Path = RESULTS) -> dict[str, Any]:
 
 
 def keep(name: str, entry: Entry, commit: str, folder: Path = RESULTS) -> Path:
-    """The last results with this entry in place of that check's, in the one file there is, of today."""
-    here, date = records.machine(), records.today()
+    """Keep this entry in place of that check's last one, in one file for all checks, of today."""
+    origin = Origin.here(commit=commit)
     checks = newest(folder)["checks"]
-    # Machine, too: other entries may come from elsewhere.
-    checks[name] = {"date": date, "commit": commit, "machine": here, **entry}
+    # Each with its origin: other entries may come from elsewhere.
+    checks[name] = {**origin.fields(), **entry}
     checks = {known: checks[known] for known in CHECKS if known in checks}
-    return records.keep(KIND, {"date": date, "machine": here, "commit": commit, "checks": checks}, date, folder)
+    return records.keep(KIND, {**origin.fields(), "checks": checks}, origin.date, folder)
 
 
 def result(name: str, entry: Entry) -> str:
@@ -33,7 +34,7 @@ def result(name: str, entry: Entry) -> str:
         return f"not run: {entry['skipped']}"
     if "failed" in entry:
         return f"**failed**: {entry['failed'].splitlines()[0]}"
-    return ("" if entry["passed"] else "**failed**: ") + CHECKS[name].say(entry)
+    return ("" if entry["passed"] else "**failed**: ") + CHECKS[name].describe(entry)
 
 
 def table(results: dict[str, Any]) -> list[str]:

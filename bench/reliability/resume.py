@@ -1,10 +1,11 @@
-"""Trainings killed at random moments and started again, beside ones that were not: the same to the last bit?
+"""Trainings killed at random moments and started again, compared bit for bit with ones that were not.
 
 python -m bench.reliability.resume FOLDER SEED ITERATIONS THREADS     one training; goes on from what is in FOLDER
 """
 
 from __future__ import annotations
 
+import math
 import random
 import signal
 import subprocess
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fluxmatching import Trainer, TrainingOptions, flux_matching_loss
-from fluxmatching.training import LAST
+from fluxmatching.training.checkpoint import LAST
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 400
+SIGMA = math.sqrt(0.5)
 MOST_KILLS = 3
 WHAT = "trainings killed by SIGKILL at random moments and started again, against ones that were not"
 
@@ -36,30 +38,30 @@ def train(folder: Path, seed: int, iterations: int) -> None:
     options = TrainingOptions(
         iterations, batch_size=64, warmup=20, seed=seed, checkpoint_every=1 + seed % 7, log_every=20, progress=False
     )
-    Trainer(field, lambda net, x, key: flux_matching_loss(net, x, 0.5, seed=key), data, options, folder=folder).run()
+    Trainer(field, lambda net, x, key: flux_matching_loss(net, x, SIGMA, seed=key), data, options, folder=folder).run()
 
 
 def train_and_kill(folder: Path, seed: int, iterations: int, seconds: float | None) -> bool:
-    """A training in a process of its own: whether it was killed that long after its start, or came to its end."""
+    """Train in a process of its own; True if it was killed that long after its start, False if it came to its end."""
     arguments = [str(folder), str(seed), str(iterations), str(torch.get_num_threads())]
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-m", "bench.reliability.resume", *arguments],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
-    said = process.stdout.readline()  # the imports before it are no moment of the training
+    printed = process.stdout.readline()  # the imports before it are no moment of the training
     try:
-        said += process.communicate(timeout=seconds)[0]
+        printed += process.communicate(timeout=seconds)[0]
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
     if process.returncode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"the training of seed {seed} ended with {process.returncode}: {said[-2000:]}")
+        raise RuntimeError(f"the training of seed {seed} ended with {process.returncode}: {printed[-2000:]}")
     return process.returncode != 0
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two states of a run have the same numbers, to the last bit."""
+    """True if two states of a run have the same numbers, to the last bit."""
     if type(a) is not type(b):
         return False
     if isinstance(a, Tensor):
@@ -72,7 +74,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def trial(folder: Path, seed: int, iterations: int = ITERATIONS) -> tuple[int, bool]:
-    """How often a training was killed, and whether all of its last checkpoint is that of one that was not."""
+    """Number of times that a training was killed; True if its last checkpoint is that of one that was not."""
     begin = time.perf_counter()
     train(folder / "whole", seed, iterations)
     seconds = time.perf_counter() - begin
@@ -100,7 +102,7 @@ def check(trials: int) -> dict[str, Any]:
     }
 
 
-def say(entry: dict[str, Any]) -> str:
+def describe(entry: dict[str, Any]) -> str:
     return f"{entry['identical']} of {entry['trials']} identical bit for bit, after {entry['kills']} kills"
 
 

@@ -1,4 +1,4 @@
-"""The kernel tests on C++ compiled with sanitizers of addresses and undefined behaviour: `make sanitize` anywhere."""
+"""The kernel tests on C++ compiled with sanitizers of addresses and undefined behavior: `make sanitize` anywhere."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ PACKAGES = ("pybind11", "pytest", "setuptools")
 REPORT = re.compile(r"ERROR: AddressSanitizer|runtime error:")
 # Inductor starts compilers of its own, which do not run with a sanitizer preloaded; Triton's kernels are not C++.
 TESTS = ("tests/fluxkernels", "-k", "not inductor", "--ignore=tests/fluxkernels/test_triton.py")
-WHAT = "kernel tests on C++ compiled with the address and undefined-behaviour sanitizers"
+WHAT = "kernel tests on C++ compiled with the address and undefined-behavior sanitizers"
 
 
 def library(name: str) -> str:
-    """Where g++ finds a library; the bare name where it does not."""
+    """Path at which g++ finds a library; the bare name if it does not."""
     return subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
 
 
 def missing() -> str | None:
-    """Why there can be no such test here."""
+    """Reason why the sanitizers cannot run here, or None."""
     if sys.platform != "linux":
         return f"the sanitizers are preloaded as on Linux, this is {sys.platform}"
     if shutil.which("g++") is None:
@@ -93,11 +93,11 @@ def check(tests: tuple[str, ...] = TESTS) -> dict[str, Any]:
         counts = count(folder / "tests.xml")
     reports = len(REPORT.findall(done.stderr))
     good = done.returncode == 0 and reports == 0
-    said = "" if good else done.stderr[:4000] + done.stdout[-2000:]
-    if said:
-        print(said, flush=True)
-    return {"passed": good and counts["tests_passed"] > 0, **counts, "reports": reports, "said": said}
+    output = "" if good else done.stderr[:4000] + done.stdout[-2000:]
+    if output:
+        print(output, flush=True)
+    return {"passed": good and counts["tests_passed"] > 0, **counts, "reports": reports, "output": output}
 
 
-def say(entry: dict[str, Any]) -> str:
+def describe(entry: dict[str, Any]) -> str:
     return f"{entry['tests_passed']} tests passed, {entry['tests_failed']} failed, {entry['reports']} reports"

@@ -1,7 +1,8 @@
-"""Training steps and every op with changing shapes for minutes in one process: does its memory grow?"""
+"""Training steps and every op with changing shapes for minutes in one process, whose memory must not grow."""
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -10,24 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import fluxkernels as fk
-from bench.memory import resident
-from fluxmatching import flux_matching_loss
+from bench.timing import resident
+from fluxmatching import FluxOptions, flux_matching_loss
+from tests.support.ops import OPS, tensors
 
 WARM_UP = 60.0  # seconds in which caches and the allocator fill
 INTERVAL = 10.0  # seconds between two looks at the memory
 LEAST_SAMPLES = 6
 MOST_GROWTH = 20.0  # MB
-# Matrices of more points would come and go in the allocator's hands by tens of MB, and hide a leak.
+# Matrices of more points would be allocated and freed by tens of MB, and hide a leak.
 MOST_POINTS = 128
 WHAT = "training steps and every op, forward and backward, with changing shapes in one process"
 
 
 def growth(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of (seconds, bytes): median of the last third less that of the first in MB, and the trend in MB an hour."""
+    """Growth of samples (seconds, bytes) in MB: median of the last third less that of the first; trend per hour."""
     third = max(1, len(samples) // 3)
     megabytes = [size / 1e6 for _, size in samples]
     grown = statistics.median(megabytes[-third:]) - statistics.median(megabytes[:third])
@@ -39,49 +41,45 @@ def leaks(samples: Sequence[tuple[float, float]]) -> bool:
 
 
 def call_every_op(rng: random.Random, backend: str) -> None:
-    """Forward and backward on groups of random sizes, in float32 or float64."""
-    groups, queries, centres, dimensions = (
-        rng.randint(1, 4),
-        rng.randint(1, MOST_POINTS),
-        rng.randint(1, MOST_POINTS),
-        rng.randint(1, 40),
-    )
+    """Call each op forward and backward, on groups of random sizes, in float32 or float64."""
+    groups, queries, points = rng.randint(1, 4), rng.randint(1, MOST_POINTS), rng.randint(1, MOST_POINTS)
+    dimensions = rng.randint(1, 40)
     dtype = rng.choice([torch.float32, torch.float64])
     x = torch.randn(groups, queries, dimensions, dtype=dtype, requires_grad=True)
-    refs = torch.randn(groups, centres, dimensions, dtype=dtype, requires_grad=True)
+    refs = torch.randn(groups, points, dimensions, dtype=dtype, requires_grad=True)
     sigma2, tau, seed = 0.1 * dimensions, rng.uniform(0, 4), rng.randrange(2**62)
     with fk.use_backend(backend):
         step = fk.flux_pass(x, refs, sigma2, tau, seed=seed)
-        results: list[Tensor] = [
-            fk.kde_score(x, refs, sigma2),
-            fk.kde_mean(x, refs, sigma2),
-            fk.kde_log_density(x, refs, sigma2),
-            fk.langevin_step(x, refs, sigma2, 0.3, seed=seed),
-            fk.langevin_chain(x, refs, sigma2, tau, seed=seed),
-            fk.transition_weights(step.x0, step.xt, refs, sigma2, tau),
-            fk.transition_average(step.x0, step.xt, step.score_t, refs, sigma2, tau),
-            fk.residual_gradient(x, torch.sin(x), refs, sigma2),
-            step.transition_average(step.score_t),
-        ]
+        inputs = {
+            "x": x,
+            "refs": refs,
+            "per_query": sigma2,
+            "per_group": sigma2,
+            "tau": tau,
+            "h": 0.3,
+            "xt": step.xt,
+            "values": step.score_t,
+            "field": torch.sin(x),
+        }
+        results = [result for op in OPS for result in tensors(op.call(inputs, **({"seed": seed} if op.noise else {})))]
         torch.stack([result.sum() for result in results]).sum().backward()
 
 
 class Training:
-    """A small field and its optimizer; each step has a minibatch of another size and another way of the loss."""
+    """A small field and its optimizer; each step has a minibatch of another size and other options of the loss."""
 
     def __init__(self) -> None:
         self.field = nn.Sequential(nn.Linear(2, 64), nn.SiLU(), nn.Linear(64, 2))
         self.optimizer = torch.optim.Adam(self.field.parameters(), lr=1e-3)
 
     def step(self, rng: random.Random, backend: str) -> None:
-        loss = flux_matching_loss(
-            self.field,
-            torch.randn(rng.randint(2, MOST_POINTS), 2),
-            rng.uniform(0.05, 1),
+        x, sigma2 = torch.randn(rng.randint(2, MOST_POINTS), 2), rng.uniform(0.05, 1)
+        options = FluxOptions(
             estimator=rng.choice(["cross_chain", "single_chain"]),
-            endpoint=rng.choice(["central", "reverse"]),
+            second_derivatives=rng.choice(["finite_difference", "double_backward"]),
             backend=backend,
-        ).mean()
+        )
+        loss = flux_matching_loss(self.field, x, math.sqrt(sigma2), options).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -128,7 +126,7 @@ def check(minutes: float, warm_up: float = WARM_UP) -> dict[str, Any]:
     }
 
 
-def say(entry: dict[str, Any]) -> str:
+def describe(entry: dict[str, Any]) -> str:
     return (
         f"{entry['steps']} steps in {entry['minutes']:g} min: resident set {entry['grown_mb']:+.1f} MB "
         f"(trend {entry['slope_mb_an_hour']:+.0f} MB an hour)"

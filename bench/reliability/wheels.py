@@ -1,4 +1,4 @@
-"""A wheel for every Python that is here: built, installed into an empty environment, and called from another folder."""
+"""A wheel for every Python found here: built, installed into an empty environment, called from another folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ print(sys.version.split()[0], torch.__version__, error)
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """What a command prints, without this environment's packages; RuntimeError with its last words if it fails."""
+    """Output of a command, run without this environment's packages; RuntimeError with the last of it if it fails."""
     # The packages of the checkout must not be found by way of PYTHONPATH.
     inherited = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     try:
@@ -43,7 +43,7 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
 
 
 def candidates(version: str) -> Iterator[str | Path]:
-    """Where an interpreter of that version may be: in PATH, of pyenv, of uv."""
+    """Possible paths of an interpreter of that version: in PATH, of pyenv, of uv."""
     for folder in os.get_exec_path():
         yield Path(folder) / f"python{version}"
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
@@ -51,18 +51,18 @@ def candidates(version: str) -> Iterator[str | Path]:
     if shutil.which("uv"):
         try:
             yield run("uv", "python", "find", "--system", "--no-python-downloads", version, cwd=Path.home()).strip()
-        except RuntimeError:  # uv knows none
+        except RuntimeError:  # uv finds none
             return
 
 
 def find(version: str) -> str | Path | None:
-    """An interpreter that answers: pyenv leaves commands in PATH for versions that are switched off."""
+    """An interpreter that runs: pyenv leaves commands in PATH for versions that are switched off."""
     for python in candidates(version):
         try:
-            answer = run(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])", cwd=Path.home())
+            printed = run(python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])", cwd=Path.home())
         except RuntimeError:
             continue
-        if answer.strip() == version:
+        if printed.strip() == version:
             return python
     return None
 
@@ -74,7 +74,7 @@ def copy_sources(folder: Path) -> Path:
 
 
 def install_and_call(python: str | Path, torch: str, source: Path, folder: Path) -> str:
-    """What CALL prints."""
+    """Output of CALL in an empty environment."""
     run(python, "-m", "venv", folder / "environment", cwd=folder)
     inside = folder / "environment" / "bin" / "python"
     pip = (inside, "-m", "pip")
@@ -112,8 +112,8 @@ def measure(version: str, torch: str, source: Path, fetch: bool) -> dict[str, An
     return {"python": python_version, "torch": torch_version, "error": float(error), "seconds": seconds}
 
 
-def say(entry: dict[str, Any]) -> str:
+def describe(entry: dict[str, Any]) -> str:
     def cell(found: dict[str, Any]) -> str:
-        return found.get("skipped") or ("failed" if "failed" in found else "installed and answered")
+        return found.get("skipped") or ("failed" if "failed" in found else "installed and ran")
 
     return "Python " + ", ".join(f"{version} {cell(found)}" for version, found in entry["pythons"].items())

@@ -1,22 +1,16 @@
-"""What a training step of Flux Matching costs beside one of score matching: time, peak memory, share of the KDE.
+"""Cost of a training step of Flux Matching beside one of score matching: time, peak memory, share of the KDE.
 
 python -m bench.training.cost [--device cuda]     prints a table, and puts it into bench/results
 
-Every step is one of `fluxmatching.Trainer`: minibatch, loss, backward pass, clipping, AdamW, moving average. All ways
-take turns, with the same network, minibatches and precision.
+Every step is one of `fluxmatching.Trainer`: minibatch, loss, backward pass, clipping, AdamW, moving average. All
+methods take turns, with the same network, minibatches and precision.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +19,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxkernels as fk
 from bench import records
-from bench.memory import resident
+from bench.origin import Origin
+from bench.timing import gpu_peak_memory, median_of_repeated, medians, resident_growth, run_module
 from bench.training.problems import images
-from bench.training.results import begin, device_argument, machine
+from bench.training.results import begin, device_argument
 from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
-from fluxmatching import EDMField, LossNormalizer, Trainer, TrainingOptions, UNet, dsm_loss, noise_annealed_flux_loss
+from fluxmatching import (
+    EDMField,
+    FluxOptions,
+    LossNormalizer,
+    Trainer,
+    TrainingOptions,
+    UNet,
+    dsm_loss,
+    noise_annealed_flux_loss,
+)
 from fluxmatching.training import Loss
 
 
@@ -44,14 +48,14 @@ class Setting:
         size: of the images, or None for trajectories.
         width: channels of the UNet's first level, or width of the transformer.
         dropout: of the UNet.
-        compiled: whether the field is, for score matching as well; then only the plain ways are measured.
-        paper: iterations a second that the paper's Table 1 names, (score matching, Flux Matching).
+        compiled: whether the field is, for score matching as well; then only the plain methods are measured.
+        paper: iterations per second in the paper's Table 1, (score matching, Flux Matching).
     """
 
     key: str
     name: str
     batch: int
-    precision: str = "float32"
+    precision: str = "32-true"
     size: int | None = None
     width: int = 128
     dropout: float = 0.1
@@ -59,14 +63,14 @@ class Setting:
     paper: tuple[float, float] | None = None
 
     @property
-    def ways(self) -> list[str]:
-        return list(WAYS)[: 2 if self.compiled else None]
+    def methods(self) -> list[str]:
+        return list(METHODS)[: 2 if self.compiled else None]
 
     def data(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return images(count, generator, self.size) if self.size else trajectories(count, generator)
 
-    def trainer(self, way: str, device: str) -> Trainer:
+    def trainer(self, method: str, device: str) -> Trainer:
         data = self.data(512)
         torch.manual_seed(0)
         network: nn.Module = (
@@ -79,40 +83,42 @@ class Setting:
             field.compile()
         model = nn.ModuleDict({"field": field, "normalizer": LossNormalizer().to(device)})
         options = TrainingOptions(10**9, self.batch, precision=self.precision, progress=False)
-        return Trainer(model, WAYS[way], data.to(device), options)
+        return Trainer(model, METHODS[method], data.to(device), options)
 
 
 def _sigma(device: torch.device) -> Tensor:
-    """EDM's noise levels, log-normal; one a minibatch, from torch's generator, which the trainer sets."""
+    """EDM's noise levels, log-normal; one per minibatch, from torch's generator, which the trainer sets."""
     return (-1.2 + 1.2 * torch.randn((), device=device)).exp()
 
 
-def score_matching(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+def score_matching(model: Any, x: Tensor, seed: Tensor) -> Tensor:
     sigma = _sigma(x.device)
-    loss = dsm_loss(lambda z: model["field"](z, sigma), x, sigma.square(), seed=seed)
+    loss = dsm_loss(lambda z: model["field"](z, sigma), x, sigma, seed=seed)
     return model["normalizer"](loss, sigma)
 
 
-def flux(**options: Any) -> Loss:
-    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sigma = _sigma(x.device)
-        found = noise_annealed_flux_loss(model["field"], x, sigma, model["normalizer"], seed=seed, **options)
-        return found.total, {"sigma": sigma, "tau": found.tau}
+def flux(options: FluxOptions) -> Loss:
+    def loss(model: Any, x: Tensor, seed: Tensor) -> Tensor:
+        return noise_annealed_flux_loss(model["field"], x, _sigma(x.device), model["normalizer"], options, seed=seed)
 
     return loss
 
 
+def flux_in_chunks(model: nn.Module, x: Tensor, seed: Tensor) -> Any:
+    return flux(FluxOptions(chunk_size=-(-len(x) // 4)))(model, x, seed)
+
+
 def double_backward(model: nn.Module, x: Tensor, seed: Tensor) -> Any:
-    """As published; fused attention has no double backward."""
+    """The loss as published; fused attention has no double backward."""
     with sdpa_kernel(SDPBackend.MATH):
-        return flux(endpoint="reverse")(model, x, seed)
+        return flux(FluxOptions(second_derivatives="double_backward"))(model, x, seed)
 
 
-WAYS = {
+METHODS: dict[str, Loss] = {
     "score matching": score_matching,
-    "flux": flux(),
-    "flux, in chunks of a quarter": lambda model, x, seed: flux(chunk=-(-len(x) // 4))(model, x, seed),
-    "flux, half of the ends": flux(endpoint_share=0.5),
+    "flux": flux(FluxOptions()),
+    "flux, in chunks of a quarter": flux_in_chunks,
+    "flux, half of the ends": flux(FluxOptions(endpoint_fraction=0.5)),
     "flux, double backward": double_backward,
 }
 CPU = [
@@ -120,16 +126,16 @@ CPU = [
     Setting("springs", "springs transformer, 38 M parameters, batch 16", 16, width=512),
 ]
 GPU = [
-    Setting("cifar32", "CIFAR-10 UNet, 35.7 M, batch 32, bf16", 32, "bf16", 32, paper=(11.63, 4.01)),
-    Setting("cifar128", "the same, batch 128", 128, "bf16", 32, paper=(11.63, 4.01)),
-    Setting("celeba", "64 × 64 UNet, 35.7 M, batch 32, bf16", 32, "bf16", 64, paper=(7.20, 1.77)),
-    Setting("compiled", "CIFAR-10 UNet, batch 128, bf16, torch.compile", 128, "bf16", 32, compiled=True),
+    Setting("cifar32", "CIFAR-10 UNet, 35.7 M, batch 32, bf16", 32, "bf16-mixed", 32, paper=(11.63, 4.01)),
+    Setting("cifar128", "the same, batch 128", 128, "bf16-mixed", 32, paper=(11.63, 4.01)),
+    Setting("celeba", "64 × 64 UNet, 35.7 M, batch 32, bf16", 32, "bf16-mixed", 64, paper=(7.20, 1.77)),
+    Setting("compiled", "CIFAR-10 UNet, batch 128, bf16, torch.compile", 128, "bf16-mixed", 32, compiled=True),
 ]
 SETTINGS = {setting.key: setting for setting in CPU + GPU}
 
 
 def kde_seconds(x: Tensor) -> float:
-    """Of all that a step on the minibatch x asks of the density estimate."""
+    """Time of all that a step on the minibatch x needs of the density estimate."""
     points = x.flatten(1)
 
     def call() -> None:
@@ -137,68 +143,50 @@ def kde_seconds(x: Tensor) -> float:
         step.transition_average(step.score_t)
         fk.residual_gradient(step.xt, step.xt, points, 0.25)
 
-    return statistics.median(timed([call], 20)[0])
+    return median_of_repeated(call)
 
 
-def timed(calls: list[Callable[[], object]], repetitions: int) -> list[list[float]]:
-    """Seconds of each call, taking turns, after one turn to warm up."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(-1, repetitions):
-        for call, kept in zip(calls, seconds, strict=True):
-            begun = time.perf_counter()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= 0:
-                kept.append(time.perf_counter() - begun)
-    return seconds
-
-
-def peak_memory(setting: Setting, way: str, device: str) -> int:
+def peak_memory(setting: Setting, method: str, device: str) -> int:
     """Bytes that training takes at most, parameters and optimizer included; on a CPU in a process of its own."""
     if torch.device(device).type == "cuda":
         gc.collect()  # the last trainer, which compiled code can hold in a cycle
         torch.cuda.empty_cache()
-        trainer = setting.trainer(way, device)
+        trainer = setting.trainer(method, device)
         trainer.step()
-        torch.cuda.reset_peak_memory_stats()
-        trainer.step()
-        return torch.cuda.max_memory_allocated()
-    command = [sys.executable, "-m", "bench.training.cost", "--memory", setting.key, way]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+        return gpu_peak_memory(trainer.step)
+    return int(run_module("bench.training.cost", "--memory", setting.key, method).stdout.split()[-1])
 
 
-def print_memory(setting: Setting, way: str) -> None:
-    # The libraries' own memory comes first: a step of a small network loads all of them.
-    before = resident("VmRSS")
-    trainer = setting.trainer(way, "cpu")
-    trainer.step()
-    trainer.step()
-    print(resident("VmHWM") - before)
+def print_memory(setting: Setting, method: str) -> None:
+    def train() -> None:
+        trainer = setting.trainer(method, "cpu")
+        trainer.step()
+        trainer.step()
+
+    print(resident_growth(train))
 
 
 def measure(setting: Setting, device: str, repetitions: int) -> list[dict[str, Any]]:
-    """A row for each way; one that fails has its error's text instead of figures."""
-    rows = [{"setting": asdict(setting), "way": way} for way in setting.ways]
+    """A row per method; one that fails has its error's text instead of figures."""
+    rows: list[dict[str, Any]] = [{"setting": asdict(setting), "method": method} for method in setting.methods]
     for row in rows:
         try:
-            row["memory"] = peak_memory(setting, row["way"], device)
+            row["memory"] = peak_memory(setting, row["method"], device)
         except Exception as problem:  # out of memory, a compiler that fails, no diffusers: the row stays
             row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
-            print(row["way"], row["failed"])
-    able = [row for row in rows if "failed" not in row]
+            print(row["method"], row["failed"])
+    working = [row for row in rows if "failed" not in row]
     # Only now: trainers that stay would count in the others' memory.
-    steps = [setting.trainer(row["way"], device).step for row in able]
-    for row, seconds in zip(able, timed(steps, repetitions), strict=True):
-        row["seconds"] = statistics.median(seconds)
-    if able:
+    steps = [setting.trainer(row["method"], device).step for row in working]
+    for row, seconds in zip(working, medians(steps, repetitions), strict=True):
+        row["seconds"] = seconds
+    if working:
         rows[0]["kde"] = kde_seconds(setting.data(setting.batch).to(device))
     return rows
 
 
 HEAD = (
-    "| network | way | time | of score matching | peak memory | of score matching | KDE, of the step |\n"
+    "| network | method | time | of score matching | peak memory | of score matching | KDE, of the step |\n"
     + "|---" * 7
     + "|"
 )
@@ -208,12 +196,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown of one setting's rows, the first of which is score matching."""
     base, lines = rows[0], []
     for row in rows:
-        head = f"| {row['setting']['name']} | {row['way']} |"
+        head = f"| {row['setting']['name']} | {row['method']} |"
         if "failed" in row:
             lines.append(f"{head} {row['failed'].split(':')[0]} | | | | |")
             continue
         paper = row["setting"]["paper"]
-        published = f"; paper: {paper[row['way'] != 'score matching']:.3g}" if paper else ""
+        published = f"; paper: {paper[row['method'] != 'score matching']:.3g}" if paper else ""
         each = f"{1e3 * row['seconds']:.3g} ms ({1 / row['seconds']:.3g} it/s{published})"
         times = memory = kde = "–"
         if row is not base and "seconds" in base:
@@ -226,29 +214,29 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 SUMMARY = {
     "flux": "Flux Matching",
-    "flux, half of the ends": "`endpoint_share=0.5`",
+    "flux, half of the ends": "`endpoint_fraction=0.5`",
     "flux, double backward": "double backward, as in the paper",
 }
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """The README's table: time and memory over those of score matching, a line a network."""
+    """The README's table: time and memory over those of score matching, a line per network."""
     heads = ["network", "score matching", *SUMMARY.values()]
     lines = [
-        f"*{results['date']}, {results['machine']}*",
+        f"*{Origin.of(results).dated()}*",
         "",
         "| " + " | ".join(heads) + " |",
         "|---" * len(heads) + "|",
     ]
     for name in dict.fromkeys(row["setting"]["name"] for row in results["rows"]):
-        by_way = {row["way"]: row for row in results["rows"] if row["setting"]["name"] == name}
-        base = by_way["score matching"]
+        by_method = {row["method"]: row for row in results["rows"] if row["setting"]["name"] == name}
+        base = by_method["score matching"]
         if "failed" in base:
             lines.append(f"| {name} | {base['failed'].split(':')[0]} |" + " – |" * len(SUMMARY))
             continue
         cells = [name, records.duration(base["seconds"])]
-        for way in SUMMARY:
-            row = by_way[way]
+        for method in SUMMARY:
+            row = by_method[method]
             cells.append(
                 row["failed"].split(":")[0]
                 if "failed" in row
@@ -259,11 +247,11 @@ def summary(results: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.training.cost", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.training.cost", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--setting", choices=sorted(SETTINGS), help="one of them alone, printed and not kept")
     parser.add_argument("--repetitions", type=int, default=9, help="of every step; with fewer than 5 nothing is kept")
-    parser.add_argument("--memory", nargs=2, metavar=("SETTING", "WAY"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=2, metavar=("SETTING", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
         print_memory(SETTINGS[options.memory[0]], options.memory[1])
@@ -282,8 +270,8 @@ def main() -> None:
             rows += found
             write("\n".join(table(found)))
     if kept:
-        kind, date = "gpu" if device.type == "cuda" else "cpu", records.today()
-        records.keep(f"training-{kind}", {"date": date, "machine": machine(device), "rows": rows}, date)
+        kind, origin = "gpu" if device.type == "cuda" else "cpu", Origin.here(device)
+        records.keep(f"training-{kind}", {**origin.fields(), "rows": rows}, origin.date)
 
 
 if __name__ == "__main__":

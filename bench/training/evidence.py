@@ -1,19 +1,18 @@
-"""Which way to differentiate a network at the end of a chain: error, variance of the loss's gradient, and time.
+"""Methods to differentiate a network at the end of a chain: error, variance of the loss's gradient, and time.
 
 python -m bench.training.evidence [--device cuda] [--problem mixture]     prints a table, puts it into bench/results
 
-The same minibatches and random numbers for every way; time counts a step's two halves, target and backward pass.
+The same minibatches and random numbers for every method; the time is that of a step's two halves, target and backward
+pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -22,66 +21,69 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.timing import run_module, timed
 from bench.training.problems import MIXTURE, PROBLEMS, Problem
 from bench.training.results import begin, device_argument
-from fluxmatching import EDMField, TruncatedExponentialHorizon, endpoint, losses
-from fluxmatching.losses import flux_target
+from fluxmatching import EDMField, FluxOptions, TruncatedExponentialHorizon
+from fluxmatching.losses import second_derivatives, target
 
 PRETRAINING = {"mixture": 1000, "springs": 300, "images": 100}
 MINIBATCHES = {"mixture": 200, "springs": 24, "images": 12}
 
 
 @dataclass(frozen=True)
-class Way:
+class Method:
     """Options of a training step.
 
     Attributes:
-        target: arguments of `flux_target`.
+        options: of `flux_target`.
         half_target, half_loss: whether the network runs under autocast to bfloat16 in the target, and in the loss.
-        step: of the central difference, relative to its scale; None for the library's.
+        step_size: of the central difference, relative to its scale; None for the library's.
         compiled: whether torch.compile makes one graph of all derivatives.
     """
 
     name: str
-    target: dict[str, Any]
+    options: FluxOptions
     half_target: bool = False
     half_loss: bool = False
-    step: float | None = None
+    step_size: float | None = None
     compiled: bool = False
 
 
-COMPILED = torch.compile(endpoint.endpoint_gradient)
+COMPILED = torch.compile(second_derivatives.endpoint_gradient)
+DOUBLE_BACKWARD = FluxOptions(second_derivatives="double_backward")
+FORWARD = FluxOptions(second_derivatives="forward_over_reverse")
 
 
-def central(**options: Any) -> dict[str, Any]:
-    return {"endpoint": "central", **options}
+def difference(**options: Any) -> FluxOptions:
+    return FluxOptions(second_derivatives="finite_difference", **options)
 
 
-EXACT = Way("reverse", {"endpoint": "reverse"})
+EXACT = Method("double_backward", DOUBLE_BACKWARD)
 FLOAT32 = [
     EXACT,
-    Way("forward", {"endpoint": "forward"}),
-    Way("forward, compiled", {"endpoint": "forward"}, compiled=True),
-    Way("**central**", central()),
-    Way("central, step × 10", central(), step=0.03),
-    Way("central, half of the ends", central(endpoint_share=0.5)),
-    Way("central, τ from e^{-τ}", central(horizon=TruncatedExponentialHorizon())),
-    Way("the same, half of the ends", central(horizon=TruncatedExponentialHorizon(), endpoint_share=0.5)),
+    Method("forward_over_reverse", FORWARD),
+    Method("forward_over_reverse, compiled", FORWARD, compiled=True),
+    Method("**finite_difference**", difference()),
+    Method("finite_difference, step × 10", difference(), step_size=0.03),
+    Method("finite_difference, half of the ends", difference(endpoint_fraction=0.5)),
+    Method("finite_difference, τ from e^{-τ}", difference(horizon=TruncatedExponentialHorizon())),
+    Method("the same, half of the ends", difference(horizon=TruncatedExponentialHorizon(), endpoint_fraction=0.5)),
 ]
 BFLOAT16 = [
-    Way("reverse", {"endpoint": "reverse"}, True, True),
-    Way("forward", {"endpoint": "forward"}, True, True),
-    Way("forward, compiled", {"endpoint": "forward"}, True, True, compiled=True),
-    Way("central in float32", central(), False, True),
-    Way("**central**", central(), True, True),
-    Way("central, step / 3", central(), True, True, step=0.003),
-    Way("central, step × 3", central(), True, True, step=0.03),
+    Method("double_backward", DOUBLE_BACKWARD, True, True),
+    Method("forward_over_reverse", FORWARD, True, True),
+    Method("forward_over_reverse, compiled", FORWARD, True, True, compiled=True),
+    Method("finite_difference in float32", difference(), False, True),
+    Method("**finite_difference**", difference(), True, True),
+    Method("finite_difference, step / 3", difference(), True, True, step_size=0.003),
+    Method("finite_difference, step × 3", difference(), True, True, step_size=0.03),
 ]
 
 
 @dataclass
 class Sums:
-    """What is kept of the gradients of many minibatches."""
+    """Sums over the gradients of many minibatches."""
 
     count: int = 0
     total: Tensor | None = None
@@ -104,57 +106,69 @@ class Sums:
         return (self.squares - self.total.square().sum().item() / self.count) / (self.count - 1)
 
 
-def gradient(way: Way, network: EDMField, x: Tensor, sigma: float, seed: int) -> Tensor:
-    """Of the mean flux loss in the network's parameters, as one vector."""
+def changed_library(method: Method) -> list[AbstractContextManager[Any]]:
+    """Contexts in which the library differentiates by that method."""
+    contexts: list[AbstractContextManager[Any]] = []
+    if method.options.second_derivatives != "finite_difference":
+        contexts.append(sdpa_kernel(SDPBackend.MATH))  # fused attention has no double backward and no forward mode
+    if method.step_size is not None:
+        sizes: dict[str, Any] = {"RELATIVE_STEP": method.step_size, "RELATIVE_STEP_HALF": method.step_size}
+        contexts.append(mock.patch.multiple(second_derivatives, **sizes))
+    if method.compiled:
+        contexts.append(mock.patch.object(target, "endpoint_gradient", COMPILED))
+    return contexts
+
+
+def gradient(method: Method, network: EDMField, x: Tensor, sigma: float, seed: int) -> Tensor:
+    """Gradient of the mean flux loss in the network's parameters, as one vector."""
     level = torch.tensor(sigma, device=x.device)
     at_level: Callable[[Tensor], Tensor] = lambda z: network(z, level)  # noqa: E731
-    # Fused attention has no double backward and no forward mode.
-    fused = way.target["endpoint"] == "central"
-    steps = {} if way.step is None else {"RELATIVE_STEP": way.step, "RELATIVE_STEP_HALF": way.step}
-    with (
-        nullcontext() if fused else sdpa_kernel(SDPBackend.MATH),
-        mock.patch.multiple(endpoint, **steps) if steps else nullcontext(),
-        mock.patch.object(losses, "endpoint_gradient", COMPILED) if way.compiled else nullcontext(),
-        torch.autocast(x.device.type, torch.bfloat16, enabled=way.half_target),
-    ):
-        target = flux_target(at_level, x, sigma**2, seed=seed, **way.target)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=way.half_loss):
-        loss = target.loss(at_level).flatten(1).sum(1).mean()
+    with ExitStack() as stack:
+        for context in changed_library(method):
+            stack.enter_context(context)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=method.half_target):
+            found = target.flux_target(at_level, x, sigma, method.options, seed=seed)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=method.half_loss):
+        loss = found.loss(at_level).mean()
     parameters = [p for p in network.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return torch.cat([g.flatten() for g in found if g is not None])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([g.flatten() for g in gradients if g is not None])
+
+
+def methods_for(problem: Problem) -> list[tuple[str, Method]]:
+    """Methods with their precision."""
+    methods = [("float32", method) for method in FLOAT32] + [("bfloat16", method) for method in BFLOAT16]
+    if problem is MIXTURE:
+        return methods
+    # PyTorch 2.13 cannot trace forward over reverse mode through LayerNorm and GroupNorm, and what it leaves behind
+    # when it fails, gradients or autocast switched off, would falsify the rest.
+    return [(precision, method) for precision, method in methods if not method.compiled]
 
 
 def measure(problem: Problem, sigma: float, network: EDMField, data: Tensor, minibatches: int) -> dict[str, Any]:
-    """Sums by precision and way; a way that fails has the error's text instead."""
-    ways = [("float32", way) for way in FLOAT32] + [("bfloat16", way) for way in BFLOAT16]
-    if problem is not MIXTURE:
-        # PyTorch 2.13 cannot trace forward over reverse mode through LayerNorm and GroupNorm, and what it leaves behind
-        # when it fails, gradients or autocast switched off, would falsify the rest.
-        ways = [(precision, way) for precision, way in ways if not way.compiled]
-    sums: dict[tuple[str, str], Sums | str] = {(precision, way.name): Sums() for precision, way in ways}
+    """Sums by precision and method; a method that fails has the error's text instead."""
+    methods = methods_for(problem)
+    sums: dict[tuple[str, str], Sums | str] = {(precision, method.name): Sums() for precision, method in methods}
     for index in range(-1, minibatches):  # the first warms up
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(index + 1))
         x = data[order[: problem.batch]]
         exact = torch.empty(0)
-        for precision, way in ways:
-            kept = sums[precision, way.name]
-            if isinstance(kept, str):
+        for precision, method in methods:
+            so_far = sums[precision, method.name]
+            if isinstance(so_far, str):
                 continue
-            begun = time.perf_counter()
             try:
-                found = gradient(way, network, x, sigma, seed=index + 1)
+                found, seconds = timed(
+                    lambda method=method, x=x, seed=index + 1: gradient(method, network, x, sigma, seed)  # type: ignore[misc]
+                )
             except (RuntimeError, NotImplementedError) as error:
-                sums[precision, way.name] = f"fails: {type(error).__name__}"
-                print(problem.name, precision, way.name, " ".join(str(error)[:300].split()))
+                sums[precision, method.name] = f"fails: {type(error).__name__}"
+                print(problem.name, precision, method.name, " ".join(str(error)[:300].split()))
                 continue
-            if x.is_cuda:
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - begun
-            exact = found if way is EXACT else exact
+            exact = found if method is EXACT else exact
             if index >= 0:
-                kept.add(found, exact, seconds)
-    return {f"{precision}: {name}": kept for (precision, name), kept in sums.items()}
+                so_far.add(found, exact, seconds)
+    return {f"{precision}: {name}": found for (precision, name), found in sums.items()}
 
 
 def rows(problem: Problem, sigma: float, measured: dict[str, Any]) -> list[str]:
@@ -178,13 +192,14 @@ def rows(problem: Problem, sigma: float, measured: dict[str, Any]) -> list[str]:
 
 
 NOTES = """\
-*Error*: the gradient's distance to the one of `reverse` in float32, same numbers, root-mean-square over minibatches,
-over its norm. *Variance* (trace of the covariance over minibatches) and *time* of target, loss and backward pass, over
-those of `reverse` in float32. Their product is what a given precision of the mean gradient costs: less is better.
-`reverse` and `forward` run with PyTorch's unfused attention, the only one that they can differentiate. Networks are
-trained by score matching beforehand. `torch.compile` makes one graph of all derivatives for the perceptron alone:
-PyTorch 2.13 cannot trace them through LayerNorm or GroupNorm. *Ends*: `endpoint_share`; *τ from e^{-τ}*:
-`TruncatedExponentialHorizon`. Bold: what `endpoint="central"` does at that precision.
+*Error*: the gradient's distance to the one of `double_backward` in float32, same numbers, root-mean-square over
+minibatches, over its norm. *Variance* (trace of the covariance over minibatches) and *time* of target, loss and
+backward pass, over those of `double_backward` in float32. Their product is the cost of a given precision of the mean
+gradient: less is better. `double_backward` and `forward_over_reverse` run with PyTorch's unfused attention, the only
+one that they can differentiate. Networks are trained by score matching beforehand. `torch.compile` makes one graph of
+all derivatives for the perceptron alone: PyTorch 2.13 cannot trace them through LayerNorm or GroupNorm. *Ends*:
+`endpoint_fraction`; *τ from e^{-τ}*: `TruncatedExponentialHorizon`. Bold: the library's step of `finite_difference` at
+that precision.
 """
 
 
@@ -197,7 +212,7 @@ def print_rows(problem: Problem, device: torch.device, minibatches: int | None) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.training.evidence", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.training.evidence", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument(
         "--problem", choices=sorted(MINIBATCHES), help="one of them alone, its rows printed and not kept"
@@ -210,14 +225,13 @@ def main() -> None:
     if options.problem:
         print_rows(next(p for p in PROBLEMS if p.key == options.problem), device, options.minibatches)
         return
-    with begin("endpoint", device, keep=options.minibatches is None) as write:
-        write("# Ways to differentiate at the end of a chain\n")
+    with begin("second-derivatives", device, keep=options.minibatches is None) as write:
+        write("# Methods to differentiate at the end of a chain\n")
         write(NOTES)
-        write("| problem | way | error | variance | time | variance × time |\n|---|---|---|---|---|---|")
+        write("| problem | method | error | variance | time | variance × time |\n|---|---|---|---|---|---|")
         for problem in PROBLEMS:
             # Each in a process of its own, so that none sees another's compiled code and memory.
-            command = [sys.executable, "-m", "bench.training.evidence", "--problem", problem.key, *sys.argv[1:]]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            done = run_module("bench.training.evidence", "--problem", problem.key, *sys.argv[1:])
             write("\n".join(line for line in done.stdout.splitlines() if line.startswith("|")))
 
 

@@ -1,4 +1,4 @@
-"""What the trainings of the experiments' presets would take here, from the measured time of some of their steps.
+"""Time that the trainings of the experiments' presets would take here, from measured steps.
 
 python -m bench.training.presets [--preset paper] [--device cuda] [--steps 5]
 
@@ -8,9 +8,7 @@ Data do not change the time of a step, so made ones stand for CIFAR-10 and Celeb
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,13 +18,17 @@ from typing import Any
 
 import torch
 
-from experiments import fast_mixing, images, springs
+from bench.timing import medians
 from experiments.common.objectives import OBJECTIVES
 from experiments.common.run import Run
+from experiments.fast_mixing import experiment as fast_mixing
 from experiments.fast_mixing.mixture import make_trainer as make_mixture_trainer
+from experiments.images import experiment as images
 from experiments.images.datasets import Images
 from experiments.images.training import make_trainer as make_images_trainer
+from experiments.springs import experiment as springs
 from experiments.springs.training import FULL, MASKS
+from experiments.springs.training import OBJECTIVES as SPRINGS_OBJECTIVES
 from experiments.springs.training import make_trainer as make_springs_trainer
 from fluxmatching import Trainer
 
@@ -52,7 +54,7 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
         return Run(module.EXPERIMENT, preset, config, None, device, 0, out / name, progress=False)
 
     run = start(springs, "springs")
-    for objective in springs.OBJECTIVES:
+    for objective in SPRINGS_OBJECTIVES:
         make = partial(make_springs_trainer, run, objective, FULL, 0, iterations=10**9)
         yield Training("springs", objective, run.config.iterations, len(MASKS) * run.config.seeds, make)
     variants: list[tuple[str, ModuleType, int, dict[str, Any]]] = [
@@ -60,7 +62,7 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
         ("fast_mixing", fast_mixing, 32, {}),
     ]
     if preset == "paper":
-        variants.append(("images, CelebA", images, 64, {"dataset": "celeba64", "batch": 128, "chunk": 32}))
+        variants.append(("images, CelebA", images, 64, {"dataset": "celeba64", "batch": 128, "chunk_size": 32}))
     for name, module, size, changes in variants:
         run = start(module, name, **changes)
         made = torch.randint(0, 256, (run.config.batch, 3, size, size), dtype=torch.uint8)
@@ -74,7 +76,7 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
 
 
 def measure(preset: str, device: torch.device, steps: int) -> list[dict[str, Any]]:
-    """A row a training; one that fails has its error's text instead of figures."""
+    """A row per training; one that fails has its error's text instead of figures."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for training in trainings(preset, device, Path(folder)):
@@ -92,13 +94,9 @@ def step_seconds(trainer: Trainer, device: torch.device, steps: int) -> tuple[fl
     """Median time of a step after two, and the most GPU memory in GB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    times = []
-    for _ in range(steps + 2):
-        begun = time.perf_counter()
-        trainer.step()  # waits for the loss's value
-        times.append(time.perf_counter() - begun)
+    (seconds,) = medians([trainer.step], steps, warm_up=2)
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return statistics.median(times[2:]), memory
+    return seconds, memory
 
 
 def line(row: dict[str, Any]) -> str:
@@ -112,7 +110,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.training.presets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.training.presets", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="paper", choices=["smoke", "small", "paper"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=5)

@@ -1,9 +1,10 @@
-"""The networks and data on which training steps are measured: a small one, a transformer and a UNet."""
+"""Networks and data of the measured training steps: a small one, a transformer and a UNet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +28,13 @@ def images(count: int, generator: torch.Generator, size: int = 32) -> Tensor:
 
 @dataclass(frozen=True)
 class Problem:
-    """A network, its data, and the noise levels at which it is looked at.
+    """A network, its data, and the noise levels at which it is measured.
 
     Attributes:
         key: one word for the command line.
         network: makes F(x, c_noise).
         data: (count, generator) -> samples.
-        batch: samples a minibatch.
+        batch: samples per minibatch.
         sigmas: noise levels.
     """
 
@@ -57,11 +58,16 @@ class Problem:
             for _ in range(pretrained):
                 x = samples[torch.randperm(SAMPLES)[: self.batch]]
                 sigma = self.sigmas[0] * (self.sigmas[-1] / self.sigmas[0]) ** torch.rand(self.batch)
-                loss = dsm_loss(lambda z, sigma=sigma: field(z, sigma), x, sigma.square()).mean()
+                loss = dsm_loss(partial(_at, field, sigma), x, sigma).mean()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
         return field, samples
+
+
+def _at(field: EDMField, sigma: Tensor, z: Tensor) -> Tensor:
+    value: Tensor = field(z, sigma)
+    return value
 
 
 def _mixture(count: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where the results of training steps go: bench/results/<date>-<what>-<device>.md, with the machine and the commit."""
+"""Results of training steps: printed, and kept in bench/results/<date>-<what>-<device>.md with their origin."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from bench import records
+from bench.origin import Origin
 
 
 def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
-    """The device of that name, or the command line's error if it is not here."""
+    """The device of that name; ends with an error of the command line if it cannot be used."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -23,25 +24,19 @@ def device_argument(parser: argparse.ArgumentParser, name: str) -> torch.device:
     return device
 
 
-def machine(device: torch.device) -> str:
-    """Where the device is, in a sentence."""
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return records.where(records.machine(), records.commit(), card)
-
-
 @contextmanager
 def begin(what: str, device: torch.device, *, keep: bool = True) -> Iterator[Callable[[str], None]]:
-    """A function that prints text, and at the end keeps all of it in place of the last results of that name."""
+    """Give a function that prints text; at the end keep all of it in place of the last results of that name."""
     lines: list[str] = []
+    origin = Origin.here(device)
 
     def write(text: str) -> None:
         print(text, flush=True)
         lines.append(text)
 
-    write(
-        f"`python {' '.join(['-m', f'bench.training.{Path(sys.argv[0]).stem}', *sys.argv[1:]])}`, {machine(device)}\n"
-    )
+    command = ["-m", f"bench.training.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    write(f"`python {' '.join(command)}`, {origin.sentence()}\n")
     yield write
     if keep:
         kind = "gpu" if device.type == "cuda" else "cpu"
-        records.keep_text(f"{what}-{kind}", "\n".join(lines) + "\n", records.today(), "md", records.RESULTS)
+        records.keep_text(f"{what}-{kind}", "\n".join(lines) + "\n", origin.date, "md", records.RESULTS)

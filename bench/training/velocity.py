@@ -1,4 +1,4 @@
-"""What `flux_velocity` costs at the paper's size: time of a step by backend, time of a fit, and peak memory.
+"""Cost of `flux_velocity` at the paper's size: time of a step by backend, time of a fit, and peak memory.
 
 python -m bench.training.velocity            about 12 minutes on two cores
 """
@@ -6,27 +6,22 @@ python -m bench.training.velocity            about 12 minutes on two cores
 from __future__ import annotations
 
 import argparse
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from bench.memory import resident
-from bench.training.cost import timed
+from bench.timing import medians, resident, resident_growth, run_module, timed
 from bench.training.results import begin, device_argument
 from fluxkernels import backends
 from fluxmatching import Trainer, TrainingOptions
-from fluxmatching.velocity import SplicingField, flux_velocity, splicing_loss
+from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity, splicing_loss
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-GENES, BATCH, SIGMA2 = 2000, 256, 1e-3
+GENES, BATCH, SIGMA = 2000, 256, math.sqrt(1e-3)
 PANCREAS, LARGE = 3696, 100_000  # cells
 
 
@@ -49,43 +44,40 @@ def step_seconds(device: torch.device, names: list[str], repetitions: int) -> di
     steps = []
     for name in names:
 
-        def loss(field: SplicingField, batch: torch.Tensor, seed: torch.Tensor, backend: str = name) -> torch.Tensor:
-            return splicing_loss(field, batch, SIGMA2, seed=seed, backend=backend)
+        def loss(field: Any, batch: torch.Tensor, seed: torch.Tensor, backend: str = name) -> torch.Tensor:
+            return splicing_loss(field, batch, SIGMA, seed=seed, backend=backend)
 
         options = TrainingOptions(10**6, BATCH, lr=1e-3, optimizer="adam", ema=0.0, clip=None, progress=False)
         steps.append(Trainer(SplicingField(GENES).to(device), loss, x, options).step)
-    return dict(zip(names, map(statistics.median, timed(steps, repetitions)), strict=True))
+    return dict(zip(names, medians(steps, repetitions), strict=True))
 
 
-def fit_seconds(device: torch.device, passes: int) -> float:
-    """Of a whole fit at the size of the pancreas, from layers in main memory to layers in main memory."""
+def fit_seconds(device: torch.device, epochs: int) -> float:
+    """Time of a whole fit at the size of the pancreas, from layers in main memory to layers in main memory."""
     adata = made_cells(PANCREAS, GENES)
-    begun = time.perf_counter()
-    flux_velocity(adata, passes=passes, progress=False, device=device)
-    return time.perf_counter() - begun
+    options = VelocityOptions(epochs=epochs, progress=False, device=device)
+    return timed(lambda: flux_velocity(adata, options=options))[1]
 
 
 def memory(cells: int) -> tuple[int, int, float]:
-    """Bytes that a fit of one pass adds at most, the process's peak, and seconds; in a process of its own."""
-    command = [sys.executable, "-m", "bench.training.velocity", "--memory", str(cells)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-    added, peak, seconds = done.stdout.split()[-3:]
+    """Bytes that a fit of one epoch adds at most, the process's peak, and seconds; in a process of its own."""
+    added, peak, seconds = run_module("bench.training.velocity", "--memory", cells).stdout.split()[-3:]
     return int(added), int(peak), float(seconds)
 
 
 def print_memory(cells: int) -> None:
-    flux_velocity(made_cells(16, 8), passes=1, progress=False)  # the libraries' own memory comes first
+    options = VelocityOptions(epochs=1, progress=False)
+    flux_velocity(made_cells(16, 8), options=options)  # the libraries' own memory comes first
     adata = made_cells(cells, GENES)
-    before, begun = resident("VmRSS"), time.perf_counter()
-    flux_velocity(adata, passes=1, progress=False)
-    print(resident("VmHWM") - before, resident("VmHWM"), time.perf_counter() - begun)
+    added, seconds = timed(lambda: resident_growth(lambda: flux_velocity(adata, options=options)))
+    print(added, resident("VmHWM"), seconds)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m bench.training.velocity", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m bench.training.velocity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repetitions", type=int, default=5, help="of a step; with fewer than 5 nothing is kept")
-    parser.add_argument("--passes", type=int, default=100, help="of the whole fit")
+    parser.add_argument("--epochs", type=int, default=100, help="of the whole fit")
     parser.add_argument("--memory", type=int, metavar="CELLS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
@@ -93,16 +85,16 @@ def main() -> None:
         return
     device = device_argument(parser, options.device)
     names = [b.name for b in backends().values() if not b.missing and (not b.devices or device.type in b.devices)]
-    with begin("velocity", device, keep=options.repetitions >= 5 and options.passes == 100) as write:
+    with begin("velocity", device, keep=options.repetitions >= 5 and options.epochs == 100) as write:
         write(f"# RNA velocity: {PANCREAS} cells x {GENES} genes, minibatches of {BATCH}\n")
         write("| backend | a training step | the torch backend takes |\n|---|---|---|")
         seconds = step_seconds(device, names, options.repetitions)
         for name, value in seconds.items():
             write(f"| {name} | {1e3 * value:.3g} ms | {seconds['torch'] / value:.1f} × as long |")
-        write(f"\nA whole fit of {options.passes} passes: {fit_seconds(device, options.passes):.0f} s.\n")
+        write(f"\nA whole fit of {options.epochs} epochs: {fit_seconds(device, options.epochs):.0f} s.\n")
         if device.type == "cpu":
             write(
-                "| cells | the two layers | the three written | more, at most | the process | a pass |\n"
+                "| cells | the two layers | the three written | more, at most | the process | an epoch |\n"
                 + "|---" * 6
                 + "|"
             )

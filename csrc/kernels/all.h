@@ -1,4 +1,4 @@
-// All kernels for one instruction set. Included once by each file of ../targets/, which names it: FLUX_TARGET, a
+// All kernels for one instruction set. Each file of ../targets/ includes this once and defines the set: FLUX_TARGET, a
 // namespace; FLUX_LANES, doubles in a vector; FLUX_REGISTERS, vectors that fit into registers.
 
 namespace flux {
@@ -8,7 +8,7 @@ namespace FLUX_TARGET {
 
 #include "philox.h"
 
-#include "centres.h"
+#include "refs.h"
 
 #include "queries.h"
 
@@ -31,12 +31,7 @@ namespace FLUX_TARGET {
         else                                          \
             name##_with<Rows>(args);                  \
     }
-FLUX_BY_DIMENSION(kde, KdeArguments)
-FLUX_BY_DIMENSION(kde_backward, KdeBackwardArguments)
-FLUX_BY_DIMENSION(residual_gradient, ResidualArguments)
-FLUX_BY_DIMENSION(langevin, LangevinArguments)
-FLUX_BY_DIMENSION(transition_weights, TransitionArguments)
-FLUX_BY_DIMENSION(transition_average, TransitionArguments)
+FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 
 }  // namespace FLUX_TARGET
 
@@ -44,17 +39,11 @@ FLUX_BY_DIMENSION(transition_average, TransitionArguments)
 #define FLUX_NAME(name) FLUX_STRING(name)
 #define FLUX_JOIN(a, b) a##b
 #define FLUX_TABLE(target) FLUX_JOIN(target, _kernels)
+#define FLUX_ENTRY(kernel, Arguments) FLUX_TARGET::kernel,
 const Kernels FLUX_TABLE(FLUX_TARGET) = {
-    FLUX_NAME(FLUX_TARGET),
-    FLUX_TARGET::kde,
-    FLUX_TARGET::kde_backward,
-    FLUX_TARGET::residual_gradient,
-    FLUX_TARGET::langevin,
-    FLUX_TARGET::transition_weights,
-    FLUX_TARGET::transition_average,
-    FLUX_TARGET::normals,
-    FLUX_TARGET::exponentials_per_second,
+    FLUX_NAME(FLUX_TARGET), FLUX_TARGET::normals, FLUX_TARGET::exponentials_per_second,
     FLUX_TARGET::multiply_adds_per_second,
+    FLUX_FOR_EACH_KERNEL(FLUX_ENTRY)  //
 };
 
 }  // namespace flux

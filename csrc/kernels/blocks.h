@@ -1,9 +1,9 @@
-// How the work of an op is cut into tasks, and what every op does at its beginning and end.
+// Cuts the work of an op into tasks, and holds what every op does at its beginning and end.
 //
 // Included inside of a target's namespace.
 
-/// The centres given by an array [B, M, D], for queries of variances sigma2 [B, N] or [B]; one set serves all groups if
-/// they share it.
+/// The reference points of an array [B, M, D], for queries with variances sigma2 [B, N] or [B]. Groups that share their
+/// reference points get one set.
 static Source source_of(const Array& refs, const Shape& shape, const Array& sigma2) {
     const bool shared = refs.stride[0] == 0;
     const auto widest = [=](int64_t set) {
@@ -23,7 +23,7 @@ static Source source_of(const Array& refs, const Shape& shape, const Array& sigm
 /// Calls run(b, first, count) for blocks of at most `block` of the N queries of each group.
 template <class F>
 static void each_block(int64_t groups, int64_t N, int64_t block, int threads, F run) {
-    // Smaller blocks where there would be less than one a thread.
+    // Smaller blocks where there would be fewer than one per thread.
     block = std::min(block, std::max<int64_t>(round_up((groups * N + threads - 1) / threads, HEIGHT), HEIGHT));
     const int64_t blocks = (N + block - 1) / block;
     parallel_for(groups * blocks, threads, [&](int64_t task) {
@@ -32,7 +32,7 @@ static void each_block(int64_t groups, int64_t N, int64_t block, int threads, F 
     });
 }
 
-/// Sums over the queries of a group that its threads make each for a part of them, added in the order of the parts.
+/// Sums over the queries of a group. Each thread sums one part of the queries; the parts are added in their order.
 class Partial {
 public:
     Partial(int64_t groups, int64_t N, int64_t block, int threads, int64_t size)
@@ -55,7 +55,7 @@ public:
         });
     }
 
-    /// run(b, sum) takes the whole sum of group b.
+    /// Calls run(b, sum) with the whole sum of group b.
     template <class F>
     void collect(F run) const {
         parallel_for(groups_, threads_, [&](int64_t b) {

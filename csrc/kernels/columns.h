@@ -1,12 +1,12 @@
-// Centres in few dimensions; see centres.h.
+// Layout of reference points in few dimensions; see refs.h.
 //
 // Included inside of a target's namespace.
 
-/// Few dimensions: one array a coordinate, vectors run over centres.
+/// Few dimensions: one array per coordinate, vectors run over reference points.
 ///
-/// Where a group is wide against the bandwidth its centres are put into equal cells along its widest coordinate, in the
-/// order of the cells. A query then needs only the window of centres whose weight can be above rounding, which a bound
-/// on that coordinate proves.
+/// Where a group is wide compared with the bandwidth, its reference points are put into equal cells along its widest
+/// coordinate, in the order of the cells. A query then needs only the window of reference points whose weight can be
+/// above rounding, which a bound on that coordinate proves.
 class Columns {
 public:
     static constexpr int64_t MOST_DIMENSIONS = 24;
@@ -35,7 +35,7 @@ public:
 
     double cut() const { return cut_; }
 
-    /// The centres that can matter to a query: [begin, end), multiples of LANES.
+    /// Finds the reference points that can matter to a query: [begin, end), multiples of LANES.
     void window(int64_t set, const double* x, double scale, int64_t& begin, int64_t& end) const {
         begin = 0;
         end = padded;
@@ -43,7 +43,7 @@ public:
         if (cells.coordinate < 0) return;
         const double at = x[cells.coordinate];
         const int32_t* first = first_.get() + set * (M + 1);
-        // The nearest of a few centres bounds the distance to the nearest of all.
+        // The distance to the nearest of a few reference points bounds that to the nearest of all.
         const int64_t near = std::min<int64_t>(first[cell(cells, at)], M - 1) / LANES * LANES;
         double a[LANES];
         pairs<false, 1>(data_.get() + set * D * stride_ + near, x, a);
@@ -77,14 +77,14 @@ public:
         }
     }
 
-    /// Row j of an `outer` result, j as in the source; and the coordinates of that centre.
+    /// Row `place` of an `outer` result, and the coordinates of the reference point at that place.
     void collect(const double* outer, int64_t place, int64_t V, double* row) const {
         for (int64_t i = 0; i < V; ++i) row[i] = outer[i * stride_ + place];
     }
     void coordinates(int64_t set, int64_t place, double* row) const {
         for (int64_t d = 0; d < D; ++d) row[d] = data_[(set * D + d) * stride_ + place];
     }
-    /// Which centre of the source is at a place.
+    /// Index in the source of the reference point at a place.
     int64_t source_index(int64_t set, int64_t place) const { return order_[set * M + place]; }
 
     const int64_t M, D, padded, tile, pitch;
@@ -101,7 +101,7 @@ private:
             double total = 0;
             for (int64_t j = 0; j < M; ++j) total += rows[j * D + d];
             origin[d] = total / M;
-            // What is not finite (it comes in unchecked from a compiled graph) has no order.
+            // Numbers that are not finite (a compiled graph passes them unchecked) have no order.
             finite = finite && std::isfinite(total);
             for (int64_t j = 0; j < M; ++j) rows[j * D + d] -= origin[d];
         }
@@ -118,7 +118,8 @@ private:
                 cells = {static_cast<int32_t>(d), least, M / range};
             }
         }
-        // Windows pay if one, 2 sqrt(2 cut) sigma wide for a query amid centres, leaves out half of the range.
+        // Windows pay off if one leaves out half of the range; it is 2 sqrt(2 cut) sigma wide for a query in the
+        // middle.
         if (!finite || M < 64 || range < 4 * std::sqrt(2 * source.widest(set) * cut())) cells.coordinate = -1;
         int32_t* order = order_.get() + set * M;
         sort(cells, rows.get(), order, first_.get() + set * (M + 1));
@@ -140,7 +141,7 @@ private:
         return place > 0 ? static_cast<int64_t>(std::min(place, static_cast<double>(M - 1))) : 0;
     }
 
-    /// Fills `order` with the centres cell by cell, and `first` with the place of each cell's first one.
+    /// Fills `order` with the reference points cell by cell, and `first` with the first place of each cell.
     void sort(const Cells& cells, const double* rows, int32_t* order, int32_t* first) const {
         if (cells.coordinate < 0) {
             for (int64_t j = 0; j < M; ++j) order[j] = static_cast<int32_t>(j);
@@ -155,7 +156,7 @@ private:
         }
         for (int64_t c = 0; c < M; ++c) first[c + 1] += first[c];
         for (int64_t j = 0; j < M; ++j) order[first[where[j]]++] = static_cast<int32_t>(j);
-        // Each entry has moved on to the end of its cell, the place of the next one's first.
+        // Each entry is now at the end of its cell, where the next cell begins.
         std::copy_backward(first, first + M, first + M + 1);
         first[0] = 0;
     }

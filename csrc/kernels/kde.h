@@ -2,21 +2,21 @@
 //
 // Included inside of a target's namespace.
 
-template <class Centres>
+template <class Refs>
 static void kde_with(const KdeArguments& args) {
     const int64_t B = args.shape.B, N = args.shape.N, M = args.shape.M, D = args.shape.D;
     const Source source = source_of(args.refs, args.shape, args.sigma2);
-    const Centres centres(source, args.threads);
+    const Refs refs(source, args.threads);
     // log p = log sum_j e^{-a_j/2 sigma^2} - log M - D/2 log 2 pi sigma^2
     const double constant = std::log(static_cast<double>(M)) + 0.5 * D * std::log(2 * PI);
-    each_block(B, N, Centres::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
-        Queries<Centres> q(centres, source.set_of(b), count);
+    each_block(B, N, Refs::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
+        Queries<Refs> q(refs, source.set_of(b), count);
         q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
         q.sweep();
         args.shift.at(b, first).store(count, D, q.moment.get(), q.pitch);
         for (int64_t n = 0; n < count; ++n)
             for (int64_t d = 0; d < D; ++d) q.at(q.moment, n)[d] += q.at(q.x, n)[d];
-        q.decentre(q.moment.get());
+        q.decenter(q.moment.get());
         args.mean.at(b, first).store(count, D, q.moment.get(), q.pitch);
         for (int64_t n = 0; n < count; ++n) {
             const double log_density =
@@ -30,20 +30,20 @@ static void kde_with(const KdeArguments& args) {
 ///
 /// With v the cotangent of m and g that of log p, the logits L_j = -|z - r_j|^2/2 sigma^2 have the cotangent
 /// c_j = w_j ((r_j - m).v + g); the rest is the chain rule through L_j, and through r_j in m.
-template <class Centres>
+template <class Refs>
 static void kde_backward_with(const KdeBackwardArguments& args) {
     const int64_t B = args.shape.B, N = args.shape.N, M = args.shape.M, D = args.shape.D;
     const Source source = source_of(args.refs, args.shape, args.sigma2);
-    const Centres centres(source, args.threads);
-    const int64_t outer_size = centres.outer_size(D);
-    const Partial partial(B, N, Centres::BLOCK, args.threads, outer_size + centres.padded);
+    const Refs refs(source, args.threads);
+    const int64_t outer_size = refs.outer_size(D);
+    const Partial partial(B, N, Refs::BLOCK, args.threads, outer_size + refs.padded);
     partial.add([&](int64_t b, int64_t begin, int64_t share, double* sums) {
         double *g_refs = sums, *scaled_sums = sums + outer_size;
-        const int64_t most = std::min(share, Centres::BLOCK);
-        Queries<Centres> q(centres, source.set_of(b), most);
+        const int64_t most = std::min(share, Refs::BLOCK);
+        Queries<Refs> q(refs, source.set_of(b), most);
         const int64_t pitch = q.pitch, columns = q.columns;
         Buffer<double> v(most * pitch), g_shift(most * pitch), g_z(most * pitch), g_log(most), g_sigma2(most),
-            along(most), c(std::min(most, Centres::SUBBLOCK) * columns);
+            along(most), c(std::min(most, Refs::SUBBLOCK) * columns);
         for (int64_t first = begin; first < begin + share; first += most) {
             const int64_t count = std::min(most, begin + share - first);
             q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
@@ -58,8 +58,8 @@ static void kde_backward_with(const KdeBackwardArguments& args) {
                 along[n] = 0;
             }
             q.template visit_weights<true>([&](int64_t at, int64_t rows, int64_t from, int64_t to) {
-                centres.outer(q.w.get(), rows, from, to, columns, v.get() + at * pitch, D, pitch, g_refs, q.product);
-                centres.dots(q.set, v.get() + at * pitch, rows, from, to, c.get(), columns);
+                refs.outer(q.w.get(), rows, from, to, columns, v.get() + at * pitch, D, pitch, g_refs, q.product);
+                refs.dots(q.set, v.get() + at * pitch, rows, from, to, c.get(), columns);
                 for (int64_t i = 0; i < rows; ++i) {
                     const int64_t n = at + i;
                     double mean = 0, sum = 0, square = 0;
@@ -75,8 +75,8 @@ static void kde_backward_with(const KdeBackwardArguments& args) {
                     along[n] += sum;
                     g_sigma2[n] += square / q.variance[n] / 2;
                 }
-                centres.moments(q.set, c.get(), rows, from, to, columns, g_z.get() + at * pitch, q.product);
-                centres.outer(c.get(), rows, from, to, columns, q.at(q.x, at), D, pitch, g_refs, q.product);
+                refs.moments(q.set, c.get(), rows, from, to, columns, g_z.get() + at * pitch, q.product);
+                refs.outer(c.get(), rows, from, to, columns, q.at(q.x, at), D, pitch, g_refs, q.product);
             });
             for (int64_t n = 0; n < count; ++n)
                 for (int64_t d = 0; d < D; ++d)
@@ -86,12 +86,12 @@ static void kde_backward_with(const KdeBackwardArguments& args) {
         }
     });
     partial.collect([&](int64_t b, double* sums) {
-        Buffer<double> row(D), centre(D);
+        Buffer<double> row(D), ref(D);
         for (int64_t place = 0; place < M; ++place) {
-            centres.collect(sums, place, D, row.get());
-            centres.coordinates(source.set_of(b), place, centre.get());
-            for (int64_t d = 0; d < D; ++d) row[d] -= sums[outer_size + place] * centre[d];
-            args.g_refs.at(b, centres.source_index(source.set_of(b), place)).store(1, D, row.get(), D);
+            refs.collect(sums, place, D, row.get());
+            refs.coordinates(source.set_of(b), place, ref.get());
+            for (int64_t d = 0; d < D; ++d) row[d] -= sums[outer_size + place] * ref[d];
+            args.g_refs.at(b, refs.source_index(source.set_of(b), place)).store(1, D, row.get(), D);
         }
     });
 }

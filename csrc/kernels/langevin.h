@@ -1,9 +1,10 @@
 // Exponential Langevin chain (Eq. 8): x <- x + (1 - e^{-h}) (m(x) - x) + sigma sqrt(1 - e^{-2h}) xi, K times.
 //
-// Included inside of a target's namespace. A block of queries runs its whole chain before the next one begins, so its
+// Included inside of a target's namespace. A block of queries runs its whole chain before the next block begins, so its
 // state never leaves the cache, and its noise is made where it is used.
 
-/// Adds gain times standard normal numbers to `rows` of D numbers: those of entry `step` of the noise, or of the seed.
+/// Adds gain times standard normal numbers to rows of D numbers: entry `noise_step` of the noise, or step `step` of the
+/// seed.
 static void add_noise(const LangevinArguments& args, uint64_t stream, int64_t step, int64_t noise_step, int64_t b,
                       int64_t first, int64_t count, double gain, double* rows, int64_t pitch) {
     const int64_t N = args.shape.N, D = args.shape.D;
@@ -20,17 +21,17 @@ static void add_noise(const LangevinArguments& args, uint64_t stream, int64_t st
     }
 }
 
-template <class Centres>
+template <class Refs>
 static void langevin_with(const LangevinArguments& args) {
     const int64_t B = args.shape.B, N = args.shape.N, D = args.shape.D;
     const bool start = static_cast<bool>(args.x0);
     const auto variance_of = [&](int64_t b) { return args.sigma2.number(b); };
     const Source source = source_of(args.refs, args.shape, args.sigma2);
-    const Centres centres(source, args.threads);
-    each_block(B, N, Centres::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
+    const Refs refs(source, args.threads);
+    each_block(B, N, Refs::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         const double variance = variance_of(b), h = args.tau.number(b) / args.steps;
         const double pull = -std::expm1(-h), diffusion = std::sqrt(-variance * std::expm1(-2 * h));
-        Queries<Centres> q(centres, source.set_of(b), count);
+        Queries<Refs> q(refs, source.set_of(b), count);
         double* x = q.x.get();
         const int64_t pitch = q.pitch;
         q.rows = count;
@@ -39,9 +40,9 @@ static void langevin_with(const LangevinArguments& args) {
         if (start) {
             add_noise(args, START, 0, 0, b, first, count, std::sqrt(variance), x, pitch);
             args.x0.at(b, first).store(count, D, x, pitch);
-            args.x0.at(b, first).load(count, D, x, pitch);  // the chain starts from x0 as rounded
+            args.x0.at(b, first).load(count, D, x, pitch);  // the chain starts from the rounded x0
         }
-        q.centre();
+        q.center();
         for (int64_t k = 0; k < args.steps; ++k) {
             q.sweep();
             if (k == 0 && args.shift0) args.shift0.at(b, first).store(count, D, q.moment.get(), pitch);
@@ -49,11 +50,11 @@ static void langevin_with(const LangevinArguments& args) {
                 for (int64_t d = 0; d < D; ++d) x[n * pitch + d] += pull * q.at(q.moment, n)[d];
             add_noise(args, CHAIN, k, k + start, b, first, count, diffusion, x, pitch);
         }
-        q.decentre(x);
+        q.decenter(x);
         args.xt.at(b, first).store(count, D, x, pitch);
         if (args.shift_t) {
             args.xt.at(b, first).load(count, D, x, pitch);
-            q.centre();
+            q.center();
             q.sweep();
             args.shift_t.at(b, first).store(count, D, q.moment.get(), pitch);
         }

@@ -1,4 +1,4 @@
-// How fast this machine computes what the kernels are made of, in numbers a second on all threads.
+// Measures how fast this machine does the operations of the kernels, in numbers per second on all threads.
 //
 // Included inside of a target's namespace.
 
@@ -22,7 +22,7 @@ static double exponentials_per_second(int threads) {
     constexpr int64_t COUNT = 1024;
     return rate_of(threads, COUNT, [] {
         alignas(64) static thread_local double a[COUNT] = {}, w[COUNT];
-        // The result is looked at, so that the compiler cannot leave the work out.
+        // The result is used, so that the compiler cannot leave the work out.
         volatile double keep = exponentials(a, COUNT, 0.0, 1.0, 700.0, 1.0, w);
         (void)keep;
     });

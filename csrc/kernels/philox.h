@@ -1,4 +1,4 @@
-// Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC 2011) with the layout of fluxkernels/philox.py.
+// Counter-based random numbers: Philox 4x32-10 (Salmon et al., SC 2011) with the counters of fluxkernels/philox.py.
 //
 // Included inside of a target's namespace.
 
@@ -29,8 +29,8 @@ FLUX_INLINE void box_muller(Word a, Word b, Vec& first, Vec& second) {
 
 /// Standard normal numbers 4 block, ..., 4 (block + vectors LANES) - 1 of one step of a stream, vectors <= MOST.
 ///
-/// Each stage goes over all vectors before the next begins: the chain of dependent operations of one vector is so long
-/// that a processor cannot look ahead to the next by itself.
+/// Each stage handles all vectors before the next stage begins: the operations on one vector depend on each other, and
+/// there are too many of them for a processor to start on the next vector by itself.
 template <int MOST>
 static void normal_blocks(uint64_t seed, uint64_t stream, uint64_t step, int64_t block, int vectors, double* out) {
     static constexpr uint64_t COUNT[8] = {0, 1, 2, 3, 4, 5, 6, 7};

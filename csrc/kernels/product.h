@@ -2,11 +2,11 @@
 //
 // Included inside of a target's namespace.
 
-/// Adds to `out` [P, width] the product of weights [P, K] and rows [K, width], register tile by register tile.
-/// Weights that are 0 cost nothing where a register tile has no other.
+/// Adds to `out` [P, width] the product of weights [P, K] and rows [K, width], one register tile at a time. A register
+/// tile whose weights are all 0 costs nothing.
 class Product {
 public:
-    /// Room for P x K weights, P and K in either order.
+    /// Allocates room for P x K weights, P and K in either order.
     Product(int64_t P, int64_t K)
         : weights_(round_up(std::max(P, K), HEIGHT) * INNER),
           index_(round_up(std::max(P, K), HEIGHT) / HEIGHT * INNER),
@@ -26,10 +26,10 @@ public:
     }
 
 private:
-    // Rows taken at once: a column of register tiles of them, 256 bytes each, stays in a first-level cache.
+    // Rows processed at once: a column of their register tiles, 256 bytes each, stays in a first-level cache.
     static constexpr int64_t INNER = 128;
 
-    /// The weights of each tile of rows side by side, with the indices k at which one of them is not 0.
+    /// Packs the weights of each tile of rows side by side, with the indices k at which one of them is not 0.
     __attribute__((noinline)) void gather(const double* w, int64_t row_stride, int64_t inner_stride, int64_t P,
                                           int64_t K) {
         for (int64_t p = 0; p < P; p += HEIGHT) {

@@ -1,7 +1,7 @@
-// A block of queries of one group: their weights under a density estimate, tile of centres by tile.
+// A block of queries of one group: their weights under a density estimate, one tile of reference points at a time.
 //
 // Included inside of a target's namespace. The softmax is online: sums are kept relative to the least distance so far
-// and scaled when a tile has a lesser one. So no [N, M] matrix is ever held.
+// and scaled when a tile has a lesser one. So no [N, M] matrix is ever materialized.
 
 /// Least of the first n entries, n a multiple of LANES.
 static double lowest_of(const double* a, int64_t n) {
@@ -27,15 +27,15 @@ static double exponentials(const double* a, int64_t n, double least, double scal
     return sum(total);
 }
 
-template <class Centres>
+template <class Refs>
 class Queries {
 public:
-    /// Room for `most` queries against one set of centres.
-    Queries(const Centres& centres, int64_t set, int64_t most)
-        : centres(centres),
+    /// Room for `most` queries against one set of reference points.
+    Queries(const Refs& refs, int64_t set, int64_t most)
+        : refs(refs),
           set(set),
-          pitch(centres.pitch),
-          columns(centres.padded < centres.tile ? centres.padded : centres.tile),
+          pitch(refs.pitch),
+          columns(refs.padded < refs.tile ? refs.padded : refs.tile),
           x(most * pitch),
           moment(most * pitch),
           variance(most),
@@ -44,44 +44,44 @@ public:
           total(most),
           begin(most),
           end(most),
-          a(std::min(most, Centres::SUBBLOCK) * columns),
-          w(std::min(most, Centres::SUBBLOCK) * columns),
-          product(centres.product(std::min(most, Centres::SUBBLOCK), columns)),
-          cut_(centres.cut()) {}
+          a(std::min(most, Refs::SUBBLOCK) * columns),
+          w(std::min(most, Refs::SUBBLOCK) * columns),
+          product(refs.product(std::min(most, Refs::SUBBLOCK), columns)),
+          cut_(refs.cut()) {}
 
-    /// Takes the points x [count, D] about the group's origin, and their variances [count, stride 1] or one for all.
+    /// Loads the points x [count, D] relative to the group's origin, and their variances [count] or one for all.
     void take(const Array& points, const Array& variances, int64_t count) {
         rows = count;
-        points.load(rows, centres.D, x.get(), pitch);
-        centre();
+        points.load(rows, refs.D, x.get(), pitch);
+        center();
         for (int64_t n = 0; n < rows; ++n) set_variance(n, variances.number(0, n));
     }
     void set_variance(int64_t n, double value) {
         variance[n] = value;
         scale[n] = 0.5 / value;
     }
-    /// Raw coordinates in x become coordinates about the origin.
-    void centre() {
-        const double* origin = centres.origin(set);
+    /// Turns raw coordinates in x into coordinates relative to the origin.
+    void center() {
+        const double* origin = refs.origin(set);
         for (int64_t n = 0; n < rows; ++n) {
             double* row = x.get() + n * pitch;
-            for (int64_t d = 0; d < centres.D; ++d) row[d] -= origin[d];
-            std::fill(row + centres.D, row + pitch, 0.0);
+            for (int64_t d = 0; d < refs.D; ++d) row[d] -= origin[d];
+            std::fill(row + refs.D, row + pitch, 0.0);
         }
     }
 
-    /// Coordinates about the origin, in rows of x or of another array, become raw ones.
-    void decentre(double* from) const {
-        const double* origin = centres.origin(set);
+    /// Turns coordinates relative to the origin, in rows of x or of another array, into raw ones.
+    void decenter(double* from) const {
+        const double* origin = refs.origin(set);
         for (int64_t n = 0; n < rows; ++n)
-            for (int64_t d = 0; d < centres.D; ++d) from[n * pitch + d] += origin[d];
+            for (int64_t d = 0; d < refs.D; ++d) from[n * pitch + d] += origin[d];
     }
 
     /// The density estimate at every query: `least` distance, `total` of e^{-(a - least) scale}, and the displacement
     /// m - x to the mean in `moment`.
     void sweep() {
         start();
-        for (int64_t tile = 0; tile < centres.padded; tile += centres.tile)
+        for (int64_t tile = 0; tile < refs.padded; tile += refs.tile)
             each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
                 weigh(first, count, from, to);
                 add_moments(first, count, from, to);
@@ -89,13 +89,13 @@ public:
         finish(0, rows);
     }
 
-    /// Calls visit(first, count, from, to) with the weights (summing to one over all tiles) of queries first, ...,
-    /// first + count - 1 for centres [from, to) in `w`, their squared distances in `a`, both [count, `columns`].
-    /// With MEAN, `moment` holds their displacements as after `sweep`.
+    /// Calls visit(first, count, from, to) for queries first, ..., first + count - 1 and reference points [from, to).
+    /// `w` then holds the weights, which sum to one over all tiles, and `a` the squared distances, both [count,
+    /// `columns`]. With MEAN, `moment` holds the displacements as after `sweep`.
     template <bool MEAN, class Visit>
     void visit_weights(Visit visit) {
         start();
-        if (centres.padded <= centres.tile) {  // one sweep is enough: a subblock sees all centres at once
+        if (refs.padded <= refs.tile) {  // one sweep is enough: a subblock sees all reference points at once
             each_subblock(0, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
                 weigh(first, count, from, to);
                 if (MEAN) {
@@ -110,13 +110,13 @@ public:
             });
             return;
         }
-        for (int64_t tile = 0; tile < centres.padded; tile += centres.tile)
+        for (int64_t tile = 0; tile < refs.padded; tile += refs.tile)
             each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
                 weigh(first, count, from, to);
                 if (MEAN) add_moments(first, count, from, to);
             });
         if (MEAN) finish(0, rows);
-        for (int64_t tile = 0; tile < centres.padded; tile += centres.tile)
+        for (int64_t tile = 0; tile < refs.padded; tile += refs.tile)
             each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
                 find_distances(first, count, from, to);
                 for (int64_t n = 0; n < count; ++n) weights_of_row(first + n, n, from, to, 1 / total[first + n]);
@@ -126,7 +126,7 @@ public:
 
     double* at(const Buffer<double>& rows_of, int64_t n) const { return rows_of.get() + n * pitch; }
 
-    const Centres& centres;
+    const Refs& refs;
     const int64_t set, pitch, columns;
     int64_t rows = 0;
     Buffer<double> x, moment, variance, scale, least, total;
@@ -137,38 +137,38 @@ public:
 private:
     void start() {
         for (int64_t n = 0; n < rows; ++n) {
-            centres.window(set, at(x, n), scale[n], begin[n], end[n]);
+            refs.window(set, at(x, n), scale[n], begin[n], end[n]);
             least[n] = INFINITY;
             total[n] = 0;
             std::fill_n(at(moment, n), pitch, 0.0);
         }
     }
 
-    /// Queries of a tile in subblocks, each with the part [from, to) of the tile that concerns it.
+    /// Calls f for subblocks of queries, each with the part [from, to) of the tile that it needs.
     template <class F>
     void each_subblock(int64_t tile, F f) {
-        for (int64_t first = 0; first < rows; first += Centres::SUBBLOCK) {
+        for (int64_t first = 0; first < rows; first += Refs::SUBBLOCK) {
             const int64_t from = std::max(tile, begin[first]),
-                          to = std::min(tile + columns, std::min(end[first], centres.padded));
-            if (from < to) f(first, std::min(Centres::SUBBLOCK, rows - first), from, to);
+                          to = std::min(tile + columns, std::min(end[first], refs.padded));
+            if (from < to) f(first, std::min(Refs::SUBBLOCK, rows - first), from, to);
         }
     }
 
     void add_moments(int64_t first, int64_t count, int64_t from, int64_t to) {
-        centres.moments(set, w.get(), count, from, to, columns, at(moment, first), product);
+        refs.moments(set, w.get(), count, from, to, columns, at(moment, first), product);
     }
 
-    /// Sums become means, and means displacements from the query.
+    /// Turns sums into means, and means into displacements from the query.
     void finish(int64_t first, int64_t count) {
         for (int64_t n = first; n < first + count; ++n)
-            for (int64_t d = 0; d < centres.D; ++d) at(moment, n)[d] = at(moment, n)[d] / total[n] - at(x, n)[d];
+            for (int64_t d = 0; d < refs.D; ++d) at(moment, n)[d] = at(moment, n)[d] / total[n] - at(x, n)[d];
     }
 
     void find_distances(int64_t first, int64_t count, int64_t from, int64_t to) {
-        centres.distances(set, at(x, first), count, from, to, a.get(), columns);
+        refs.distances(set, at(x, first), count, from, to, a.get(), columns);
     }
 
-    /// Weights relative to the least distance so far; what was summed before is scaled to it.
+    /// Computes weights relative to the least distance so far, and scales earlier sums to it.
     void weigh(int64_t first, int64_t count, int64_t from, int64_t to) {
         find_distances(first, count, from, to);
         for (int64_t i = 0; i < count; ++i) {
@@ -187,7 +187,7 @@ private:
     double weights_of_row(int64_t n, int64_t i, int64_t from, int64_t to, double factor) {
         double* row = w.get() + i * columns;
         double result = exponentials(a.get() + i * columns, to - from, least[n], scale[n], cut_, factor, row);
-        for (int64_t j = std::max(centres.M, from); j < to; ++j) {  // copies of the last centre that fill up a vector
+        for (int64_t j = std::max(refs.M, from); j < to; ++j) {  // padding: copies of the last reference point
             result -= row[j - from];
             row[j - from] = 0;
         }

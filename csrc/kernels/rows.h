@@ -1,8 +1,9 @@
-// Centres in many dimensions; see centres.h.
+// Layout of reference points in many dimensions; see refs.h.
 //
 // Included inside of a target's namespace.
 
-/// Many dimensions: one row a centre, vectors run over coordinates, pairs in register tiles like a matrix product.
+/// Many dimensions: one row per reference point, vectors run over coordinates, and pairs are computed in register tiles
+/// like a matrix product.
 class Rows {
 public:
     static constexpr int64_t BLOCK = 64;
@@ -24,7 +25,7 @@ public:
     }
 
     int64_t outer_size(int64_t V) const { return padded * odd_lines(V); }
-    Product product(int64_t queries, int64_t centres) const { return Product(queries, centres); }
+    Product product(int64_t queries, int64_t refs) const { return Product(queries, refs); }
     const double* origin(int64_t set) const { return origin_.get() + set * pitch; }
     double cut() const { return cut_; }
     void window(int64_t, const double*, double, int64_t& begin, int64_t& end) const {
@@ -63,7 +64,7 @@ public:
 
 private:
     static constexpr int64_t CHUNK = 128;  // columns packed at once
-    // Columns at once: those of a tile of queries stay in a first-level cache while the centres go by.
+    // Columns processed at once: those of a tile of queries stay in a first-level cache for all reference points.
     static constexpr int64_t DEPTH = 256;
 
     void pack(const Source& source, int64_t set, int64_t first) {
@@ -109,13 +110,13 @@ private:
     void pairs(const double* x, const double* r, int64_t columns, double* out, int64_t out_pitch) const {
         Vec total[QUERIES][WIDTH] = {};
         for (int64_t d = 0; d < columns; d += LANES) {
-            Vec centre[WIDTH];
-            FLUX_UNROLL for (int u = 0; u < WIDTH; ++u) centre[u] = load(r + u * pitch + d);
+            Vec ref[WIDTH];
+            FLUX_UNROLL for (int u = 0; u < WIDTH; ++u) ref[u] = load(r + u * pitch + d);
             FLUX_UNROLL for (int i = 0; i < QUERIES; ++i) {
                 const Vec query = load(x + i * pitch + d);
                 FLUX_UNROLL for (int u = 0; u < WIDTH; ++u) {
-                    const Vec difference = query - centre[u];
-                    total[i][u] += DOT ? query * centre[u] : difference * difference;
+                    const Vec difference = query - ref[u];
+                    total[i][u] += DOT ? query * ref[u] : difference * difference;
                 }
             }
         }

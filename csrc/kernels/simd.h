@@ -1,8 +1,8 @@
-// Vectors of LANES doubles, and the functions of them that the kernels need.
+// Vectors of LANES doubles, and the functions on them that the kernels need.
 //
-// Included once for each instruction set, inside of the namespace of that target (see targets/). The vector types are
-// those of GCC and Clang; what a target lacks (512-bit registers, fused multiply-add) the compiler builds from what it
-// has, so one source serves every machine.
+// Included once per instruction set, inside of the namespace of that target (see targets/). The vector types are those
+// of GCC and Clang. Where a target has no 512-bit registers or fused multiply-add, the compiler replaces them, so one
+// source works for every machine.
 
 constexpr int LANES = FLUX_LANES;
 // A register tile: HEIGHT x WIDTH accumulators and their operands fit into the registers.
@@ -14,7 +14,7 @@ typedef uint64_t Word __attribute__((vector_size(8 * FLUX_LANES)));
 typedef double Unaligned __attribute__((vector_size(8 * FLUX_LANES), aligned(8), may_alias));
 
 #define FLUX_INLINE static inline __attribute__((always_inline))
-// Before a loop over a register tile: only when it is unrolled whole do its vectors stay in registers.
+// Stands before a loop over a register tile: its vectors stay in registers only if the loop is unrolled completely.
 #define FLUX_UNROLL _Pragma("GCC unroll 8")
 
 FLUX_INLINE Vec load(const double* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -24,7 +24,7 @@ FLUX_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 FLUX_INLINE Word bits(Vec v) { return reinterpret_cast<Word>(v); }
 FLUX_INLINE Vec from_bits(Word w) { return reinterpret_cast<Vec>(w); }
 
-/// Folds the lanes of a vector into one number by halves.
+/// Combines the lanes of a vector into one number, half with half.
 template <class Combine>
 FLUX_INLINE double fold(Vec v, Combine combine) {
     double lane[LANES];
@@ -40,22 +40,23 @@ FLUX_INLINE double lowest(Vec v) {
     return fold(v, [](double a, double b) { return a < b ? a : b; });
 }
 
-// Adding 1.5 * 2^52 leaves the nearest integer in the low bits of the sum; subtracting it again gives it as a double.
+// Adding 1.5 * 2^52 leaves the nearest integer in the low bits of the sum; subtracting 1.5 * 2^52 again gives that
+// integer as a double.
 constexpr double ROUND = 6755399441055744.0;
-// The double 2^52: an integer below it put into its mantissa is that integer plus 2^52.
+// The double 2^52: with a smaller integer in its mantissa, it is 2^52 plus that integer.
 constexpr double UNIT = 4503599627370496.0;
 
-/// Integers below 2^52 as doubles (AVX2 has no such conversion).
+/// Converts integers below 2^52 to doubles (AVX2 has no such conversion).
 FLUX_INLINE Vec to_double(Word integer) { return from_bits(integer | bits(broadcast(UNIT))) - UNIT; }
 
-/// e^x for -708 < x <= 0, to a rounding or two: 2^n e^r with |r| <= log(2)/2.
+/// e^x for -708 < x <= 0, within one or two roundings: 2^n e^r with |r| <= log(2)/2.
 FLUX_INLINE Vec exponential(Vec x) {
     const Vec shifted = x * 1.4426950408889634 + ROUND;
     const Vec n = shifted - ROUND;
     // log 2 in two parts, the first with trailing zeros, so that n times it is exact.
     const Vec r = (x - n * 0x1.62e42fefa0000p-1) - n * 0x1.cf79abc9e3b3ap-40;
-    // The polynomial of degree 11 with the least largest relative error on that interval, 3e-18 (Remez's algorithm),
-    // summed pair by pair (Estrin): a short chain of dependent operations.
+    // The polynomial of degree 11 with the least maximal relative error on that interval, 3e-18 (Remez's algorithm),
+    // summed in pairs (Estrin's scheme), which gives a short chain of dependent operations.
     const Vec r2 = r * r, r4 = r2 * r2;
     const Vec p0 = (r * 0x1.55555555554a2p-3 + 0x1.0000000000010p-1) * r2 + (r + 1.0);
     const Vec p4 =
@@ -66,14 +67,14 @@ FLUX_INLINE Vec exponential(Vec x) {
     return from_bits(bits(p) + (bits(shifted) << 52));
 }
 
-/// log u for 0 < u < 1, to a few roundings also near 1, where u = 2^k (1 + f) has k = 0 and an exact f.
+/// log u for 0 < u < 1, within a few roundings; near 1 too, where u = 2^k (1 + f) has k = 0 and an exact f.
 FLUX_INLINE Vec logarithm(Vec u) {
     constexpr uint64_t ROOT_HALF = 0x3fe6a09e667f3bcd;  // bits of sqrt(1/2): f lies in [sqrt(1/2) - 1, sqrt(2) - 1]
     const Word above = bits(u) - ROOT_HALF + (uint64_t{1024} << 52);
     const Word exponent = above >> 52;
     const Vec k = to_double(exponent) - 1024.0;
     const Vec f = from_bits(bits(u) - ((exponent - 1024) << 52)) - 1.0;
-    // log(1 + f) = 2 artanh s, s = f/(2 + f); s^2 < 0.0295, so the terms left out are below 1e-18.
+    // log(1 + f) = 2 artanh s, s = f/(2 + f); s^2 < 0.0295, so the omitted terms are below 1e-18.
     const Vec s = f / (f + 2.0), s2 = s * s;
     Vec series = broadcast(1.0 / 23);
     for (int n = 21; n >= 1; n -= 2) series = series * s2 + 1.0 / n;
@@ -87,12 +88,12 @@ FLUX_INLINE Vec root(Vec v) {
     return result;
 }
 
-/// Cosine and sine of 2 pi b / 2^32 for 32-bit integers b: whole quarter turns are taken off exactly.
+/// Cosine and sine of 2 pi b / 2^32 for 32-bit integers b: whole quarter turns are removed exactly.
 FLUX_INLINE void turn(Word b, Vec& cosine, Vec& sine) {
     const Word shifted = b + (uint64_t{1} << 29);
     const Word quarter = (shifted >> 30) & 3;
     const Vec angle = (to_double(shifted & ((uint64_t{1} << 30) - 1)) - 536870912.0) * 1.4629180792671596e-9;
-    // Taylor series on [-pi/4, pi/4]; the terms left out are below 5e-17.
+    // Taylor series on [-pi/4, pi/4]; the omitted terms are below 5e-17.
     const Vec square = angle * angle;
     Vec s = square * (-1.0 / 1307674368000) + 1.0 / 6227020800;
     s = s * square + -1.0 / 39916800;

@@ -1,15 +1,15 @@
-// Transition weights (Eq. 52) and the average they define (Eq. 9): a density estimate whose centres are the means
-// mu_i = x0_i + (1 - e^{-tau}) (m(x0_i) - x0_i) of the linearised chain, whose queries are the ends of chains, and
-// whose variance is v = sigma^2 (1 - e^{-2 tau}).
+// Transition weights (Eq. 52) and the average they define (Eq. 9): a density estimate. Its reference points are the
+// means mu_i = x0_i + (1 - e^{-tau}) (m(x0_i) - x0_i) of the linearized chain, its queries are the ends of chains, and
+// its variance is v = sigma^2 (1 - e^{-2 tau}).
 //
 // Included inside of a target's namespace.
 
-/// v, kept above rounding, so that tau = 0 is the limit, where the nearest start takes all the weight, and not 0/0.
+/// v, at least rounding: tau = 0 then gives the limit, where the nearest start has all the weight, instead of 0/0.
 static double variance_of(const TransitionArguments& args, int64_t b) {
     return args.sigma2.number(b) * std::max(-std::expm1(-2 * args.tau.number(b)), EPSILON * EPSILON);
 }
 
-/// The starts, moved to the means.
+/// The means as reference points: the starts, moved.
 static Source means_of(const TransitionArguments& args) {
     return {args.shape.B,
             args.shape.M,
@@ -28,23 +28,23 @@ static Source means_of(const TransitionArguments& args) {
             }};
 }
 
-/// A block of ends of chains as queries.
-template <class Centres>
-static void take_ends(const TransitionArguments& args, int64_t b, int64_t first, int64_t count, Queries<Centres>& q) {
+/// Loads a block of ends of chains as queries.
+template <class Refs>
+static void take_ends(const TransitionArguments& args, int64_t b, int64_t first, int64_t count, Queries<Refs>& q) {
     q.rows = count;
     args.xt.at(b, first).load(count, args.shape.D, q.x.get(), q.pitch);
-    q.centre();
+    q.center();
     const double variance = variance_of(args, b);
     for (int64_t n = 0; n < count; ++n) q.set_variance(n, variance);
 }
 
 /// w [starts, ends]: the transpose of the weights of the ends.
-template <class Centres>
+template <class Refs>
 static void transition_weights_with(const TransitionArguments& args) {
     const int64_t B = args.shape.B, ends = args.shape.N, starts = args.shape.M;
-    const Centres means(means_of(args), args.threads);
+    const Refs means(means_of(args), args.threads);
     each_block(B, ends, 16, args.threads, [&](int64_t b, int64_t first, int64_t count) {
-        Queries<Centres> q(means, b, count);
+        Queries<Refs> q(means, b, count);
         Buffer<double> rows(starts * count);
         std::fill_n(rows.get(), starts * count, 0.0);
         take_ends(args, b, first, count, q);
@@ -58,15 +58,15 @@ static void transition_weights_with(const TransitionArguments& args) {
 }
 
 /// sum_j w_ij values_j [starts, V], values [ends, V].
-template <class Centres>
+template <class Refs>
 static void transition_average_with(const TransitionArguments& args) {
     const int64_t B = args.shape.B, ends = args.shape.N, starts = args.shape.M;
     const int64_t V = args.values_count;
-    const Centres means(means_of(args), args.threads);
-    const Partial partial(B, ends, Centres::BLOCK, args.threads, means.outer_size(V));
+    const Refs means(means_of(args), args.threads);
+    const Partial partial(B, ends, Refs::BLOCK, args.threads, means.outer_size(V));
     partial.add([&](int64_t b, int64_t begin, int64_t share, double* sums) {
-        const int64_t most = std::min(share, Centres::BLOCK), pitch = round_up(V, 8);
-        Queries<Centres> q(means, b, most);
+        const int64_t most = std::min(share, Refs::BLOCK), pitch = round_up(V, 8);
+        Queries<Refs> q(means, b, most);
         Buffer<double> values(most * pitch);
         std::fill_n(values.get(), most * pitch, 0.0);
         for (int64_t first = begin; first < begin + share; first += most) {

@@ -1,6 +1,5 @@
-// What kernels/all.h needs from outside. A target includes this first, while the compiler still compiles for any
-// machine: an inline function of the standard library must not be compiled with instructions that another machine
-// lacks.
+// Headers that kernels/all.h needs. A target includes them first, while the compiler still compiles for any machine: an
+// inline function of the standard library must not be compiled with instructions that another machine lacks.
 #pragma once
 
 #include <algorithm>

@@ -1,1 +1,1 @@
-"""What all experiments share: the registry, a run's folder, figures and the report."""
+"""Common parts of the experiments: registry, folder of a run, figures and report."""

@@ -1,4 +1,4 @@
-"""The time a command may take."""
+"""Time limit of a command."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from experiments.common.registry import Paused
 
 @dataclass(frozen=True)
 class Clock:
-    """When a command has to stop."""
+    """Time at which a command has to stop."""
 
     deadline: float
 
     @staticmethod
     def start(minutes: float) -> Clock:
-        """So many minutes from now; 0 for no limit."""
+        """Start a limit of that many minutes; 0 for no limit."""
         return Clock(time.monotonic() + 60 * minutes if minutes else math.inf)
 
     @property
     def left(self) -> float:
-        """Seconds, not negative."""
+        """Seconds left, not negative."""
         return max(0.0, self.deadline - time.monotonic())
 
     def check(self, what: str) -> None:
-        """Raise Paused, saying what was to come, if the time is up."""
+        """Raise Paused, with the name of the next piece of work, if the time is up."""
         if not self.left:
             raise Paused(f"the time is up before {what}")

@@ -1,4 +1,4 @@
-"""Where data files are looked for."""
+"""Folders in which data files are searched for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ VARIABLE = "FLUXMATCHING_DATA"
 
 
 def data_folders() -> list[Path]:
-    """The variable's folder, `data` here, and `shared/data` beside the checkout, in this order."""
+    """Return the variable's folder, `data` here, and `shared/data` beside the checkout, in this order."""
     named = [Path(os.environ[VARIABLE])] if VARIABLE in os.environ else []
     return [*named, Path("data"), Path(__file__).parents[3] / "shared" / "data"]

@@ -1,4 +1,4 @@
-"""One look for all figures: sizes, colours, and how a figure is saved.
+"""Common style of all figures: sizes, colors, and saving.
 
 Figures are made without pyplot, so no window system is needed and none is touched.
 """
@@ -12,7 +12,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.figure import Figure
 
-# The Okabe-Ito colours, which stay apart under the common forms of colour blindness.
+# The Okabe-Ito colors, which stay apart under the common forms of color blindness.
 FLUX = "#0072B2"
 SCORE_MATCHING = "#D55E00"
 DATA = "#4D4D4D"
@@ -41,18 +41,18 @@ _STYLE: dict[Any, Any] = {
 
 
 def new_figure(width: float = 6.0, height: float = 3.6, rows: int = 1, cols: int = 1, **kw: Any) -> tuple[Figure, Any]:
-    """A styled figure and its axes.
+    """Make a styled figure and its axes.
 
     Args:
-        width: of the whole figure, in inches.
-        height: of the whole figure, in inches.
-        rows: of axes.
-        cols: of axes.
-        **kw: passed on to `Figure.subplots`, such as `sharex=True` or `squeeze=False`.
+        width: width of the whole figure in inches.
+        height: height of the whole figure in inches.
+        rows: number of rows of axes.
+        cols: number of columns of axes.
+        **kw: passed to `Figure.subplots`, such as `sharex=True` or `squeeze=False`.
 
     Returns:
-        The figure, and what `Figure.subplots` gives: one axes, or an array `[rows, cols]` without its axes of
-        length 1.
+        The figure and the result of `Figure.subplots`: one axes, or an array `[rows, cols]` without its dimensions
+        of length 1.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -60,7 +60,7 @@ def new_figure(width: float = 6.0, height: float = 3.6, rows: int = 1, cols: int
 
 
 def save(fig: Figure, path: Path) -> None:
-    """Write the figure to `path` at 150 dots an inch; the ending chooses the format."""
+    """Write the figure to `path` at 150 dots per inch; the ending selects the format."""
     for axes in fig.axes:
         if (legend := axes.get_legend()) is not None:
             legend.set_frame_on(False)  # legends are made outside of the style's context

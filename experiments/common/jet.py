@@ -1,6 +1,6 @@
-"""Derivatives of log-densities up to ∇Δb, in closed form: what ∇(∇·f) of a field made of them needs.
+"""Derivatives of log-densities up to ∇Δb in closed form, as ∇(∇·f) of a field made of them needs.
 
-Autograd can take them too, but at many times the price: it traces every order through the one before.
+Autograd can compute them too, but takes many times as long: it traces every order through the one before.
 """
 
 from __future__ import annotations
@@ -19,57 +19,57 @@ Univariate = Callable[[Tensor], tuple[Any, ...]]
 
 
 def log_sigmoid(t: Tensor) -> tuple[Tensor, ...]:
-    """log S(t) with S(t) = 1/(1 + e^{-t}), without overflow anywhere."""
+    """Compute log S(t) with S(t) = 1/(1 + e^{-t}), without overflow anywhere."""
     below = torch.sigmoid(-t)
     slope = below * (1 - below)
     return logsigmoid(t), below, -slope, slope * (1 - 2 * below)
 
 
 def log_sigmoid_below(t: Tensor) -> tuple[Tensor, ...]:
-    """log S(-t) = log(1 - S(t))."""
+    """Compute log S(-t) = log(1 - S(t))."""
     above = torch.sigmoid(t)
     slope = above * (1 - above)
     return logsigmoid(-t), -above, -slope, slope * (2 * above - 1)
 
 
 def log_gaussian(width: float) -> Univariate:
-    """-t²/2w²."""
+    """Return t -> -t²/2w²."""
     precision = 1 / width**2
     return lambda t: (-0.5 * precision * t.square(), -precision * t, -precision, 0.0)
 
 
 def linear(t: Tensor) -> tuple[Tensor | float, ...]:
-    """t itself."""
+    """Return t itself."""
     return t, 1.0, 0.0, 0.0
 
 
 def outer(v: Tensor) -> Tensor:
-    """v vᵀ: `[D, K, n] -> [D, D, K, n]`."""
+    """Compute v vᵀ: `[D, K, n] -> [D, D, K, n]`."""
     return v.unsqueeze(0) * v.unsqueeze(1)
 
 
 def trace(matrix: Tensor) -> Tensor:
-    """`[D, D, K, n] -> [K, n]`."""
+    """Compute the trace: `[D, D, K, n] -> [K, n]`."""
     return matrix.diagonal().sum(-1)
 
 
 def product(matrix: Tensor, v: Tensor) -> Tensor:
-    """A v for symmetric A: `[D, D, K, n], [D, K, n] -> [D, K, n]`."""
+    """Compute A v for symmetric A: `[D, D, K, n], [D, K, n] -> [D, K, n]`."""
     return (matrix * v).sum(1)
 
 
 class Jet:
-    """K functions b of D variables at n points: values, gradients, Hessians and ∇Δb.
+    """Values, gradients, Hessians and ∇Δb of K functions b of D variables at n points.
 
     Points come last, so that every operation runs along contiguous memory. The second and third derivatives are
-    computed when first asked for: who only needs values and gradients pays for nothing else.
+    computed at their first use, so values and gradients alone cost nothing else.
 
     Args:
         value: b, `[K, n]`.
         gradient: ∇b, `[D, K, n]`.
         higher: makes (Hessian of b `[D, D, K, n]`, ∇Δb `[D, K, n]`).
 
-    Any K or n but that of `value` may be 1 for "the same for all".
+    Any K or n except those of `value` may be 1, for one value that holds for all.
     """
 
     def __init__(self, value: Tensor, gradient: Tensor, higher: Callable[[], tuple[Tensor, Tensor]]) -> None:
@@ -98,14 +98,14 @@ class Jet:
 
     @classmethod
     def along(cls, direction: Tensor, t: Tensor, function: Univariate) -> Jet:
-        """φ(t_k) of the coordinates t_k = v_k·x + const: vectors v `[D, K]`, t `[K, n]`."""
+        """Make φ(t_k) of the coordinates t_k = v_k·x + const: vectors v `[D, K]`, t `[K, n]`."""
         v = direction.unsqueeze(-1)
         value, first, second, third = function(t)
         return cls(value, first * v, lambda: (second * outer(v), third * (v.square().sum(0) * v)))
 
     @classmethod
     def cat(cls, *jets: Jet) -> Jet:
-        """The functions of all of them, one after the other."""
+        """Concatenate the functions of all jets."""
         return cls(
             torch.cat([jet.value for jet in jets]),
             torch.cat([jet.gradient.expand(-1, *jet.value.shape) for jet in jets], 1),
@@ -123,11 +123,11 @@ class Jet:
         )
 
     def times(self, factor: float) -> Jet:
-        """log(factor · e^b), which has the derivatives of b."""
+        """Make log(factor · e^b), which has the derivatives of b."""
         return Jet(self.value + math.log(factor), self.gradient, lambda: (self.hessian, self.laplacian_gradient))
 
     def through(self, function: Univariate) -> Jet:
-        """φ(b)."""
+        """Make φ(b)."""
         value, first, second, third = function(self.value)
         g = self.gradient
 
@@ -139,7 +139,7 @@ class Jet:
         return Jet(value, first * g, higher)
 
     def log_sum(self) -> Jet:
-        """log Σ_k e^{b_k}, one function. With w = softmax b all its derivatives are moments under w."""
+        """Make the one function log Σ_k e^{b_k}. With w = softmax b all its derivatives are moments under w."""
         largest = self.value.detach().amax(0, keepdim=True)
         share = (self.value - largest).exp()
         total = share.sum(0, keepdim=True)

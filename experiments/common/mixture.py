@@ -1,4 +1,4 @@
-"""Equal-weight isotropic Gaussian mixtures: targets with everything known exactly."""
+"""Equal-weight isotropic Gaussian mixtures: targets whose density, score and samples are exact."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.common.jet import Jet
 
 
 def triangle_means(radius: float) -> Tensor:
-    """Vertices of an equilateral triangle of circumradius `radius`, anticlockwise from the top: `[3, 2]`."""
+    """Return the vertices of an equilateral triangle of circumradius `radius`, anticlockwise from the top: `[3, 2]`."""
     angles = torch.tensor([90.0, 210.0, 330.0], dtype=torch.float64).deg2rad()
     return radius * torch.stack([angles.cos(), angles.sin()], dim=-1)
 
@@ -19,12 +19,12 @@ def triangle_means(radius: float) -> Tensor:
 class GaussianMixture:
     """p(x) = (1/K) Σ_k N(x; μ_k, ν² I), the density of Eq. 14.
 
-    Such a mixture is the kernel density estimate with centres μ_k and bandwidth² ν², so the ops of
-    `fluxkernels` work on it unchanged when they are given `refs=means` and `sigma2=variance`.
+    Such a mixture is the kernel density estimate with reference points μ_k and bandwidth² ν², so the ops of
+    `fluxkernels` work on it unchanged with `refs=means` and `sigma2=variance`.
 
     Args:
         means: component means μ_k, `[K, D]`; their dtype and device are those of every result.
-        variance: ν², shared by all components and directions.
+        variance: ν², equal for all components and directions.
     """
 
     def __init__(self, means: Tensor, variance: float) -> None:
@@ -49,11 +49,11 @@ class GaussianMixture:
         return 0.5 * self.dim * math.log(2 * math.pi * self.variance) + math.log(len(self.means))
 
     def log_density(self, x: Tensor) -> Tensor:
-        """log p(x), normalised: `[..., D] -> [...]`."""
+        """Compute log p(x), normalized: `[..., D] -> [...]`."""
         return self._kernel_logits(x).logsumexp(-1) - self._log_norm
 
     def log_jet(self, x: Tensor) -> Jet:
-        """log p with its derivatives, one function, at the points x `[D, n]`."""
+        """Compute log p with its derivatives at the points x `[D, n]`, as a jet of one function."""
         offset = x.unsqueeze(1) - self.means.T.unsqueeze(-1)
         identity = torch.eye(self.dim, dtype=x.dtype, device=x.device)[..., None, None]
         return Jet(
@@ -63,17 +63,17 @@ class GaussianMixture:
         ).log_sum()
 
     def score(self, x: Tensor) -> Tensor:
-        """s(x) = (m(x) - x) / ν², m the posterior mean of the centre (Eq. 16, 17): `[..., D] -> [..., D]`."""
+        """Compute s(x) = (m(x) - x) / ν², with m the posterior mean of μ_k (Eq. 16, 17): `[..., D] -> [..., D]`."""
         posterior = self._kernel_logits(x).softmax(-1)
         return (posterior @ self.means - x) / self.variance
 
     def sample_means(self, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
-        """Uniformly picked component means `[*shape, D]`; adding ν·N(0, I) makes exact samples of p."""
+        """Pick component means uniformly, `[*shape, D]`; adding ν·N(0, I) makes exact samples of p."""
         component = torch.randint(len(self.means), shape, generator=generator)
         return self.means[component.to(self.means.device)]
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """`n` independent draws `[n, D]`; a CPU generator, so that devices agree on the draw."""
-        centre = self.sample_means((n,), generator)
+        """Draw `n` independent samples `[n, D]`, with a CPU generator, so that devices agree on the draw."""
+        mean = self.sample_means((n,), generator)
         noise = torch.randn(n, self.dim, dtype=self.means.dtype, generator=generator).to(self.means.device)
-        return centre + math.sqrt(self.variance) * noise
+        return mean + math.sqrt(self.variance) * noise

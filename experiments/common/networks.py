@@ -1,4 +1,4 @@
-"""Small networks that more than one experiment trains."""
+"""Small networks, shared by several experiments."""
 
 from __future__ import annotations
 

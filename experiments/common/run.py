@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import operator
 import os
 import platform
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,32 +19,34 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from experiments.common import summary as summaries
 from experiments.common.registry import Experiment
-from experiments.common.report import Figure, Result, spread, summary_text
+from experiments.common.results import Figure, Result
 from fluxkernels import __version__, resolve_backend
 
-__all__ = ["Figure", "Result", "Run", "describe", "read_config", "spread"]
+# All that a run writes; `metrics.jsonl` before the checkpoint, `summary.json` at the very end.
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "summary.md", "summary.json")
+FOLDERS = ("figures", "models")
 
-_INT = re.compile(r"[+-]?\d+")
-_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|nan|-?inf")
+Value = None | bool | int | float | str
 
 
 @dataclass
 class Run:
-    """Everything an experiment needs from its surroundings.
+    """Settings, random numbers, metrics and files of one run, as an experiment uses them.
 
-    Making a `Run` makes its folder; a folder that holds an earlier part of the same run is continued;
-    the command line checks beforehand that it is the same run.
+    Making a `Run` makes its folder. A folder that holds an earlier part of the same run is continued; the command
+    line checks beforehand that it is the same run.
 
     Args:
-        experiment: what is run.
+        experiment: the experiment that is run.
         preset: "smoke", "small", "gpu" or "paper".
         config: the preset's dataclass, overrides applied.
-        backend: for the `backend=` argument of every op; None chooses by itself.
-        device: where tensors go.
+        backend: for the `backend=` argument of every op; None takes the fastest that works.
+        device: device of all tensors.
         seed: all random numbers follow from it, through `generator`.
         out: folder of everything the run writes.
-        progress: whether progress bars are shown.
+        progress: if True, progress bars are shown.
     """
 
     experiment: Experiment
@@ -64,21 +63,21 @@ class Run:
     def __post_init__(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         self._description = describe(self.experiment, self.preset, self.config, self.backend, self.device, self.seed)
-        self._metrics = self.out / "metrics.csv"
+        self._metrics = self.out / "metrics.jsonl"
         self._began = time.monotonic()
         earlier = read_config(self.out)
         self._seconds_before = 0.0 if earlier is None else float(earlier["seconds"])
-        self._columns = self._repair_metrics()
+        self._drop_cut_line()
         self._save_config()
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run in seconds, the parts before an interruption included."""
+        """Seconds spent on this run, the parts before an interruption included."""
         return self._seconds_before + time.monotonic() - self._began
 
     def bar(self, iterable_or_total: Iterable[Any] | int, desc: str) -> tqdm[Any]:
-        """A progress bar on stderr over an iterable, or over a number of steps told with `.update()`."""
-        # A log file wants a line now and then, not ten a second.
+        """Show a progress bar on stderr over an iterable, or over a number of steps that `.update()` counts."""
+        # In a log file a line now and then is enough.
         often = 0.1 if sys.stderr.isatty() else 10.0
         options: dict[str, Any] = {"desc": desc, "disable": not self.progress, "mininterval": often}
         if isinstance(iterable_or_total, int):
@@ -86,41 +85,38 @@ class Run:
         return tqdm(iterable_or_total, **options)
 
     def rows(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The metrics rows on disk, oldest first, only those whose column `kind` is `kind` if that is given.
-
-        Text that reads as a number comes back as int or float. Cells that were None or not given are absent.
-        """
+        """Return the rows of metrics.jsonl, oldest first; with `kind`, only the rows of that kind."""
         if not self._metrics.exists():
             return []
-        with self._metrics.open(newline="", encoding="utf-8") as file:
-            rows = [{k: _parse(v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        with self._metrics.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
         return [row for row in rows if kind is None or row.get("kind") == kind]
 
     def log(self, **row: Any) -> None:
-        """Append one row to metrics.csv, at once. By convention a column `kind` tells sorts of rows apart.
+        """Append one row to metrics.jsonl, at once. By convention the entry `kind` names the kind of row.
 
-        Values are numbers, bools (written as 1 and 0), text of one line, None, or 0-d tensors and arrays.
+        Values are None, bools, numbers (nan and inf too), text, or 0-d tensors and arrays.
 
         Raises:
             TypeError: a value is none of these.
-            ValueError: a text has a line break.
         """
-        cells = {name: _cell(name, value) for name, value in row.items()}
-        new = [name for name in cells if name not in self._columns]
-        if new:
-            self._add_columns(new)
+        line = json.dumps({name: _value(name, value) for name, value in row.items()}, ensure_ascii=False)
         # One short write: a kill can cut the line, which the next start drops, but never mix two lines.
-        with self._metrics.open("a", newline="", encoding="utf-8") as file:
-            file.write(_csv([[cells.get(name, "") for name in self._columns]]))
+        with self._metrics.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(f"{line}\n")
         self._save_config()
 
     def by_seed(self, kind: str, column: str, **known: Any) -> list[Any]:
-        """A column of the rows of that kind whose other columns are as `known` says, in the order of their seeds."""
+        """Return the values in one column, in the order of the seeds, from rows of that kind with the entries `known`.
+
+        Rows without a value in the column are left out.
+        """
         rows = [row for row in self.rows(kind) if known.items() <= row.items()]
-        return [row[column] for row in sorted(rows, key=lambda row: row["seed"]) if column in row]
+        rows = [row for row in rows if row.get(column) is not None]
+        return [row[column] for row in sorted(rows, key=lambda row: row["seed"])]
 
     def figure(self, name: str) -> Path:
-        """Where to save the figure `name`: `out/figures/<name>.png`, its folder made."""
+        """Return the path of the figure `name`, `out/figures/<name>.png`, and make its folder."""
         path = self.out / "figures" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)
         if path not in self.figures:
@@ -135,7 +131,7 @@ class Run:
         self._save_config()
 
     def load_state(self) -> dict[str, Any] | None:
-        """The last saved state, its tensors on the CPU (`load_state_dict` moves them), or None."""
+        """Return the last saved state, its tensors on the CPU (`load_state_dict` moves them), or None."""
         path = self.out / "checkpoint.pt"
         if not path.exists():
             return None
@@ -143,7 +139,7 @@ class Run:
         return state
 
     def generator(self, *key: int | str) -> torch.Generator:
-        """A CPU generator whose numbers depend on the seed and `key` alone, not on what was drawn before.
+        """Return a CPU generator whose numbers depend on the seed and `key` alone, not on what was drawn before.
 
         With the step in the key, resumed work draws the same numbers as uninterrupted work.
 
@@ -155,18 +151,18 @@ class Run:
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def device_generator(self, *key: int | str) -> torch.Generator:
-        """The same for noise that is made on the run's device; devices draw different numbers from one seed."""
+        """Return such a generator of the run's device; devices draw different numbers from one seed."""
         return torch.Generator(self.device).manual_seed(self.generator(*key).initial_seed())
 
     @contextmanager
     def drawing(self, *key: int | str) -> Iterator[None]:
-        """Inside, torch's own generator of the CPU is `generator(*key)`, for initial weights; afterwards as before."""
+        """Seed torch's own CPU generator like `generator(*key)` inside, for initial weights; restore it afterwards."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.generator(*key).initial_seed())
             yield
 
     def summary(self, results: Sequence[Result], figures: Sequence[Figure], notes: Sequence[str] = ()) -> None:
-        """Write summary.md, which marks the run as finished.
+        """Write summary.md and then summary.json, which marks the run as finished.
 
         Figures made by `figure` but not in `figures` come last, without a caption.
 
@@ -178,44 +174,37 @@ class Run:
         shown = [*figures, *(Figure(path, "") for path in self.figures if path not in captioned)]
         self.figures = [figure.path for figure in shown]
         self._save_config()
-        text = summary_text(
-            self.experiment, self.config, self._description, self.seconds, self.out, results, shown, notes
-        )
-        _replace(self.out / "summary.md", text)
+        content = {
+            "title": self.experiment.title,
+            "claim": self.experiment.claim,
+            "paper": self.experiment.paper,
+            "results": summaries.list_results(results),
+            "figures": summaries.list_figures(shown, self.out),
+            "notes": list(notes),
+            "command": summaries.command(self.experiment, self.config, self._description),
+            "entries": summaries.entries(self._description, self.seconds),
+        }
+        _replace(self.out / "summary.md", summaries.markdown(content))
+        _replace(self.out / "summary.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def save_seconds(self) -> None:
-        """Keep the time spent so far, which else is kept with every row: for the end of a part of the run."""
+        """Write the time spent so far at the end of a part of the run; `log` and `save_state` write it too."""
         self._save_config()
 
     def _save_config(self) -> None:
         described = self._description | {"seconds": round(self.seconds, 3)}
         _replace(self.out / "config.json", json.dumps(described, indent=2) + "\n")
 
-    def _repair_metrics(self) -> list[str]:
-        """Drop a last line that a kill cut short; returns the columns."""
-        if not self._metrics.exists():
-            return []
-        data = self._metrics.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole != len(data):
-            os.truncate(self._metrics, whole)
-        return next(csv.reader([data[:whole].decode().partition("\n")[0]]), [])
-
-    def _add_columns(self, new: Sequence[str]) -> None:
-        """Rewrite the file with a longer header; old rows leave the new cells empty."""
-        columns = [*self._columns, *new]
-        rows: list[list[str]] = []
-        if self._columns:
-            with self._metrics.open(newline="", encoding="utf-8") as file:
-                rows = [row + [""] * len(new) for row in csv.reader(file)][1:]
-        _replace(self._metrics, _csv([columns, *rows]))
-        self._columns = columns
+    def _drop_cut_line(self) -> None:
+        """Drop a last line that a kill cut short."""
+        if self._metrics.exists():
+            os.truncate(self._metrics, self._metrics.read_bytes().rfind(b"\n") + 1)
 
 
 def describe(
     experiment: Experiment, preset: str, config: Any, backend: str | None, device: torch.device, seed: int
 ) -> dict[str, Any]:
-    """What config.json says of a run, apart from the time spent.
+    """Return the content of config.json, apart from the time spent.
 
     Raises:
         ValueError, RuntimeError: from `resolve_backend`, when the backend cannot be used here.
@@ -224,7 +213,7 @@ def describe(
         "experiment": experiment.name,
         "preset": preset,
         "config": dataclasses.asdict(config),
-        "backend": {"asked": backend or "auto", "resolved": resolve_backend(backend, device)},
+        "backend": {"requested": backend or "auto", "resolved": resolve_backend(backend, device)},
         "device": str(device),
         "seed": seed,
         "versions": {
@@ -239,7 +228,7 @@ def describe(
 
 
 def read_config(out: Path) -> dict[str, Any] | None:
-    """A run's config.json, or None where there is none or it is some other program's."""
+    """Read a run's config.json; None if there is none or it is of some other program."""
     try:
         found = json.loads((out / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -248,36 +237,21 @@ def read_config(out: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and wanted <= set(found) else None
 
 
-def _cell(name: str, value: Any) -> str:
+def is_finished(out: Path) -> bool:
+    """Check whether the run in the folder `out` wrote its summary."""
+    return (out / "summary.json").exists()
+
+
+def _value(name: str, value: Any) -> Value:
     if getattr(value, "ndim", None) == 0:  # a tensor, an array or one of numpy's numbers
         value = value.item()
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return str(int(value))
-    if isinstance(value, (int, float)):
-        return repr(value)
-    if not isinstance(value, str):
-        raise TypeError(f"{name}: cannot log a {type(value).__name__}; takes numbers, text, None")
-    if "\n" in value or "\r" in value:
-        raise ValueError(f"{name}: cannot log text with a line break: {value!r}")
-    return value
-
-
-def _parse(text: str) -> int | float | str:
-    if _INT.fullmatch(text):
-        return int(text)
-    return float(text) if _FLOAT.fullmatch(text) else text
-
-
-def _csv(rows: Iterable[Sequence[str]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name}: cannot log a {type(value).__name__}; takes numbers, bools, text, None")
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8", newline="\n")
     os.replace(temporary, path)

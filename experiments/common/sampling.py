@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fluxmatching import log_sigma_grid, reverse_ve
+from fluxmatching import exponential_schedule, reverse_ve
 
 
 def on_device(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """A generator of the device that goes on from one of the CPU, and is independent of what that one drew."""
+    """Make a generator of the device, seeded by the next draw of one of the CPU."""
     return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def sample_reverse_ve(
     field: nn.Module, like: Tensor, steps: int, sigma_min: float, sigma_max: float, generator: torch.Generator
 ) -> Tensor:
-    """As many samples as `like` has, on its device, by the reverse VE sampler from σ_max down to σ_min."""
+    """Draw samples by the reverse VE sampler from σ_max down to σ_min, with the shape and device of `like`."""
     start = sigma_max * torch.randn(like.shape, generator=generator)
     noise = on_device(generator, like.device)
-    return reverse_ve(field, start.to(like.device), log_sigma_grid(steps, sigma_min, sigma_max), generator=noise)
+    return reverse_ve(field, start.to(like.device), exponential_schedule(steps, sigma_min, sigma_max), generator=noise)

@@ -1,4 +1,4 @@
-"""Training steps timed on every backend that runs here, in turns, so that a busy machine slows all alike."""
+"""Times of training steps on every backend that runs here, taken in turns, so that load affects all equally."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from experiments.common.run import Result, Run
+from experiments.common.results import Result
+from experiments.common.run import Run
 from fluxkernels import BackendError, backends, resolve_backend
 from fluxmatching import Trainer
 
 
 def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Trainer], steps: int) -> None:
-    """Log the median time of a step (rows "step") for every objective and backend, unless the run has all of them.
+    """Log the median time per step (rows "step") for every objective and backend, unless the run has all of them.
 
     Args:
-        run: gives the device.
-        objectives: what is trained.
-        make: (objective, backend) -> a trainer without a folder; what it learns is thrown away.
-        steps: timed, after two to warm up.
+        run: the run, whose device is used.
+        objectives: objectives to train.
+        make: (objective, backend) -> a trainer without a folder; what it learns is not used.
+        steps: number of timed steps, after two to warm up.
     """
     done = {(row["objective"], row["backend"]) for row in run.rows("step")}
     wanted = [(objective, backend) for backend in backends() if _runs(backend, run) for objective in objectives]
@@ -46,7 +47,7 @@ def _runs(backend: str, run: Run) -> bool:
 
 
 def step_results(run: Run, baseline: str, paper: dict[str, str] | None = None) -> list[Result]:
-    """A line for every objective: its step on every backend, and over that of `baseline` on the same backend."""
+    """Return one line per objective: time per step on every backend, and its ratio to `baseline` there."""
     rows = run.rows("step")
     base = {row["backend"]: row["seconds"] for row in rows if row["objective"] == baseline}
     lines = []

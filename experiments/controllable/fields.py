@@ -1,9 +1,9 @@
-"""The two families of vector fields of Sec. B.1: perturbations of the score that keep p, and their twins.
+"""The two families of vector fields of Sec. B.1: perturbations of the score that keep p, and counterparts that do not.
 
-All controls have the form (rotation of) ∇ψ / p. The templates ψ are handled as log ψ and the quotient as
-exp(log ψ - log p) ∇log ψ, so neither a ψ nor a p that underflows far out can turn a field into NaN, and no
-clamp is needed, which would break ∇·(p u) = 0. All derivatives are written out, by `Jet`: the flux loss takes
-them from there, and autograd can differentiate a field as often as it is asked to.
+All controls have the form (rotation of) ∇ψ / p. The code works with log ψ and takes the quotient as
+exp(log ψ - log p) ∇log ψ. A ψ or p that underflows far out therefore never makes NaN, and no clamp is needed, which
+would break ∇·(p u) = 0. All derivatives are in closed form, by `Jet`, and the flux loss uses them. Autograd can
+differentiate a field any number of times.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from experiments.common.mixture import GaussianMixture
 Family = Literal["preserving", "violating"]
 FAMILIES: tuple[Family, ...] = ("preserving", "violating")
 CONTROLS = ("rot", "tri", "skew")
-# Points evaluated at once: few enough for the temporaries to stay in the cache, and in memory already mapped.
+# Points evaluated at once: few enough for the temporaries to stay in the cache.
 BLOCK = 4096
 
 
 def rotate(v: Tensor, dim: int = -1) -> Tensor:
-    """J v with J = [[0, -1], [1, 0]], a quarter turn anticlockwise of the vectors along `dim`: shape of v."""
+    """Compute J v with J = [[0, -1], [1, 0]], a quarter turn anticlockwise of the vectors along `dim`: shape of v."""
     first, second = v.unbind(dim)
     return torch.stack([-second, first], dim)
 
 
 def turn(v: Tensor, family: Family) -> Tensor:
-    """R v, R a quarter turn (preserving) or the identity (violating): `[2, ...]`."""
+    """Compute R v, with R a quarter turn (preserving) or the identity (violating): `[2, ...]`."""
     return rotate(v, 0) if family == "preserving" else v
 
 
 def points_last(x: Tensor) -> Tensor:
-    """`[..., 2] -> [2, n]`, contiguous, as a `Jet` takes them."""
+    """Reshape points as a `Jet` takes them: `[..., 2] -> [2, n]`, contiguous."""
     return x.movedim(-1, 0).reshape(2, -1).contiguous()
 
 
 class Template:
-    """A positive function ψ of the plane, known by its logarithm."""
+    """Positive function ψ on the plane, given by its logarithm."""
 
     def log_jet(self, x: Tensor) -> Jet:
-        """log ψ with its derivatives, one function, at the points x `[2, n]`."""
+        """Compute log ψ with its derivatives at the points x `[2, n]`, as a jet of one function."""
         raise NotImplementedError
 
     def log_and_grad(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log ψ `[...]` and ∇log ψ `[..., 2]` at x `[..., 2]`."""
+        """Compute log ψ `[...]` and ∇log ψ `[..., 2]` at x `[..., 2]`."""
         jet = self.log_jet(points_last(x))
         return jet.value.reshape(x.shape[:-1]), jet.gradient[:, 0].T.reshape(x.shape)
 
@@ -118,13 +118,13 @@ class SkewTemplate(Template):
         return bump + Jet.along(slope * d, slope * t, self._log_lift)
 
     def _log_lift(self, t: Tensor) -> tuple[Tensor, ...]:
-        """log(1 + bias · S(t)) = log S(-t) - log S(-t - log(1 + bias)), S the sigmoid."""
+        """Compute log(1 + bias · S(t)) = log S(-t) - log S(-t - log(1 + bias)), S the sigmoid."""
         below, further = log_sigmoid_below(t), log_sigmoid_below(t + math.log1p(self.bias))
         return tuple(u - v for u, v in zip(below, further, strict=True))
 
 
 class Controls:
-    """The three control directions of both families, of unit RMS norm under p after `normalise`.
+    """The three control directions of both families, of unit RMS norm under p after `normalize`.
 
     Args:
         mixture: the target p_σ, in the plane.
@@ -140,36 +140,36 @@ class Controls:
         # c_tri alone carries a minus sign, and only in the preserving family (Eq. 19 against Eq. 29).
         self._signs = mixture.means.new_tensor([1.0, -1.0, 1.0])
 
-    def normalise(self, samples: Tensor) -> Tensor:
+    def normalize(self, samples: Tensor) -> Tensor:
         """Set the scale factors of Eq. 31 from samples of p `[S, 2]` and return them `[3]`.
 
-        A rotation keeps the norm, so the factors of the preserving controls are those of their twins as well.
+        A rotation keeps the norm, so both families have the same factors.
         """
         self.scales = torch.ones_like(self.scales)
         self.scales = self.basis(samples, "violating").square().sum(-1).mean(0).rsqrt()
         return self.scales
 
     def factors(self, family: Family) -> Tensor:
-        """What multiplies each control: its scale factor, and in the preserving family its sign, `[3]`."""
+        """Return the factor of each control: its scale, and in the preserving family its sign, `[3]`."""
         return self.scales * self._signs if family == "preserving" else self.scales
 
     def log_jets(self, x: Tensor) -> tuple[Jet, Jet]:
-        """log p, and (log p, log ψ_tri, log ψ_skew) as three functions, at the points x `[2, n]`."""
+        """Compute log p, and (log p, log ψ_tri, log ψ_skew) as three functions, at the points x `[2, n]`."""
         log_p = self.mixture.log_jet(x)
         return log_p, Jet.cat(log_p, self.triangle.log_jet(x), self.skew.log_jet(x))
 
     def basis(self, x: Tensor, family: Family) -> Tensor:
-        """(c_rot, c_tri, c_skew) at x, Eq. 19 or Eq. 29 rescaled by Eq. 31: `[..., 2] -> [..., 3, 2]`."""
+        """Compute (c_rot, c_tri, c_skew) at x, Eq. 19 or Eq. 29 rescaled by Eq. 31: `[..., 2] -> [..., 3, 2]`."""
         log_p, log_psi = self.log_jets(points_last(x))
         weights = self.factors(family).unsqueeze(-1) * (log_psi.value - log_p.value).exp()
         return (weights * turn(log_psi.gradient, family)).permute(2, 1, 0).reshape(*x.shape[:-1], 3, 2)
 
     def field(self, theta: Tensor, family: Family) -> Field:
-        """f_θ = s_σ + u_θ (Eq. 18 or 30), θ `[3]`."""
+        """Make f_θ = s_σ + u_θ (Eq. 18 or 30), θ `[3]`."""
         return Field(self, theta, family)
 
     def stream(self, x: Tensor) -> Tensor:
-        """Ψ_k with p c_k = J∇Ψ_k for the preserving controls: `[..., 2] -> [..., 3]`.
+        """Compute Ψ_k with p c_k = J∇Ψ_k for the preserving controls: `[..., 2] -> [..., 3]`.
 
         p u_θ = J∇(Σ_k θ_k Ψ_k), with Ψ = scale · (p, -ψ_tri, ψ_skew).
         """
@@ -194,10 +194,10 @@ class Field:
         return torch.cat(values, 1).T.reshape(x.shape)
 
     def endpoint_gradient(self, z: Tensor, score: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
-        """∇(∇·f) + J_fᵀ s and f, each of the shape of z, as `fluxmatching.endpoint` asks for them.
+        """Compute ∇(∇·f) + J_fᵀ s and f, each of the shape of z; see `fluxmatching.losses.second_derivatives`.
 
         Raises:
-            ValueError: a probe is given; the closed form is that of the exact divergence.
+            ValueError: a probe is given; the closed form is of the exact divergence.
         """
         if probe is not None:
             raise ValueError("the controllable fields have a closed form of divergence='exact' alone")
@@ -210,7 +210,7 @@ class Field:
         return log_p.gradient[:, 0] + (self._weights(log_p, b) * turn(b.gradient, self.family)).sum(1)
 
     def _gradient_and_value(self, z: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-        """With B, A and H the Hessians of b, a and log p, the product rule gives for a control e^a R∇b
+        """Apply the product rule. With B, A and H the Hessians of b, a and log p it gives for a control e^a R∇b
 
             e^a [ ∇a (R∇b·(∇a + s) + tr RB) + A R∇b + B Rᵀ(∇a + s) + ∇ tr RB ],        A = B - H,
 
@@ -232,5 +232,5 @@ class Field:
         return gradient[:, 0], (log_p.gradient + u)[:, 0]
 
     def _weights(self, log_p: Jet, b: Jet) -> Tensor:
-        """g_k e^{a_k}, `[3, n]`."""
+        """Compute g_k e^{a_k}, `[3, n]`."""
         return (self.theta * self.controls.factors(self.family)).unsqueeze(-1) * (b.value - log_p.value).exp()

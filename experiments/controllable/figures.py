@@ -16,7 +16,7 @@ from experiments.controllable.metrics import bin_means
 
 Row = dict[str, Any]
 
-WINDOW = 4.2  # half the side of Figure 2's panels: all but half a per cent of the samples lie inside
+WINDOW = 4.2  # half the side of Figure 2's panels: all but half a percent of the samples lie inside
 MESH = 85
 SHADES = LinearSegmentedColormap.from_list("density", ["white", "#c6d7e8", "#7fa3c7"])
 PANELS = (
@@ -28,12 +28,12 @@ PANELS = (
 
 
 def draw_best_fields(path: Path, controls: Controls, shown: dict[str, Row], samples: Tensor) -> None:
-    """Figure 2: streamlines of the score field and of the fields chosen for each metric.
+    """Draw Figure 2: streamlines of the score field and of the fields chosen for each metric.
 
     Args:
-        path: where to save.
+        path: file to write.
         controls: the control directions.
-        shown: a row of coefficients for each of the metrics "mixing", "triangle" and "skewness".
+        shown: one row of coefficients for each of the metrics "mixing", "triangle" and "skewness".
         samples: draws of p_σ, `[S, 2]`.
     """
     axis = torch.linspace(-WINDOW, WINDOW, MESH).to(samples)
@@ -62,10 +62,10 @@ def draw_best_fields(path: Path, controls: Controls, shown: dict[str, Row], samp
 
 
 def draw_losses(path: Path, fields: list[Row], bins: int) -> None:
-    """Figure 4: both losses over their means in the violating family, against the four attributes.
+    """Draw Figure 4: both losses over their means in the violating family, against the four attributes.
 
     Args:
-        path: where to save.
+        path: file to write.
         fields: the sweep's rows of both families.
         bins: equal-width bins of each horizontal axis.
     """
@@ -77,17 +77,17 @@ def draw_losses(path: Path, fields: list[Row], bins: int) -> None:
     for ax, (metric, title, symbol, family) in zip(axes, PANELS, strict=True):
         rows = [row for row in fields if row["family"] == family]
         x = np.array([row[metric] for row in rows])
-        for name, label, colour, marker in (
+        for name, label, color, marker in (
             ("score_matching_loss", "score matching", style.SCORE_MATCHING, "s"),
             ("flux_loss", "Flux Matching", style.FLUX, "o"),
         ):
             y = np.array([row[name] for row in rows]) / scale[name]
             error = np.array([row.get(f"{name}_error", 0.0) for row in rows]) / scale[name]
             binned = bin_means(x, y, error, bins)
-            ax.scatter(x, y, s=9, color=colour, alpha=0.25, linewidths=0)
+            ax.scatter(x, y, s=9, color=color, alpha=0.25, linewidths=0)
             ax.errorbar(
                 binned.x, binned.mean, binned.error,
-                color=colour, marker=marker, markersize=4.5, capsize=2.5, label=label,
+                color=color, marker=marker, markersize=4.5, capsize=2.5, label=label,
             )  # fmt: skip
         score = next(row for row in rows if row["theta0"] == row["theta1"] == row["theta2"] == 0)
         ax.plot(score[metric], 0.0, "*", color="black", markersize=12, zorder=5, label="score field")
@@ -100,7 +100,7 @@ def draw_losses(path: Path, fields: list[Row], bins: int) -> None:
 
 
 def draw_exact(path: Path, fields: list[Row]) -> None:
-    """The estimated flux loss of each violating field, with its standard error, against the exact value."""
+    """Draw the estimated flux loss of each violating field, with its standard error, against the exact value."""
     rows = [row for row in fields if row["family"] == "violating"]
     exact = np.array([row["exact_loss"] for row in rows])
     loss = np.array([row["flux_loss"] for row in rows])

@@ -1,7 +1,7 @@
 """The metrics of Sec. B.1 on a grid weighted with w ∝ p, and the two losses.
 
-A perturbation is linear in θ, so the controls and their Jacobians are evaluated once a family
-(`GridMetrics`); a field then costs a contraction and, for the mixing speed, one sparse factorisation.
+A perturbation is linear in θ, so the controls and their Jacobians are evaluated once per family
+(`GridMetrics`); a field then costs a contraction and, for the mixing speed, one sparse factorization.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from experiments.common.mixture import GaussianMixture
 from experiments.controllable.fields import Controls, Family
-from fluxmatching import Draws, UniformHorizon, flux_target
+from fluxmatching import Draws, FluxOptions, UniformHorizon, flux_target
 
 Array = NDArray[np.float64]
 
@@ -28,7 +28,7 @@ class Grid:
 
     Attributes:
         x: the points `[n², 2]`, first coordinate slowest.
-        corners: where four cells meet, `[(n-1)², 2]`: the cells are the squares centred on the points.
+        corners: points at which four cells meet, `[(n-1)², 2]`: the cells are the squares centered on the points.
         weights: w `[n²]`, summing to one.
         log_density: log p `[n²]`.
         stream_unit: 1 / (h² Σ_j p(x_j)), which turns fluxes of p through faces into fluxes of w.
@@ -47,20 +47,20 @@ class Grid:
 
 
 def observables(x: Tensor) -> Tensor:
-    """Φ = (x₁, x₂, ‖x‖, cos ∠x, sin ∠x) of Eq. 33: `[n, 2] -> [n, 5]`, the last two 0 at the origin."""
+    """Compute Φ = (x₁, x₂, ‖x‖, cos ∠x, sin ∠x) of Eq. 33: `[n, 2] -> [n, 5]`, the last two 0 at the origin."""
     norm = x.norm(dim=-1, keepdim=True)
     return torch.cat([x, norm, torch.where(norm > 0, x / norm, 0.0)], dim=-1)
 
 
-def symmetrised_generator(grid: Grid, stream: Tensor | None = None) -> sparse.csc_matrix:
-    """W^{½} (-L_f) W^{-½} with L_f = Δ + f·∇, W = diag w, by finite volumes: `[n², n²]`, null vector √w.
+def symmetrized_generator(grid: Grid, stream: Tensor | None = None) -> sparse.csc_matrix:
+    """Build W^{½} (-L_f) W^{-½} with L_f = Δ + f·∇, W = diag w, by finite volumes: `[n², n²]`, null vector √w.
 
-    Between neighbours i, j the generator has the rate [√(w_i w_j)/h² + F_ij/2] / w_i. The first part is
+    Between neighbors i, j the generator has the rate [√(w_i w_j)/h² + F_ij/2] / w_i. The first part is
     Δ + s·∇. F is the flux of p u through the face the two cells share, the difference of the stream function
     at the face's two ends; it is antisymmetric and, the stream function being 0 on the boundary, sums to
     zero over the faces of every cell. So w is stationary exactly on the grid, not only as h → 0.
 
-    Scaled like this the entries stay moderate while w spans twenty orders of magnitude.
+    With this scaling the entries stay moderate while w spans twenty orders of magnitude.
 
     Args:
         grid: n × n points with their weights.
@@ -94,13 +94,13 @@ def symmetrised_generator(grid: Grid, stream: Tensor | None = None) -> sparse.cs
 
 
 def inverse_generator_form(grid: Grid, phi: Tensor, stream: Tensor | None = None) -> Array:
-    """⟨φ - E_w φ, ψ_φ⟩_w with -L_f ψ_φ = φ - E_w φ (Eq. 34), for functions φ `[n², P]`: `[P]`.
+    """Solve -L_f ψ_φ = φ - E_w φ and return ⟨φ - E_w φ, ψ_φ⟩_w (Eq. 34), for functions φ `[n², P]`: `[P]`.
 
     No stream function can raise the value above that of the score field.
     """
-    matrix, rhs = symmetrised_generator(grid, stream), _centred(grid, phi)
-    # Constants are the null space on both sides, so one equation is redundant: pin the heaviest point and
-    # drop its own. The centred φ does not see the constant by which this solution is off its mean of zero.
+    matrix, rhs = symmetrized_generator(grid, stream), _centered(grid, phi)
+    # Constants are the null space on both sides, so one equation is redundant: fix the solution at the heaviest point
+    # and drop the equation there. The product with the centered φ does not depend on the constant this adds.
     keep = np.delete(np.arange(len(rhs)), int(grid.weights.argmax()))
     solution = splu(matrix[keep][:, keep]).solve(rhs[keep])
     return np.asarray((rhs[keep] * solution).sum(0))
@@ -110,13 +110,13 @@ def _root_weights(grid: Grid) -> Array:
     return np.asarray(np.exp(0.5 * grid.log_density.log_softmax(0).cpu().numpy()))
 
 
-def _centred(grid: Grid, phi: Tensor) -> Array:
-    """√w (φ - E_w φ), `[n², P]`."""
+def _centered(grid: Grid, phi: Tensor) -> Array:
+    """Return √w (φ - E_w φ), `[n², P]`."""
     return _root_weights(grid)[:, None] * (phi - grid.weights @ phi).cpu().numpy()
 
 
 def autocorrelation_times(grid: Grid, phi: Tensor, stream: Tensor | None = None) -> Array:
-    """Integrated autocorrelation times τ_φ = 2⟨φ - E_w φ, ψ_φ⟩_w / Var_w(φ) (Eq. 35)."""
+    """Compute integrated autocorrelation times τ_φ = 2⟨φ - E_w φ, ψ_φ⟩_w / Var_w(φ) (Eq. 35)."""
     mean = grid.weights @ phi
     variance = (grid.weights @ (phi - mean).square()).cpu().numpy()
     return np.asarray(2 * inverse_generator_form(grid, phi, stream) / variance)
@@ -124,7 +124,7 @@ def autocorrelation_times(grid: Grid, phi: Tensor, stream: Tensor | None = None)
 
 @dataclass(frozen=True)
 class Bins:
-    """Means over equal-width bins of the horizontal axis; all attributes have one entry a non-empty bin."""
+    """Means over equal-width bins of the horizontal axis; all attributes have one entry per non-empty bin."""
 
     x: Array
     mean: Array
@@ -132,16 +132,16 @@ class Bins:
 
     @property
     def rising(self) -> bool:
-        """Whether no mean lies below the one before by more than their combined standard errors."""
+        """True if no mean lies below the one before by more than their combined standard errors."""
         margin = np.hypot(self.error[1:], self.error[:-1])
         return bool((np.diff(self.mean) >= -margin).all())
 
 
 def bin_means(x: Array, y: Array, y_error: Array, bins: int) -> Bins:
-    """Mean x, mean y and its standard error in each of `bins` bins between min x and max x, as in Fig. 4.
+    """Compute mean x, mean y and its standard error in each of `bins` bins between min x and max x, as in Fig. 4.
 
-    The standard error is that of the fields' spread; a bin of one field has none and takes the field's own
-    `y_error`.
+    The standard error is that of the spread of the fields. A bin of one field has no spread and takes the field's
+    own `y_error`.
     """
     width = (x.max() - x.min()) / bins or 1.0
     index = np.minimum(((x - x.min()) / width).astype(int), bins - 1)
@@ -158,9 +158,9 @@ class GridMetrics:
     """All metrics of Sec. B.1 for the fields of one family.
 
     Args:
-        controls: normalised controls.
-        family: which of the two families θ refers to.
-        grid: where the expectations under p are taken.
+        controls: normalized controls.
+        family: family that θ refers to.
+        grid: points of the expectations under p.
     """
 
     def __init__(self, controls: Controls, family: Family, grid: Grid) -> None:
@@ -180,49 +180,49 @@ class GridMetrics:
         self.streams = controls.stream(grid.corners)
 
     def mean(self, values: Tensor) -> float:
-        """E_w[values], values `[n²]`."""
+        """Compute E_w[values], values `[n²]`."""
         return float(self.grid.weights @ values)
 
     def score_matching_loss(self, theta: Tensor) -> float:
-        """L_SM = ½ E_w ‖u_θ‖² (Eq. 39)."""
+        """Compute L_SM = ½ E_w ‖u_θ‖² (Eq. 39)."""
         return 0.5 * self.mean(self._perturbation(theta).square().sum(-1))
 
     def mixing(self, theta: Tensor) -> float:
-        """M_mix, the reciprocal of the observables' mean τ_φ (Eq. 35); only fields that keep p have it."""
+        """Compute M_mix, the reciprocal of the observables' mean τ_φ (Eq. 35), defined for fields that keep p."""
         if self.family != "preserving":
             raise ValueError("the mixing speed takes p as stationary: only the preserving family has it")
         return float(1 / autocorrelation_times(self.grid, self.phi, self.streams @ theta).mean())
 
     def triangle(self, theta: Tensor) -> float:
-        """M_tri, the cosine between u_θ and c_tri under w (Eq. 36); 0 for the score field, whose u_θ is 0."""
+        """Compute M_tri, the cosine between u_θ and c_tri under w (Eq. 36); 0 for the score field, whose u_θ is 0."""
         u, c = self._perturbation(theta), self.basis[:, 1]
         norms = self.mean(u.square().sum(-1)) * self.mean(c.square().sum(-1))
         return self.mean((u * c).sum(-1)) / norms**0.5 if norms > 0 else 0.0
 
     def skewness(self, theta: Tensor) -> float:
-        """M_skew = ½ E_w (∂₂u₁ - ∂₁u₂)² (Eq. 37)."""
+        """Compute M_skew = ½ E_w (∂₂u₁ - ∂₁u₂)² (Eq. 37)."""
         return 0.5 * self.mean((self.curl @ theta).square())
 
     def violation(self, theta: Tensor) -> float:
-        """V = (E_w r²)^½ with r = ∇·u + u·s (Eq. 38)."""
+        """Compute V = (E_w r²)^½ with r = ∇·u + u·s (Eq. 38)."""
         return self.mean((self.residuals @ theta).square()) ** 0.5
 
     def projected_fisher(self, thetas: Tensor, horizon: float = math.inf) -> Array:
-        """∫₀ᵀ E[r(x_0) r(x_t)] dt, which is J̃ of Eq. 4 and 5 for T = ∞: `[F, 3] -> [F]`.
+        """Compute ∫₀ᵀ E[r(x_0) r(x_t)] dt, which is J̃ of Eq. 4 and 5 for T = ∞: `[F, 3] -> [F]`.
 
-        Beyond T only slow modes are left, so Σ_k e^{-λ_k T} ⟨r, v_k⟩² / λ_k over the slowest is taken off.
+        Beyond T only slow modes are left, so Σ_k e^{-λ_k T} ⟨r, v_k⟩² / λ_k over the slowest is subtracted.
         """
         residuals = self.residuals @ thetas.T
-        matrix = symmetrised_generator(self.grid)
-        # The start vector fixes the solver's random choice. The slowest mode of all is the constant.
+        matrix = symmetrized_generator(self.grid)
+        # The start vector makes the solver deterministic. The slowest mode of all is the constant.
         rates, modes = eigsh(matrix, k=min(25, matrix.shape[0] - 1), sigma=-0.1, v0=np.ones(matrix.shape[0]))
         slow = np.argsort(rates)[1:]
         rates, modes = rates[slow], modes[:, slow]
-        rest = np.exp(-rates * horizon) / rates @ (modes.T @ _centred(self.grid, residuals)) ** 2
+        rest = np.exp(-rates * horizon) / rates @ (modes.T @ _centered(self.grid, residuals)) ** 2
         return np.asarray(inverse_generator_form(self.grid, residuals) - rest)
 
     def all(self, theta: Tensor) -> dict[str, float | None]:
-        """Every metric by its column in `metrics.csv`; the mixing speed is None where it is not defined."""
+        """Return every metric by its name in `metrics.jsonl`; the mixing speed is None where it is not defined."""
         return {
             "mixing": self.mixing(theta) if self.family == "preserving" else None,
             "triangle": self.triangle(theta),
@@ -243,32 +243,43 @@ def flux_losses(
     minibatches: int,
     generator: torch.Generator,
     backend: str | None = None,
-    endpoint: str = "closed_form",
+    second_derivatives: str = "closed_form",
 ) -> Tensor:
-    """Monte Carlo estimates of the Flux Matching loss of f_θ (Eq. 6), one a minibatch: `[minibatches]`.
+    """Estimate the Flux Matching loss of f_θ (Eq. 6) by Monte Carlo, once per minibatch: `[minibatches]`.
 
-    The minibatches are the groups of one call. p_σ is itself a kernel density estimate with the component
-    means as centres and bandwidth² ν² (the starting points are therefore component means, to which the
-    call adds ν n₀), so nothing of the score is estimated, and Eq. 8 with ν² in the place of σ² is exact
-    within a component. `endpoint` and `backend` are those of `flux_target`.
+    The minibatches are the groups of one call. p_σ is itself a kernel density estimate with the component means as
+    reference points and bandwidth² ν², so nothing of the score is estimated. The starting points are component means,
+    to which the call adds ν n₀. Eq. 8 with ν² in place of σ² is exact within a component.
+
+    Args:
+        controls: normalized controls.
+        theta: θ, `[3]`.
+        family: family that θ refers to.
+        batch: points per minibatch.
+        minibatches: number of minibatches.
+        generator: generator of all random numbers, on the CPU.
+        backend, second_derivatives: see `FluxOptions`.
     """
     mixture = controls.mixture
-    shape = (batch, minibatches, 2)
-    centres = mixture.sample_means(shape[:-1], generator)
-    normal = torch.randn((5, *shape), dtype=torch.float64, generator=generator).to(centres)
-    tau = 4 * torch.rand(minibatches, dtype=torch.float64, generator=generator).to(centres)
     field = controls.field(theta, family)
-    target = flux_target(
-        field,
-        centres,
-        mixture.variance,
-        refs=mixture.means.unsqueeze(1).expand(-1, minibatches, -1),
+    shape = (batch, minibatches, 2)
+    means = mixture.sample_means(shape[:-1], generator)
+    normal = torch.randn((5, *shape), dtype=torch.float64, generator=generator).to(means)
+    tau = 4 * torch.rand(minibatches, dtype=torch.float64, generator=generator).to(means)
+    options = FluxOptions(
         grouped=True,
         horizon=UniformHorizon(),
         divergence="exact",
-        endpoint=endpoint,
-        draws=Draws(tau=tau, start=normal[0], chain=normal[1:], probe=None),
+        second_derivatives=second_derivatives,
         backend=backend,
     )
+    target = flux_target(
+        field,
+        means,
+        math.sqrt(mixture.variance),
+        options,
+        refs=mixture.means.unsqueeze(1).expand(-1, minibatches, -1),
+        draws=Draws(tau=tau, start=normal[0], chain=normal[1:], probe=None),
+    )
     with torch.no_grad():
-        return target.loss(field).sum(-1).mean(0)
+        return target.terms(field).sum(-1).mean(0)

@@ -1,4 +1,4 @@
-"""What is trained: a problem, the two ways to differentiate the network, and one training of one seed."""
+"""A problem, the two methods to differentiate the network, and one training of one seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +20,18 @@ from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
     EDMField,
+    FluxOptions,
     LogUniformNoise,
-    LossNormalizer,
+    NoiseAnnealedFluxMatching,
     Trainer,
     TrainingOptions,
     TruncatedExponentialHorizon,
-    noise_annealed_flux_loss,
 )
 from fluxmatching.training import Loss
 
 WINDOWS = 20  # of a loss curve
+# The exact method and the default of the library, by the names in tables and figures.
+METHODS: dict[str, str | None] = {"double backward": "double_backward", "default": None}
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Problem:
     Attributes:
         data: (count, generator) -> samples.
         network: (width) -> F(x, c_noise).
-        noise: σ in training; its ends are also those of the sampler.
+        noise: distribution of σ in training; the sampler has the same ends.
     """
 
     data: Callable[[int, torch.Generator], Tensor]
@@ -62,56 +63,51 @@ PROBLEMS = {
 }
 
 
-def flux(problem: Problem, run: Run, **options: Any) -> Loss:
-    """The noise-annealed loss of a minibatch; σ from torch's generator, which the trainer sets."""
-    horizon = TruncatedExponentialHorizon()
+def make_model(run: Run, name: str, method: str, sigma_data: float) -> NoiseAnnealedFluxMatching:
+    """Make the loss module of a problem, with the network's weights drawn from torch's generator."""
+    field = EDMField(PROBLEMS[name].network(run.config.size(name).width), sigma_data)
+    options = FluxOptions(
+        horizon=TruncatedExponentialHorizon(), second_derivatives=METHODS[method], backend=run.backend
+    )
+    return NoiseAnnealedFluxMatching(field, options=options)
+
+
+def make_loss(noise: LogUniformNoise) -> Loss:
+    """Make the loss of a minibatch for `Trainer`; σ from torch's generator, which the trainer sets."""
 
     def loss(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sigma = problem.noise.sample().to(x.device)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward; the same one for both
-            found = noise_annealed_flux_loss(
-                model["field"],
-                x,
-                sigma,
-                model["normalizer"],
-                horizon=horizon,
-                seed=seed,
-                backend=run.backend,
-                **options,
-            )
-        return found.total, {"sigma": sigma, "tau": found.tau}
+        sigma = noise.sample().to(x.device)
+        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward; both methods use this one
+            mean, logged = model(x, sigma, seed=seed)
+        return mean, {"sigma": sigma, "tau": logged["tau"]}
 
     return loss
 
 
-WAYS: dict[str, dict[str, Any]] = {"double backward": {"endpoint": "reverse"}, "default": {}}
+def train(run: Run, name: str, method: str, seed: int) -> None:
+    """Train once and draw samples: log the loss curve, and one row with their distance to new data.
 
-
-def train(run: Run, name: str, way: str, seed: int) -> None:
-    """One training, then samples: logs the loss curve, and a row with the distance of samples to new data.
-
-    Both ways of one seed share weights, minibatches and all random numbers.
+    Both methods of one seed share weights, minibatches and all random numbers.
     """
     problem, config = PROBLEMS[name], run.config
     size = config.size(name)
     data = problem.data(config.data, run.generator("data", name)).to(run.device)
     with run.drawing("weights", name, seed):
-        field = EDMField(problem.network(size.width), data.std().item()).to(run.device)
-        model = nn.ModuleDict({"field": field, "normalizer": LossNormalizer().to(run.device)})
+        model = make_model(run, name, method, data.std().item()).to(run.device)
     options = TrainingOptions(
         size.iterations, size.batch, lr=size.lr, optimizer="adam", ema=0.99, seed=run.seed + 1000 * seed, progress=False
     )
-    trainer = Trainer(model, flux(problem, run, **WAYS[way]), data, options)
+    trainer = Trainer(model, make_loss(problem.noise), data, options)
     losses, begun = [], time.perf_counter()
-    for _ in run.bar(range(size.iterations), f"{name}, {way}, seed {seed}"):
+    for _ in run.bar(range(size.iterations), f"{name}, {method}, seed {seed}"):
         losses.append(trainer.step())
     seconds = time.perf_counter() - begun
 
     held_out = problem.data(config.samples, run.generator("held out", name)).to(run.device)
     low, high = math.exp(problem.noise.low), math.exp(problem.noise.high)
-    field, generator = trainer.average.module["field"], run.generator("sample", name)
+    field, generator = trainer.average.module.get_submodule("field"), run.generator("sample", name)
     samples = sample_reverse_ve(field, held_out, config.sampling_steps, low, high, generator)
-    known = {"problem": name, "way": way, "seed": seed}
+    known = {"problem": name, "method": method, "seed": seed}
     logged = {row["window"] for row in run.rows("curve") if all(row[key] == value for key, value in known.items())}
     for window, part in enumerate(torch.tensor(losses).chunk(WINDOWS)):
         if window not in logged:

@@ -1,4 +1,4 @@
-"""Fields of a 2-D mixture, whose noised densities are known: how fast they mix, and whether they still keep p_σ."""
+"""Fields of a 2-D mixture with known noised densities: how fast they mix, and whether they preserve p_σ."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fluxmatching import (
     LogUniformNoise,
     Trainer,
     TrainingOptions,
-    log_sigma_grid,
+    exponential_schedule,
     mixing_loss,
     predictor_corrector,
     unadjusted_langevin,
@@ -33,7 +33,7 @@ Field = Callable[[Tensor, Tensor], Tensor]
 
 
 def noised(sigma: float) -> GaussianMixture:
-    """p_σ."""
+    """The density p_σ."""
     return GaussianMixture(MEANS, VARIANCE + sigma**2)
 
 
@@ -43,7 +43,7 @@ def exact_score(z: Tensor, sigma: Tensor) -> Tensor:
 
 
 def circulating(z: Tensor, sigma: Tensor) -> Tensor:
-    """s + Js, J a quarter turn: ∇·(p Js) = ∇·(J∇p) = 0, so it keeps p_σ as the score s does, but is not reversible."""
+    """s + Js with a quarter turn J: ∇·(p Js) = ∇·(J∇p) = 0, so it preserves p_σ like the score s; not reversible."""
     score = exact_score(z, sigma)
     return score + torch.stack([-score[:, 1], score[:, 0]], 1)
 
@@ -53,7 +53,7 @@ FIELDS = (*OBJECTIVES, *KNOWN)
 
 
 def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backend: str | None = None) -> Trainer:
-    """Of one field; those of a seed share initial weights, data, minibatches and noise levels."""
+    """A trainer of one field; fields of one seed share initial weights, data, minibatches and noise levels."""
     config = run.config
     with run.drawing("mixture weights", seed):
         horizon = HORIZONS[config.horizon](config.tau_max)
@@ -74,7 +74,7 @@ def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backen
 
 
 def study(run: Run, clock: Clock) -> None:
-    """Train what is not trained yet, and log for every field: samples by number of steps, mixing, bias.
+    """Train the fields that are missing; log samples by number of steps, mixing and bias of every field.
 
     Raises:
         Paused: the time is up.
@@ -92,52 +92,56 @@ def study(run: Run, clock: Clock) -> None:
                 trainer.run(clock.left)
                 if trainer.iteration < run.config.mixture_iterations:
                     raise Paused(f"mixture: {name}, seed {seed}, at iteration {trainer.iteration}")
-                field = trainer.average.module["field"]
+                field = trainer.average.module.get_submodule("field")
             measure(run, field, name, seed)
 
 
 def measure(run: Run, field: Field, name: str, seed: int) -> None:
-    """Rows "steps" (W2 by number of steps), then one row "mixture" with mixing and bias at `mixture_sigma`."""
+    """Log rows "steps" (W2 by number of steps), then one row "mixture": mixing and bias at `mixture_sigma`."""
     config = run.config
     logged = {row["steps"] for row in run.rows("steps") if (row["field"], row["seed"]) == (name, seed)}
     target = noised(SIGMA_MIN).sample(config.mixture_samples, run.generator("target", seed))
-    for steps in config.mixture_steps:
-        if steps in logged:
+    for num_steps in config.mixture_steps:
+        if num_steps in logged:
             continue
-        generator = run.generator("start", seed, steps)  # the same noise for all fields
+        generator = run.generator("start", seed, num_steps)  # the same noise for all fields
         start = (SIGMA_MAX * torch.randn(config.mixture_samples, 2, generator=generator)).to(run.device)
-        noise = run.device_generator("noise", seed, steps)
-        found = predictor_corrector(field, start, log_sigma_grid(steps, SIGMA_MIN, SIGMA_MAX), generator=noise)
-        run.log(kind="steps", field=name, seed=seed, steps=steps, w2=wasserstein2(found, target))
+        noise = run.device_generator("noise", seed, num_steps)
+        sigmas = exponential_schedule(num_steps, SIGMA_MIN, SIGMA_MAX)
+        found = predictor_corrector(field, start, sigmas, generator=noise)
+        run.log(kind="steps", field=name, seed=seed, steps=num_steps, w2=wasserstein2(found, target))
     sigma = config.mixture_sigma
     level = torch.tensor(sigma, device=run.device)
-    ratios = [
-        mixing_loss(field, noised(0.0).sample(256, run.generator("ratio", seed, k)).to(run.device), sigma, seed=k)
-        for k in range(20)
-    ]
+    minibatches = [noised(0.0).sample(256, run.generator("ratio", seed, k)).to(run.device) for k in range(20)]
+    # The loss repeats a minibatch's one number for every sample of it.
+    ratios = [mixing_loss(field, x, sigma, seed=k)[0] for k, x in enumerate(minibatches)]
     time, end = chains(run, lambda z: field(z, level), seed)
     exact = noised(sigma).sample(len(end), run.generator("stationary", seed))
-    run.log(
-        kind="mixture", field=name, seed=seed, time=time, bias=wasserstein2(end, exact), ratio=sum(ratios).item() / 20
-    )
+    ratio = sum(ratios, torch.zeros((), device=run.device)).item() / len(ratios)
+    run.log(kind="mixture", field=name, seed=seed, time=time, bias=wasserstein2(end, exact), ratio=ratio)
 
 
 def chains(run: Run, field: Callable[[Tensor], Tensor], seed: int) -> tuple[float, Tensor]:
-    """Langevin chains from exact samples at `mixture_sigma`: autocorrelation time of position (σ²), and their ends.
+    """Run Langevin chains from exact samples at `mixture_sigma`; returns the autocorrelation time (σ²) and their ends.
 
-    The time is the larger of the two coordinates'; infinite if the chains are too short for it.
+    The time is the larger one of the two coordinates of position; infinite if the chains are too short to measure it.
     """
     config = run.config
-    sigma, step = config.mixture_sigma, config.langevin_step * config.mixture_sigma**2
+    sigma, step_size = config.mixture_sigma, config.langevin_step_size * config.mixture_sigma**2
     start = noised(sigma).sample(config.chains, run.generator("chains", seed)).to(run.device)
     path: list[Tensor] = []
     noise = run.device_generator("chain noise", seed)
     end = unadjusted_langevin(
-        field, start, step=step, steps=config.chain_steps, generator=noise, callback=lambda _, x: path.append(x.cpu())
+        field,
+        start,
+        step_size=step_size,
+        num_steps=config.chain_steps,
+        generator=noise,
+        callback=lambda _, x: path.append(x.cpu()),
     )
     states = torch.stack(path)
     try:
         times = [integrated_autocorrelation_time(states[..., d]) for d in range(2)]
-    except ValueError:  # longer than the chains can tell
+    except ValueError:  # the chains are too short to measure it
         return math.inf, end.cpu()
-    return max(times) * config.langevin_step, end.cpu()
+    return max(times) * config.langevin_step_size, end.cpu()

@@ -1,4 +1,4 @@
-"""Settings of the experiment, its measurements, and the curves made of them."""
+"""Settings, measurements, and the curves made of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from experiments.common.mixture import triangle_means
 from experiments.common.run import Run
 from experiments.horizon.estimates import (
     Array,
+    AtHorizon,
     Crossing,
     ExponentialFit,
     Field,
@@ -26,14 +27,14 @@ from experiments.horizon.estimates import (
     share_beyond,
 )
 
-RADIUS = 8.0  # neighbouring means are 13.9 apart, 4.6 σ at σ = 3: the modes begin to overlap there
+RADIUS = 8.0  # neighboring means are 13.9 apart, 4.6 σ at σ = 3: the modes begin to overlap there
 SHOWN = (0.01, 3.0, 80.0)  # Figure 16
 CUT = 4.0  # T = 4σ²
 FIT_FROM = 0.25
 ESTIMATORS = ("cross_chain", "single_chain")
 FIELDS = {"edm": "f = -x / (σ² + σ_data²)", "zero": "f = 0"}
 TILT = (0.6, 0.2, 0.2)  # weights of the modes under the tilted field
-TILTED_MINIBATCHES = 8  # times as many for it: few samples lie where its residual does
+TILTED_MINIBATCHES = 8  # times as many for this field: few samples lie where its residual does
 TILTED_AT = 3.0  # at much lower σ no sample sees the difference, at higher ones nothing hinders mixing
 
 
@@ -43,12 +44,12 @@ class Config:
 
     Args:
         sigmas: noise levels; must contain those of Figure 16.
-        batch: samples a minibatch.
+        batch: samples per minibatch.
         minibatches: independent minibatches at each τ.
-        points: chains behind the dots of the top row.
+        points: chains in the top row of Figure 16, each with a dot at its end.
         steps: Langevin steps of those chains.
-        reference_chains: chains of fine steps behind the autocorrelation of r.
-        spacing: of the horizons up to 4; twice that from 4 to 8.
+        reference_chains: chains of fine steps for the autocorrelation of r.
+        spacing: distance of the horizons up to 4; from 4 to 8 it is twice as large.
     """
 
     sigmas: tuple[float, ...] = (0.01, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0, 80.0)
@@ -73,13 +74,13 @@ class Config:
 
     @property
     def taus(self) -> tuple[float, ...]:
-        """The horizons, from 0 to 8."""
+        """Horizons from 0 to 8."""
         near = np.arange(round(CUT / self.spacing)) * self.spacing
         return (*near.tolist(), *(CUT + np.arange(round(CUT / (2 * self.spacing)) + 1) * 2 * self.spacing).tolist())
 
 
 def make_field(name: str, sigma: float) -> Field:
-    """A field at a noise level: untrained ("edm", "zero"), or the score of unequally weighted modes ("tilted")."""
+    """Make a field at a noise level: untrained ("edm", "zero"), or the score of modes of unequal weight ("tilted")."""
     if name == "zero":
         return torch.zeros_like
     if name == "tilted":
@@ -96,7 +97,7 @@ def _tilted_score(x: Tensor, sigma: float) -> Tensor:
 
 
 def measure_curves(run: Run) -> None:
-    """Mean and standard deviation of the loss at every field, estimator, σ and τ; no row on disk is redone."""
+    """Log mean and standard deviation of the loss at every field, estimator, σ and τ; skip rows on disk."""
     config: Config = run.config
     means = triangle_means(RADIUS).to(run.device)
     done = {(row["field"], row["estimator"], row["sigma"], row["tau"]) for row in run.rows("loss")}
@@ -108,10 +109,7 @@ def measure_curves(run: Run) -> None:
         field, estimator, sigma, tau = case
         minibatches = config.minibatches * (TILTED_MINIBATCHES if field == "tilted" else 1)
         losses = loss_at(
-            make_field(field, sigma),
-            means,
-            sigma,
-            tau,
+            AtHorizon(make_field(field, sigma), means, sigma, tau),
             estimator=estimator,
             batch=config.batch,
             minibatches=minibatches,
@@ -131,7 +129,7 @@ def measure_curves(run: Run) -> None:
 
 
 def measure_references(run: Run) -> None:
-    """The autocorrelation of r for Figure 16 and for the tilted field; no row on disk is redone."""
+    """Log the autocorrelation of r for Figure 16 and for the tilted field; skip rows on disk."""
     config: Config = run.config
     done = {(row["field"], row["sigma"], row["tau"]) for row in run.rows("autocorrelation")}
     cases = [*(("edm", sigma) for sigma in SHOWN), ("tilted", TILTED_AT)]
@@ -153,7 +151,7 @@ def measure_references(run: Run) -> None:
 
 
 def measure_crossings(run: Run) -> dict[float, Crossing]:
-    """Chains of Figure 16's top row, and a row with the share that crossed, for every noise level."""
+    """Run the chains of Figure 16's top row, and log the fraction that crossed, for every noise level."""
     config: Config = run.config
     done = {row["sigma"] for row in run.rows("crossing")}
     crossings = {}
@@ -173,7 +171,7 @@ def measure_crossings(run: Run) -> dict[float, Crossing]:
 
 
 class Curves:
-    """The measured curves by field, estimator and σ, and what is read off them."""
+    """Measured curves by field, estimator and σ, and the numbers read from them."""
 
     def __init__(self, run: Run) -> None:
         self.config: Config = run.config
@@ -187,39 +185,39 @@ class Curves:
         self.tau = np.array(self.config.taus)
 
     def loss(self, field: str, estimator: str, sigma: float) -> tuple[Array, Array, Array]:
-        """(τ, mean, standard deviation over minibatches)."""
+        """Return (τ, mean, standard deviation over minibatches)."""
         found = np.array([self._loss[field, estimator, sigma, tau] for tau in self.config.taus])
         return self.tau, found[:, 0], found[:, 1]
 
     def with_error(self, field: str, sigma: float) -> tuple[Array, Array, Array]:
-        """(τ, mean, standard error of the mean) of the cross-chain loss."""
+        """Return (τ, mean, standard error of the mean) of the cross-chain loss."""
         found = np.array([self._loss[field, "cross_chain", sigma, tau] for tau in self.config.taus])
         return self.tau, found[:, 0], found[:, 2]
 
     def reference(self, field: str, sigma: float) -> tuple[Array, Array, Array]:
-        """(τ, mean, standard error) of the autocorrelation of r."""
+        """Return (τ, mean, standard error) of the autocorrelation of r."""
         found = np.array([self._reference[field, sigma, tau] for tau in self.config.taus])
         return self.tau, found[:, 0], found[:, 1]
 
     def fit(self, field: str, sigma: float) -> ExponentialFit:
-        """Of the cross-chain loss over 0.25 ≤ τ ≤ 4."""
+        """Fit the cross-chain loss over 0.25 ≤ τ ≤ 4."""
         return fit_exponential(*self.with_error(field, sigma), FIT_FROM, CUT)
 
     def tail(self, field: str, sigma: float) -> float:
-        """Share of the cross-chain loss beyond τ = 4, of that up to 8."""
+        """Return the fraction of the cross-chain loss up to τ = 8 that lies beyond 4."""
         return share_beyond(self.tau, self.loss(field, "cross_chain", sigma)[1], CUT)
 
     def true_tail(self, field: str, sigma: float) -> float:
-        """The same share of the autocorrelation of r."""
+        """Return that fraction of the autocorrelation of r."""
         return share_beyond(self.tau, self.reference(field, sigma)[1], CUT)
 
     def agreement(self, field: str, sigma: float) -> float:
-        """∫ cross-chain loss dτ / ∫ autocorrelation dτ, both up to τ = 4."""
+        """Compute ∫ cross-chain loss dτ / ∫ autocorrelation dτ, both up to τ = 4."""
         near = self.tau <= CUT
         curves = (self.loss(field, "cross_chain", sigma)[1], self.reference(field, sigma)[1])
         loss, truth = (np.trapezoid(mean[near], self.tau[near]) for mean in curves)
         return float(loss / truth)
 
     def band(self, field: str, estimator: str) -> Array:
-        """Relative band at each noise level."""
+        """Return the relative band at each noise level."""
         return np.array([relative_band(*self.loss(field, estimator, sigma), CUT) for sigma in self.config.sigmas])

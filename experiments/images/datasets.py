@@ -1,4 +1,4 @@
-"""CIFAR-10 and CelebA at 64 × 64 as bytes, from the files their authors publish and from other copies of them."""
+"""CIFAR-10 and CelebA at 64 × 64 as bytes, from the files that their authors publish or from other copies."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from experiments.common.registry import UsageError
 PARTS, SUFFIXES = ("train", "test"), (".png", ".jpg", ".jpeg")
 CELEBA = 202_599
 CELEBA_TRAINING = 162_770  # images 1 to 162770 are the training part of CelebA's list_eval_partition.txt
-CELEBA_CROP = 140  # pixels about the centre of 178 × 218, then scaled to 64
+CELEBA_CROP = 140  # pixels about the center of 178 × 218, then scaled to 64
 
 
 @dataclass(frozen=True)
 class Images:
-    """A data set.
+    """One data set.
 
     Attributes:
         train, test: bytes `[n, 3, size, size]`.
-        source: which files they are from, and what that means for comparisons.
+        source: the files they come from, and what that means for comparisons.
     """
 
     train: Tensor
@@ -41,15 +41,15 @@ class Images:
 
 
 def load(name: str, folders: Iterable[Path] | None = None) -> Images:
-    """A data set by name, from the first of its sources that is there.
+    """Load a data set by name from the first of its sources that exists.
 
     Args:
         name: "cifar10" (several sources, the authors' first), "cifar10_subset" (5438 of its images), "celeba64", or
             "shapes", which is drawn and needs no file.
-        folders: where to look; None for `data_folders()`.
+        folders: folders to search; None for `data_folders()`.
 
     Raises:
-        UsageError: none is there, or its files are damaged; the text says what to put where.
+        UsageError: no source exists, or its files are damaged; the text explains which file to put where.
     """
     if name == "shapes":
         return Images(shapes(1024, seed=0), shapes(256, seed=1), "drawn discs, 16 × 16")
@@ -62,14 +62,14 @@ def load(name: str, folders: Iterable[Path] | None = None) -> Images:
                 try:
                     return read(place)
                 except Exception as error:  # whatever reading a damaged file raises
-                    said = f"{type(error).__name__}: {error}"
-                    raise UsageError(f"{name}: {path} cannot be read ({said})") from error
+                    reason = f"{type(error).__name__}: {error}"
+                    raise UsageError(f"{name}: {path} cannot be read ({reason})") from error
     places = " or ".join(SOURCES[name])
     raise UsageError(f"no files of {name}: put {places} into {Path('data')}/, or into a folder named by {VARIABLE}")
 
 
 class _NumpyOnly(pickle.Unpickler):
-    """CIFAR-10's batches hold text, lists and NumPy arrays; anything else in a pickle could run a program."""
+    """Unpickler for text, lists and NumPy arrays, all that CIFAR-10 needs; any other object could run a program."""
 
     def find_class(self, module: str, name: str) -> Any:
         arrays = module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype")
@@ -83,7 +83,7 @@ def _batch(file: io.BufferedIOBase | io.BytesIO) -> np.ndarray:
 
 
 def _cifar10(open_batch: Callable[[str], Any]) -> Images:
-    parts = []
+    parts: list[np.ndarray] = []
     for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
         with open_batch(name) as file:
             parts.append(_batch(file))
@@ -126,15 +126,15 @@ def _stack(pixels: Iterable[np.ndarray]) -> Tensor:
 
 
 def _class_folders(folder: Path) -> Images:
-    """`train/<class>/*` and `test/<class>/*`."""
+    """Read `train/<class>/*` and `test/<class>/*`."""
     with ThreadPoolExecutor() as pool:
         files = [sorted(f for f in (folder / part).glob("*/*") if f.suffix.lower() in SUFFIXES) for part in PARTS]
-        parts = [_stack(pool.map(_pixels, found)) for found in files]
-    return Images(*parts, f"{len(parts[0])} + {len(parts[1])} image files of {folder.name}")
+        train, test = (_stack(pool.map(_pixels, found)) for found in files)
+    return Images(train, test, f"{len(train)} + {len(test)} image files of {folder.name}")
 
 
 def _jpeg_archive(path: Path) -> Images:
-    """The same layout in a tar file, read in its own order: seeking in a compressed file would unpack it anew."""
+    """Read class folders from a tar file, in file order: seeking in a compressed file would unpack it again."""
     files: dict[str, dict[str, bytes]] = {part: {} for part in PARTS}
     with tarfile.open(path) as archive:
         for member in archive:
@@ -142,11 +142,11 @@ def _jpeg_archive(path: Path) -> Images:
             if member.isfile() and place.suffix.lower() in SUFFIXES and (file := archive.extractfile(member)):
                 files[place.parts[1]][member.name] = file.read()
     with ThreadPoolExecutor() as pool:
-        parts = [
+        train, test = (
             _stack(pool.map(lambda data: _pixels(io.BytesIO(data)), (part[name] for name in sorted(part))))
             for part in files.values()
-        ]
-    return Images(*parts, "CIFAR-10 as JPEG, lossy: numbers are not comparable with those of the original")
+        )
+    return Images(train, test, "CIFAR-10 as JPEG, lossy: numbers are not comparable with those of the original")
 
 
 def _subset(path: Path) -> Images:
@@ -156,25 +156,25 @@ def _subset(path: Path) -> Images:
 
 
 def _celeba64(folder: Path) -> Images:
-    """`img_align_celeba/*.jpg`, decoded once: 2.5 GB of bytes are kept beside the folder for the next time."""
-    kept = folder.with_name("celeba64.npy")
-    if kept.exists():
-        images = np.load(kept)
+    """Read `img_align_celeba/*.jpg`, decoded once: 2.5 GB of bytes are cached beside the folder for later runs."""
+    cache = folder.with_name("celeba64.npy")
+    if cache.exists():
+        images = np.load(cache)
     else:
         files = sorted(folder.glob("*.jpg"))
         if len(files) != CELEBA:
             raise ValueError(f"CelebA has {CELEBA} images, {folder.name} {len(files)}")
         with ThreadPoolExecutor() as pool:
             images = _stack(pool.map(lambda file: _pixels(file, CELEBA_CROP, 64), files)).numpy()
-        part = kept.with_suffix(".part")
+        part = cache.with_suffix(".part")
         try:
             with part.open("wb") as file:
                 np.save(file, images)
-            part.replace(kept)
-        except OSError as error:  # a folder of others: then the next time decodes again
-            print(f"note: {kept.name} cannot be kept ({error.strerror})", file=sys.stderr)
+            part.replace(cache)
+        except OSError as error:  # a read-only folder: the next run decodes again
+            print(f"note: {cache.name} cannot be kept ({error.strerror})", file=sys.stderr)
     both = torch.from_numpy(images)
-    return Images(both[:CELEBA_TRAINING], both[CELEBA_TRAINING:], "CelebA, aligned, centre cropped, 64 × 64")
+    return Images(both[:CELEBA_TRAINING], both[CELEBA_TRAINING:], "CelebA, aligned, center cropped, 64 × 64")
 
 
 SOURCES: dict[str, dict[str, Callable[[Path], Images]]] = {
@@ -193,21 +193,21 @@ SOURCES: dict[str, dict[str, Callable[[Path], Images]]] = {
 
 
 def shapes(count: int, seed: int, size: int = 16) -> Tensor:
-    """Images of one disc each, its place, radius, colour and background random: bytes `[count, 3, size, size]`."""
+    """Images of one disc each with random place, radius, color and background: bytes `[count, 3, size, size]`."""
     generator = torch.Generator().manual_seed(seed)
     place = size * (0.25 + 0.5 * torch.rand(count, 2, 1, 1, generator=generator))
     radius = size * (0.1 + 0.15 * torch.rand(count, 1, 1, generator=generator))
-    colours = torch.rand(2, count, 3, 1, 1, generator=generator)
+    colors = torch.rand(2, count, 3, 1, 1, generator=generator)
     across = torch.arange(size) + 0.5
     distance = torch.hypot(across[:, None] - place[:, 0], across[None] - place[:, 1])
     inside = (radius - distance + 0.5).clamp(0, 1)[:, None]
-    return (255 * (inside * colours[0] + (1 - inside) * colours[1])).round().to(torch.uint8)
+    return (255 * (inside * colors[0] + (1 - inside) * colors[1])).round().to(torch.uint8)
 
 
 class Flipped:
-    """Bytes as numbers in [-1, 1], each sample mirrored left to right with probability ½ if `flips`.
+    """Images as numbers in [-1, 1], each sample mirrored left to right with probability ½ if `flips`.
 
-    The coin is torch's generator, which `fluxmatching.Trainer` seeds anew in every iteration.
+    Mirroring draws from torch's generator, which `fluxmatching.Trainer` seeds in every iteration.
     """
 
     def __init__(self, images: Tensor, flips: bool, device: torch.device) -> None:
@@ -230,10 +230,10 @@ def to_numbers(images: Tensor) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """The nearest bytes, what is out of range clipped.
+    """Round to the nearest bytes; clip values out of range.
 
     Raises:
-        ValueError: x is not finite, which would become arbitrary bytes.
+        ValueError: x is not finite; it would become arbitrary bytes.
     """
     if not x.isfinite().all():
         raise ValueError("to_bytes: x must be finite; the field or the sampler diverged")

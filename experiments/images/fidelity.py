@@ -1,4 +1,4 @@
-"""FID and Inception score by torch-fidelity, where it is installed and the Inception network's weights can be had."""
+"""FID and Inception score by torch-fidelity, if it is installed and the Inception network's weights are available."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ADVICE = "set fid=false, and the distance on random convolutions remains"
 
 
 def check(weights: str) -> None:
-    """Raise UsageError, saying what to do, if torch-fidelity or the network's weights cannot be had; downloads them."""
+    """Download the weights if needed; raise UsageError with advice if they or torch-fidelity are not available."""
     _load()
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -31,12 +31,12 @@ def check(weights: str) -> None:
 
 
 def fid_and_inception_score(samples: Tensor, real: Tensor, weights: str, device: torch.device) -> tuple[float, float]:
-    """FID of samples against real images, and the samples' Inception score, by the usual TensorFlow Inception network.
+    """FID of samples against real images, and their Inception score, by the usual TensorFlow Inception network.
 
     Args:
         samples, real: bytes `[n, 3, size, size]`.
         weights: file of torch-fidelity's `weights-inception-2015-12-05`; empty takes the download of `check`.
-        device: where the network runs.
+        device: device of the network.
     """
     found = _load()(
         input1=_Pictures(samples),
@@ -53,7 +53,7 @@ def fid_and_inception_score(samples: Tensor, real: Tensor, weights: str, device:
 
 
 class _Pictures(TensorDataset):
-    """Each item a tensor, where TensorDataset gives a tuple of one."""
+    """Images as tensors; a TensorDataset alone would return tuples of one."""
 
     def __getitem__(self, index: int) -> Any:
         return super().__getitem__(index)[0]

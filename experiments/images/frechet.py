@@ -1,4 +1,4 @@
-"""A Fréchet distance on fixed random convolutions: always available, not the FID and not comparable with it."""
+"""Fréchet distance on fixed random convolutions: always available; not the FID and not comparable with it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ SCALES = 3  # the image, half and a quarter of its size
 
 
 def random_convolutions(images: Tensor, batch: int = 500) -> Tensor:
-    """Features of images without any training, 384 numbers an image: the extractor "random convolutions".
+    """Untrained features, 384 numbers per image: the extractor "random convolutions".
 
-    At each of three scales, an image is averaged over 2 × 2 pixels zero, one or two times, goes through two 3 × 3
+    At each of three scales the image is halved zero, one or two times by averaging 2 × 2 pixels, goes through two 3 × 3
     convolutions of 32 channels with ReLU, and is averaged over its four quadrants. The weights are normal numbers of
-    variance 2/(inputs) made by Philox from seeds 0 and 1, so they are the same everywhere. Untrained features tell
-    textures, colours and coarse layout apart and know nothing of objects (Naeem et al. 2020 use random networks so).
+    variance 2/(inputs) from Philox with seeds 0 and 1, so they are the same on every machine. Untrained features detect
+    textures, colors and coarse layout, but not objects (Naeem et al. 2020 use random networks in this way).
 
     Args:
         images: numbers in [-1, 1], `[n, 3, height, width]`, height and width at least 8.
-        batch: images at once.
+        batch: number of images per pass.
 
     Returns:
         `[n, 384]`, float64, on the CPU.
@@ -50,10 +50,10 @@ def _weights(step: int, inputs: int, device: torch.device) -> Tensor:
 
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """|μ_x - μ_y|² + tr(C_x + C_y - 2 (C_x C_y)^½), W2² between the Gaussians of two samples' means and covariances.
+    """W2² between the Gaussians fitted to two samples, |μ_x - μ_y|² + tr(C_x + C_y - 2 (C_x C_y)^½).
 
     Args:
-        x, y: features, `[n, D]` and `[m, D]`. From few samples it comes out too large, so compare equal numbers.
+        x, y: features, `[n, D]` and `[m, D]`. Few samples give too large a value, so compare equal numbers of them.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"frechet_distance: x and y must have at least 2 samples, got {len(x)} and {len(y)}")

@@ -1,4 +1,4 @@
-"""Samples and likelihoods of a trained field, a batch at a time so that a long run resumes."""
+"""Samples and likelihoods of a trained field, one batch at a time so that a long run can resume."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from experiments.common.run import Run
 from experiments.common.sampling import on_device
 from experiments.images.datasets import to_bytes, to_numbers
 from experiments.images.training import start_noise
-from fluxmatching import bits_per_dim, edm_heun, edm_sigma_grid, log_likelihood, probability_flow
+from fluxmatching import ODESolver, bits_per_dim, edm_heun, karras_schedule, log_likelihood, probability_flow
 
 BATCH = 250
-LEVEL = 2 / 255  # distance of neighbouring bytes in the units of the images
+LEVEL = 2 / 255  # distance of neighboring bytes in the units of the images
 
 
 def sample(
@@ -29,18 +29,22 @@ def sample(
     keep: Path | None = None,
     clock: Clock | None = None,
 ) -> Tensor:
-    """Bytes `[count, *shape]`, by the preset's sampler, from the same noise for every field; see `in_batches`."""
+    """Draw bytes `[count, *shape]` with the preset's sampler, from the same noise for every field; see `in_batches`."""
     config = run.config
 
     def draw(start: Tensor, batch: int) -> Tensor:
         if config.sampling_steps:
-            return edm_heun(field, start, edm_sigma_grid(config.sampling_steps, config.sigma_min, config.sigma_max))
+            return edm_heun(field, start, karras_schedule(config.sampling_steps, config.sigma_min, config.sigma_max))
         return probability_flow(
-            field, start, sigma_min=config.sigma_min, sigma_max=config.sigma_max,
-            rtol=config.tolerance, atol=config.tolerance,
-        )  # fmt: skip
+            field, start, sigma_min=config.sigma_min, sigma_max=config.sigma_max, solver=solver(run)
+        )
 
     return in_batches(run, draw, count, shape, desc, keep=keep, clock=clock)
+
+
+def solver(run: Run) -> ODESolver:
+    """Adaptive Heun at the preset's tolerance."""
+    return ODESolver(rtol=run.config.tolerance, atol=run.config.tolerance)
 
 
 def in_batches(
@@ -53,7 +57,7 @@ def in_batches(
     keep: Path | None = None,
     clock: Clock | None = None,
 ) -> Tensor:
-    """Bytes `[count, *shape]` of what a sampler makes of the noise it is given.
+    """Run a sampler on batches of start noise; returns bytes `[count, *shape]`.
 
     Args:
         draw: (noise, number of the batch) -> samples.
@@ -78,7 +82,7 @@ def in_batches(
 
 
 def likelihood(run: Run, field: nn.Module, objective: str, test: Tensor, clock: Clock) -> float:
-    """Mean bits a dimension of images with uniform noise of one level; logs a row a batch."""
+    """Mean bits per dimension of images with uniform noise of one level; logs one row per batch."""
     config = run.config
     batches = test.split(config.batch)
     done = {row["batch"] for row in run.rows("likelihood") if row["objective"] == objective}
@@ -91,9 +95,13 @@ def likelihood(run: Run, field: nn.Module, objective: str, test: Tensor, clock: 
         x = x + LEVEL * (torch.rand(x.shape, generator=generator) - 0.5)
         probe = on_device(generator, run.device)
         found = log_likelihood(
-            field, x.to(run.device), sigma_min=config.sigma_min, sigma_max=config.sigma_max, generator=probe,
-            rtol=config.tolerance, atol=config.tolerance,
-        )  # fmt: skip
+            field,
+            x.to(run.device),
+            sigma_min=config.sigma_min,
+            sigma_max=config.sigma_max,
+            generator=probe,
+            solver=solver(run),
+        )
         bits = bits_per_dim(found, x[0].numel(), LEVEL)
         run.log(kind="likelihood", objective=objective, batch=batch, bits=bits.sum())
     return sum(row["bits"] for row in run.rows("likelihood") if row["objective"] == objective) / len(test)

@@ -1,4 +1,4 @@
-"""Training by turns: every objective up to a stage, then samples of each are judged; the best models are kept."""
+"""Training in turns: every objective up to a stage, then samples of each are evaluated; the best models are kept."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from experiments.common.objectives import stages
 from experiments.common.registry import Paused
 from experiments.common.run import Run
 from experiments.images import fidelity, figures
+from experiments.images.config import SHOWN
 from experiments.images.datasets import Images, to_numbers
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.sampling import sample
 from experiments.images.training import averaged_field, folder, make_trainer
 from fluxmatching import Trainer
 
-SHOWN = 64
-
 
 def train(run: Run, objectives: Sequence[str], images: Images, clock: Clock) -> None:
-    """Train all objectives through all stages, judging samples of the moving averages at each.
+    """Train all objectives through all stages, and evaluate samples of the moving averages at each stage.
 
     Raises:
         Paused: the time is up.
@@ -37,7 +36,7 @@ def train(run: Run, objectives: Sequence[str], images: Images, clock: Clock) -> 
             continue
         trainers = {o: make_trainer(run, o, images, iterations=target, folder=folder(run, o)) for o in objectives}
         for turn, trainer in enumerate(trainers.values()):
-            if trainer.iteration < target:  # an equal share of the time to those that come
+            if trainer.iteration < target:  # share the remaining time equally among the remaining objectives
                 trainer.run(clock.left / (len(objectives) - turn))
         if any(trainer.iteration < target for trainer in trainers.values()):
             reached = ", ".join(f"{o} at iteration {t.iteration}" for o, t in trainers.items())
@@ -50,7 +49,7 @@ def train(run: Run, objectives: Sequence[str], images: Images, clock: Clock) -> 
 
 
 def evaluate(run: Run, objective: str, trainer: Trainer, images: Images, real: Tensor, stage: int) -> None:
-    """Log the distances of some samples to the features `real` (row "progress"), and keep the best model so far."""
+    """Log the distances of samples to the features `real` (row "progress"), and keep the best model so far."""
     config, field = run.config, averaged_field(trainer)
     shape, name = tuple(images.train.shape[1:]), f"{objective}: samples at {trainer.iteration}"
     found = sample(run, field, config.evaluation_samples, shape, name)
@@ -75,29 +74,29 @@ def evaluate(run: Run, objective: str, trainer: Trainer, images: Images, real: T
 
 
 def best_field(run: Run, objective: str, images: Images) -> nn.Module:
-    """The field whose samples were the best."""
+    """Load the field with the best samples."""
     field = averaged_field(make_trainer(run, objective, images, iterations=1))
     field.load_state_dict(torch.load(best_file(run, objective), map_location=run.device, weights_only=True))
     return field
 
 
 def best_file(run: Run, objective: str) -> Path:
-    """Where its weights are."""
+    """File of the best field's weights."""
     return folder(run, objective) / "best.pt"
 
 
 def choice(run: Run, total: int, count: int) -> Tensor:
-    """Which images stand for a data set, often sorted by class: the same in every part of a run."""
+    """Random indices of images that represent a data set, which may be sorted by class; fixed during a run."""
     return torch.randperm(total, generator=run.generator("choice", total))[:count]
 
 
 def reference(run: Run, images: Images, count: int) -> Tensor:
-    """Features of as many training images as there are samples."""
+    """Features of `count` training images, for comparison with as many samples."""
     return random_convolutions(to_numbers(images.train[choice(run, len(images.train), count)]))
 
 
 def log_floor(run: Run, images: Images, count: int) -> None:
-    """The distance of held-out real images, what a perfect model would have, and that of noise with their moments."""
+    """Log the distance of held-out real images, the value of a perfect model, and that of noise with their moments."""
     if any(row["samples"] == count for row in run.rows("floor")):
         return
     held_out = to_numbers(images.test[choice(run, len(images.test), count)])
@@ -109,12 +108,12 @@ def log_floor(run: Run, images: Images, count: int) -> None:
 
 
 def floor(run: Run, count: int) -> dict[str, float]:
-    """The row of `log_floor`."""
+    """The row that `log_floor` wrote."""
     return next(row for row in run.rows("floor") if row["samples"] == count)
 
 
 def draw(run: Run, objectives: Sequence[str]) -> None:
-    """The figures that grow with the training."""
+    """Draw the figures that grow during training."""
     rows = run.rows("progress")
     by_objective = {o: [row for row in rows if row["objective"] == o] for o in objectives}
     curves = {o: [(row["iteration"], row["distance"]) for row in found] for o, found in by_objective.items()}

@@ -1,4 +1,4 @@
-"""The two fields, Flux Matching's and score matching's, with the same network, data and noise levels."""
+"""Training of both fields, by Flux Matching and by score matching, with the same network, data and noise levels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGMA_DATA = 0.5  # EDM's setting; the deviation of CIFAR-10 in [-1, 1] is 0.50
 
 
 def network(run: Run, size: int) -> UNet:
-    """Table 3, or what the preset makes of it."""
+    """UNet of Table 3 with the preset's sizes."""
     config = run.config
     try:
         return UNet(
@@ -37,7 +37,7 @@ def network(run: Run, size: int) -> UNet:
 def make_trainer(
     run: Run, objective: str, images: Images, *, iterations: int, backend: str | None = None, folder: Path | None = None
 ) -> Trainer:
-    """One that stops at `iterations`. Both objectives share initial weights, minibatches and noise levels."""
+    """A trainer that stops at `iterations`. Both objectives share initial weights, minibatches and noise levels."""
     config = run.config
     if len(images.train) < config.batch:
         raise UsageError(f"batch must be at most the {len(images.train)} training images, got {config.batch}")
@@ -57,18 +57,16 @@ def make_trainer(
 
 
 def folder(run: Run, objective: str) -> Path:
-    """Of a model's checkpoints, and of what is kept of its samples."""
+    """Folder of a model's checkpoints and of its kept samples."""
     return run.out / "models" / objective
 
 
 def averaged_field(trainer: Trainer) -> nn.Module:
-    """The moving average of the field, without dropout."""
-    field = trainer.average.module["field"]
-    assert isinstance(field, nn.Module)
-    return field.eval()
+    """The moving average of the field, with dropout off."""
+    return trainer.average.module.get_submodule("field").eval()
 
 
 def start_noise(run: Run, count: int, shape: tuple[int, ...], batch: int) -> Tensor:
-    """Where the samples of a batch start: N(0, σ_max² I), the same for all objectives and stages."""
+    """Start of the samples of a batch: N(0, σ_max² I), the same for all objectives and stages."""
     generator = run.generator("start", batch)
     return run.config.sigma_max * torch.randn(count, *shape, generator=generator).to(run.device)

@@ -1,4 +1,4 @@
-"""The five data sets by name: where their files are, what is known about their cells, and the paper's numbers."""
+"""The data sets by name: their files, known facts about their cells, and the paper's numbers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Dataset:
     """One data set.
 
     Attributes:
-        file: below the data folder.
-        source: where the file is from, for a reader who has to fetch it.
-        loader: name in `scvelo.datasets`, which downloads; None where there is none.
-        clusters: column of obs.
+        file: path below the data folder.
+        source: origin of the file, for a user who has to fetch it.
+        loader: name of the download function in `scvelo.datasets`; None if there is none.
+        clusters: column of obs with the clusters.
         edges: known transitions between clusters.
         paper: (CBC, consistency) in the paper's Figure 5, by method.
-        preselected: whether the file holds chosen genes only.
-        fitted: whether the file holds moments and velocities of scVelo's dynamical model already, a reference.
+        preselected: whether the file holds selected genes only.
+        fitted: whether the file already holds moments and velocities of scVelo's dynamical model, as a reference.
     """
 
     file: str
@@ -122,14 +122,14 @@ DATASETS = {
 
 
 def load(name: str, download: Callable[[str], AnnData] | None = None) -> AnnData:
-    """Raw counts of a data set, from its file or else from scVelo's loader.
+    """Load raw counts of a data set from its file, or else through scVelo's loader.
 
     Args:
-        name: of a data set.
-        download: takes a loader's name; None for scVelo's.
+        name: name of a data set.
+        download: function of a loader's name; None for scVelo's.
 
     Raises:
-        UsageError: there is no file and nothing to download; the text says what to put where.
+        UsageError: there is no file and nothing to download; the text explains which file to put where.
     """
     import anndata
 
@@ -156,30 +156,30 @@ def _scvelo(loader: str) -> AnnData:
 
 
 def preprocess(adata: AnnData, dataset: Dataset, genes: int, seed: int) -> None:
-    """The paper's pipeline (B.2), in place: selection, normalisation, neighbours, moments; an embedding if it has none.
+    """Apply the paper's pipeline (B.2) in place: selection, normalization, neighbors, moments; an embedding if missing.
 
-    A file of chosen genes keeps them all, those with few counts too: somebody chose them by a rule of their own.
+    A file of selected genes keeps all of them, even those with few counts: its authors had their own rule.
     """
     import scanpy as sc
     import scvelo as scv
 
-    chosen = dataset.preselected and adata.n_vars <= genes  # the download has all genes, whatever a file has
+    chosen = dataset.preselected and adata.n_vars <= genes  # unlike a file, the download has all genes
     sc.pp.filter_cells(adata, min_counts=1)
     scv.pp.filter_and_normalize(adata, min_shared_counts=None if chosen else 20)
-    # scVelo did this in that function up to 0.2; gene selection and neighbours suppose it.
+    # scVelo up to 0.2 did this in `filter_and_normalize`; gene selection and neighbors expect it.
     sc.pp.log1p(adata)
     if adata.n_vars > genes:
         sc.pp.highly_variable_genes(adata, n_top_genes=genes, flavor="seurat", subset=True)
     sc.pp.pca(adata, n_comps=min(50, adata.n_vars - 1, adata.n_obs - 1), random_state=seed)
-    neighbours = {"n_pcs": min(30, adata.obsm["X_pca"].shape[1]), "n_neighbors": min(30, adata.n_obs // 2)}
-    sc.pp.neighbors(adata, **neighbours, random_state=seed)
+    neighbors = {"n_pcs": min(30, adata.obsm["X_pca"].shape[1]), "n_neighbors": min(30, adata.n_obs // 2)}
+    sc.pp.neighbors(adata, **neighbors, random_state=seed)
     scv.pp.moments(adata, n_neighbors=None, n_pcs=None)
     if "X_umap" not in adata.obsm:
         sc.tl.umap(adata, random_state=seed)
 
 
 def subsample(adata: AnnData, cells: int, seed: int) -> AnnData:
-    """At most so many cells, chosen at random."""
+    """Choose at most `cells` cells at random; keep their order."""
     if adata.n_obs <= cells:
         return adata
     chosen = np.sort(np.random.default_rng(seed).choice(adata.n_obs, cells, replace=False))

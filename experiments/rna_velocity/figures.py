@@ -1,4 +1,4 @@
-"""Streams on the embedding, phase portraits with the fitted field, and the metrics beside the paper's."""
+"""Figures: streams on the embedding, phase portraits with the fitted field, and the metrics beside the paper's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def draw_stream(path: Path, adata: AnnData, clusters: str, title: str) -> None:
-    """scVelo's stream plot of `layers["velocity"]` on the embedding."""
+    """Draw scVelo's stream plot of `layers["velocity"]` on the embedding."""
     import scvelo as scv
 
     fig, axes = style.new_figure(5.0, 4.4)
@@ -24,13 +24,13 @@ def draw_stream(path: Path, adata: AnnData, clusters: str, title: str) -> None:
 
 
 def draw_portraits(path: Path, adata: AnnData, genes: Sequence[str], clusters: str) -> None:
-    """Spliced against unspliced abundance of single genes, coloured by cluster, with the fitted field as streams.
+    """Draw unspliced against spliced abundance of single genes, colored by cluster, with the fitted field as streams.
 
     Args:
-        path: where to save.
-        adata: as `flux_velocity` leaves it.
-        genes: names.
-        clusters: column of obs.
+        path: file of the figure.
+        adata: data after `flux_velocity`.
+        genes: names of genes.
+        clusters: column of obs with the clusters.
     """
     labels = np.asarray(adata.obs[clusters]).astype(str)
     names = sorted(set(labels))
@@ -64,7 +64,7 @@ def draw_portraits(path: Path, adata: AnnData, genes: Sequence[str], clusters: s
 
 
 def draw_metrics(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
-    """A panel a metric, a row of points a method: its seeds, and the paper's number as a lone one."""
+    """Draw one panel per metric and one row of points per method: its seeds, or the paper's number."""
     rows = -(-len(values) // 2)
     fig, axes = style.new_figure(9.0, 2.0 * rows, rows, 2, squeeze=False)
     for panel in axes.flat[len(values) :]:
@@ -78,7 +78,7 @@ def draw_metrics(path: Path, values: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def draw_against_noise(path: Path, panels: Mapping[str, Mapping[str, Mapping[float, Sequence[float]]]]) -> None:
-    """A panel a metric, three in a row, a line a method: mean and standard deviation over seeds against the noise."""
+    """Draw mean and standard deviation over seeds against the noise: one panel per metric, one line per method."""
     rows = len(panels) // 3
     fig, axes = style.new_figure(9.0, 2.4 * rows, rows, 3)
     for panel, (title, by_method) in zip(axes.flat, panels.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Velocities by Flux Matching and by scVelo, each judged and drawn the same way."""
+"""Velocities by Flux Matching and by scVelo, all evaluated in the same way."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import numpy as np
 
 from experiments.common.run import Run
 from experiments.rna_velocity.datasets import Dataset
-from fluxmatching.velocity import CIRCULATING, flux_velocity
-from fluxmatching.velocity_metrics import (
+from fluxmatching.velocity import (
     CrossBoundaryCorrectness,
+    VelocityOptions,
     cross_boundary_correctness,
+    flux_velocity,
     velocity_consistency,
 )
 
@@ -45,25 +46,23 @@ def fit(run: Run, adata: AnnData, method: str, seed: int) -> float:
 
 
 def fit_flux(run: Run, adata: AnnData, method: str, seed: int) -> None:
+    """Fit by one of `FLUX_METHODS`, with the settings of the run."""
     config = run.config
-    if "circulating" in method:
-        settings = {**CIRCULATING, "iterations": config.circulating_iterations}
+    changes: dict[str, Any] = {"batch_size": config.batch, "seed": seed}
+    changes |= {"device": run.device, "backend": run.backend, "progress": run.progress}
+    if method in (CIRCULATING_FLUX, CIRCULATING_UNTRAINED):
+        preset = "circulating"
+        changes["iterations"] = config.circulating_iterations
     else:
-        settings = {"passes": config.passes, "sigma2": config.sigma2, "lr": config.learning_rate}
-    if "untrained" in method:
-        settings["iterations"] = 0
-    flux_velocity(
-        adata,
-        batch_size=config.batch,
-        seed=seed,
-        device=run.device,
-        backend=run.backend,
-        progress=run.progress,
-        **settings,
-    )
+        preset = "paper"
+        changes |= {"epochs": config.epochs, "sigma": config.sigma, "lr": config.learning_rate}
+    if method in (UNTRAINED, CIRCULATING_UNTRAINED):
+        changes["iterations"] = 0
+    flux_velocity(adata, options=VelocityOptions.from_preset(preset, **changes))
 
 
 def fit_scvelo(adata: AnnData, mode: str) -> None:
+    """Fit by a model of scVelo: "stochastic", "dynamical" or "deterministic"."""
     import scvelo as scv
 
     with quiet():
@@ -73,14 +72,14 @@ def fit_scvelo(adata: AnnData, mode: str) -> None:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What is said of one fit.
+class Judgment:
+    """Metrics of one fit.
 
     Attributes:
-        correctness: by projection, of `PROJECTIONS`.
+        correctness: cross-boundary correctness for each of `PROJECTIONS`.
         consistency: mean over cells.
         genes: number of genes that the method kept.
-        agreement: with the velocities stored in the file, if there are any: mean over genes of the cosine.
+        agreement: mean over genes of the cosine with the velocities stored in the file, if it has any.
     """
 
     correctness: dict[str, CrossBoundaryCorrectness]
@@ -89,16 +88,16 @@ class Judgement:
     agreement: float | None
 
 
-def judge(adata: AnnData, dataset: Dataset) -> Judgement:
+def judge(adata: AnnData, dataset: Dataset) -> Judgment:
     """Project the velocities on the embedding and measure them.
 
     scVelo's `velocity_graph` compares velocities with differences of cells, either as they are or after sign(x) √|x|.
-    By default it takes roots for its stochastic mode alone. Here every method is judged both ways; what `adata` keeps
-    is the projection by roots.
+    By default it takes roots for its stochastic mode only. Here every method is evaluated both ways; `adata` keeps the
+    projection by roots.
     """
     import scvelo as scv
 
-    present = set(adata.obs[dataset.clusters].astype(str))  # few cells need not be of all clusters
+    present = set(adata.obs[dataset.clusters].astype(str))  # a small sample may lack some clusters
     edges = [edge for edge in dataset.edges if present.issuperset(edge)]
     found: dict[str, CrossBoundaryCorrectness] = {}
     for projection in PROJECTIONS:
@@ -106,7 +105,7 @@ def judge(adata: AnnData, dataset: Dataset) -> Judgement:
             scv.tl.velocity_graph(adata, n_jobs=1, show_progress_bar=False, sqrt_transform=projection == "root")
             scv.tl.velocity_embedding(adata, basis="umap")
         found[projection] = cross_boundary_correctness(adata, edges, cluster_key=dataset.clusters)
-    return Judgement(
+    return Judgment(
         found,
         float(velocity_consistency(adata).mean()),
         int(kept_genes(adata).sum()),
@@ -122,7 +121,7 @@ def agreement(adata: AnnData) -> float:
 
 
 def kept_genes(adata: AnnData) -> np.ndarray:
-    """Genes that a method keeps for what follows; scVelo says nothing where it keeps all."""
+    """Mask of the genes that a method keeps for later steps; scVelo writes no mask if it keeps all."""
     if "velocity_genes" in adata.var:
         return adata.var["velocity_genes"].to_numpy(dtype=bool)
     return np.ones(adata.n_vars, dtype=bool)
@@ -134,8 +133,8 @@ def gene_cosines(velocity: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return (velocity * truth).sum(0) / np.maximum(norms, 1e-30)
 
 
-def log(run: Run, judged: Judgement, known: dict[str, Any], seconds: float) -> None:
-    """A row for each edge, and one for the fit, which marks it as done."""
+def log(run: Run, judged: Judgment, known: dict[str, Any], seconds: float) -> None:
+    """Log one row per edge, and one for the fit, which marks it as done."""
     logged = {row["edge"] for row in run.rows("edge") if known.items() <= row.items()}
     for (source, target), cells in judged.correctness["plain"].cells.items():
         edge = f"{source} → {target}"
@@ -156,14 +155,14 @@ def log(run: Run, judged: Judgement, known: dict[str, Any], seconds: float) -> N
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the prints and warnings of scVelo and its libraries, which are many and the same every time."""
+    """Silence the prints and warnings of scVelo and its libraries: they are many and repeat at every call."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
 def versions() -> dict[str, Any]:
-    """Of the libraries that decide on the result beside our own."""
+    """Versions of the libraries, besides our own, that affect the result."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("scvelo", "scanpy", "anndata", "numpy", "pandas")}

@@ -1,4 +1,4 @@
-"""Real cells: every method fits a data set, is judged, drawn, and put beside the paper's numbers."""
+"""Real cells: every method fits a data set, is evaluated, drawn, and compared with the paper's numbers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.common.run import Figure, Result, Run, spread
+from experiments.common.results import Figure, Result, spread
+from experiments.common.run import Run
 from experiments.rna_velocity import figures, fits
 from experiments.rna_velocity.datasets import DATASETS, load, preprocess, subsample
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# Genes with a known course in the pancreas; other data sets show those that vary most.
+# Genes with a known course in the pancreas; other data sets show the genes that vary most.
 PORTRAITS = ("Cpe", "Nnat", "Sulf2", "Top2a", "Pyy", "Gnas")
 COLUMNS = {
     f"CBC, mean over {what}, {title}": f"over_{what}_{key}"
@@ -31,7 +32,7 @@ def methods(run: Run, name: str) -> list[str]:
 
 
 def fit_all(run: Run, name: str) -> None:
-    """What is not yet in the run's rows is fitted, judged, drawn and logged."""
+    """Fit, evaluate, draw and log the methods that are not yet in the run's rows."""
     dataset = DATASETS[name]
     several = (fits.FLUX, fits.CIRCULATING_FLUX)
     planned = [(m, seed) for m in methods(run, name) for seed in range(run.config.seeds if m in several else 1)]
@@ -72,7 +73,7 @@ def portraits(run: Run, name: str, method: str) -> Path:
 
 
 def genes_to_show(adata: AnnData) -> list[str]:
-    """Six genes: those with a known course if they are there, else those whose moments vary most."""
+    """Names of six genes: those with a known course if present, then those whose moments vary most."""
     known = [gene for gene in PORTRAITS if gene in adata.var_names]
     spread = np.asarray(adata.layers["Ms"]).std(0) * np.asarray(adata.layers["Mu"]).std(0)
     others = [gene for gene in adata.var_names[np.argsort(-spread)] if gene not in known]
@@ -80,7 +81,7 @@ def genes_to_show(adata: AnnData) -> list[str]:
 
 
 def shown(run: Run, name: str) -> list[Figure]:
-    """All figures of a data set, the metrics drawn anew."""
+    """All figures of a data set; the figure of the metrics is drawn again."""
     metrics = run.figure(f"{name}-metrics")
     paper = {} if DATASETS[name].fitted else DATASETS[name].paper
     panels: dict[str, dict[str, Sequence[float]]] = {}
@@ -88,11 +89,11 @@ def shown(run: Run, name: str) -> list[Figure]:
         panels[title] = {
             method: run.by_seed("fit", column, dataset=name, method=method) for method in methods(run, name)
         }
-        panels[title] |= {f"paper: {method}": [said[column == "consistency"]] for method, said in paper.items()}
+        panels[title] |= {f"paper: {method}": [pair[column == "consistency"]] for method, pair in paper.items()}
     figures.draw_metrics(metrics, panels)
     return [
         Figure(
-            metrics, f"{name}: the metrics; a point a seed, and the paper's numbers in every panel of their metric."
+            metrics, f"{name}: the metrics; one point per seed, and the paper's numbers in every panel of their metric."
         ),
         *(Figure(stream(run, name, m), f"{name}: velocities by {m} on the embedding.") for m in methods(run, name)),
         *(
@@ -103,7 +104,7 @@ def shown(run: Run, name: str) -> list[Figure]:
 
 
 def results(run: Run, name: str) -> list[Result]:
-    """The table: a line for each method and metric that the paper gives."""
+    """Lines of the summary: one for each method and metric of the paper."""
     lines: list[Result] = []
     for method in methods(run, name):
         paper = DATASETS[name].paper.get(method)
@@ -115,16 +116,18 @@ def results(run: Run, name: str) -> list[Result]:
                 f"{name}, {method}: CBC over cells / over edges; by square roots",
                 f"{spread(values['over_cells_plain'])} / {spread(values['over_edges_plain'])}; "
                 f"{spread(values['over_cells_root'])} / {spread(values['over_edges_root'])}",
-                "–" if paper is None else f"{paper[0]} (which of these, it does not say)",
+                "–" if paper is None else f"{paper[0]} (the paper does not specify which)",
             )
         )
-        asked = method == fits.FLUX and paper is not None
+        checked = method == fits.FLUX and paper is not None
         lines.append(
             Result(
                 f"{name}, {method}: consistency; time of a fit",
                 f"{spread(values['consistency'])}; {statistics.median(values['seconds']):.0f} s",
-                "–" if paper is None else f"{paper[1]}{' (criterion: at least that, to two digits)' if asked else ''}",
-                round(statistics.mean(values["consistency"]), 2) >= round(paper[1], 2) if asked and paper else None,
+                "–"
+                if paper is None
+                else f"{paper[1]}{' (criterion: at least that, to two digits)' if checked else ''}",
+                round(statistics.mean(values["consistency"]), 2) >= round(paper[1], 2) if checked and paper else None,
             )
         )
         if DATASETS[name].fitted:
@@ -132,7 +135,7 @@ def results(run: Run, name: str) -> list[Result]:
                 Result(
                     f"{name}, {method}: cosine with the stored velocities, mean over genes",
                     spread(run.by_seed("fit", "agreement", dataset=name, method=method)),
-                    "1 if they were the same",
+                    "1 if identical",
                 )
             )
     return lines

@@ -1,4 +1,4 @@
-"""Simulated cells, whose velocities and rates are known: how near does each method come?"""
+"""Simulated cells with known velocities and rates, and the errors of every method on them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments.common.run import Figure, Result, Run, spread
+from experiments.common.results import Figure, Result, spread
+from experiments.common.run import Run
 from experiments.rna_velocity import figures, fits
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-DURATION = 25.0  # of the simulated course, in units in which rates are near 0.5
-# When a gene is switched off, as shares of the course: early enough for cells to decay again, or not.
+DURATION = 25.0  # length of the simulated course, in units in which rates are near 0.5
+# Time at which a gene is switched off, as a fraction of the course: early enough for cells to decay again, or not.
 COURSES = {"complete": (0.2, 0.6), "cut short": (0.6, 1.0)}
 METRICS = ("cosine", "cosine_kept", "sign", "ratio_error")
 DRAWN = {"cosine": "cosine with the truth", "sign": "share of right signs", "ratio_error": "error of γ/β (|log|)"}
@@ -23,7 +24,7 @@ DRAWN = {"cosine": "cosine with the truth", "sign": "share of right signs", "rat
 def kinetics(
     time: np.ndarray, alpha: float, beta: float, gamma: float, start: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[np.ndarray, np.ndarray]:
-    """u and s after `time` with constant rates, β ≠ γ: the solution of du/dt = α - β u, ds/dt = β u - γ s."""
+    """u and s after `time` with constant rates and β ≠ γ: the solution of du/dt = α - β u, ds/dt = β u - γ s."""
     u0, s0 = start
     by_splicing, by_degradation = np.exp(-beta * time), np.exp(-gamma * time)
     unspliced = alpha / beta + (u0 - alpha / beta) * by_splicing
@@ -33,10 +34,10 @@ def kinetics(
 
 
 def simulate(seed: int, noise: float, course: str, cells: int, genes: int) -> AnnData:
-    """Cells by `scvelo.datasets.simulation`, their moments, and the truth: `layers["true_velocity"]`, `var["true_*"]`.
+    """Simulate cells by scVelo, with their moments and the truth in `layers["true_velocity"]` and `var["true_*"]`.
 
-    Rates are log-normal; the noise is normal, its standard deviation a tenth of a gene's 99th percentile times `noise`,
-    cut off at 0. `cells` must differ from `genes`: scVelo takes as many rates as cells for rates of the cells.
+    Rates are log-normal. The noise is normal and clipped at 0; its standard deviation is `noise` times a tenth of a
+    gene's 99th percentile. `cells` must differ from `genes`: scVelo reads as many rates as cells as rates per cell.
     """
     import scanpy as sc
     import scvelo as scv
@@ -59,7 +60,7 @@ def simulate(seed: int, noise: float, course: str, cells: int, genes: int) -> An
 
 
 def true_velocity(adata: AnnData) -> np.ndarray:
-    """ds/dt of the noiseless course, `[cells, genes]`, from the rates and times that the simulation keeps."""
+    """ds/dt of the noiseless course, `[cells, genes]`, from the simulation's rates and times."""
     time = adata.obs["true_t"].to_numpy()
     found = np.empty(adata.shape)
     rates = adata.var[["true_t_", "true_alpha", "true_beta", "true_gamma"]].to_numpy()
@@ -73,11 +74,11 @@ def true_velocity(adata: AnnData) -> np.ndarray:
 
 
 def measure(adata: AnnData, ratio: np.ndarray) -> dict[str, float]:
-    """How near `layers["velocity"]` and γ/β are to the truth, over genes that the method has velocities for.
+    """Measure errors of `layers["velocity"]` and γ/β against the truth, over the genes for which velocities exist.
 
-    A method may keep fewer of them, `var["velocity_genes"]`, for what follows; their cosine is given too.
-    Signs are counted where the true velocity is at least a twentieth of the gene's largest; below that it is a
-    matter of noise.
+    "cosine_kept" is the cosine over the genes in `var["velocity_genes"]`, which a method keeps for later steps.
+    Signs are counted only where the true velocity is at least a twentieth of the gene's largest; below that noise
+    decides the sign.
     """
     velocity, truth = np.asarray(adata.layers["velocity"], dtype=float), adata.layers["true_velocity"]
     known = np.isfinite(velocity).all(0)
@@ -98,7 +99,7 @@ def measure(adata: AnnData, ratio: np.ndarray) -> dict[str, float]:
 
 
 def fit(run: Run, adata: AnnData, method: str, seed: int) -> tuple[float, np.ndarray]:
-    """Seconds, and γ/β of every gene; velocities go to `layers["velocity"]`."""
+    """Fit and write `layers["velocity"]`; returns the seconds it took, and γ/β of every gene."""
     seconds = fits.fit(run, adata, method, seed)
     if method.startswith(fits.FLUX):
         ratio = adata.var["velocity_gamma"] / adata.var["velocity_beta"]
@@ -114,7 +115,7 @@ def methods(run: Run) -> list[str]:
 
 
 def fit_all(run: Run) -> None:
-    """What is not yet in the run's rows is simulated, fitted and logged."""
+    """Simulate, fit and log the methods that are not yet in the run's rows."""
     config = run.config
     keys = [(course, noise, seed) for course in COURSES for noise in config.noise for seed in range(config.simulations)]
     done = {(row["course"], row["noise"], row["seed"], row["method"]) for row in run.rows("simulated")}
@@ -131,7 +132,7 @@ def fit_all(run: Run) -> None:
 
 
 def collected(run: Run, course: str, metric: str) -> dict[str, dict[float, list[float]]]:
-    """Values by method and noise, a value a seed."""
+    """Values by method and noise, one per seed."""
     rows = [row for row in run.rows("simulated") if row["course"] == course]
     return {
         method: {
@@ -143,7 +144,7 @@ def collected(run: Run, course: str, metric: str) -> dict[str, dict[float, list[
 
 
 def results(run: Run) -> list[Result]:
-    """A line for each course, method and level of noise."""
+    """Lines of the summary: one for each course, method and noise level."""
     lines: list[Result] = []
     for course in COURSES:
         values = {metric: collected(run, course, metric) for metric in (*METRICS, "seconds")}

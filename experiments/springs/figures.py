@@ -1,4 +1,4 @@
-"""What the mask changes, real and generated trajectories, and the masses in motion."""
+"""Figures of the mask's effect, of real and generated trajectories, and of the masses in motion."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from torch import Tensor
 
 from experiments.common import figures as style
-from experiments.common.objectives import COLOURS
+from experiments.common.objectives import COLORS
 
 
 def draw_change(path: Path, changes: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
-    """Relative change of W2 by the causal mask against iterations: the mean, and a point a seed (Fig. 7, right)."""
+    """Draw the relative change of W2 by the mask against iterations: mean, and one point per seed (Fig. 7, right)."""
     fig, axes = style.new_figure(4.2, 2.8)
     for objective, by_stage in changes.items():
         stages, percent = list(by_stage), 100 * np.array(list(by_stage.values()))
-        axes.plot(stages, percent.mean(1), "o-", color=COLOURS[objective], label=objective)
+        axes.plot(stages, percent.mean(1), "o-", color=COLORS[objective], label=objective)
         for seed in percent.T:
-            axes.plot(stages, seed, "o", color=COLOURS[objective], ms=2.5, alpha=0.5)
+            axes.plot(stages, seed, "o", color=COLORS[objective], ms=2.5, alpha=0.5)
         axes.set_xticks(stages)
     axes.axhline(0, color=style.DATA, lw=0.8)
     axes.set(xlabel="iterations", ylabel="change of W2 by the mask (%)")
@@ -35,19 +35,17 @@ def draw_linear(
     sizes: Mapping[str, Mapping[float, float]],
     trained: Mapping[str, Mapping[float, float]],
 ) -> None:
-    """W2 by number of sampling steps, and σ times the field's root mean square by σ, of linear fields in closed form.
+    """Draw W2 by number of sampling steps, and σ times the field's root mean square by σ, of linear fields.
 
-    Beside the latter crosses: the trained fields with the mask.
+    Crosses in the second panel are the trained fields with the mask.
     """
     fig, (left, right) = style.new_figure(6.5, 2.8, 1, 2)
-    colours = (style.DATA, style.FLUX, style.SCORE_MATCHING)
-    for name, colour in zip(distances, colours, strict=True):
+    colors = (style.DATA, style.FLUX, style.SCORE_MATCHING)
+    for name, color in zip(distances, colors, strict=True):
         for axes, found in ((left, distances[name]), (right, sizes[name])):
-            axes.plot(list(found), list(found.values()), "o-", ms=4, color=colour, label=name)
+            axes.plot(list(found), list(found.values()), "o-", ms=4, color=color, label=name)
     for objective, found in trained.items():
-        right.plot(
-            list(found), list(found.values()), "x", ms=6, color=COLOURS[objective], label=f"{objective}, trained"
-        )
+        right.plot(list(found), list(found.values()), "x", ms=6, color=COLORS[objective], label=f"{objective}, trained")
     right.legend()
     left.set(xscale="log", yscale="log", xlabel="steps of the sampler", ylabel="W2 to the data's Gaussian")
     steps = [int(count) for count in next(iter(distances.values()))]
@@ -59,7 +57,7 @@ def draw_linear(
 
 
 def draw_trajectories(path: Path, by_model: Mapping[str, Tensor], spacing: float, shown: int = 12) -> None:
-    """The first mass's position and both positions against each other, a row a model, the first row the simulator."""
+    """Draw the first position over time and both positions in a plane; one row per model, the simulator first."""
     fig, axes = style.new_figure(6.5, 1.7 * len(by_model), len(by_model), 2, squeeze=False)
     for (over_time, plane), (name, found) in zip(axes, by_model.items(), strict=True):
         time = spacing * np.arange(found.shape[1])
@@ -74,7 +72,7 @@ def draw_trajectories(path: Path, by_model: Mapping[str, Tensor], spacing: float
 
 
 def animate(path: Path, by_model: Mapping[str, Tensor]) -> None:
-    """A GIF of two masses between two walls: one trajectory of each model, the simulator's above."""
+    """Save a GIF of two masses between two walls: one trajectory per model, the simulator first."""
     fig, axes = style.new_figure(5.0, 0.9 * len(by_model), len(by_model), 1, squeeze=False)
     wall, rest = 14.0, 5.0  # masses rest at ∓5 between walls at ∓14
     dots = []

@@ -1,15 +1,15 @@
-"""What a causal mask does to linear fields, in closed form: no training, no noise.
+"""The effect of a causal mask on linear fields, in closed form: no training, no noise.
 
-Trajectories are taken as Gaussian with the covariance C of the training ones, so p_σ = N(0, Σ) with Σ = C + σ²I, and
-fields as f(x) = -A x. The score has A = Σ⁻¹. Under the mask A is block lower triangular, a block a point of time. Then
+Trajectories are modeled as Gaussian with the covariance C of the training ones, so p_σ = N(0, Σ) with Σ = C + σ²I.
+Fields are f(x) = -A x; the score has A = Σ⁻¹. Under the mask A is block lower triangular, one block per time point.
 
-- Flux Matching has loss 0 exactly where p_σ stays in place, AΣ + ΣAᵀ = 2I. With Σ = LLᵀ and M = L⁻¹AL that is
-  M + Mᵀ = 2 L⁻¹L⁻ᵀ, which block lower triangular M solve: such fields exist for every Σ. Taken here is the one whose M
-  has symmetric blocks on its diagonal;
-- score matching takes the projection, point by point the score given the past alone: A's rows are those of the inverse
-  of Σ's leading blocks. Its p_σ does not stay in place.
+- Flux Matching has loss 0 exactly if the field preserves p_σ: AΣ + ΣAᵀ = 2I. With Σ = LLᵀ and M = L⁻¹AL this is
+  M + Mᵀ = 2 L⁻¹L⁻ᵀ. Block lower triangular M solve it, so such fields exist for every Σ. This module uses the one whose
+  M has symmetric blocks on its diagonal.
+- Score matching finds the projection, the score of each time point given the past alone: the rows of A are those of the
+  inverses of Σ's leading blocks. This field does not preserve p_σ.
 
-Samples of the reverse VE sampler are then Gaussian too, and their W2 to N(0, C) is Bures'.
+Samples of the reverse VE sampler are Gaussian as well; their W2 to N(0, C) is the Bures distance.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from experiments.common.distances import bures_wasserstein2
 from experiments.common.run import Run
-from fluxmatching import log_sigma_grid
+from fluxmatching import exponential_schedule
 
 Matrix = Callable[[Tensor, int], Tensor]
 SCORE, FLUX, DSM = "score", "flux, causal", "DSM, causal"
@@ -36,7 +36,7 @@ def score_matrix(covariance: Tensor, block: int) -> Tensor:
 
 
 def flux_matrix(covariance: Tensor, block: int) -> Tensor:
-    """A block lower triangular A with AΣ + ΣAᵀ = 2I."""
+    """Block lower triangular A with AΣ + ΣAᵀ = 2I."""
     lower, inverse = _cholesky(covariance)
     metric = inverse @ inverse.T
     time = torch.arange(len(metric)) // block
@@ -46,7 +46,7 @@ def flux_matrix(covariance: Tensor, block: int) -> Tensor:
 
 
 def dsm_matrix(covariance: Tensor, block: int) -> Tensor:
-    """The block lower triangular A that is nearest to the score, E|Ax - Σ⁻¹x|² being least."""
+    """Block lower triangular A nearest to the score: the one with the least E|Ax - Σ⁻¹x|²."""
     _, inverse = _cholesky(covariance)
     # The last rows of the inverse of a leading part of Σ = LLᵀ are those of L⁻¹, times the last block of L⁻ᵀ.
     parts = [slice(start, start + block) for start in range(0, len(covariance), block)]
@@ -73,7 +73,7 @@ def size(matrix: Tensor, covariance: Tensor, sigma: float) -> float:
 
 
 def generated(field: Matrix, covariance: Tensor, block: int, sigmas: Tensor) -> Tensor:
-    """Covariance of what `fluxmatching.reverse_ve` makes of N(0, σ_0² I): no noise is added in its last step."""
+    """Covariance of the samples that `fluxmatching.reverse_ve` makes from N(0, σ_0² I); its last step adds no noise."""
     identity = torch.eye(len(covariance)).to(covariance)
     found, last = sigmas[0] ** 2 * identity, float(sigmas[-1])
     for sigma, lower in pairwise(sigmas.tolist()):
@@ -84,15 +84,15 @@ def generated(field: Matrix, covariance: Tensor, block: int, sigmas: Tensor) -> 
 
 
 def study(run: Run, samples: Tensor) -> None:
-    """Rows "linear" (W2 by number of steps) and "linear size" (size of the field by σ), those that are not there."""
+    """Log missing rows "linear" (W2 by number of steps) and "linear size" (size of the field by σ)."""
     config, block = run.config, samples.shape[-1]
     covariance = samples.flatten(1).double().cpu().T.cov()
     done = {(row["field"], row["steps"]) for row in run.rows("linear")}
     wanted = [(name, k * config.sampling_steps) for name in FIELDS for k in (1, 3, 9)]
-    for name, steps in run.bar([key for key in wanted if key not in done], "linear fields"):
-        sigmas = log_sigma_grid(steps, config.sigma_min, config.sigma_max)
+    for name, num_steps in run.bar([key for key in wanted if key not in done], "linear fields"):
+        sigmas = exponential_schedule(num_steps, config.sigma_min, config.sigma_max)
         made = generated(FIELDS[name], covariance, block, sigmas)
-        run.log(kind="linear", field=name, steps=steps, w2=bures_wasserstein2(made, covariance))
+        run.log(kind="linear", field=name, steps=num_steps, w2=bures_wasserstein2(made, covariance))
     sized = {(row["field"], row["sigma"]) for row in run.rows("linear size")}
     for sigma in SIGMAS:
         total = noised(covariance, sigma)

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 
 class Block(nn.Module):
-    """Self-attention and a GELU network of four times the width, each behind a LayerNorm and beside a skip."""
+    """Self-attention and a GELU network of four times the width, each behind a LayerNorm and with a skip connection."""
 
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `[n, length, width]`."""
+        """Map x `[n, length, width]` to the same shape."""
         heads = self.query_key_value(self.before_attention(x)).unflatten(-1, (3, self.heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = scaled_dot_product_attention(query, key, value, is_causal=self.causal)
@@ -32,15 +32,15 @@ class Block(nn.Module):
 
 
 class TrajectoryTransformer(nn.Module):
-    """F(x, c_noise) of `fluxmatching.EDMField` for trajectories; one token a point of physical time.
+    """F(x, c_noise) of `fluxmatching.EDMField` for trajectories; one token per point of physical time.
 
     Args:
         length: points of a trajectory.
-        state: numbers a point.
-        width: of the hidden representation.
-        blocks: residual blocks.
-        heads: of self-attention.
-        causal: whether a point sees itself and earlier points alone (Eq. 47).
+        state: numbers per point.
+        width: size of the hidden representation.
+        blocks: number of residual blocks.
+        heads: number of heads of self-attention.
+        causal: whether a point sees only itself and earlier points (Eq. 47).
 
     Shape:
         x `[n, length, state]`, c_noise `[n]`; returns the shape of x.

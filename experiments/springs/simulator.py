@@ -10,7 +10,7 @@ COUPLING = 0.7  # k_couple
 DAMPING = 0.08  # γ
 CUBIC = 0.08  # c
 POSITION, VELOCITY = 3.0, 1.5  # standard deviations of the initial state
-STEP = 0.1  # physical time between points
+STEP_SIZE = 0.1  # physical time between points
 LENGTH = 50  # points of a trajectory
 
 
@@ -24,15 +24,15 @@ def velocity(state: Tensor) -> Tensor:
 
 
 def trajectories(count: int, generator: torch.Generator, length: int = LENGTH) -> Tensor:
-    """Trajectories by the classical Runge-Kutta method from random initial states, `[count, length, 4]`, float32."""
+    """Trajectories from random initial states by the classical Runge-Kutta method, `[count, length, 4]`, float32."""
     state = torch.randn(count, 4, generator=generator, dtype=torch.float64)
     state = state * torch.tensor([POSITION, VELOCITY, POSITION, VELOCITY], dtype=torch.float64)
     states = [state]
     for _ in range(length - 1):
         k1 = velocity(state)
-        k2 = velocity(state + STEP / 2 * k1)
-        k3 = velocity(state + STEP / 2 * k2)
-        k4 = velocity(state + STEP * k3)
-        state = state + STEP / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        k2 = velocity(state + STEP_SIZE / 2 * k1)
+        k3 = velocity(state + STEP_SIZE / 2 * k2)
+        k4 = velocity(state + STEP_SIZE * k3)
+        state = state + STEP_SIZE / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
         states.append(state)
     return torch.stack(states, 1).float()

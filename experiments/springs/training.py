@@ -1,4 +1,4 @@
-"""The four models: Flux Matching and score matching, each with full and with causal attention."""
+"""Training of the four models: Flux Matching and score matching, each with full and with causal attention."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def data(run: Run) -> Tensor:
 
 
 def simulate(run: Run, count: int, key: str) -> Tensor:
-    """Trajectories of the simulator at the points of time that the config keeps, those of a key always the same."""
+    """Simulated trajectories at the time points that the config keeps; one key always gives the same ones."""
     return trajectories(count, run.generator(key))[:, :: run.config.every].contiguous().to(run.device)
 
 
@@ -44,7 +44,7 @@ def make_trainer(
     backend: str | None = None,
     folder: Path | None = None,
 ) -> Trainer:
-    """One that stops at `iterations`; those of a seed share initial weights, minibatches and noise levels."""
+    """A trainer that stops at `iterations`; models of one seed share initial weights, minibatches and noise levels."""
     config, samples = run.config, data(run)
     with run.drawing("weights", seed):
         network = TrajectoryTransformer(
@@ -62,53 +62,56 @@ def make_trainer(
 
 
 def train(run: Run, objective: str, mask: str, seed: int) -> None:
-    """One training, judged at every stage: logs W2 to the training trajectories, and keeps some samples for figures."""
+    """Train one model and evaluate it at every stage: log W2 to the training trajectories, keep samples for figures."""
     key = {"objective": objective, "mask": mask, "seed": seed}
     done = {row["iteration"] for row in run.rows("model") if {name: row[name] for name in key} == key}
     file = samples_file(run, objective, mask, seed)
+    real = data(run)
     for iteration in stages(run.config):
         if iteration in done:
             continue
-        one = make_trainer(run, objective, mask, seed, iterations=iteration, folder=file.parent)
-        one.run()
-        if one.iteration > iteration:
+        trainer = make_trainer(run, objective, mask, seed, iterations=iteration, folder=file.parent)
+        trainer.run()
+        if trainer.iteration > iteration:
             raise UsageError(f"{file.parent} is trained beyond iteration {iteration}, which was not logged: delete it")
-        found = sample(run, one, seed)
+        found = sample(run, trainer, real, seed)
         torch.save(found[:SHOWN].cpu(), file)
-        run.log(kind="model", **key, iteration=iteration, w2=wasserstein2(found, one.data))
+        run.log(kind="model", **key, iteration=iteration, w2=wasserstein2(found, real))
 
 
-def sample(run: Run, one: Trainer, seed: int) -> Tensor:
+def sample(run: Run, trainer: Trainer, real: Tensor, seed: int) -> Tensor:
     """Trajectories of the averaged field, from the same noise for all models and stages of a seed."""
-    config, trained = run.config, one.average.module["field"]
-    like = one.data[:1].expand(config.samples, -1, -1)
+    config, field = run.config, trainer.average.module.get_submodule("field")
+    like = real[:1].expand(config.samples, -1, -1)
     generator = run.generator("sample", seed)
-    return sample_reverse_ve(trained, like, config.sampling_steps, config.sigma_min, config.sigma_max, generator)
+    return sample_reverse_ve(field, like, config.sampling_steps, config.sigma_min, config.sigma_max, generator)
 
 
 def log_sizes(run: Run) -> None:
-    """Rows "field size": σ times the root mean square of every trained field under p_σ, as `linear.size`."""
+    """Log σ times the root mean square of every trained field under p_σ, as in `linear.size` (rows "field size")."""
     done = {tuple(row[name] for name in ("objective", "mask", "seed", "sigma")) for row in run.rows("field size")}
+    x = data(run)
     for seed in range(run.config.seeds):
         for objective, mask in MODELS:
             wanted = [sigma for sigma in SIZED if (objective, mask, seed, sigma) not in done]
             if not wanted:
                 continue
             folder = samples_file(run, objective, mask, seed).parent
-            one = make_trainer(run, objective, mask, seed, iterations=run.config.iterations, folder=folder)
+            trainer = make_trainer(run, objective, mask, seed, iterations=run.config.iterations, folder=folder)
+            field = trainer.average.module.get_submodule("field")
             for sigma in wanted:
-                noise = torch.randn(one.data.shape, generator=run.generator("size")).to(one.data)
+                noise = torch.randn(x.shape, generator=run.generator("size")).to(x)
                 with torch.no_grad():
-                    found = one.average.module["field"](one.data + sigma * noise, torch.tensor(sigma).to(one.data))
+                    found = field(x + sigma * noise, torch.tensor(sigma).to(x))
                 size = sigma * found.square().mean().sqrt().item()
                 run.log(kind="field size", objective=objective, mask=mask, seed=seed, sigma=sigma, size=size)
 
 
 def samples_file(run: Run, objective: str, mask: str, seed: int) -> Path:
-    """Where some generated trajectories of a model are kept."""
+    """File that keeps some generated trajectories of a model."""
     return run.out / "models" / f"{objective}-{mask}-{seed}" / "samples.pt"
 
 
 def floor(run: Run) -> float:
-    """W2 of new trajectories, as many as are sampled, to the training ones: what a perfect model has."""
+    """W2 to the training trajectories of as many new ones as are sampled: the value of a perfect model."""
     return wasserstein2(simulate(run, run.config.samples, "new"), data(run))

@@ -17,7 +17,7 @@ Field = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Bins:
-    """`count` × `count` square bins on [-limit, limit]²; whatever lies outside is one bin more."""
+    """`count` × `count` square bins on [-limit, limit]², and one bin for everything outside."""
 
     limit: float
     count: int
@@ -28,27 +28,27 @@ class Bins:
         return 2 * self.limit / self.count
 
     def edges(self) -> Tensor:
-        """`[count + 1]`."""
+        """Return the edges, `[count + 1]`."""
         return torch.linspace(-self.limit, self.limit, self.count + 1, dtype=torch.float64)
 
-    def centres(self) -> Tensor:
-        """`[count]`."""
+    def centers(self) -> Tensor:
+        """Return the centers, `[count]`."""
         return self.edges()[:-1] + self.width / 2
 
     def index(self, x: Tensor) -> Tensor:
-        """Bin of each point, `[N, 2]` to `[N]`; count² for those outside."""
+        """Return the bin of each point, `[N, 2]` to `[N]`; count² for points outside."""
         cell = ((x + self.limit) / self.width).floor()
         inside = ((cell >= 0) & (cell < self.count)).all(-1)
         cell = cell.clamp(0, self.count - 1).long()
         return torch.where(inside, cell[:, 0] * self.count + cell[:, 1], self.count**2)
 
     def histogram(self, x: Tensor) -> Tensor:
-        """Share of the points in each bin, the outside last: `[N, 2]` to `[count² + 1]`, float64."""
+        """Return the fraction of the points in each bin, the outside last: `[N, 2]` to `[count² + 1]`, float64."""
         counts = torch.bincount(self.index(x), minlength=self.count**2 + 1)
         return counts.double() / len(x)
 
     def probabilities(self, mixture: GaussianMixture) -> Tensor:
-        """Exact probability of each bin, the outside last: `[count² + 1]`, from normal distribution functions."""
+        """Compute the exact probability of each bin, the outside last: `[count² + 1]`."""
         means = mixture.means.double()
         edges = self.edges().to(means.device)
         z = (edges - means.unsqueeze(-1)) / math.sqrt(mixture.variance)  # [K, 2, count + 1]
@@ -58,47 +58,47 @@ class Bins:
 
 
 def total_variation(p: Tensor, q: Tensor) -> float:
-    """½ Σ_b |p_b - q_b|."""
+    """Compute ½ Σ_b |p_b - q_b|."""
     return 0.5 * (p - q).abs().sum().item()
 
 
 class CurrentEstimator:
-    """Probability current of a stationary process from its path alone.
+    """Estimator of the probability current of a stationary process from its path alone.
 
     In a stationary diffusion the mean of x_{t+d} - x_{t-d}, given x_t, is 2d times the current velocity
-    (b - b*)/2 + O(d²), b the forward and b* the drift backwards in time: f - ∇log p for the diffusion with drift f. A
-    reversible process has none.
+    (b - b*)/2 + O(d²), with b the drift forward and b* the drift backward in time. For the diffusion with drift f this
+    is f - ∇log p. A reversible process has none.
 
     Args:
-        bins: where x_t is looked at.
-        step: time between successive states of the path.
-        device: of the states.
+        bins: bins for x_t.
+        step_size: time between successive states of the path.
+        device: device of the states.
     """
 
-    def __init__(self, bins: Bins, step: float, device: torch.device | str = "cpu") -> None:
-        self.bins, self.step = bins, step
+    def __init__(self, bins: Bins, step_size: float, device: torch.device | str = "cpu") -> None:
+        self.bins, self.step_size = bins, step_size
         self.visits = torch.zeros(bins.count**2 + 1, dtype=torch.float64, device=device)
         self.moves = torch.zeros(bins.count**2 + 1, 2, dtype=torch.float64, device=device)
 
     def add(self, before: Tensor, now: Tensor, after: Tensor) -> None:
-        """Three successive states of many chains, `[N, 2]` each."""
+        """Add three successive states of many chains, `[N, 2]` each."""
         index = self.bins.index(now)
         self.visits += torch.bincount(index, minlength=len(self.visits))
         self.moves.index_add_(0, index, (after - before).double())
 
     def density(self) -> Tensor:
-        """Share of the visits over the bin's area, `[count, count]`."""
+        """Return the fraction of the visits divided by the area of a bin, `[count, count]`."""
         inside = self.visits[:-1].reshape(self.bins.count, self.bins.count)
         return inside / (self.visits.sum() * self.bins.width**2)
 
     def current(self) -> Tensor:
-        """J = density times mean of (x_{t+d} - x_{t-d}) / 2d, `[count, count, 2]`; zero where never visited."""
-        velocity = self.moves[:-1] / self.visits[:-1, None].clamp(min=1) / (2 * self.step)
+        """Compute J = density times mean of (x_{t+d} - x_{t-d}) / 2d, `[count, count, 2]`; zero where never visited."""
+        velocity = self.moves[:-1] / self.visits[:-1, None].clamp(min=1) / (2 * self.step_size)
         return self.density().unsqueeze(-1) * velocity.reshape(self.bins.count, self.bins.count, 2)
 
 
 def field_current(field: Field, mixture: GaussianMixture, bins: Bins, fine: int = 4) -> Tensor:
-    """J = p (f - s) averaged over `fine` × `fine` points of each bin, `[count, count, 2]`."""
+    """Compute J = p (f - s), averaged over `fine` × `fine` points of each bin, `[count, count, 2]`."""
     n = bins.count * fine
     axis = -bins.limit + (torch.arange(n, dtype=torch.float64) + 0.5) * (bins.width / fine)
     x = torch.cartesian_prod(axis, axis).to(mixture.means)
@@ -107,38 +107,38 @@ def field_current(field: Field, mixture: GaussianMixture, bins: Bins, fine: int 
 
 
 def jacobian(field: Field, x: Tensor) -> Tensor:
-    """∂f_a/∂x_b at each point, `[N, D]` to `[N, D, D]`."""
+    """Compute ∂f_a/∂x_b at each point, `[N, D]` to `[N, D, D]`."""
     return vmap(jacrev(lambda point: field(point.unsqueeze(0))[0]))(x)
 
 
 def skewness(jacobians: Tensor) -> float:
-    """RMS of |(J - Jᵀ)/2|_F over RMS of |(J + Jᵀ)/2|_F: 0 for a gradient field, from `[N, D, D]`."""
+    """Compute RMS |(J - Jᵀ)/2|_F / RMS |(J + Jᵀ)/2|_F from `[N, D, D]`; 0 for a gradient field."""
     transposed = jacobians.transpose(-1, -2)
     return ((jacobians - transposed).norm() / (jacobians + transposed).norm()).item()
 
 
 def residual(field: Field, mixture: GaussianMixture, x: Tensor) -> Tensor:
-    """r = ∇·f + f·s - Δp/p = ∇·(p (f - s)) / p, zero everywhere iff f leaves p in place: `[N, 2]` to `[N]`."""
+    """Compute r = ∇·f + f·s - Δp/p = ∇·(p (f - s)) / p, zero everywhere iff f keeps p: `[N, 2]` to `[N]`."""
     score = mixture.score(x)
     divergence = jacobian(lambda z: field(z) - mixture.score(z), x).diagonal(dim1=-2, dim2=-1).sum(-1)
     return divergence + ((field(x) - score) * score).sum(-1)
 
 
 def root_mean_square(values: Tensor) -> float:
-    """Of vectors `[N, D]` the RMS length, of numbers `[N]` the RMS."""
+    """Compute the RMS length of vectors `[N, D]`, or the RMS of numbers `[N]`."""
     return math.sqrt(values.double().square().sum().item() / len(values))
 
 
 def causal_solution(mixture: GaussianMixture, x: Tensor) -> Tensor:
-    """The one causal field that leaves a 2-D Gaussian mixture in place, `[N, 2]` to `[N, 2]`.
+    """Compute the one causal field that leaves a 2-D Gaussian mixture in place, `[N, 2]` to `[N, 2]`.
 
-    f_1(x_1) = (log p_1)', or else the marginal of x_1 would change. The divergence of the current p (f_1 - s_1) along
-    x_1 has to be made up for along x_2, by a current that vanishes far out:
+    f_1(x_1) = (log p_1)', since otherwise the marginal of x_1 would change. A current along x_2 that vanishes far out
+    must balance the divergence of the current p (f_1 - s_1) along x_1:
 
         f_2(x_1, x_2) = s_2 + ∂_1 (p_1 ∂_1 F(x_2 | x_1)) / p,
 
     F the distribution function of x_2 given x_1. With w_k the weight of component k given x_1, m_1 and v_1 the
-    mean and variance of the centres' first coordinates under w, and Φ_k the normal distribution function of
+    mean and variance of the first coordinates of μ_k under w, and Φ_k the normal distribution function of
     (x_2 - μ_k2)/ν, the fraction is Σ_k w_k Φ_k [(μ_k1 - x_1)(μ_k1 - m_1) - v_1] / (ν² p(x_2 | x_1)) / ν².
     """
     means, variance = mixture.means, mixture.variance

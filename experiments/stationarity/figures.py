@@ -27,7 +27,7 @@ WINDOW = 4.0  # half the side of the panels of current and residual
 
 
 def _image(ax: Any, bins: Bins, values: Tensor, **kw: Any) -> Any:
-    """Values `[count, count]`, first index along x_1, as an image."""
+    """Show values `[count, count]` as an image, the first index along x_1."""
     extent = (-bins.limit, bins.limit, -bins.limit, bins.limit)
     ax.grid(False)
     return ax.imshow(values.T.numpy(), origin="lower", extent=extent, **kw)
@@ -36,14 +36,14 @@ def _image(ax: Any, bins: Bins, values: Tensor, **kw: Any) -> Any:
 def draw_histograms(
     path: Path, rollouts: Mapping[str, Rollout], target: Tensor, bins: Bins, times: Sequence[float]
 ) -> None:
-    """A row a field: its chains' histogram at some times, and the target.
+    """Draw the histogram of the chains at some times, and the target, one row per field.
 
     Args:
-        path: where to save.
-        rollouts: by field.
+        path: file to write.
+        rollouts: long runs by field.
         target: exact probabilities of the bins, `[count² + 1]`.
-        bins: of the histograms.
-        times: of the columns.
+        bins: bins of the histograms.
+        times: times of the columns.
     """
     fig, axes = style.new_figure(
         2.1 * (len(times) + 1), 2.15 * len(rollouts) + 0.3, len(rollouts), len(times) + 1,
@@ -65,38 +65,38 @@ def draw_histograms(
 def draw_distance(
     path: Path, distances: Mapping[str, tuple[Sequence[float], Sequence[float]]], exact: Sequence[float]
 ) -> None:
-    """Total-variation distance against time.
+    """Draw the total-variation distance against time.
 
     Args:
-        path: where to save.
+        path: file to write.
         distances: (times, distances) by field.
-        exact: distances of equally large exact samples.
+        exact: distances of exact samples of the same size.
     """
     fig, ax = style.new_figure(6.4, 3.8)
     level = float(np.mean(exact))
     ax.axhspan(min(exact), max(exact), color=style.REFERENCE, alpha=0.5, lw=0, label="exact samples")
     ax.axhline(2 * level, color=style.REFERENCE, linestyle="--", linewidth=1, label="twice their mean")
     for name, (time, distance) in distances.items():
-        label, colour, line = FIELD_LOOK[name]
-        ax.plot(time, distance, line, color=colour, label=label)
+        label, color, line = FIELD_LOOK[name]
+        ax.plot(time, distance, line, color=color, label=label)
     ax.set(xlabel="time $t$ of the Langevin dynamics", ylabel="total-variation distance to the target", yscale="log")
     ax.legend(loc="upper right", fontsize=8)
     style.save(fig, path)
 
 
 def draw_current(path: Path, panels: Mapping[str, Tensor], density: Tensor, bins: Bins) -> None:
-    """Streamlines of J over the density, their width the length of J on one scale for all panels.
+    """Draw streamlines of J over the density; their width is the length of J, on one scale for all panels.
 
     Currents below 3 % of the largest are left out.
 
     Args:
-        path: where to save.
+        path: file to write.
         panels: J by title, `[count, count, 2]`.
-        density: of the target at the bins, `[count, count]`.
-        bins: where J is given.
+        density: density of the target in the bins, `[count, count]`.
+        bins: bins of J.
     """
     fig, axes = style.new_figure(3.5 * len(panels), 3.7, 1, len(panels), sharex=True, sharey=True)
-    centres = bins.centres().numpy()
+    centers = bins.centers().numpy()
     top = max(current.norm(dim=-1).max().item() for current in panels.values())
     for ax, (title, current) in zip(axes, panels.items(), strict=True):
         _image(ax, bins, density, cmap=SHADES)
@@ -105,7 +105,7 @@ def draw_current(path: Path, panels: Mapping[str, Tensor], density: Tensor, bins
         if not weak.all():
             shown = current.masked_fill(weak.unsqueeze(-1), torch.nan).numpy()
             ax.streamplot(
-                centres, centres, shown[..., 0].T, shown[..., 1].T,
+                centers, centers, shown[..., 0].T, shown[..., 1].T,
                 density=1.3, linewidth=2.6 * length.T.numpy() / top, arrowsize=0.9, color="#1b263b",
             )  # fmt: skip
         ax.set(
@@ -117,12 +117,12 @@ def draw_current(path: Path, panels: Mapping[str, Tensor], density: Tensor, bins
 
 
 def draw_residual(path: Path, panels: Mapping[str, Tensor], bins: Bins) -> None:
-    """p r = ∇·(p (f - s)): where the field would thin the target out (red) or pile it up (blue).
+    """Draw p r = ∇·(p (f - s)): red where the field would thin the target out, blue where it would pile it up.
 
     Args:
-        path: where to save.
+        path: file to write.
         panels: p r by title, `[count, count]`.
-        bins: of the panels.
+        bins: bins of the panels.
     """
     fig, axes = style.new_figure(3.3 * len(panels) + 0.6, 3.4, 1, len(panels), sharex=True, sharey=True)
     top = torch.stack(list(panels.values())).abs().max().item()

@@ -1,4 +1,4 @@
-"""Long unadjusted Langevin runs from a bad start, with histograms and the current along the way."""
+"""Long unadjusted Langevin runs from a bad start, with histograms and the current along the path."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fluxmatching import unadjusted_langevin
 
 @dataclass(frozen=True)
 class Rollout:
-    """Histograms of all chains at the `times`, `[len(times), bins]`, and the current over the later half."""
+    """Histograms of all chains at the `times`, `[len(times), bins]`, and the current over the second half."""
 
     times: list[float]
     histograms: Tensor
     current: CurrentEstimator
 
     def at(self, time: float) -> Tensor:
-        """The histogram nearest to `time`."""
+        """Return the histogram nearest to `time`."""
         return self.histograms[min(range(len(self.times)), key=lambda k: abs(self.times[k] - time))]
 
 
@@ -36,19 +36,19 @@ def roll_out(
     bins: Bins,
     start: tuple[float, float],
 ) -> Rollout:
-    """Run the dynamics of `field` with all chains at `start` first, or finish such a run.
+    """Run the dynamics of `field` with all chains at `start` first, or resume such a run.
 
-    The run is cut into segments, each with random numbers of its own; after each, the total-variation distance
-    to `mixture` is logged and a checkpoint written.
+    The run is divided into segments, each with its own random numbers. After each segment the total-variation
+    distance to `mixture` is logged and a checkpoint is written.
 
     Args:
-        run: where rows and checkpoints go.
-        state: of the whole run; the entry "rollout <name>" is read and kept up to date.
-        name: of the field.
+        run: the run, which takes rows and checkpoints.
+        state: state of the whole run; the entry "rollout <name>" is read and updated.
+        name: name of the field.
         field: f, `[N, 2]` to `[N, 2]`.
         mixture: the target.
-        bins: of histograms and current.
-        start: the point where all chains start.
+        bins: bins of histograms and current.
+        start: first point of all chains.
     """
     config = run.config
     key, target = f"rollout {name}", bins.probabilities(mixture).cpu()
@@ -69,8 +69,8 @@ def roll_out(
         unadjusted_langevin(
             field,
             x,
-            step=config.step_size,
-            steps=config.segment,
+            step_size=config.step_size,
+            num_steps=config.segment,
             generator=generator,
             callback=lambda _, state, path=path: path.append(state),  # type: ignore[misc]
         )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam
-from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiments.common.run import Run
-from fluxmatching import TruncatedExponentialHorizon, dsm_loss, flux_matching_loss
+from fluxmatching import (
+    DSMOptions,
+    FluxOptions,
+    Trainer,
+    TrainingOptions,
+    TruncatedExponentialHorizon,
+    dsm_loss,
+    flux_matching_loss,
+)
+from fluxmatching.training import Loss
 
 OBJECTIVES = ("flux", "dsm")
 EMA_DECAY = 0.998
@@ -23,12 +28,12 @@ HORIZON_RATE = 1.0
 class CausalField(nn.Module):
     """f(x) = -x / λ² + (g_1(x_1), g_2(x_1, x_2)), whose Jacobian is triangular: no gradient unless g_2 ignores x_1.
 
-    The networks g end in bounded units, so far from the data the linear part pulls back from everywhere and
-    the diffusion has a stationary distribution whatever the weights. Their last layers start at zero.
+    The networks g end in bounded units, so far from the data the linear part pulls back from everywhere and the
+    diffusion has a stationary distribution for any weights. Their last layers start at zero.
 
     Args:
         hidden: width of the two hidden layers of each network.
-        variance: λ², of a coordinate of p_σ.
+        variance: λ², variance of a coordinate of p_σ.
     """
 
     def __init__(self, hidden: int, variance: float) -> None:
@@ -37,7 +42,7 @@ class CausalField(nn.Module):
         self.networks = nn.ModuleList(_network(inputs, hidden) for inputs in (1, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """f(x), `[..., 2]` to the same shape."""
+        """Compute f(x), `[..., 2]` to the same shape."""
         scaled = x / math.sqrt(self.variance)
         g = [network(scaled[..., : d + 1]) for d, network in enumerate(self.networks)]
         return torch.cat(g, dim=-1) - x / self.variance
@@ -50,97 +55,79 @@ def _network(inputs: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, hidden), nn.Tanh(), last)
 
 
-class Trainer:
-    """A field, its average over the steps, and everything else that a resumed training needs.
+def make_field(run: Run, data: Tensor, sigma: float) -> CausalField:
+    """Make an untrained field, the same for both objectives and for a resumed run.
 
     Args:
-        run: gives settings, random numbers, backend and device.
+        run: settings, random numbers and device.
+        data: training samples of p_data, `[n, 2]`.
+        sigma: σ, so that the variance of p_σ is that of the data plus σ².
+    """
+    with run.drawing("weights"):
+        field = CausalField(run.config.hidden, data.var(0).mean().item() + sigma**2)
+    return field.to(run.device)
+
+
+def make_loss(run: Run, objective: str, sigma: float) -> Loss:
+    """Make the loss of an objective for `Trainer`.
+
+    Raises:
+        ValueError: there is no objective of that name.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
+    if objective == "dsm":
+        dsm = DSMOptions(backend=run.backend)
+        return lambda model, x, seed: dsm_loss(model, x, sigma, dsm, seed=seed)
+    horizon = TruncatedExponentialHorizon(HORIZON_RATE).to(run.device)
+    flux = FluxOptions(horizon=horizon, divergence="exact", backend=run.backend)
+    return lambda model, x, seed: flux_matching_loss(model, x, sigma, flux, seed=seed)
+
+
+def make_trainer(run: Run, objective: str, data: Tensor, sigma: float) -> Trainer:
+    """Make a trainer, which resumes from the last checkpoint in the folder of its objective.
+
+    Args:
+        run: settings, random numbers, backend, device and folder.
         objective: "flux" or "dsm".
         data: training samples of p_data, `[n, 2]`.
-        kernel_variance: σ².
+        sigma: σ.
     """
-
-    def __init__(self, run: Run, objective: str, data: Tensor, kernel_variance: float) -> None:
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
-        self.run, self.objective, self.data, self.kernel_variance = run, objective, data, kernel_variance
-        with run.drawing("weights"):  # the same for both objectives, and for a resumed run
-            field = CausalField(run.config.hidden, data.var(0).mean().item() + kernel_variance)
-        self.field = field.to(run.device)
-        self.average = AveragedModel(self.field, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
-        self.optimiser = Adam(self.field.parameters(), lr=run.config.learning_rate)
-        self.schedule = CosineAnnealingLR(self.optimiser, T_max=run.config.steps)
-        self.horizon = TruncatedExponentialHorizon(HORIZON_RATE).to(run.device)
-        self.step = 0
-
-    def advance(self) -> float:
-        """One optimiser step; returns the minibatch's mean loss."""
-        generator = self.run.generator("train", self.objective, self.step)
-        chosen = torch.randint(len(self.data), (self.run.config.batch,), generator=generator)
-        x = self.data[chosen.to(self.data.device)]
-        seed = int(torch.randint(2**62, (), generator=generator))
-        if self.objective == "flux":
-            loss = flux_matching_loss(
-                self.field,
-                x,
-                self.kernel_variance,
-                horizon=self.horizon,
-                divergence="exact",
-                seed=seed,
-                backend=self.run.backend,
-            ).mean()
-        else:
-            loss = dsm_loss(self.field, x, self.kernel_variance, seed=seed, backend=self.run.backend).mean()
-        self.optimiser.zero_grad()
-        loss.backward()
-        self.optimiser.step()
-        self.schedule.step()
-        self.average.update_parameters(self.field)
-        self.step += 1
-        return loss.item()
-
-    def state(self) -> dict[str, Any]:
-        """What `restore` takes. The random numbers depend on the step alone, so none are kept."""
-        return {
-            "step": self.step,
-            "field": self.field.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
-        self.step = state["step"]
-        self.field.load_state_dict(state["field"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.schedule.load_state_dict(state["schedule"])
+    config = run.config
+    options = TrainingOptions(
+        config.steps,
+        config.batch,
+        lr=config.learning_rate,
+        optimizer="adam",
+        ema=EMA_DECAY,
+        clip=None,
+        seed=run.generator("train", objective).initial_seed() >> 1,
+        progress=False,
+    )
+    return Trainer(
+        make_field(run, data, sigma),
+        make_loss(run, objective, sigma),
+        data,
+        options,
+        folder=run.out / "models" / objective,
+        lr_factor=lambda step: 0.5 * (1 + math.cos(math.pi * step / config.steps)),
+    )
 
 
-def train(run: Run, state: dict[str, Any], objective: str, data: Tensor, kernel_variance: float) -> nn.Module:
-    """Train, or finish training, and return the averaged field.
-
-    Args:
-        run: where rows and checkpoints go.
-        state: of the whole run; the entry `objective` is read and kept up to date.
-        objective: "flux" or "dsm".
-        data: training samples, `[n, 2]`.
-        kernel_variance: σ².
-    """
-    trainer = Trainer(run, objective, data, kernel_variance)
-    if objective in state:
-        trainer.restore(state[objective])
+def train(run: Run, objective: str, data: Tensor, sigma: float) -> nn.Module:
+    """Train, or resume training, and return the averaged field. Arguments as in `make_trainer`."""
+    config = run.config
+    trainer = make_trainer(run, objective, data, sigma)
     logged = {row["step"] for row in run.rows("train") if row["objective"] == objective}
-    with run.bar(run.config.steps, f"train {objective}") as bar:
-        bar.update(trainer.step)
-        while trainer.step < run.config.steps:
-            steps = min(run.config.log_every, run.config.steps - trainer.step)
-            mean = sum(trainer.advance() for _ in range(steps)) / steps
-            if trainer.step not in logged:
-                run.log(kind="train", objective=objective, step=trainer.step, loss=mean)
-            state[objective] = trainer.state()
-            run.save_state(state)
+    with run.bar(config.steps, f"train {objective}") as bar:
+        bar.update(trainer.iteration)
+        while trainer.iteration < config.steps:
+            steps = min(config.log_every, config.steps - trainer.iteration)
+            mean = sum(trainer.step() for _ in range(steps)) / steps
+            if trainer.iteration not in logged:
+                run.log(kind="train", objective=objective, step=trainer.iteration, loss=mean)
+            trainer.save()
+            run.save_seconds()
             bar.update(steps)
             bar.set_postfix(loss=f"{mean:.3g}")
     return trainer.average.requires_grad_(False)

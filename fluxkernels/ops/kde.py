@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, choose, group
+from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, group, pick_backend
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
@@ -24,8 +24,8 @@ def _backward_fake(
     return z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
 
 
-kde = Op("kde", "(Tensor z, Tensor refs, Tensor sigma2, str backend) -> (Tensor, Tensor, Tensor)", _fake)
-kde_backward = Op(
+kde_op = Op("kde", "(Tensor z, Tensor refs, Tensor sigma2, str backend) -> (Tensor, Tensor, Tensor)", _fake)
+kde_backward_op = Op(
     "kde_backward",
     "(Tensor g_shift, Tensor g_mean, Tensor g_log_density, Tensor z, Tensor refs, Tensor sigma2, str backend)"
     " -> (Tensor, Tensor, Tensor)",
@@ -39,12 +39,12 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output:
 
 
 def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    return *kde_backward(*cotangents, *ctx.saved_tensors, ctx.backend), None
+    return *kde_backward_op(*cotangents, *ctx.saved_tensors, ctx.backend), None
 
 
-kde.register_autograd(_backward, setup_context=_setup_context)
-# Second derivatives are the same plain PyTorch on every backend: training never takes them.
-register_recomputed_autograd(kde_backward)
+kde_op.register_autograd(_backward, setup_context=_setup_context)
+# Every backend computes second derivatives in the same plain PyTorch: training never needs them.
+register_recomputed_autograd(kde_backward_op)
 
 
 def prepare(
@@ -57,7 +57,7 @@ def prepare(
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
     groups = group(function, **{points: x, "refs": refs})
     queries = groups.per_query("sigma2", variance, x.shape[-2])
-    return groups, groups.points(x), groups.points(refs), queries, choose(backend, x.device)
+    return groups, groups.points(x), groups.points(refs), queries, pick_backend(backend, x.device)
 
 
 def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
@@ -67,9 +67,9 @@ def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str |
 
     Args:
         x: `[..., N, D]`, the points z.
-        refs: `[..., M, D]`, the centres r; leading dimensions broadcast against those of x.
+        refs: `[..., M, D]`, the reference points r; leading dimensions broadcast against those of x.
         sigma2: σ² > 0, the squared bandwidth in squared units of x: a float, or a tensor of shape `[]`, `[...]` (one
-            a group) or `[..., N]` (one a query).
+            per group) or `[..., N]` (one per query).
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
@@ -79,26 +79,26 @@ def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str |
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    groups, z, centres, variance, name = prepare("kde_score", x, refs, sigma2, backend)
-    shift, _, _ = kde(z, centres, variance, name)
+    groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
+    shift, _, _ = kde_op(z, refs, variance, name)
     return groups.unflatten((shift / variance.unsqueeze(-1)).to(x.dtype))
 
 
 def kde_mean(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
-    """Weighted mean of the centres, m(z) = Σ_j w_j(z) r_j: the stable target of denoising score matching.
+    """Weighted mean of the reference points, m(z) = Σ_j w_j(z) r_j: the stable target of denoising score matching.
 
-    Arguments, derivatives and errors as in `kde_score`. Returns `[..., N, D]`, in units of x.
+    Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N, D]`, in units of x.
     """
-    groups, z, centres, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
-    _, mean, _ = kde(z, centres, variance, name)
+    groups, z, refs, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
+    _, mean, _ = kde_op(z, refs, variance, name)
     return groups.unflatten(mean)
 
 
 def kde_log_density(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
-    """Normalised log-density, log p̂(z) = log (1/M) Σ_j exp(-|z - r_j|²/2σ²) - (D/2) log 2πσ².
+    """Normalized log-density, log p̂(z) = log (1/M) Σ_j exp(-|z - r_j|²/2σ²) - (D/2) log 2πσ².
 
-    Arguments, derivatives and errors as in `kde_score`. Returns `[..., N]`, in nats.
+    Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N]`, in nats.
     """
-    groups, z, centres, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
-    _, _, log_density = kde(z, centres, variance, name)
+    groups, z, refs, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
+    _, _, log_density = kde_op(z, refs, variance, name)
     return groups.unflatten(log_density)

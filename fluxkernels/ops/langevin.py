@@ -1,4 +1,4 @@
-"""Exponential Langevin steps (Eq. 8), the chain of them, and the pass that a training step needs."""
+"""Exponential Langevin steps (Eq. 8), chains of them, and the kernel density estimates of a training step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from fluxkernels.checks import (
     as_number_tensor,
     check_finite,
     check_noise,
+    check_num_steps,
     check_points,
-    check_steps,
-    choose,
     group,
+    pick_backend,
 )
-from fluxkernels.ops.kde import kde
+from fluxkernels.ops.kde import kde_op
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
-from fluxkernels.ops.transition import average
+from fluxkernels.ops.transition import Transition
 
-_ARGUMENTS = "Tensor refs, Tensor sigma2, Tensor tau, int steps, Tensor? noise, Tensor? seed, str backend"
+_ARGUMENTS = "Tensor refs, Tensor sigma2, Tensor tau, int num_steps, Tensor? noise, Tensor? seed, str backend"
 
 
 def _chain_fake(
@@ -30,7 +30,7 @@ def _chain_fake(
     refs: Tensor,
     sigma2: Tensor,
     tau: Tensor,
-    steps: int,
+    num_steps: int,
     noise: Tensor | None,
     seed: Tensor | None,
     backend: str,
@@ -42,15 +42,17 @@ def _pass_fake(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for _ in range(4))
 
 
-chain = Op("langevin_chain", f"(Tensor x0, {_ARGUMENTS}) -> Tensor", _chain_fake)
-bundle = Op("flux_pass", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _pass_fake)
+langevin_chain_op = Op("langevin_chain", f"(Tensor x0, {_ARGUMENTS}) -> Tensor", _chain_fake)
+flux_pass_op = Op("flux_pass", f"(Tensor x, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _pass_fake)
 
 
 def _normal_fake(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype, backend: str) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=seed.device)
 
 
-normal = Op("normal", "(Tensor seed, int[] shape, int stream, ScalarType dtype, str backend) -> Tensor", _normal_fake)
+normal_op = Op(
+    "normal", "(Tensor seed, int[] shape, int stream, ScalarType dtype, str backend) -> Tensor", _normal_fake
+)
 
 
 def _chain_of_ops(
@@ -58,24 +60,24 @@ def _chain_of_ops(
     refs: Tensor,
     sigma2: Tensor,
     tau: Tensor,
-    steps: int,
+    num_steps: int,
     noise: Tensor | None,
     seed: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """The chain as `steps` calls of the kde op, whose backward pass the backend provides: (∂x_τ/∂x0)ᵀ v of Sec. 3.3."""
+    """The chain as `num_steps` calls of the kde op, whose backward pass is the backend's: (∂x_τ/∂x0)ᵀ v of Sec. 3.3."""
     if noise is None:
         assert seed is not None
-        noise = normal(seed, (steps, *x.shape), philox.CHAIN, sigma2.dtype, backend)
-    h = (tau / steps).view(-1, 1, 1)
-    # √(1-e^{-2h}) has no derivative at h = 0; there it is left out of ∂x_τ/∂τ.
+        noise = normal_op(seed, (num_steps, *x.shape), philox.CHAIN, sigma2.dtype, backend)
+    h = (tau / num_steps).view(-1, 1, 1)
+    # √(1-e^{-2h}) has no derivative at h = 0, so ∂x_τ/∂τ omits it there.
     spread = -torch.expm1(-2 * h)
     diffusion = (sigma2.view(-1, 1, 1) * torch.where(spread > 0, spread, spread.detach() + 1)).sqrt()
     diffusion = torch.where(spread > 0, diffusion, torch.zeros_like(diffusion))
     variance = sigma2.unsqueeze(-1).expand(x.shape[:2])
     dtype = x.dtype
-    for k in range(steps):
-        shift, _, _ = kde(x, refs, variance, backend)
+    for k in range(num_steps):
+        shift, _, _ = kde_op(x, refs, variance, backend)
         x = (x - torch.expm1(-h) * shift + diffusion * noise[k]).to(dtype)
     return x
 
@@ -85,68 +87,109 @@ def _pass_of_ops(
     refs: Tensor,
     sigma2: Tensor,
     tau: Tensor,
-    steps: int,
+    num_steps: int,
     noise: Tensor | None,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if noise is None:
         assert seed is not None
-        start = normal(seed, (1, *x.shape), philox.START, sigma2.dtype, backend)[0]
+        start = normal_op(seed, (1, *x.shape), philox.START, sigma2.dtype, backend)[0]
     else:
         start = noise[0]
     x0 = (x + sigma2.view(-1, 1, 1).sqrt() * start).to(x.dtype)
-    xt = _chain_of_ops(x0, refs, sigma2, tau, steps, None if noise is None else noise[1:], seed, backend)
+    xt = _chain_of_ops(x0, refs, sigma2, tau, num_steps, None if noise is None else noise[1:], seed, backend)
     variance = sigma2.unsqueeze(-1).expand(x.shape[:2])
-    return x0, kde(x0, refs, variance, backend)[0], xt, kde(xt, refs, variance, backend)[0]
+    return x0, kde_op(x0, refs, variance, backend)[0], xt, kde_op(xt, refs, variance, backend)[0]
 
 
-register_recomputed_autograd(chain, _chain_of_ops)
-register_recomputed_autograd(bundle, _pass_of_ops)
+register_recomputed_autograd(langevin_chain_op, _chain_of_ops)
+register_recomputed_autograd(flux_pass_op, _pass_of_ops)
+
+
+@dataclass(frozen=True)
+class _Random:
+    """The user's source of random numbers.
+
+    Attributes:
+        noise: the numbers themselves, or None.
+        seed: a seed, or None.
+        draws: number of entries of the noise; None if it is a single one in the shape of the points.
+    """
+
+    noise: Tensor | None
+    seed: int | Tensor | None
+    draws: int | None
+
+    def flat(self, function: str, groups: Groups, x: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
+        """(noise `[draws, B, N, D]` or None, seed `[]` or None), checked."""
+        shape = (*(() if self.draws is None else (self.draws,)), *groups.batch, *x.shape[-2:])
+        noise, seed = check_noise(function, self.noise, self.seed, shape, like=x)
+        check_finite(function, noise=noise)
+        if noise is None and seed is None and backend == "torch":
+            # Only here may the numbers differ between devices: torch's own generator is the fastest.
+            noise = torch.randn(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        if noise is None:
+            return None, philox.as_seed(seed, x.device)
+        return noise.reshape(self.draws or 1, -1, *x.shape[-2:]), None
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """Arguments of the chain ops, checked and flattened into B groups.
+
+    Attributes:
+        groups: the leading dimensions of the user's tensors.
+        x: `[B, N, D]`.
+        refs: `[B, M, D]`.
+        sigma2: σ² `[B]`.
+        time: τ of the whole chain, `[B]`.
+        noise: `[draws, B, N, D]`, or None.
+        seed: `[]`, or None.
+        backend: name of the backend.
+    """
+
+    groups: Groups
+    x: Tensor
+    refs: Tensor
+    sigma2: Tensor
+    time: Tensor
+    noise: Tensor | None
+    seed: Tensor | None
+    backend: str
+
+    def run(self, op: Op, num_steps: int) -> Any:
+        return op(self.x, self.refs, self.sigma2, self.time, num_steps, self.noise, self.seed, self.backend)
 
 
 def _prepare(
     function: str,
-    name: str,
-    x: Tensor,
+    points: tuple[str, Tensor],
     refs: Tensor,
     sigma2: float | Tensor,
-    times: dict[str, float | Tensor],
-    draws: int | None,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
+    time: tuple[str, float | Tensor],
+    random: _Random,
     backend: str | None,
-) -> tuple[Groups, tuple[Any, ...], str]:
-    """Check and flatten: (groups, (x, refs, sigma2, time, noise `[draws, B, N, D]`, seed), backend).
-
-    `draws` counts the entries of noise; None stands for a single one whose noise has the shape of x itself.
-    """
+) -> _Chain:
+    """Check and flatten; `points` and `time` are given with the names of the arguments."""
+    name, x = points
+    time_name, time_value = time
     check_points(function, name, x)
     check_points(function, "refs", refs, like=x)
     check_finite(function, **{name: x, "refs": refs})
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
-    ((time_name, time_value),) = times.items()
-    time = as_number_tensor(function, time_name, time_value, like=x, zero=True)
+    duration = as_number_tensor(function, time_name, time_value, like=x, zero=True)
     groups = group(function, **{name: x, "refs": refs})
-    chosen = choose(backend, x.device)
-    shape = (*(() if draws is None else (draws,)), *groups.batch, *x.shape[-2:])
-    noise, seed = check_noise(function, noise, seed, shape, like=x)
-    check_finite(function, noise=noise)
-    if noise is None and seed is None and chosen == "torch":
-        # Here, and only here, numbers need not be the same on another device: torch's own are the fastest.
-        noise = torch.randn(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    flat_noise = None if noise is None else noise.reshape(draws or 1, -1, *x.shape[-2:])
-    flat_seed = philox.as_seed(seed, x.device) if noise is None else None
-    return (
+    chosen = pick_backend(backend, x.device)
+    noise, seed = random.flat(function, groups, x, chosen)
+    return _Chain(
         groups,
-        (
-            groups.points(x),
-            groups.points(refs),
-            groups.per_group("sigma2", variance),
-            groups.per_group(time_name, time),
-            flat_noise,
-            flat_seed,
-        ),
+        groups.points(x),
+        groups.points(refs),
+        groups.per_group("sigma2", variance),
+        groups.per_group(time_name, duration),
+        noise,
+        seed,
         chosen,
     )
 
@@ -167,24 +210,23 @@ def langevin_step(
 
     Args:
         x: `[..., N, D]`.
-        refs: `[..., M, D]`, the centres; leading dimensions broadcast.
-        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one a group).
+        refs: `[..., M, D]`, the reference points; leading dimensions broadcast.
+        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one per group).
         h: step in units of σ² (dimensionless), h ≥ 0, same shapes as sigma2.
         noise: ξ, `[..., N, D]`.
-        seed: makes ξ by Philox, the same on every device and backend; with neither, torch's generator decides.
+        seed: seed of ξ (Philox, same numbers on every device and backend). Without noise and seed, ξ comes from torch's
+            generator.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
-        `[..., N, D]`. Differentiable in every tensor it takes.
+        `[..., N, D]`. Differentiable in every tensor argument.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    groups, (z, *others, xi, seed), name = _prepare(
-        "langevin_step", "x", x, refs, sigma2, {"h": h}, None, noise, seed, backend
-    )
-    return groups.unflatten(chain(z, *others, 1, xi, seed, name))
+    chain = _prepare("langevin_step", ("x", x), refs, sigma2, ("h", h), _Random(noise, seed, None), backend)
+    return chain.groups.unflatten(chain.run(langevin_chain_op, 1))
 
 
 def langevin_chain(
@@ -193,41 +235,41 @@ def langevin_chain(
     sigma2: float | Tensor,
     tau: float | Tensor,
     *,
-    steps: int = 4,
+    num_steps: int = 4,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """x_τ: `steps` updates of `langevin_step`, each of size τ/steps (Sec. 3.3).
+    """x_τ: `num_steps` updates of `langevin_step`, each of size τ/num_steps (Sec. 3.3).
 
     Args:
         x0: `[..., N, D]`, where the chains start.
-        refs: `[..., M, D]`, the centres; leading dimensions broadcast.
-        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one a group).
+        refs: `[..., M, D]`, the reference points; leading dimensions broadcast.
+        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one per group).
         tau: τ = t/σ² ≥ 0, dimensionless time, same shapes as sigma2.
-        steps: number K of updates.
-        noise: ξ, `[steps, ..., N, D]`.
-        seed: makes ξ by Philox, the same on every device and backend; with neither, torch's generator decides.
+        num_steps: number K of updates.
+        noise: ξ, `[num_steps, ..., N, D]`.
+        seed: seed of ξ (Philox, same numbers on every device and backend). Without noise and seed, ξ comes from torch's
+            generator.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
         `[..., N, D]`. Its backward pass is the pathwise (∂x_τ/∂x0)ᵀ v; also differentiable in refs, sigma2, tau and
-        noise. At τ = 0, where √(1-e^{-2τ}) has no derivative, ∂x_τ/∂τ is the drift's part alone.
+        noise. At τ = 0, where √(1-e^{-2τ}) has no derivative, ∂x_τ/∂τ is the part of the drift alone.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    check_steps("langevin_chain", steps)
-    groups, (z, *others, xi, seed), name = _prepare(
-        "langevin_chain", "x0", x0, refs, sigma2, {"tau": tau}, steps, noise, seed, backend
-    )
-    return groups.unflatten(chain(z, *others, steps, xi, seed, name))
+    check_num_steps("langevin_chain", num_steps)
+    random = _Random(noise, seed, num_steps)
+    chain = _prepare("langevin_chain", ("x0", x0), refs, sigma2, ("tau", tau), random, backend)
+    return chain.groups.unflatten(chain.run(langevin_chain_op, num_steps))
 
 
 @dataclass(frozen=True)
 class FluxPass:
-    """What one training step needs of the kernel density estimate. Every tensor is `[..., N, D]`.
+    """Results of `flux_pass`. Every tensor is `[..., N, D]`.
 
     Attributes:
         x0: start of the chains, x + σ n0.
@@ -240,12 +282,11 @@ class FluxPass:
     score0: Tensor
     xt: Tensor
     score_t: Tensor
-    _average: tuple[Groups, tuple[Tensor, ...], str]
+    _transition: Transition
 
     def transition_average(self, values: Tensor) -> Tensor:
         """Σ_j w_ij values_j as in `fluxkernels.transition_average`, for values `[..., N, V]`, without a second kde."""
-        groups, (x0, shift0, xt, sigma2, tau), backend = self._average
-        return average("FluxPass.transition_average", groups, x0, shift0, xt, values, sigma2, tau, backend)
+        return self._transition.average("FluxPass.transition_average", values)
 
 
 def flux_pass(
@@ -254,37 +295,37 @@ def flux_pass(
     sigma2: float | Tensor,
     tau: float | Tensor,
     *,
-    steps: int = 4,
+    num_steps: int = 4,
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> FluxPass:
-    """Everything a Flux Matching step asks of the kernel density estimate, in one pass (Algorithm 1).
+    """The kernel density estimates of one Flux Matching step, in one pass (Algorithm 1).
 
     x0 = x + σ n0, s(x0), x_τ = `langevin_chain`(x0), s(x_τ), and m(x0) for the transition weights.
 
     Args:
         x: `[..., N, D]`, clean samples.
-        refs: `[..., M, D]`, the centres (x itself, or more); leading dimensions broadcast.
-        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one a group).
+        refs: `[..., M, D]`, the reference points (x itself, or more); leading dimensions broadcast.
+        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one per group).
         tau: τ = t/σ² ≥ 0, dimensionless, same shapes as sigma2.
-        steps: number K of updates in the chain.
-        noise: `[1 + steps, ..., N, D]`: n0, then the chain's ξ.
-        seed: makes both by Philox; the chain's are those of `langevin_chain` with the same seed.
+        num_steps: number K of updates in the chain.
+        noise: `[1 + num_steps, ..., N, D]`: n0, then the chain's ξ.
+        seed: seed of both (Philox); the chain's numbers are those of `langevin_chain` with the same seed.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
-        A `FluxPass`. Its tensors are differentiable in every tensor given.
+        A `FluxPass`. Its tensors are differentiable in every tensor argument.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    check_steps("flux_pass", steps)
-    groups, (z, centres, variance, time, xi, seed), name = _prepare(
-        "flux_pass", "x", x, refs, sigma2, {"tau": tau}, 1 + steps, noise, seed, backend
-    )
-    x0, shift0, xt, shift_t = bundle(z, centres, variance, time, steps, xi, seed, name)
+    check_num_steps("flux_pass", num_steps)
+    random = _Random(noise, seed, 1 + num_steps)
+    chain = _prepare("flux_pass", ("x", x), refs, sigma2, ("tau", tau), random, backend)
+    groups, variance = chain.groups, chain.sigma2
+    x0, shift0, xt, shift_t = chain.run(flux_pass_op, num_steps)
 
     def score(shift: Tensor) -> Tensor:
         return groups.unflatten((shift / variance.view(-1, 1, 1)).to(x.dtype))
@@ -294,5 +335,5 @@ def flux_pass(
         score(shift0),
         groups.unflatten(xt),
         score(shift_t),
-        (groups, (x0, shift0, xt, variance, time), name),
+        Transition(groups, x0, shift0, xt, variance, chain.time, chain.backend),
     )

@@ -1,4 +1,4 @@
-"""How an op is registered: one schema, implementations looked up by the backend's name, autograd by recomputing."""
+"""Registration of ops: one schema, implementations looked up by the name of the backend, autograd by recomputing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,16 +16,15 @@ Formula = Callable[..., Tensor | tuple[Tensor, ...]]
 class Op:
     """`fluxkernels::name` for all backends; its last argument is `str backend`.
 
-    Autocast is switched off inside: a kernel density estimate in bfloat16 has no correct digit to offer.
+    Autocast is switched off inside: a kernel density estimate computed in bfloat16 has no correct digit.
 
-    `torch.library` knows no derivatives but reverse mode: under `torch.func` and in forward mode a registered op would
-    raise or, worse, lose the tangent without a word. There the reference formula runs in its place, which PyTorch can
-    transform as it likes.
+    `torch.library` supports reverse-mode derivatives only: under `torch.func` and in forward mode a registered op would
+    raise or, worse, silently lose the tangent. There the reference formula runs instead, which PyTorch can transform.
 
     Args:
-        name: of the op, and of its function in every backend and in `fluxkernels.reference`.
+        name: name of the op, and of its function in `fluxkernels.implementation` and every backend.
         schema: its signature.
-        fake: result shapes for tracing, takes the op's arguments.
+        fake: returns empty results for tracing; takes the op's arguments.
     """
 
     def __init__(self, name: str, schema: str, fake: Callable[..., Any]) -> None:
@@ -63,7 +62,7 @@ def vector_jacobian(
     """
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
-        # A fresh view of each input: two arguments that are one tensor (refs is x) still get a derivative each.
+        # A new view of each input: if two arguments are the same tensor (refs is x), each still gets its derivative.
         leaves = [
             (value.view_as(value) if higher and value.requires_grad else value.detach().requires_grad_())
             if need
@@ -88,9 +87,9 @@ def vector_jacobian(
 
 
 def register_recomputed_autograd(op: Op, formula: Formula | None = None) -> None:
-    """Let `op` be differentiated through `formula`, which takes the op's arguments and computes the same.
+    """Differentiate `op` through `formula`, which takes the op's arguments and computes the same results.
 
-    The default is the reference formula, the same plain PyTorch for every backend.
+    The default is the reference formula, which is the same plain PyTorch for every backend.
     """
     formula = formula or (lambda *args: op.reference(*args[:-1]))
 

@@ -11,8 +11,10 @@ def _fake(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, backend: str) 
     return z.new_empty(z.shape)
 
 
-gradient = Op("residual_gradient", "(Tensor z, Tensor field, Tensor refs, Tensor sigma2, str backend) -> Tensor", _fake)
-register_recomputed_autograd(gradient)
+residual_gradient_op = Op(
+    "residual_gradient", "(Tensor z, Tensor field, Tensor refs, Tensor sigma2, str backend) -> Tensor", _fake
+)
+register_recomputed_autograd(residual_gradient_op)
 
 
 def residual_gradient(
@@ -28,18 +30,18 @@ def residual_gradient(
     Args:
         z: `[..., N, D]`, the points.
         field: f(z), shape of z.
-        refs: `[..., M, D]`, the centres; leading dimensions broadcast.
+        refs: `[..., M, D]`, the reference points; leading dimensions broadcast.
         sigma2: σ² > 0: a float, or a tensor of shape `[]`, `[...]` or `[..., N]`.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
-        `[..., N, D]`. Differentiable in every tensor it takes.
+        `[..., N, D]`. Differentiable in every tensor argument.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    groups, points, centres, variance, name = prepare("residual_gradient", z, refs, sigma2, backend, points="z")
+    groups, points, refs, variance, name = prepare("residual_gradient", z, refs, sigma2, backend, points="z")
     check_same_shape("residual_gradient", "field", field, "z", z)
     check_finite("residual_gradient", field=field)
-    return groups.unflatten(gradient(points, groups.points(field), centres, variance, name))
+    return groups.unflatten(residual_gradient_op(points, groups.points(field), refs, variance, name))

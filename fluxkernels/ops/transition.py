@@ -1,9 +1,11 @@
-"""Transition weights of the linearised chain (Eq. 52) and the average they define (Eq. 9)."""
+"""Transition weights of the linearized chain (Eq. 52) and the average they define (Eq. 9)."""
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, choose, group, shape_of
-from fluxkernels.ops.kde import kde
+from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, group, pick_backend, shape_of
+from fluxkernels.ops.kde import kde_op
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
@@ -17,20 +19,61 @@ def _average_fake(
     return values.new_empty((*x0.shape[:2], values.shape[-1]))
 
 
-weights = Op(
+transition_weights_op = Op(
     "transition_weights",
     "(Tensor x0, Tensor shift0, Tensor xt, Tensor sigma2, Tensor tau, str backend) -> Tensor",
     _weights_fake,
 )
-weighted_sum = Op(
+transition_average_op = Op(
     "transition_average",
     "(Tensor x0, Tensor shift0, Tensor xt, Tensor values, Tensor sigma2, Tensor tau, str backend) -> Tensor",
     _average_fake,
 )
+register_recomputed_autograd(transition_weights_op)
+register_recomputed_autograd(transition_average_op)
 
 
-register_recomputed_autograd(weights)
-register_recomputed_autograd(weighted_sum)
+@dataclass(frozen=True)
+class Transition:
+    """Arguments of the transition ops, checked and flattened into B groups.
+
+    Attributes:
+        groups: the leading dimensions of the user's tensors.
+        x0: starts `[B, N, D]`.
+        shift0: m(x0) - x0 `[B, N, D]`.
+        xt: ends `[B, N', D]`.
+        sigma2: σ² `[B]`.
+        tau: τ `[B]`.
+        backend: name of the backend.
+    """
+
+    groups: Groups
+    x0: Tensor
+    shift0: Tensor
+    xt: Tensor
+    sigma2: Tensor
+    tau: Tensor
+    backend: str
+
+    def weights(self) -> Tensor:
+        """`[..., N, N']`"""
+        return self.groups.unflatten(
+            transition_weights_op(self.x0, self.shift0, self.xt, self.sigma2, self.tau, self.backend)
+        )
+
+    def average(self, function: str, values: Tensor) -> Tensor:
+        """`[..., N, V]` of values `[..., N', V]`, which it checks; error messages name `function`."""
+        check_points(function, "values", values, like=self.x0)
+        check_finite(function, values=values)
+        if values.shape[:-1] != (*self.groups.batch, self.xt.shape[1]):
+            raise ValueError(
+                f"{function}: values must have shape {[*self.groups.batch, self.xt.shape[1]]} + [V], one row for each "
+                f"end of a chain, got {shape_of(values)}"
+            )
+        flat = self.groups.points(values)
+        return self.groups.unflatten(
+            transition_average_op(self.x0, self.shift0, self.xt, flat, self.sigma2, self.tau, self.backend)
+        )
 
 
 def _prepare(
@@ -41,8 +84,7 @@ def _prepare(
     sigma2: float | Tensor,
     tau: float | Tensor,
     backend: str | None,
-) -> tuple[Groups, tuple[Tensor, ...], str]:
-    """Check and flatten: (groups, (x0, shift0, xt, sigma2, tau), backend), shift0 = m(x0) - x0."""
+) -> Transition:
     check_points(function, "x0", x0)
     check_points(function, "xt", xt, like=x0)
     check_points(function, "refs", refs, like=x0)
@@ -50,36 +92,14 @@ def _prepare(
     variance = as_number_tensor(function, "sigma2", sigma2, like=x0)
     time = as_number_tensor(function, "tau", tau, like=x0, zero=True)
     groups = group(function, x0=x0, xt=xt, refs=refs)
-    name = choose(backend, x0.device)
+    name = pick_backend(backend, x0.device)
     start, variance, time = (
         groups.points(x0),
         groups.per_group("sigma2", variance),
         groups.per_group("tau", time),
     )
-    shift0, _, _ = kde(start, groups.points(refs), variance.unsqueeze(-1).expand(start.shape[:2]), name)
-    return groups, (start, shift0, groups.points(xt), variance, time), name
-
-
-def average(
-    function: str,
-    groups: Groups,
-    x0: Tensor,
-    shift0: Tensor,
-    xt: Tensor,
-    values: Tensor,
-    sigma2: Tensor,
-    tau: Tensor,
-    backend: str,
-) -> Tensor:
-    """`transition_average` once everything but `values` is flat."""
-    check_points(function, "values", values, like=x0)
-    check_finite(function, values=values)
-    if values.shape[:-1] != (*groups.batch, xt.shape[1]):
-        raise ValueError(
-            f"{function}: values must have shape {[*groups.batch, xt.shape[1]]} + [V], one row for each end of a "
-            f"chain, got {shape_of(values)}"
-        )
-    return groups.unflatten(weighted_sum(x0, shift0, xt, groups.points(values), sigma2, tau, backend))
+    shift0, _, _ = kde_op(start, groups.points(refs), variance.unsqueeze(-1).expand(start.shape[:2]), name)
+    return Transition(groups, start, shift0, groups.points(xt), variance, time, name)
 
 
 def transition_weights(
@@ -99,20 +119,19 @@ def transition_weights(
     Args:
         x0: `[..., N, D]`, starts.
         xt: `[..., N', D]`, ends.
-        refs: `[..., M, D]`, the centres that define m; leading dimensions broadcast.
-        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one a group).
+        refs: `[..., M, D]`, the reference points that define m; leading dimensions broadcast.
+        sigma2: σ² > 0, a float or a tensor of shape `[]` or `[...]` (one per group).
         tau: τ = t/σ² ≥ 0, dimensionless, same shapes as sigma2.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
-        `[..., N, N']`; columns sum to one. Differentiable in every tensor it takes.
+        `[..., N, N']`; columns sum to one. Differentiable in every tensor argument.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    groups, tensors, name = _prepare("transition_weights", x0, xt, refs, sigma2, tau, backend)
-    return groups.unflatten(weights(*tensors, name))
+    return _prepare("transition_weights", x0, xt, refs, sigma2, tau, backend).weights()
 
 
 def transition_average(
@@ -125,20 +144,17 @@ def transition_average(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Σ_j w_ij values_j with the weights of `transition_weights`, which are never held (Eq. 9).
+    """Σ_j w_ij values_j with the weights of `transition_weights`, which are never materialized (Eq. 9).
 
     Args:
-        values: `[..., N', V]`, what each chain found at its end.
-        The others: as in `transition_weights`.
+        values: `[..., N', V]`, one row per end of a chain.
+        x0, xt, refs, sigma2, tau, backend: as in `transition_weights`.
 
     Returns:
-        `[..., N, V]`. Differentiable in every tensor it takes.
+        `[..., N, V]`. Differentiable in every tensor argument.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the backend named cannot run here.
     """
-    groups, (start, shift0, end, variance, time), name = _prepare(
-        "transition_average", x0, xt, refs, sigma2, tau, backend
-    )
-    return average("transition_average", groups, start, shift0, end, values, variance, time, name)
+    return _prepare("transition_average", x0, xt, refs, sigma2, tau, backend).average("transition_average", values)

@@ -1,7 +1,7 @@
-"""The `torch` backend: every formula once, in plain PyTorch. What these functions return is the definition of right.
+"""The `torch` backend, the reference implementation: every formula once, in plain PyTorch.
 
-They compute in float64 whatever the input's dtype (float32 on devices that have no float64) and return the
-input's dtype. Shapes here are always flat: queries `[B, N, D]`, centres `[B, M, D]`, B groups.
+It computes in float64 for every input dtype (in float32 on devices that have no float64) and returns the input's
+dtype. Shapes are flat, as in `fluxkernels.implementation`.
 """
 
 from fluxkernels.philox import normal

@@ -1,29 +1,29 @@
-"""Evaluation of a formula block by block, so that no `[B, N, M]` matrix is ever held whole."""
+"""Evaluation of a formula block by block, so that no whole `[B, N, M]` matrix is ever materialized."""
 
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-# Pairs (query, centre) a block may hold: at eight bytes each, a few such matrices stay in a second-level cache.
+# Pairs (query, reference point) per block: at eight bytes each, a few such matrices fit into a second-level cache.
 PAIRS_IN_BLOCK = 1 << 16
-# Up to this dimension distances are sums of squared differences; above, a matrix product on centred coordinates.
+# Up to this dimension distances are sums of squared differences; above, they come from a matrix product.
 DIRECT_DIMENSIONS = 16
-# A matrix product over few rows is slow: where there is one, a block has at least this many queries.
+# Queries per block, at least, where there is a matrix product: with few rows it is slow.
 ROWS_OF_PRODUCT = 64
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on the devices that lack it (Apple's MPS)."""
+    """float64, or float32 on devices without float64 (Apple's MPS)."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def upcast(*tensors: Tensor) -> list[Tensor]:
-    """The tensors in the dtype that the formulas compute in."""
+    """Convert tensors to the dtype that the formulas compute in."""
     return [t.to(compute_dtype(t.device)) for t in tensors]
 
 
-def centre(z: Tensor, refs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def center(z: Tensor, refs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(z - o, refs - o, o) upcast, with o the mean of refs `[B, 1, D]`: a common translation changes no result."""
     z, refs = upcast(z, refs)
     origin = refs.detach().mean(-2, keepdim=True)
@@ -31,9 +31,9 @@ def centre(z: Tensor, refs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def blocks(z: Tensor, refs: Tensor) -> Iterator[tuple[slice, list[slice]]]:
-    """Cut queries `[B, N, D]` against centres `[B, M, D]` into blocks of about `PAIRS_IN_BLOCK` pairs.
+    """Cut queries `[B, N, D]` and refs `[B, M, D]` into blocks of about `PAIRS_IN_BLOCK` pairs.
 
-    Each item is some groups and the rows of their blocks: many whole groups at once, or one group in slices of rows.
+    Each item is (groups, slices of rows): many whole groups at once, or one group in slices of rows.
     """
     (B, N, D), M = z.shape, refs.shape[1]
     if N * M <= PAIRS_IN_BLOCK:
@@ -47,18 +47,18 @@ def blocks(z: Tensor, refs: Tensor) -> Iterator[tuple[slice, list[slice]]]:
 
 
 def map_blocks(
-    formula: Callable[..., tuple[Tensor, ...]], queries: Sequence[Tensor], centres: Sequence[Tensor]
+    formula: Callable[..., tuple[Tensor, ...]], queries: Sequence[Tensor], refs: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Apply `formula(*queries, *centres)` block by block and put its results together.
+    """Apply `formula(*queries, *refs)` block by block and concatenate its results.
 
     Args:
         formula: takes the tensors of one block, returns tensors of shape `[b, n, ...]`.
         queries: tensors `[B, N, ...]`, cut along groups and queries; the first is `[B, N, D]`.
-        centres: tensors `[B, ...]`, cut along groups only; the first is `[B, M, D]`.
+        refs: tensors `[B, ...]`, cut along groups only; the first is `[B, M, D]`.
     """
     groups = []
-    for group, rows in blocks(queries[0], centres[0]):
-        per_group = [c[group] for c in centres]
+    for group, rows in blocks(queries[0], refs[0]):
+        per_group = [r[group] for r in refs]
         parts = [formula(*(q[group, row] for q in queries), *per_group) for row in rows]
         groups.append([torch.cat(part, dim=1) for part in zip(*parts, strict=True)])
     return tuple(torch.cat(part) for part in zip(*groups, strict=True))

@@ -5,16 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from fluxkernels.reference.blocks import DIRECT_DIMENSIONS, blocks, centre, map_blocks, upcast
+from fluxkernels.reference.blocks import DIRECT_DIMENSIONS, blocks, center, map_blocks, upcast
 from fluxkernels.transforms import transforms_active
 
-# Pairs whose differences are formed at once where the matrix product has cancelled.
+# Pairs that are recomputed from their differences at once, where the matrix product has canceled.
 NEAR_PAIRS = 4096
 
 
 def squared_distances(z: Tensor, refs: Tensor) -> Tensor:
-    """|z_n - r_j|², `[B, N, M]`, for centred z `[B, N, D]` and refs `[B, M, D]`."""
-    # The repair below looks at values, which torch.func's transforms do not allow.
+    """|z_n - r_j|², `[B, N, M]`, for centered z `[B, N, D]` and refs `[B, M, D]`."""
+    # The correction below depends on values, which torch.func's transforms do not allow.
     if z.shape[-1] <= DIRECT_DIMENSIONS or transforms_active():
         first, *others = range(z.shape[-1])
         total = (z[..., first, None] - refs[..., None, :, first]).square()
@@ -24,7 +24,7 @@ def squared_distances(z: Tensor, refs: Tensor) -> Tensor:
         return total
     norms = z.square().sum(-1).unsqueeze(-1) + refs.square().sum(-1).unsqueeze(-2)
     total = torch.baddbmm(norms, z, refs.mT, alpha=-2)
-    # |z|² + |r|² - 2 z·r has lost its digits where it is small against its terms: take differences there.
+    # |z|² + |r|² - 2 z·r has lost its digits where it is small compared with its terms: take differences there.
     near = total.detach() < 64 * torch.finfo(z.dtype).eps ** 0.5 * norms.detach()
     for b, n, j in zip(*(index.split(NEAR_PAIRS) for index in near.nonzero(as_tuple=True)), strict=True):
         total = total.index_put((b, n, j), (z[b, n] - refs[b, j]).square().sum(-1))
@@ -35,8 +35,8 @@ def weights(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Te
     """a_nj = |z_n - r_j|², w_nj = softmax_j(-a_nj/2σ_n²), both `[B, N, M]`, and log Σ_j exp(-a_nj/2σ_n²) `[B, N]`."""
     distances = squared_distances(z, refs)
     logits = distances * (-0.5 / sigma2).unsqueeze(-1)
-    # Divided by their sum, not by exp(log-sum-exp): far from all centres the logits are large and their rounding
-    # would leave weights that do not sum to one.
+    # Divide by the sum, not by exp(log-sum-exp): far from all reference points the logits are large, and with their
+    # rounding errors the weights would not sum to one.
     top = logits.detach().amax(-1, keepdim=True)
     relative = (logits - top).exp()
     total = relative.sum(-1, keepdim=True)
@@ -44,10 +44,10 @@ def weights(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def kde_formula(z: Tensor, sigma2: Tensor, refs: Tensor) -> tuple[Tensor, Tensor]:
-    """(m(z) `[B, N, D]`, log p̂(z) `[B, N]`) of one centred block."""
-    _, w, normaliser = weights(z, refs, sigma2)
+    """(m(z) `[B, N, D]`, log p̂(z) `[B, N]`) of one centered block."""
+    _, w, normalizer = weights(z, refs, sigma2)
     M, D = refs.shape[-2:]
-    return w @ refs, normaliser - math.log(M) - 0.5 * D * (math.log(2 * math.pi) + sigma2.log())
+    return w @ refs, normalizer - math.log(M) - 0.5 * D * (math.log(2 * math.pi) + sigma2.log())
 
 
 def kde_backward_formula(
@@ -71,7 +71,7 @@ def kde_backward_formula(
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(m(z) - z, m(z), log p̂(z)) for z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`; each rounded once."""
     dtype = z.dtype
-    z, refs, origin = centre(z, refs)
+    z, refs, origin = center(z, refs)
     mean, log_density = map_blocks(kde_formula, (z, *upcast(sigma2)), (refs,))
     return (mean - z).to(dtype), (mean + origin).to(dtype), log_density.to(dtype)
 
@@ -81,7 +81,7 @@ def kde_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cotangents of z, refs and sigma2 from those of `kde`'s results."""
     dtype, sigma2_dtype = z.dtype, sigma2.dtype
-    z, refs, _ = centre(z, refs)
+    z, refs, _ = center(z, refs)
     g_shift, g_mean, g_log_density, sigma2 = upcast(g_shift, g_mean, g_log_density, sigma2)
     g_mean = g_mean + g_shift
     g_z, g_refs, g_sigma2 = torch.empty_like(z), torch.zeros_like(refs), torch.empty_like(g_log_density)

@@ -1,13 +1,13 @@
-"""The part of ∇r that the kernel density estimate gives in closed form."""
+"""The closed-form part of ∇r, which needs the kernel density estimate alone."""
 
 from torch import Tensor
 
-from fluxkernels.reference.blocks import centre, map_blocks, upcast
+from fluxkernels.reference.blocks import center, map_blocks, upcast
 from fluxkernels.reference.kde import weights
 
 
 def residual_formula(z: Tensor, field: Tensor, sigma2: Tensor, refs: Tensor) -> tuple[Tensor]:
-    """J_s f - ∇(Δp̂/p̂) of one centred block, `[B, N, D]`.
+    """J_s f - ∇(Δp̂/p̂) of one centered block, `[B, N, D]`.
 
     Both terms are moments about m of the same weights: with e_j = r_j - m and a_j = |z - r_j|², they are
     Σ_j w_j e_j [e_j·f - (a_j - ā)/σ²]/σ⁴ - f/σ² - 2(z - m)/σ⁴.
@@ -23,6 +23,6 @@ def residual_formula(z: Tensor, field: Tensor, sigma2: Tensor, refs: Tensor) -> 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
     """J_s f - ∇(Δp̂/p̂) for z and field `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`."""
-    query, refs, _ = centre(z, refs)
+    query, refs, _ = center(z, refs)
     (gradient,) = map_blocks(residual_formula, (query, *upcast(field, sigma2)), (refs,))
     return gradient.to(z.dtype)

@@ -16,7 +16,7 @@ START = tl.constexpr(1)
 
 @triton.jit
 def cosine_and_sine(angle, ACC: tl.constexpr):
-    """By Taylor series on [-π/4, π/4]: the hardware's own are not exact enough, the library's reduce large angles."""
+    """Taylor series on [-π/4, π/4]: the hardware is not accurate enough, and the library slower than this."""
     square = angle * angle
     if ACC == tl.float64:
         s = square * (-1.0 / 1307674368000) + 1.0 / 6227020800
@@ -26,7 +26,7 @@ def cosine_and_sine(angle, ACC: tl.constexpr):
         c = c * square + 1.0 / 479001600
         c = c * square - 1.0 / 3628800
         c = c * square + 1.0 / 40320
-    else:  # what is left out is below 4e-9
+    else:  # the omitted terms are below 4e-9
         s = tl.full(angle.shape, 1.0 / 362880, ACC)
         c = tl.full(angle.shape, 1.0 / 40320, ACC)
     s = s * square - 1.0 / 5040
@@ -40,16 +40,16 @@ def cosine_and_sine(angle, ACC: tl.constexpr):
 
 @triton.jit
 def box_muller(a, b, ACC: tl.constexpr):
-    """(cosine, sine) normal numbers of two words: radius of u = (a + ½)/2³², angle 2πb/2³²."""
+    """Two normal numbers from two words: radius of u = (a + ½)/2³², angle 2πb/2³²."""
     UNIT: tl.constexpr = 2.3283064365386963e-10  # 2⁻³²
     lower = (a.to(ACC) + 0.5) * UNIT
     upper = ((0xFFFFFFFF - a).to(ACC) + 0.5) * UNIT
-    # log(1 - upper) from the logarithm of the rounded 1 - upper, made good for that rounding.
+    # log(1 - upper) from the logarithm of the rounded 1 - upper, corrected for that rounding.
     rest = 1 - upper
     near_one = tl.where(rest == 1, -upper, tl.log(rest) * (upper / tl.where(rest == 1, 1, 1 - rest)))
     log_u = tl.where(a < 0x80000000, tl.log(lower), near_one)
     radius = tl.sqrt(-2 * log_u)
-    # Whole quarter turns are taken off exactly, so that the angle keeps its digits.
+    # Whole quarter turns are removed exactly, so that the angle keeps its digits.
     shifted = b + 0x20000000
     quarter = shifted >> 30
     angle = ((shifted & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(ACC) * 1.4629180792671596e-09  # 2π/2³²
@@ -71,7 +71,7 @@ def block_of(seed, stream, step, block):
 
 @triton.jit
 def normal_at(seed, stream, step, element, ACC: tl.constexpr):
-    """One standard normal number for every element of a step."""
+    """One standard normal number per element of a step."""
     w0, w1, w2, w3 = block_of(seed, stream, step, element >> 2)
     second = (element & 2) != 0
     n0, n1 = box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), ACC)
@@ -82,13 +82,13 @@ def normal_at(seed, stream, step, element, ACC: tl.constexpr):
 def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
     """Standard normal numbers for the elements rows·D, ..., rows·D + D - 1 of a step: a tuple of D tensors like `rows`.
 
-    A block of Philox makes four numbers, a pair of its words two.
+    A block of Philox makes four numbers, two from each pair of words.
     """
     first = rows * D
     out = ()
     if D == 1:
         out = out + (normal_at(seed, stream, step, first, ACC),)
-    elif D % 2 == 0:  # a row begins with a block or in the middle of one
+    elif D % 2 == 0:  # a row starts at the beginning of a block or in its middle
         for d in tl.static_range(0, D, 4 if D % 4 == 0 else 2):
             w0, w1, w2, w3 = block_of(seed, stream, step, (first + d) >> 2)
             if D % 4 == 0:
@@ -98,7 +98,7 @@ def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
             else:
                 second = ((first + d) & 2) != 0
                 out = out + box_muller(tl.where(second, w2, w0), tl.where(second, w3, w1), ACC)
-    else:  # anywhere: all blocks that it can touch, and of their numbers those from its place in the first
+    else:  # a row starts anywhere: make all blocks that it can touch, and select from its place in the first
         numbers = ()
         for k in tl.static_range((D + 6) // 4):
             w0, w1, w2, w3 = block_of(seed, stream, step, (first >> 2) + k)
@@ -116,7 +116,7 @@ def normal_rows(seed, stream, step, rows, D: tl.constexpr, ACC: tl.constexpr):
 def normal_tile(seed, stream, step, rows, columns, D, WHOLE: tl.constexpr, ACC: tl.constexpr):
     """Standard normal numbers for the elements rows·D + columns of a step, `[rows, columns]`.
 
-    Where WHOLE, D and the first of the adjacent columns are multiples of four, so that whole blocks of Philox are used.
+    WHOLE requires D and the first of the adjacent columns to be multiples of four; it uses whole blocks of Philox.
     """
     if WHOLE:
         quarter: tl.constexpr = columns.shape[0] // 4
@@ -133,7 +133,7 @@ def normal_tile(seed, stream, step, rows, columns, D, WHOLE: tl.constexpr, ACC: 
 
 @triton.jit
 def normal_kernel(seed, out, elements, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    """out[step, e] for all steps (second axis of the grid)."""
+    """Write out[step, e] for all steps (second axis of the grid)."""
     step = tl.program_id(1).to(tl.int64)
     e = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = normal_at(tl.load(seed), STREAM, step, e, out.dtype.element_ty)

@@ -1,21 +1,21 @@
-"""Functions of numbers that kernels of both kinds use."""
+"""Functions of numbers that the kernels of streaming/ and gram/ use."""
 
 import triton
 import triton.language as tl
 
-HALF_LOG2_E = tl.constexpr(0.7213475204444817)  # powers of two are what the hardware computes
+HALF_LOG2_E = tl.constexpr(0.7213475204444817)  # the hardware computes powers of two
 
 
 @triton.jit
 def one_minus_exp(h):
-    """1 - e^{-h} for h ≥ 0, to rounding: the error of e^{-h} cancels against that of its logarithm (Kahan)."""
+    """1 - e^{-h} for h ≥ 0, up to rounding: the error of e^{-h} cancels with that of its logarithm (Kahan)."""
     u = tl.exp(-h)
     return tl.where(u == 1, h, tl.where(u < 0.5, 1 - u, (1 - u) * h / -tl.log(tl.where((u == 1) | (u == 0), 0.5, u))))
 
 
 @triton.jit
 def rounded(value, TYPE: tl.constexpr):
-    """A float64 as TYPE; to half precision by way of float32, from where there are conversions everywhere."""
+    """Convert a float64 to TYPE; to half precision through float32, because every GPU has those conversions."""
     if TYPE == tl.float64:
         result = value
     else:
@@ -31,7 +31,7 @@ def step_sizes(variance, tau, steps):
 
 
 @triton.jit
-def normalised_log_density(total, least, variance, M, D):
-    """log p̂ of the total of M weights relative to that of the least distance."""
+def normalized_log_density(total, least, variance, M, D):
+    """log p̂ from the total of M weights, each relative to the weight of the least distance."""
     count = tl.zeros([], total.dtype) + M
     return tl.log(total) - tl.log(count) - 0.5 * (least / variance + D * (tl.log(variance) + 1.8378770664093453))

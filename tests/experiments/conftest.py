@@ -23,7 +23,7 @@ def walk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Walk:
         "walk", "A random walk", "Sec. 0", "It must stay finite.", presets, walk
     )
     monkeypatch.setitem(sys.modules, "experiments.walk", module)
-    monkeypatch.setattr(registry, "NAMES", ("walk",))
+    monkeypatch.setattr(registry, "experiment_names", lambda: ("walk",))
     monkeypatch.chdir(tmp_path)
     return walk
 

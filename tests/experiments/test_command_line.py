@@ -1,4 +1,4 @@
-"""The experiments' command line and the rule of the folder."""
+"""The command line of the experiments, and the rule that a folder belongs to one run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from experiments.__main__ import locked, main
+from experiments.__main__ import main
 from experiments.common import registry
-from experiments.common.registry import Experiment, UsageError
-from tests.experiments.walk import Config, Walk, start
+from experiments.common.folder import locked
+from experiments.common.options import read_options
+from experiments.common.registry import Experiment
+from tests.experiments.walk import Config, start
 
 
 @pytest.mark.usefixtures("walk")
@@ -26,7 +28,7 @@ def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.usefixtures("walk")
-def test_one_run_a_folder_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_per_folder_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
     for restart in ((), ("--restart",)):
         with locked(Path("runs/walk-smoke")):
             assert start(*restart) == 2
@@ -49,40 +51,43 @@ def test_folders_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.usefixtures("walk")
 def test_run_writes_its_folder_and_tells_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start("--set", "lr=0.25", "--set", "sigmas=1,2") == 0
+    assert start("--config.lr", "0.25", "--config.sigmas", "1", "2") == 0
     out = Path("runs/walk-smoke")
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
-    assert written == {".lock", "config.json", "metrics.csv", "checkpoint.pt", "summary.md", "figures/walk.png"}
+    assert written == {
+        ".lock", "config.json", "metrics.jsonl", "checkpoint.pt", "summary.md", "summary.json", "figures/walk.png",
+    }  # fmt: skip
 
-    said = capsys.readouterr().out
-    assert "NOT REPRODUCED: impossible <b>" in said
-    assert "runs/walk-smoke/summary.md" in said
-    assert "runs/walk-smoke/figures/walk.png" in said
+    printed = capsys.readouterr().out
+    assert "NOT REPRODUCED: impossible <b>" in printed
+    assert "runs/walk-smoke/summary.md" in printed
+    assert "runs/walk-smoke/figures/walk.png" in printed
 
     summary = (out / "summary.md").read_text()
     assert re.search(r"^\| \\\|x\\\| < 1e9 \| 1\.0 \| \d\.\d+ \| yes \|$", summary, re.M)
     assert re.search(r"^\| impossible <b> \| -1 \| \d\.\d+ \| NO \|$", summary, re.M)
     assert "| steps | – | 6 |  |" in summary
     assert "![walk](figures/walk.png)\n\nA walk [of 2-D]." in summary
-    command = "run walk --preset smoke --backend torch --device cpu --seed 0 --set lr=0.25 sigmas=1.0,2.0"
+    command = "run walk --preset smoke --backend torch --device cpu --seed 0 --config.lr 0.25 --config.sigmas 1.0 2.0"
     assert f"python -m experiments {command}\n" in summary
 
     config = json.loads((out / "config.json").read_text())
     assert config["config"]["sigmas"] == [1.0, 2.0]
-    assert config["backend"] == {"asked": "torch", "resolved": "torch"}
-    for path in (out / "config.json", out / "summary.md", out / "metrics.csv"):
+    assert config["backend"] == {"requested": "torch", "resolved": "torch"}
+    for path in (out / "config.json", out / "summary.md", out / "summary.json", out / "metrics.jsonl"):
         assert str(tmp_path) not in path.read_text()
 
 
 @pytest.mark.usefixtures("walk")
 def test_the_command_in_the_summary_makes_the_same_run() -> None:
-    start("--set", "ema=false", "label=x y", "window=3,4", "--out", "first")
+    changes = ("--config.no-ema", "--config.label=-x y", "--config.window", "3", "-4", "--config.sigmas")
+    start(*changes, "--out", "first")
     command = re.search(r"^python -m experiments (.+)$", Path("first/summary.md").read_text(), re.M)
     assert command
     assert main(shlex.split(command[1])) == 0
     first, again = (json.loads(Path(f, "config.json").read_text()) for f in ("first", "runs/walk-smoke"))
     assert first["config"] == again["config"]
-    assert Path("first/metrics.csv").read_bytes() == Path("runs/walk-smoke/metrics.csv").read_bytes()
+    assert Path("first/metrics.jsonl").read_bytes() == Path("runs/walk-smoke/metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -99,9 +104,9 @@ def test_the_command_in_the_summary_makes_the_same_run() -> None:
 @pytest.mark.usefixtures("walk")
 def test_mistakes_are_one_line_and_exit_2(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {text}")
-    assert said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {text}")
+    assert printed.count("\n") == 1
     assert not Path("runs").exists()
 
 
@@ -114,35 +119,88 @@ def test_unknown_name_in_a_process_of_its_own() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_overrides_are_read_as_the_fields_type(walk: Walk) -> None:
-    experiment = registry.load_experiment("walk")
-    words = ["steps=3", "lr=1e-3", "ema=False", "label=x=y", "sigmas=1,", "window=5, 6", "steps=4"]
-    config = experiment.configure("paper", words)
-    assert config == Config(4, 1e-3, False, "x=y", (1.0,), (5, 6))
-    assert experiment.configure("paper", experiment.overrides("paper", config)) == config
-    assert experiment.configure("smoke", ["sigmas="]).sigmas == ()
-    assert experiment.overrides("smoke", Config()) == []
+def read(*words: str) -> Config:
+    config: Config = read_options(["walk", *words]).config
+    return config
+
+
+@pytest.mark.usefixtures("walk")
+def test_overrides_are_read_as_the_fields_type() -> None:
+    words = ["--config.lr", "1e-3", "--config.no_ema", "--config.label", "x=y", "--config.sigmas", "1"]
+    config = read("--preset", "paper", *words, "--config.window", "5", "-6", "--config.steps=4")
+    assert config == Config(4, 1e-3, False, "x=y", (1.0,), (5, -6))
+    assert [type(value) for value in (config.steps, config.lr, config.sigmas[0])] == [int, float, float]
+    assert read() == Config(steps=20)
+    assert read("--preset", "smoke") == Config()
+    assert read("--config.sigmas").sigmas == ()
 
 
 @pytest.mark.parametrize(
-    ("override", "text"),
+    "config",
     [
-        ("steps", "write key=value"),
-        ("stepz=3", "no field 'stepz'"),
-        ("steps=1.5", "steps takes int, got '1.5'"),
-        ("lr=fast", "lr takes float, got 'fast'"),
-        ("ema=1", "ema takes bool, got '1' for true or false"),
-        ("window=1,2,3", "window takes tuple[int, int], got 3 values for 2"),
-        ("sigmas=1,x", "sigmas takes tuple[float, ...], got 'x'"),
-        ("label=/home/me", "label takes str, got an absolute path"),
-        ("steps=0", "steps must be at least 1"),
+        Config(),
+        Config(4, 1e-3, False, "x=y", (1.0,), (5, -6)),
+        Config(label="-x y", sigmas=()),
+        Config(label="", lr=float("inf"), sigmas=(1e-30, 0.1 + 0.2)),
     ],
 )
-def test_bad_overrides_say_what_is_taken(walk: Walk, override: str, text: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(text)) as caught:
-        registry.load_experiment("walk").configure("smoke", [override])
-    if override != "steps=0":
-        assert "fields: steps (int), lr (float), ema (bool), label (str)," in str(caught.value)
+@pytest.mark.usefixtures("walk")
+def test_overrides_of_a_config_are_the_words_that_make_it(config: Config) -> None:
+    words = registry.load_experiment("walk").overrides("paper", config)
+    assert read("--preset", "paper", *words) == config
+    assert registry.load_experiment("walk").overrides("smoke", Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--config.stepz", "3"], "Unrecognized options: --config.stepz, 3; Perhaps you meant: --config.steps INT"),
+        (["--config.steps", "1.5"], "Error parsing --config.steps: invalid literal for int() with base 10: '1.5'"),
+        (["--config.lr", "fast"], "Error parsing --config.lr: could not convert string to float: 'fast'"),
+        (["--config.ema", "1"], "Unrecognized options: 1"),
+        (["--config.window", "1", "2", "3"], "Unrecognized options: 3"),
+        (["--config.window", "1"], "Missing value for argument '--config.window'. Expected 2 values."),
+        (["--config.sigmas", "1", "x"], "Error parsing --config.sigmas: "),
+        (["--config.label", "/home/me"], "--config.label got an absolute path; give it relative"),
+        (["--config.steps", "0"], "Error parsing config: steps must be at least 1"),
+        (["--preset", "gpu"], "walk has no preset 'gpu'; there are smoke, small, paper"),
+        (["--preset", "large"], "invalid choice 'large' for argument '--preset'."),
+        (["--seed", "x"], "Error parsing --seed: "),
+    ],
+)
+@pytest.mark.usefixtures("walk")
+def test_bad_options_are_one_line_and_exit_2(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "walk", *words]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {text}")
+    assert printed.err.count("\n") == 1
+    assert not re.search("[│─╭╰]", printed.err)
+    assert printed.out == ""
+    assert not Path("runs").exists()
+
+
+@pytest.mark.usefixtures("walk")
+def test_help_lists_the_fields_of_the_preset_with_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["run", "walk", "--preset", "paper", "--help"])
+    assert end.value.code == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--config.steps INT how many steps (default: 100)" in printed
+    assert "--config.sigmas [FLOAT [FLOAT ...]] noise levels (default: 0.1 0.5)" in printed
+    assert "--config.ema, --config.no_ema" in printed
+    assert "--restart" in printed
+
+
+@pytest.mark.usefixtures("walk")
+def test_help_without_a_name_shows_the_common_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["run", "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--preset {smoke,small,gpu,paper}" in printed
+    assert "--config" not in printed
+    assert main(["run"]) == 2
+    assert re.match("error: Missing from python -m experiments run: NAME", capsys.readouterr().err)
 
 
 def test_experiment_checks_its_presets() -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import experiments.controllable as controllable
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.run import Run
+from experiments.controllable import experiment as controllable
 from experiments.controllable.fields import FAMILIES, Controls, Family, SkewTemplate, TriangleTemplate, rotate
 from experiments.controllable.metrics import (
     Grid,
@@ -39,7 +39,7 @@ def make_controls(means: Tensor, variance: float = 0.625) -> Controls:
 @pytest.fixture(scope="module")
 def controls() -> Controls:
     made = make_controls(triangle_means(2.3))
-    made.normalise(made.mixture.sample(1200, torch.Generator().manual_seed(0)))
+    made.normalize(made.mixture.sample(1200, torch.Generator().manual_seed(0)))
     return made
 
 
@@ -61,8 +61,8 @@ def scattered(n: int = 400) -> Tensor:
     return 2.5 * torch.randn(n, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 
 
-def triangle_by_the_book(x: Tensor) -> Tensor:
-    """ψ_tri straight from Eq. 20-23, the edges' normals taken to point away from the centroid."""
+def published_triangle(x: Tensor) -> Tensor:
+    """ψ_tri as in Eq. 20-23, with normals that point away from the centroid."""
     v, w, kappa, beta = triangle_means(2.3), 0.24, 5.0, 10.0
     ridges, levels = [], []
     for j in range(3):
@@ -77,8 +77,8 @@ def triangle_by_the_book(x: Tensor) -> Tensor:
     return torch.exp(-(h.relu() ** 2) / (2 * 0.9**2)) * (sum(ridges) / 3 + 0.12 * torch.sigmoid(-beta * h))
 
 
-def skew_by_the_book(x: Tensor) -> Tensor:
-    """ψ_skew straight from Eq. 24-26."""
+def published_skew(x: Tensor) -> Tensor:
+    """ψ_skew as in Eq. 24-26."""
     alpha = math.radians(-20)
     d = torch.tensor([math.cos(alpha), math.sin(alpha)], dtype=torch.float64)
     d_perp = torch.tensor([-math.sin(alpha), math.cos(alpha)], dtype=torch.float64)
@@ -90,7 +90,7 @@ def skew_by_the_book(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", ["triangle", "skew"])
 def test_templates_are_the_papers(controls: Controls, name: str) -> None:
     x = scattered()
-    book = {"triangle": triangle_by_the_book, "skew": skew_by_the_book}[name]
+    book = {"triangle": published_triangle, "skew": published_skew}[name]
     torch.testing.assert_close(getattr(controls, name).log_and_grad(x)[0].exp(), book(x), rtol=1e-10, atol=1e-14)
 
 
@@ -117,7 +117,7 @@ def test_preserving_controls_are_the_rotated_gradients_of_their_stream_functions
 
 def test_controls_have_the_papers_directions(controls: Controls) -> None:
     x = scattered(50).requires_grad_(True)
-    (grad,) = torch.autograd.grad(triangle_by_the_book(x).sum(), x)
+    (grad,) = torch.autograd.grad(published_triangle(x).sum(), x)
     score = controls.mixture.score(x)
     keep, violate = controls.basis(x, "preserving"), controls.basis(x, "violating")
     assert ((violate[:, 0] * score).sum(-1) > 0).all()
@@ -185,7 +185,7 @@ def test_autocorrelation_time_of_a_rotating_gaussian(omega: float) -> None:
 
 
 def test_no_stream_function_slows_mixing_on_the_grid(controls: Controls) -> None:
-    # Rough on the scale of the grid, so nothing but the exact structure of the discretisation can be at work.
+    # Rough on the scale of the grid, so nothing but the exact structure of the discretization can be at work.
     grid = Grid(controls.mixture, 15, 5.5)
     phi = observables(grid.x)
     still = inverse_generator_form(grid, phi)
@@ -258,11 +258,11 @@ def test_best_field_breaks_ties_as_described() -> None:
     assert [row["theta0"] + row["theta1"] + row["theta2"] for row in chosen] == [8.0, 8.0, 8.0]
 
 
-@pytest.mark.parametrize("endpoint", ["closed_form", "reverse"])
-def test_flux_loss_of_preserving_fields_is_zero_to_rounding(controls: Controls, endpoint: str) -> None:
+@pytest.mark.parametrize("method", ["closed_form", "double_backward"])
+def test_flux_loss_of_preserving_fields_is_zero_to_rounding(controls: Controls, method: str) -> None:
     means = {
         family: [
-            float(flux_losses(controls, theta, family, 64, 8, torch.Generator().manual_seed(i), None, endpoint).mean())
+            float(flux_losses(controls, theta, family, 64, 8, torch.Generator().manual_seed(i), None, method).mean())
             for i, theta in enumerate(SWEEP[::3])
         ]
         for family in FAMILIES
@@ -297,7 +297,7 @@ def make_run(out: Path, **overrides: int) -> Run:
 
 def test_smoke_run_writes_rows_figures_and_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    controllable.run(run)
+    controllable.main(run)
     rows = run.rows("field")
     assert len(rows) == 54
     assert len({(row["family"], row["theta0"], row["theta1"], row["theta2"]) for row in rows}) == 54
@@ -317,9 +317,9 @@ def test_interrupted_sweep_continues_with_the_same_numbers(tmp_path: Path) -> No
         return controllable.sweep(run, controls, {family: GridMetrics(controls, family, grid) for family in FAMILIES})
 
     whole = sweep(make_run(tmp_path, **sizes))
-    metrics_file = tmp_path / "metrics.csv"
+    metrics_file = tmp_path / "metrics.jsonl"
     lines = metrics_file.read_text().splitlines(keepends=True)
-    metrics_file.write_text("".join(lines[:31]))
+    metrics_file.write_text("".join(lines[:30]))
     assert sweep(make_run(tmp_path, **sizes)) == whole
 
 

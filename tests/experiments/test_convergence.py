@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiments.convergence as convergence
 from experiments.common.distances import wasserstein2
 from experiments.common.run import Run
-from experiments.convergence.training import WAYS, flux
+from experiments.convergence import experiment as convergence
+from experiments.convergence.training import METHODS, PROBLEMS, make_loss, make_model
 
 
 def make_run(out: Path) -> Run:
@@ -38,26 +38,25 @@ def test_difference_of_curves_by_hand() -> None:
     assert convergence.difference_of_curves(exact, fast) == pytest.approx(1.0)
 
 
-def test_both_ways_see_the_same_numbers(tmp_path: Path) -> None:
-    """So that what differs is the derivative alone: in float64 they agree to the difference's own error."""
-    run, problem = make_run(tmp_path), convergence.PROBLEMS["mixture"]
-    torch.manual_seed(0)
-    network = problem.network(16)
-    model = torch.nn.ModuleDict(
-        {"field": convergence.training.EDMField(network), "normalizer": convergence.training.LossNormalizer()}
-    )
+def test_both_methods_see_the_same_numbers(tmp_path: Path) -> None:
+    """Only the derivative differs, so the losses agree up to its error."""
+    run, problem = make_run(tmp_path), PROBLEMS["mixture"]
     x = problem.data(32, torch.Generator().manual_seed(0))
     losses = []
-    for options in WAYS.values():
+    for method in METHODS:
+        torch.manual_seed(0)
+        model = make_model(run, "mixture", method, 0.5)
         torch.manual_seed(1)
-        losses.append(flux(problem, run, **options)(model, x, torch.tensor(3))[0])
+        loss, details = make_loss(problem.noise)(model, x, torch.tensor(3))
+        assert set(details) == {"sigma", "tau"}
+        losses.append(loss)
     torch.testing.assert_close(*losses, rtol=2e-3, atol=2e-3)
     assert not torch.equal(*losses)
 
 
 def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    convergence.run(run)
+    convergence.main(run)
     assert len(run.rows("result")) == 2 * 2 * run.config.seeds
     assert len(run.rows("curve")) == 20 * 2 * 2 * run.config.seeds
     assert {path.stem for path in run.figures} == {"loss", "distance"}
@@ -66,9 +65,9 @@ def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     assert "springs: final W2" in text
 
 
-def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = make_run(tmp_path / "whole")
-    convergence.run(whole)
+    convergence.main(whole)
     cut = make_run(tmp_path / "cut")
     log, rows = cut.log, []
 
@@ -80,9 +79,9 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(cut, "log", stop_late)
     with pytest.raises(KeyboardInterrupt):
-        convergence.run(cut)
+        convergence.main(cut)
     resumed = make_run(tmp_path / "cut")
-    convergence.run(resumed)
+    convergence.main(resumed)
 
     def numbers(run: Run) -> list[dict[str, object]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in run.rows()]

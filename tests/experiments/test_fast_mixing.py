@@ -1,7 +1,8 @@
-"""Fast mixing: what is measured against fields whose mixing and sampling are known, and a run that is repeated."""
+"""Tests of fast mixing: measurements on fields with known mixing and sampling, and a repeated run."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-import experiments.fast_mixing as fast_mixing
 from experiments.common.objectives import FAST, FLUX, OBJECTIVES
-from experiments.common.registry import UsageError
 from experiments.common.run import Run
-from experiments.fast_mixing import mixture
+from experiments.fast_mixing import EXPERIMENT, mixture
+from experiments.fast_mixing.experiment import main
 from experiments.fast_mixing.mixture import exact_score, make_trainer, noised
 from experiments.images import fidelity
 
 
 def make_run(out: Path, **changes: Any) -> Run:
-    config = fast_mixing.EXPERIMENT.configure("smoke", [f"{key}={value}" for key, value in changes.items()])
-    return Run(fast_mixing.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
+    config = dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
+    return Run(EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
 
 
 def test_autocorrelation_time_of_the_exact_score_at_large_noise(tmp_path: Path) -> None:
-    """There p_σ is nearly N(0, v I), and a step h makes an autoregression with memory 1 - h/v: time 2v/h - 1 steps."""
+    """At large noise p_σ is nearly N(0, v I), and a step h is an autoregression with memory 1 - h/v: 2v/h - 1 steps."""
     run = make_run(tmp_path, mixture_sigma=20.0, chains=400, chain_steps=3000)
     time, end = mixture.chains(run, lambda z: exact_score(z, torch.tensor(20.0)), seed=0)
     variance = 400 + mixture.VARIANCE + 1.8**2 / 2
@@ -32,9 +32,9 @@ def test_autocorrelation_time_of_the_exact_score_at_large_noise(tmp_path: Path) 
     assert end.var().item() == pytest.approx(variance / (1 - 20 / variance), rel=0.15)  # of the discrete chain
 
 
-def test_a_circulating_field_forgets_faster_and_keeps_the_density(tmp_path: Path) -> None:
-    """s + 2 J s has the stationary density of s and mixes faster: what the experiment is to find, known beforehand."""
-    run = make_run(tmp_path, mixture_sigma=1.0, chains=400, chain_steps=4000, langevin_step=0.02)
+def test_a_circulating_field_mixes_faster_and_preserves_the_density(tmp_path: Path) -> None:
+    """s + 2 J s has the stationary density of s and mixes faster: a known case of the effect that is measured."""
+    run = make_run(tmp_path, mixture_sigma=1.0, chains=400, chain_steps=4000, langevin_step_size=0.02)
     turn = torch.tensor([[1.0, 2.0], [-2.0, 1.0]])
 
     def circulating(z: Tensor) -> Tensor:
@@ -48,14 +48,14 @@ def test_a_circulating_field_forgets_faster_and_keeps_the_density(tmp_path: Path
     assert end.square().sum(1).mean().item() == pytest.approx(exact.square().sum(1).mean().item(), rel=0.15)
 
 
-def test_chains_that_are_too_short_are_said_to_be(tmp_path: Path) -> None:
+def test_chains_that_are_too_short_are_reported(tmp_path: Path) -> None:
     run = make_run(tmp_path, mixture_sigma=0.3, chains=20, chain_steps=50)
     time, _ = mixture.chains(run, lambda z: exact_score(z, torch.tensor(0.3)), seed=0)
     assert time == float("inf")
 
 
 def test_exact_score_is_sampled_better_with_more_steps(tmp_path: Path) -> None:
-    run = make_run(tmp_path, mixture_steps="3,30", mixture_samples=500, mixture_sigma=1.5)
+    run = make_run(tmp_path, mixture_steps=(3, 30), mixture_samples=500, mixture_sigma=1.5)
     mixture.measure(run, exact_score, mixture.EXACT, seed=0)
     few, many = (run.by_seed("steps", "w2", steps=steps)[0] for steps in (3, 30))
     assert many < 0.6 * few
@@ -74,7 +74,7 @@ def test_the_weight_of_the_proxy_counts(tmp_path: Path) -> None:
 
 def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    fast_mixing.run(run)
+    main(run)
     fields = (*OBJECTIVES, mixture.EXACT, mixture.CIRCULATING)
     assert [row["field"] for row in run.rows("mixture")] == list(fields)
     assert {(row["field"], row["steps"]) for row in run.rows("steps")} == {(f, k) for f in fields for k in (2, 4)}
@@ -84,34 +84,34 @@ def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
     }  # fmt: skip
     assert "training step, fast flux" in (tmp_path / "summary.md").read_text()
     rows = run.rows()
-    fast_mixing.run(run)
+    main(run)
     assert run.rows() == rows
 
 
 def test_fid_by_number_of_steps_is_in_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fidelity, "check", lambda weights: None)
     monkeypatch.setattr(fidelity, "fid_and_inception_score", lambda *a: (12.5, 2.0))
-    run = make_run(tmp_path, fid="true", mixture_steps="2", chain_steps=400)
-    fast_mixing.run(run)
+    run = make_run(tmp_path, fid=True, mixture_steps=(2,), chain_steps=400)
+    main(run)
     assert "| images, fast flux: FID in 2, 3 steps | Fig. 6 | 12.50, 12.50 |" in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("override", "text"),
+    ("changes", "text"),
     [
-        ("batch=2", "batch must be at least 4"),
-        ("mixture_batch=3", "mixture_batch must be at least 4"),
-        ("mixture_data=10", "mixture_data must be at least mixture_batch, got 10"),
-        ("steps=", "steps and mixture_steps must not be empty"),
-        ("steps=0,5", "steps must be above 0"),
+        ({"batch": 2}, "batch must be at least 4"),
+        ({"mixture_batch": 3}, "mixture_batch must be at least 4"),
+        ({"mixture_data": 10}, "mixture_data must be at least mixture_batch, got 10"),
+        ({"steps": ()}, "steps and mixture_steps must not be empty"),
+        ({"steps": (0, 5)}, "steps must be above 0"),
     ],
 )
-def test_bad_settings(override: str, text: str) -> None:
-    with pytest.raises(UsageError, match=text):
-        fast_mixing.EXPERIMENT.configure("smoke", [override])
+def test_bad_settings(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
 
 
-def test_the_circulating_field_keeps_the_density_and_is_no_gradient() -> None:
+def test_the_circulating_field_preserves_the_density_and_is_no_gradient() -> None:
     """∇·(f p) = ∇·(s p), by automatic differentiation; its Jacobian is not symmetric."""
     z, sigma = torch.randn(50, 2, requires_grad=True), torch.tensor(0.7)
 
@@ -127,5 +127,5 @@ def test_the_circulating_field_keeps_the_density_and_is_no_gradient() -> None:
 
 
 def test_the_weight_of_images_reaches_their_loss() -> None:
-    config = fast_mixing.EXPERIMENT.configure("smoke", ["mixing_weight=0.7"])
-    assert config.loss_options() == {"chunk": config.chunk, "mixing_weight": 0.7}
+    config = dataclasses.replace(EXPERIMENT.config("smoke"), mixing_weight=0.7)
+    assert config.loss_options() == {"chunk_size": config.chunk_size, "mixing_weight": 0.7}

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import experiments.horizon as horizon
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.run import Run
+from experiments.horizon import experiment as horizon
 from experiments.horizon.estimates import (
+    AtHorizon,
     autocorrelation,
     cross_modes,
     fit_exponential,
@@ -51,7 +52,7 @@ def test_chains_stay_at_low_noise_and_forget_at_high_noise() -> None:
     low = cross_modes(means, 0.01, 4.0, 20, 300, generator(), "torch")
     assert low.share == 0
     assert (low.end.unsqueeze(-2) - means).norm(dim=-1).amin(-1).max() < 0.06
-    # With three equally likely modes, an end that knows nothing of its start lies elsewhere in 2 of 3 cases.
+    # With three equally likely modes, an end independent of its start lies elsewhere in 2 of 3 cases.
     n = 1500
     high = cross_modes(means, 80.0, 12.0, 50, n, generator(), "torch")
     assert high.crossed.shape == (n,)
@@ -64,7 +65,7 @@ def test_chains_stay_at_low_noise_and_forget_at_high_noise() -> None:
 def test_loss_of_a_gaussian_decays_like_its_closed_form(sigma: float, estimator: str, tau: float) -> None:
     field, amplitude = linear(sigma)
     losses = loss_at(
-        field, ORIGIN, sigma, tau,
+        AtHorizon(field, ORIGIN, sigma, tau),
         estimator=estimator, batch=64, minibatches=100, generator=generator(1), backend="torch",
     )  # fmt: skip
     assert losses.shape == (100,)
@@ -88,7 +89,7 @@ def test_loss_equals_the_autocorrelation_on_the_mixture() -> None:
     field = make_field("edm", sigma)
     values, errors = autocorrelation(field, means, sigma, (tau,), 20_000, generator(3), "torch")
     losses = loss_at(
-        field, means, sigma, tau,
+        AtHorizon(field, means, sigma, tau),
         estimator="single_chain", batch=256, minibatches=100, generator=generator(4), backend="torch",
     )  # fmt: skip
     error = math.hypot(losses.std().item() / 10, errors[0])
@@ -100,7 +101,7 @@ def test_loss_equals_the_autocorrelation_on_the_mixture() -> None:
 def test_loss_of_the_score_is_zero(tau: float) -> None:
     means = triangle_means(8.0)
     losses = loss_at(
-        GaussianMixture(means, 9.0).score, means, 3.0, tau,
+        AtHorizon(GaussianMixture(means, 9.0).score, means, 3.0, tau),
         estimator="cross_chain", batch=32, minibatches=3, generator=generator(), backend="torch",
     )  # fmt: skip
     assert losses.abs().max() < 1e-12
@@ -175,7 +176,7 @@ def make_run(out: Path, **overrides: object) -> Run:
 
 def test_smoke_run_writes_rows_figures_and_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    horizon.run(run)
+    horizon.main(run)
     taus = len(run.config.taus)
     assert len(run.rows("loss")) == (2 * 2 * 3 + 1) * taus
     assert len(run.rows("autocorrelation")) == 4 * taus
@@ -183,29 +184,29 @@ def test_smoke_run_writes_rows_figures_and_summary(tmp_path: Path) -> None:
     for name in ("figure16", "decay", "variance", "tail"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
     assert run.results[0].passed
-    first = (tmp_path / "metrics.csv").read_bytes()
-    (tmp_path / "summary.md").unlink()
-    horizon.run(make_run(tmp_path))  # nothing is measured twice
-    assert (tmp_path / "metrics.csv").read_bytes() == first
-    assert (tmp_path / "summary.md").exists()
+    first = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "summary.json").unlink()
+    horizon.main(make_run(tmp_path))  # nothing is measured twice
+    assert (tmp_path / "metrics.jsonl").read_bytes() == first
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_interrupted_curves_continue_with_the_same_numbers(tmp_path: Path) -> None:
     sizes = {"batch": 8, "minibatches": 2, "spacing": 0.5}
     measure_curves(make_run(tmp_path, **sizes))
-    file = tmp_path / "metrics.csv"
+    file = tmp_path / "metrics.jsonl"
     whole = file.read_bytes()
-    file.write_bytes(b"".join(whole.splitlines(keepends=True)[:31]))
+    file.write_bytes(b"".join(whole.splitlines(keepends=True)[:30]))
     measure_curves(make_run(tmp_path, **sizes))
     assert file.read_bytes() == whole
 
 
 def test_minibatches_are_independent(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In blocks or all at once: so many numbers, and no two of them equal.
+    # In blocks or all at once: one number per minibatch, and no two of them equal.
     monkeypatch.setattr("experiments.horizon.estimates.GROUP", 4)
     field, _ = linear(1.0)
     losses: Tensor = loss_at(
-        field, ORIGIN, 1.0, 0.5,
+        AtHorizon(field, ORIGIN, 1.0, 0.5),
         estimator="cross_chain", batch=8, minibatches=10, generator=generator(), backend="torch",
     )  # fmt: skip
     assert len(losses.unique()) == 10

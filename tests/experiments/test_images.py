@@ -1,7 +1,8 @@
-"""The image experiment: loaders on files the tests make, distances with closed forms, and a run that is interrupted."""
+"""Tests of the image experiment: loaders on files made here, distances with closed forms, and interrupted runs."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 import sys
@@ -15,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-import experiments.images as images
 from experiments.common.clock import Clock
 from experiments.common.data import data_folders
 from experiments.common.objectives import DSM, FAST, FLUX, make_loss, make_model
 from experiments.common.registry import Paused, UsageError
 from experiments.common.run import Run
-from experiments.images import datasets, fidelity, stages
+from experiments.images import EXPERIMENT, datasets, fidelity, stages
+from experiments.images.experiment import main
 from experiments.images.figures import tile
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.training import make_trainer, network
@@ -177,8 +178,8 @@ def test_frechet_distance_of_gaussians() -> None:
         frechet_distance(x[:1], x)
 
 
-def test_random_convolutions_tell_changes_apart() -> None:
-    """The distance grows with noise, sees colour and orientation, and is small between halves of one set."""
+def test_random_convolutions_distinguish_changes() -> None:
+    """The distance grows with noise, sees color and orientation, and is small between halves of one set."""
     pictures = datasets.to_numbers(datasets.shapes(2000, seed=0))
     real, other = random_convolutions(pictures[:1000]), pictures[1000:]
     assert real.shape == (1000, 384)
@@ -200,8 +201,8 @@ def test_tiles() -> None:
 
 
 def make_run(out: Path, **changes: Any) -> Run:
-    config = images.EXPERIMENT.configure("smoke", [f"{key}={value}" for key, value in changes.items()])
-    return Run(images.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
+    config = dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
+    return Run(EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
 
 
 def numbers(run: Run) -> list[dict[str, Any]]:
@@ -211,7 +212,7 @@ def numbers(run: Run) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = make_run(tmp_path_factory.mktemp("finished"))
-    images.run(run)
+    main(run)
     return run
 
 
@@ -227,7 +228,7 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     assert floor["distance"] < 0.5 * floor["noise"]
     assert len(finished.rows("likelihood")) == 4  # 12 test images in minibatches of 8, two models
     rows = finished.rows()
-    images.run(finished)  # all is done: nothing is trained again
+    main(finished)  # all is done: nothing is trained again
     assert finished.rows() == rows
 
 
@@ -264,7 +265,7 @@ def test_time_that_is_up_and_further_commands(tmp_path: Path, finished: Run, mon
     said = []
     while not (tmp_path / "summary.md").exists():
         try:
-            images.run(run)
+            main(run)
         except Paused as pause:
             said.append(str(pause))
     assert any("flux at iteration 1, DSM at iteration 2, of 4" in text for text in said)
@@ -275,9 +276,9 @@ def test_time_that_is_up_while_judging(tmp_path: Path) -> None:
     """Every command makes at least an iteration, but no samples once the time is up: those need a longer one."""
     run = make_run(tmp_path, minutes=1e-9)
     with pytest.raises(Paused, match="flux at iteration 1, DSM at iteration 1, of 4"):
-        images.run(run)
+        main(run)
     with pytest.raises(Paused, match="the time is up before samples of flux at iteration 2"):
-        images.run(run)
+        main(run)
 
 
 def test_objectives_share_weights_and_options(tmp_path: Path) -> None:
@@ -305,46 +306,48 @@ def test_every_objective_trains_what_it_uses(objective: str) -> None:
 
 
 def test_paper_preset_has_the_papers_network(tmp_path: Path) -> None:
-    run = Run(
-        images.EXPERIMENT, "paper", images.EXPERIMENT.presets["paper"], None, torch.device("cpu"), 0, tmp_path,
-        progress=False,
-    )  # fmt: skip
+    paper = EXPERIMENT.config("paper")
+    run = Run(EXPERIMENT, "paper", paper, None, torch.device("cpu"), 0, tmp_path, progress=False)
     assert sum(p.numel() for p in network(run, 32).parameters()) == pytest.approx(35.7e6, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("override", "text"),
+    ("changes", "text"),
     [
-        ("multipliers=0,1", "multipliers must be above 0"),
-        ("attention_level=2", "attention_level must be below 2, got 2"),
-        ("evaluations=5", "evaluations must be at most iterations, got 5 and 4"),
-        ("samples=10", "samples must be at least 64, got 10"),
-        ("sigma_min=100", "0 < sigma_min < sigma_max must hold, got 100.0 and 80.0"),
-        ("precision=fp16", "precision must be one of float32, bf16, got 'fp16'"),
+        ({"multipliers": (0, 1)}, "multipliers must be above 0"),
+        ({"multipliers": ()}, "multipliers must not be empty"),
+        ({"attention_level": 2}, "attention_level must be below 2, got 2"),
+        ({"evaluations": 5}, "evaluations must be at most iterations, got 5 and 4"),
+        ({"samples": 10}, "samples must be at least 64, got 10"),
+        ({"sigma_min": 100.0}, "0 < sigma_min < sigma_max must hold, got 100.0 and 80.0"),
+        ({"precision": "fp16"}, "precision must be one of 32-true, bf16-mixed, got 'fp16'"),
     ],
 )
-def test_bad_settings(override: str, text: str) -> None:
-    with pytest.raises(UsageError, match=text):
-        images.EXPERIMENT.configure("smoke", [override])
+def test_bad_settings(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
-    [({"batch": 5000}, "batch must be at most the 1024"), ({"multipliers": "1,1,1,1,1,1"}, "size must be a multiple")],
+    [
+        ({"batch": 5000}, "batch must be at most the 1024"),
+        ({"multipliers": (1, 1, 1, 1, 1, 1)}, "size must be a multiple"),
+    ],
 )
 def test_settings_that_do_not_suit_the_data(tmp_path: Path, changes: dict[str, Any], text: str) -> None:
     with pytest.raises(UsageError, match=text):
-        images.run(make_run(tmp_path, **changes))
+        main(make_run(tmp_path, **changes))
 
 
 def test_without_diffusers_or_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     with pytest.raises(UsageError, match=r"need torch-fidelity, which cannot be imported .* or set fid=false"):
-        images.run(make_run(tmp_path / "fid", fid="true"))
+        main(make_run(tmp_path / "fid", fid=True))
     assert not (tmp_path / "fid" / "models").exists()  # said before any training
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(UsageError, match="UNet needs diffusers"):
-        images.run(make_run(tmp_path / "diffusers"))
+        main(make_run(tmp_path / "diffusers"))
 
 
 def test_fid_through_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +379,7 @@ def test_fid_through_torch_fidelity(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         fidelity.check("missing.pth")
 
 
-def test_images_that_stand_for_sorted_data_are_of_all_classes(tmp_path: Path) -> None:
+def test_images_that_represent_sorted_data_are_of_all_classes(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     chosen = stages.choice(run, 1000, 100)
     assert len(chosen.unique()) == 100

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 from experiments.common.jet import Jet, Univariate, linear, log_gaussian, log_sigmoid, log_sigmoid_below
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.controllable.fields import FAMILIES, Controls, Family, SkewTemplate, TriangleTemplate
-from fluxmatching import flux_target
-from fluxmatching.endpoint import endpoint_gradient
+from fluxmatching import FluxOptions, flux_target
+from fluxmatching.losses.second_derivatives import endpoint_gradient
 
 F64 = torch.float64
+SIGMA = math.sqrt(0.625)  # of a component of the mixture
 # Each control alone, then all together.
 THETAS = [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [2.5, -2.5, 2.5]]
 
@@ -71,7 +74,7 @@ def test_log_sigmoids_hold_far_out() -> None:
     torch.testing.assert_close(torch.stack(log_sigmoid_below(t)), expected)
 
 
-def test_nothing_higher_is_computed_unless_asked_for() -> None:
+def test_higher_derivatives_are_computed_at_their_first_use_only() -> None:
     def fail() -> tuple[Tensor, Tensor]:
         raise AssertionError
 
@@ -85,12 +88,12 @@ def test_nothing_higher_is_computed_unless_asked_for() -> None:
 def make_controls() -> Controls:
     mixture = GaussianMixture(triangle_means(2.3), 0.625)
     controls = Controls(mixture, TriangleTemplate(mixture.means), SkewTemplate())
-    controls.normalise(mixture.sample(1200, torch.Generator().manual_seed(0)))
+    controls.normalize(mixture.sample(1200, torch.Generator().manual_seed(0)))
     return controls
 
 
-def telling_points() -> Tensor:
-    """Points everywhere, close to vertices and edges, and far out, `[n, 2]`, n no multiple of anything."""
+def special_points() -> Tensor:
+    """Points everywhere, close to vertices and edges, and far out, `[n, 2]`, with n no multiple of the block size."""
     generator = torch.Generator().manual_seed(4)
     vertices = triangle_means(2.3)
     share = torch.linspace(0, 1, 41, dtype=F64).unsqueeze(-1)
@@ -104,19 +107,19 @@ def telling_points() -> Tensor:
 
 @pytest.mark.parametrize("name", ["triangle", "skew", "mixture"])
 def test_templates(name: str) -> None:
-    assert_equals_autograd(getattr(make_controls(), name).log_jet, telling_points()[:500].T)
+    assert_equals_autograd(getattr(make_controls(), name).log_jet, special_points()[:500].T)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("theta", THETAS, ids=["rot", "tri", "skew", "all"])
 @pytest.mark.parametrize("foreign", [False, True])
 def test_bracket_of_a_field_equals_autograd(family: Family, theta: list[float], foreign: bool) -> None:
-    """With the field's own score, and with vectors that are nobody's score."""
-    controls, z = make_controls(), telling_points()
+    """Score of the field, or vectors that are no score."""
+    controls, z = make_controls(), special_points()
     field = controls.field(torch.tensor(theta, dtype=F64), family)
     score = torch.randn_like(z) if foreign else controls.mixture.score(z)
     exact = {"score": score, "probe": None}
-    expected, f = endpoint_gradient(field, z, **exact, method="reverse")
+    expected, f = endpoint_gradient(field, z, **exact, method="double_backward")
     got, value = endpoint_gradient(field, z, **exact, method="closed_form")
     assert expected.isfinite().all()
     error = torch.linalg.vector_norm(got - expected, dim=-1) / torch.linalg.vector_norm(expected, dim=-1)
@@ -126,7 +129,7 @@ def test_bracket_of_a_field_equals_autograd(family: Family, theta: list[float], 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_field_is_the_score_and_its_controls(family: Family) -> None:
-    controls, z = make_controls(), telling_points().unflatten(0, (2, -1))
+    controls, z = make_controls(), special_points().unflatten(0, (2, -1))
     theta = torch.tensor(THETAS[-1], dtype=F64)
     expected = controls.mixture.score(z) + (theta.unsqueeze(-1) * controls.basis(z, family)).sum(-2)
     torch.testing.assert_close(controls.field(theta, family)(z), expected, rtol=1e-12, atol=1e-12)
@@ -137,10 +140,13 @@ def test_grouped_target_equals_autograd(family: Family, backend: str) -> None:
     controls = make_controls()
     field = controls.field(torch.tensor(THETAS[-1], dtype=F64), family)
     x = controls.mixture.sample_means((12, 5))
-    options = {"refs": controls.mixture.means.unsqueeze(1), "grouped": True, "divergence": "exact", "seed": 2}
+    refs = controls.mixture.means.unsqueeze(1)
+    exact = FluxOptions(grouped=True, divergence="exact", backend=backend)
     expected, whole, chunked = (
-        flux_target(field, x, 0.625, endpoint=endpoint, chunk=chunk, **options).target
-        for endpoint, chunk in (("reverse", None), ("closed_form", None), ("closed_form", 5))
+        flux_target(
+            field, x, SIGMA, replace(exact, second_derivatives=method, chunk_size=size), refs=refs, seed=2
+        ).target
+        for method, size in (("double_backward", None), ("closed_form", None), ("closed_form", 5))
     )
     scale = expected.abs().max() if family == "violating" else 1.0
     assert (whole - expected).abs().max() < 1e-10 * scale
@@ -149,5 +155,6 @@ def test_grouped_target_equals_autograd(family: Family, backend: str) -> None:
 
 def test_a_probe_is_refused() -> None:
     field = make_controls().field(torch.ones(3, dtype=F64), "violating")
+    options = FluxOptions(second_derivatives="closed_form", backend="torch")
     with pytest.raises(ValueError, match="closed form of divergence='exact' alone"):
-        flux_target(field, torch.randn(6, 2, dtype=F64), 0.625, endpoint="closed_form", backend="torch")
+        flux_target(field, torch.randn(6, 2, dtype=F64), SIGMA, options)

@@ -19,11 +19,11 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
     assert start("--out", "parts") == 130
     assert "interrupted; run the same command to resume" in capsys.readouterr().err
     seconds = json.loads(Path("parts/config.json").read_text())["seconds"]
-    with Path("parts/metrics.csv").open("a") as file:
-        file.write("step,99,0.1")  # the row that a kill cut short
+    with Path("parts/metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "step": 99, "no')  # the row that a kill cut short
     assert start("--out", "parts") == 0
     assert f"resuming parts, {stop_at + 1} rows done" in capsys.readouterr().out
-    assert Path("parts/metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
+    assert Path("parts/metrics.jsonl").read_bytes() == Path("whole/metrics.jsonl").read_bytes()
     assert json.loads(Path("parts/config.json").read_text())["seconds"] > seconds
 
 
@@ -36,22 +36,22 @@ def test_interrupted_restart_is_resumed_without_restart(walk: Walk, capsys: pyte
 @pytest.mark.usefixtures("walk")
 def test_a_finished_run_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     start()
-    before = Path("runs/walk-smoke/metrics.csv").stat().st_mtime_ns
+    before = Path("runs/walk-smoke/metrics.jsonl").stat().st_mtime_ns
     capsys.readouterr()
     assert start() == 0
-    assert "runs/walk-smoke is finished" in (said := capsys.readouterr().out)
-    assert "--restart" in said
-    assert Path("runs/walk-smoke/metrics.csv").stat().st_mtime_ns == before
+    assert "runs/walk-smoke is finished" in (printed := capsys.readouterr().out)
+    assert "--restart" in printed
+    assert Path("runs/walk-smoke/metrics.jsonl").stat().st_mtime_ns == before
 
 
 @pytest.mark.usefixtures("walk")
 def test_another_run_in_the_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     start()
-    assert start("--seed", "1", "--set", "lr=0.5") == 2
-    said = capsys.readouterr().err
-    assert "seed 0 there, 1 now; config.lr 0.1 there, 0.5 now" in said
-    assert "--out" in said
-    assert "--restart" in said
+    assert start("--seed", "1", "--config.lr", "0.5") == 2
+    printed = capsys.readouterr().err
+    assert "seed 0 there, 1 now; config.lr 0.1 there, 0.5 now" in printed
+    assert "--out" in printed
+    assert "--restart" in printed
     assert start("--seed", "1", "--restart") == 0
 
 
@@ -59,12 +59,12 @@ def test_another_run_in_the_folder_is_refused(capsys: pytest.CaptureFixture[str]
 def test_restart_deletes_only_what_a_run_writes() -> None:
     start("--out", "mine")
     Path("mine/thesis.tex").write_text("years of work")
-    Path("mine/metrics.csv").write_text("kind\nstale\n")
+    Path("mine/metrics.jsonl").write_text('{"kind": "stale"}\n')
     Path("mine/models/flux").mkdir(parents=True)
     Path("mine/models/flux/last.pt").write_text("of other settings")
     assert start("--out", "mine", "--restart") == 0
     assert Path("mine/thesis.tex").read_text() == "years of work"
-    assert "stale" not in Path("mine/metrics.csv").read_text()
+    assert "stale" not in Path("mine/metrics.jsonl").read_text()
     assert not Path("mine/models").exists()
 
 

@@ -1,4 +1,4 @@
-"""Data sets are found or asked for, and the smoke run, where scVelo is installed."""
+"""Tests of the data sets, and of whole runs where scVelo is installed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-import experiments.rna_velocity as rna_velocity
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
-from experiments.rna_velocity import datasets
+from experiments.rna_velocity import EXPERIMENT, datasets
 from experiments.rna_velocity.datasets import DATASETS, load, subsample
+from experiments.rna_velocity.experiment import Config, main
 
 anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder where data are looked for."""
+    """The only folder that is searched for data."""
     monkeypatch.setattr(datasets, "data_folders", lambda: [tmp_path])
     return tmp_path
 
@@ -48,11 +48,11 @@ def test_a_file_comes_before_a_download(folder: Path) -> None:
     assert load("pancreas", download=lambda _: pytest.fail("downloads")).n_obs == 90
 
 
-def test_without_a_file_scvelos_loader_is_asked(folder: Path) -> None:
+def test_without_a_file_scvelos_loader_is_used(folder: Path) -> None:
     assert load("bone_marrow", download=lambda loader: loader) == "bonemarrow"
 
 
-def test_what_cannot_be_had_is_asked_for(folder: Path) -> None:
+def test_missing_data_are_reported_with_advice(folder: Path) -> None:
     def offline(_: str) -> Any:
         raise OSError("no route to host")
 
@@ -75,9 +75,9 @@ def test_subsample_keeps_the_order() -> None:
     assert subsample(made, 1000, seed=0) is made
 
 
-@pytest.mark.parametrize(("genes", "asked"), [(40, None), (30, 20)])
+@pytest.mark.parametrize(("genes", "min_counts"), [(40, None), (30, 20)])
 def test_only_a_file_of_chosen_genes_keeps_those_with_few_counts(
-    genes: int, asked: int | None, monkeypatch: pytest.MonkeyPatch
+    genes: int, min_counts: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scv = pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
     given = []
@@ -87,7 +87,7 @@ def test_only_a_file_of_chosen_genes_keeps_those_with_few_counts(
     )
     made = counts()
     datasets.preprocess(made, DATASETS["pancreas"], genes, seed=0)
-    assert given == [asked]
+    assert given == [min_counts]
     assert made.n_vars == genes
 
 
@@ -95,8 +95,8 @@ def test_only_a_file_of_chosen_genes_keeps_those_with_few_counts(
     ("name", "value", "message"),
     [
         ("datasets", ("liver",), "datasets must be among pancreas, .* got liver"),
-        ("passes", 0, "passes must be at least 1, got 0"),
-        ("sigma2", 0.0, "sigma2 must be above 0, got 0.0"),
+        ("epochs", 0, "epochs must be at least 1, got 0"),
+        ("sigma", 0.0, "sigma must be above 0, got 0.0"),
         ("simulations", -1, "simulations must be at least 0, got -1"),
         ("simulated_genes", 1000, "simulated_cells must be at least 1001, got 1000"),
         ("noise", (), "noise must be one or more levels of at least 0"),
@@ -105,7 +105,7 @@ def test_only_a_file_of_chosen_genes_keeps_those_with_few_counts(
 )
 def test_bad_settings(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        rna_velocity.Config(**{name: value})
+        Config(**{name: value})
 
 
 @pytest.fixture
@@ -165,9 +165,9 @@ def test_smoke_run_and_its_summary(folder: Path, tmp_path: Path) -> None:
     path = folder / DATASETS["pancreas"].file
     path.parent.mkdir()
     counts().write_h5ad(path)
-    config = rna_velocity.EXPERIMENT.presets["smoke"]
-    made = Run(rna_velocity.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "run", progress=False)
-    rna_velocity.run(made)
+    config = EXPERIMENT.config("smoke")
+    made = Run(EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "run", progress=False)
+    main(made)
     fits = made.rows("fit")
     methods = ["stochastic", "flux untrained", "flux", "flux circulating untrained", "flux circulating"]
     assert [(row["method"], row["seed"]) for row in fits] == [(method, 0) for method in methods]
@@ -180,7 +180,7 @@ def test_smoke_run_and_its_summary(folder: Path, tmp_path: Path) -> None:
     assert "simulated" in {path.stem for path in made.figures}
     assert "scvelo 0." in (tmp_path / "run" / "summary.md").read_text()
     before = made.rows()
-    rna_velocity.run(made)  # all is done: nothing is fitted again
+    main(made)  # all is done: nothing is fitted again
     assert made.rows() == before
 
 
@@ -200,11 +200,9 @@ def test_a_fitted_file_is_compared_with_its_own_velocities(folder: Path, tmp_pat
     scv.tl.velocity(made, mode="deterministic")
     (folder / dataset.file).parent.mkdir()
     made.write_h5ad(folder / dataset.file)
-    config = dataclasses.replace(
-        rna_velocity.EXPERIMENT.presets["smoke"], datasets=("dentate_gyrus_fitted",), simulations=0
-    )
-    run = Run(rna_velocity.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "run", progress=False)
-    rna_velocity.run(run)
+    config = dataclasses.replace(EXPERIMENT.config("smoke"), datasets=("dentate_gyrus_fitted",), simulations=0)
+    run = Run(EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, tmp_path / "run", progress=False)
+    main(run)
     agreement = {row["method"]: row["agreement"] for row in run.rows("fit")}
     assert agreement["stored"] == pytest.approx(1, abs=1e-5)
     assert agreement["flux"] != agreement["flux circulating"]
@@ -216,7 +214,7 @@ def test_scvelo_and_cellrank_take_the_result_as_it_is() -> None:
     kernels = pytest.importorskip("cellrank.kernels", reason="cellrank is not installed: pip install cellrank")
     import scanpy as sc
 
-    from fluxmatching.velocity import CIRCULATING, flux_velocity
+    from fluxmatching.velocity import VelocityOptions, flux_velocity
 
     made = counts()
     with warnings.catch_warnings():
@@ -225,7 +223,8 @@ def test_scvelo_and_cellrank_take_the_result_as_it_is() -> None:
         sc.pp.neighbors(made)
         sc.tl.umap(made)
         scv.pp.moments(made, n_neighbors=None, n_pcs=None)
-        flux_velocity(made, vkey="flux", passes=3, progress=False, **CIRCULATING)
+        options = VelocityOptions.from_preset("circulating", progress=False)
+        flux_velocity(made, vkey="flux", options=options)
         scv.tl.velocity_graph(made, vkey="flux", n_jobs=1, show_progress_bar=False)
         scv.tl.velocity_confidence(made, vkey="flux")
         scv.pl.velocity_embedding_stream(made, vkey="flux", basis="umap", color="clusters", show=False)

@@ -1,7 +1,8 @@
-"""What a run offers: rows, states, generators, a summary; and the report of all runs."""
+"""A run: rows, states, generators, a summary; and the report of all runs."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from experiments.__main__ import main
-from experiments.common.report import duration, spread
-from experiments.common.run import Figure, Run
+from experiments.common.results import Figure, Result, duration, spread
+from experiments.common.run import Run
 from tests.experiments.walk import Walk, make_run, start
 
 
@@ -22,32 +23,49 @@ def test_metrics_round_trip(job: Run, walk: Walk) -> None:
     job.log(kind="b", tensor=torch.tensor(2.5), number=np.float64(1e-300), flag=np.bool_(True))
     job.log(kind="a", step=np.int64(-4), loss=float("nan"), text="1_000", nothing=None)
     job.log(loss=float("-inf"), big=10**30)
+    job.log(text="a\nb – ∞", whole=3.0, digits="3", yes="true")
     for run in (job, make_run(walk)):  # as written, and as read by a later process
-        first, second, third, fourth = run.rows()
+        first, second, third, fourth, fifth = run.rows()
         assert first == {"kind": "a", "step": 3, "loss": 0.1 + 0.2, "text": 'comma, "quote"'}
-        assert second == {"kind": "b", "tensor": 2.5, "number": 1e-300, "flag": 1}
+        assert second == {"kind": "b", "tensor": 2.5, "number": 1e-300, "flag": True}
         assert np.isnan(third.pop("loss"))
-        assert third == {"kind": "a", "step": -4, "text": "1_000"}
+        assert third == {"kind": "a", "step": -4, "text": "1_000", "nothing": None}
         assert fourth == {"loss": float("-inf"), "big": 10**30}
-        assert isinstance(first["step"], int)
+        assert fifth == {"text": "a\nb – ∞", "whole": 3.0, "digits": "3", "yes": "true"}
+        types = [type(value) for value in (first["step"], second["flag"], fifth["whole"], fifth["digits"])]
+        assert types == [int, bool, float, str]
         assert run.rows("b") == [second]
         assert run.rows("c") == []
 
 
 def test_metrics_refuse_what_would_not_come_back(job: Run) -> None:
-    with pytest.raises(ValueError, match="x: cannot log text with a line break"):
-        job.log(x="a\nb")
-    with pytest.raises(TypeError, match="x: cannot log a Tensor"):
-        job.log(x=torch.zeros(2))
+    for value, name in ((torch.zeros(2), "Tensor"), ([1, 2], "list"), (Path("a"), "PosixPath")):
+        with pytest.raises(TypeError, match=f"x: cannot log a {name}"):
+            job.log(x=value)
     assert job.rows() == []
 
 
-def test_a_cut_header_is_as_good_as_none(job: Run, walk: Walk) -> None:
-    Path("out/metrics.csv").write_text("kind,st")
+@pytest.mark.parametrize("whole", ["", '{"kind": "a", "x": 1}\n'])
+@pytest.mark.parametrize("cut", ["", "{", '{"kind": "a", "x', '{"kind": "a", "text": "\u2013"'])
+def test_a_line_cut_short_is_dropped_at_the_next_start(job: Run, walk: Walk, whole: str, cut: str) -> None:
+    before = job.rows()
+    data = whole.encode() + cut.encode()[:-1]
+    Path("out/metrics.jsonl").write_bytes(data)
     again = make_run(walk)
-    assert again.rows() == []
-    again.log(kind="a")
-    assert again.rows() == [{"kind": "a"}]
+    kept = [{"kind": "a", "x": 1}] if whole else []
+    assert again.rows() == kept
+    again.log(kind="b", flag=False)
+    assert again.rows() == [*kept, {"kind": "b", "flag": False}]
+    assert before == []
+
+
+def test_by_seed_leaves_out_rows_without_a_value(job: Run) -> None:
+    job.log(kind="a", seed=1, way="x", loss=0.5)
+    job.log(kind="a", seed=0, way="x", loss=1.5)
+    job.log(kind="a", seed=2, way="x", loss=None)
+    job.log(kind="a", seed=3, way="x")
+    job.log(kind="a", seed=4, way="y", loss=2.5)
+    assert job.by_seed("a", "loss", way="x") == [1.5, 0.5]
 
 
 def test_state_round_trip(job: Run) -> None:
@@ -86,6 +104,26 @@ def test_summary_refuses_a_figure_from_elsewhere(job: Run, tmp_path: Path) -> No
         job.summary([], [Figure(tmp_path / "elsewhere.png", "")])
 
 
+def test_summary_json_holds_the_results_as_data(job: Run) -> None:
+    results = [Result("a", "1", "2", np.bool_(True)), Result("b", "1", passed=False), Result("c", "1")]
+    job.summary(results, [Figure(job.figure("one"), "One.")], ["A note."])
+    content = json.loads(Path("out/summary.json").read_text())
+    assert content["results"] == [
+        {"quantity": "a", "paper": "2", "ours": "1", "holds": True},
+        {"quantity": "b", "paper": "–", "ours": "1", "holds": False},
+        {"quantity": "c", "paper": "–", "ours": "1", "holds": None},
+    ]
+    assert content["figures"] == [{"path": "figures/one.png", "caption": "One."}]
+    assert content["notes"] == ["A note."]
+    assert (content["title"], content["paper"]) == ("A random walk", "Sec. 0")
+    assert content["command"].startswith("python -m experiments run walk --preset smoke ")
+    made = content["entries"]
+    assert (made["experiment"], made["preset"], made["backend"], made["seed"]) == ("walk", "smoke", "torch", "0")
+    assert {"device", "duration", "peak memory", "versions", "date"} <= set(made)
+    for name, value in made.items():
+        assert f"| {name} | {value} |" in Path("out/summary.md").read_text()
+
+
 def test_figures_not_captioned_are_shown_last(job: Run) -> None:
     first, second = job.figure("first"), job.figure("second")
     job.figure("first")
@@ -103,7 +141,7 @@ def test_duration(seconds: float, text: str) -> None:
 def test_peak_memory_is_that_of_the_process() -> None:
     code = """
 import torch
-from experiments.common.report import peak_memory
+from experiments.common.summary import peak_memory
 before = float(peak_memory(torch.device("cpu")).removesuffix(" GB"))  # may be that of the process that started this one
 held = torch.ones(int((before + 0.5) * 1e9) // 4)
 print(before, peak_memory(torch.device("cpu")).removesuffix(" GB"))
@@ -127,15 +165,23 @@ def test_report_is_one_self_contained_page(walk: Walk, capsys: pytest.CaptureFix
     start("--out", "runs/begun")
     Path("runs/other").mkdir()
     Path("runs/other/config.json").write_text("[]")
-    summary = Path("runs/walk-smoke/summary.md")
-    summary.write_text(summary.read_text() + "\n<script>alert(1)</script>\n")
+    foreign = Path("runs/foreign/summary.json")
+    foreign.parent.mkdir()
+    foreign.write_text('{"title": "of some other program"}')
+    summary = Path("runs/walk-smoke/summary.json")
+    content = json.loads(summary.read_text())
+    content["figures"][0]["caption"] = "<script>alert(1)</script> and `metrics.jsonl`"
+    content["figures"].append({"path": "../deep/secret.png", "caption": ""})
+    Path("runs/deep/secret.png").write_text("of another folder")
+    summary.write_text(json.dumps(content))
+    Path("runs/walk-smoke/summary.md").unlink()  # the page does not need it
     capsys.readouterr()
 
     assert main(["report"]) == 0
     assert capsys.readouterr().out == "runs/report.html: 2 finished, 1 unfinished\n"
     page = Path("runs/report.html").read_text()
     sources = re.findall(r'src="([^"]*)"', page)
-    assert [source[:22] for source in sources] == ["data:,", "data:image/png;base64,"]
+    assert [source[:22] for source in sources] == ["data:,", "data:image/png;base64,", "data:,"]
     assert not re.search(r"<(script|link|iframe)", page)
     assert not re.search(r"https?://", page)
     assert "prefers-color-scheme: dark" in page
@@ -143,8 +189,12 @@ def test_report_is_one_self_contained_page(walk: Walk, capsys: pytest.CaptureFix
     assert re.search(row + r"<td>\d{4}-\d\d-\d\d</td></tr>", page)
     assert '<section id="run1">\n<h2>A random walk</h2>' in page
     assert "<td>begun</td><td>walk</td><td>smoke</td><td>torch</td>" in page
-    assert "|x| &lt; 1e9" in page
-    assert "<td>impossible &lt;b&gt;</td>" in page
+    assert re.search(r"<td>\|x\| &lt; 1e9</td><td>1.0</td><td>\d\.\d+</td><td>yes</td>", page)
+    assert re.search(r"<td>impossible &lt;b&gt;</td><td>-1</td><td>\d\.\d+</td><td>NO</td>", page)
+    assert "<p>&lt;script&gt;alert(1)&lt;/script&gt; and <code>metrics.jsonl</code></p>" in page
+    assert "<pre>python -m experiments run walk --preset smoke --backend torch --device cpu --seed 1</pre>" in page
+    assert page.count("<li>A note.</li>") == 2
+    assert "some other program" not in page
 
 
 @pytest.mark.usefixtures("walk")

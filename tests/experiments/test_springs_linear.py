@@ -1,4 +1,4 @@
-"""The best linear fields under a causal mask against their definitions."""
+"""Tests of the best linear fields under a causal mask against their definitions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from experiments.common.distances import bures_wasserstein2
 from experiments.springs import linear
-from fluxmatching import log_sigma_grid, reverse_ve
+from fluxmatching import exponential_schedule, reverse_ve
 
 BLOCK = 2
 
@@ -19,12 +19,12 @@ def covariance() -> torch.Tensor:
 
 
 def later(matrix: torch.Tensor) -> torch.Tensor:
-    """What the mask forbids: a point of time that sees a later one."""
+    """The entries that the mask forbids: those by which a time point sees a later one."""
     blocks = torch.arange(len(matrix)) // BLOCK
     return matrix[blocks[:, None] < blocks]
 
 
-def test_flux_keeps_the_gaussian_and_sees_the_past_alone(covariance: torch.Tensor) -> None:
+def test_flux_preserves_the_gaussian_and_sees_only_the_past(covariance: torch.Tensor) -> None:
     matrix = linear.flux_matrix(covariance, BLOCK)
     torch.testing.assert_close(
         matrix @ covariance + covariance @ matrix.T, 2 * torch.eye(8, dtype=torch.float64), atol=1e-10, rtol=0
@@ -43,7 +43,7 @@ def test_score_matching_takes_the_projection(covariance: torch.Tensor) -> None:
 
 
 def test_sampler_by_simulation(covariance: torch.Tensor) -> None:
-    sigmas = log_sigma_grid(12, 0.1, 10.0)
+    sigmas = exponential_schedule(12, 0.1, 10.0)
     exact = linear.generated(linear.flux_matrix, covariance, BLOCK, sigmas)
     generator = torch.Generator().manual_seed(1)
     start = sigmas[0] * torch.randn(200_000, 8, generator=generator, dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_sampler_by_simulation(covariance: torch.Tensor) -> None:
 
 
 def test_many_steps_make_the_data_unless_score_matching_is_masked(covariance: torch.Tensor) -> None:
-    sigmas = log_sigma_grid(4000, 1e-3, 100.0)
+    sigmas = exponential_schedule(4000, 1e-3, 100.0)
     distances = {
         name: bures_wasserstein2(linear.generated(field, covariance, BLOCK, sigmas), covariance)
         for name, field in linear.FIELDS.items()

@@ -1,4 +1,4 @@
-"""The checks of stationarity against known cases, exact resuming, and the smoke run."""
+"""Checks of stationarity against cases with exact answers, exact resuming, and the smoke run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import experiments.stationarity as stationarity
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.run import Run
+from experiments.stationarity import experiment as stationarity
 from experiments.stationarity.checks import (
     Bins,
     CurrentEstimator,
@@ -27,10 +27,11 @@ from experiments.stationarity.checks import (
     total_variation,
 )
 from experiments.stationarity.rollout import roll_out
-from experiments.stationarity.training import CausalField, Trainer, train
-from fluxmatching import unadjusted_langevin
+from experiments.stationarity.training import CausalField, make_field, make_trainer, train
+from fluxmatching import Trainer, unadjusted_langevin
 
 TURN = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+SIGMA = math.sqrt(0.4)
 NORMAL = GaussianMixture(torch.zeros(1, 2, dtype=torch.float64), 1.0)
 MIXTURE = GaussianMixture(triangle_means(1.8), 0.625)
 
@@ -52,7 +53,7 @@ def test_histogram_by_hand() -> None:
     x = torch.tensor([[-0.5, -0.5], [-0.5, 0.5], [-0.5, 0.9], [0.0, 0.0], [1.0, 0.0], [0.2, -1.5]])
     # Edges belong to the bin above them, so the last two points are outside.
     assert bins.histogram(x).tolist() == pytest.approx([1 / 6, 2 / 6, 0, 1 / 6, 2 / 6])
-    assert bins.centres().tolist() == [-0.5, 0.5]
+    assert bins.centers().tolist() == [-0.5, 0.5]
 
 
 def test_total_variation_by_hand() -> None:
@@ -90,14 +91,14 @@ def test_current_of_a_rotating_ornstein_uhlenbeck_process(speed: float) -> None:
     path = [stationary.sample(20_000, generator())]
     estimator = CurrentEstimator(bins, step)
     unadjusted_langevin(
-        field, path[0], step=step, steps=60, generator=generator(1), callback=lambda _, x: path.append(x)
+        field, path[0], step_size=step, num_steps=60, generator=generator(1), callback=lambda _, x: path.append(x)
     )
     for before, now, after in zip(path, path[1:], path[2:], strict=False):
         estimator.add(before, now, after)
-    centres = torch.cartesian_prod(bins.centres(), bins.centres()).reshape(8, 8, 2)
-    density = stationary.log_density(centres).exp()
+    centers = torch.cartesian_prod(bins.centers(), bins.centers()).reshape(8, 8, 2)
+    density = stationary.log_density(centers).exp()
     assert (estimator.density() - density).abs().max() < 0.03 * density.max()
-    expected = speed * density.unsqueeze(-1) * (centres @ TURN.T)
+    expected = speed * density.unsqueeze(-1) * (centers @ TURN.T)
     # A displacement over 2 steps has the variance 4 · step, so the velocity's is 1 / step.
     visits = estimator.visits[:-1].reshape(8, 8, 1)
     noise = density.unsqueeze(-1) / (step * visits).sqrt()
@@ -168,13 +169,13 @@ def make_run(out: Path, **overrides: Any) -> Run:
 
 def test_field_is_causal_and_pulls_back_from_far_away(tmp_path: Path) -> None:
     _, data = stationarity.make_target(run := make_run(tmp_path))
-    trainer = Trainer(run, "flux", data, 0.4)
+    trainer = make_trainer(run, "flux", data, SIGMA)
     x = torch.randn(9, 2)
     variance = data.var(0).mean() + 0.4
-    torch.testing.assert_close(trainer.field(x), -x / variance)  # the networks' outputs start at zero
-    trainer.advance()
-    trainer.advance()
-    matrices = jacobian(trainer.field, x)
+    torch.testing.assert_close(trainer.model(x), -x / variance)  # the networks' outputs start at zero
+    trainer.step()
+    trainer.step()
+    matrices = jacobian(trainer.model, x)
     assert matrices[:, 0, 1].abs().max() == 0
     assert matrices[:, 1, 0].abs().min() > 0
     wild = CausalField(16, 2.0)
@@ -193,16 +194,27 @@ def test_flux_matching_turns_the_causal_field_towards_the_solution(tmp_path: Pat
     def error(field: Any) -> float:
         return root_mean_square(field(x) - solution) / root_mean_square(solution)
 
-    before = error(Trainer(run, "flux", data, 0.4).field)
-    trained = Trainer(run, "flux", data, 0.4)
+    before = error(make_field(run, data, SIGMA))
+    trained = make_trainer(run, "flux", data, SIGMA)
     for _ in range(300):
-        trained.advance()
+        trained.step()
     with torch.no_grad():
-        assert error(trained.field) < 0.75 * before
+        assert error(trained.model) < 0.75 * before
+
+
+def test_learning_rate_falls_along_a_cosine(tmp_path: Path) -> None:
+    run = make_run(tmp_path, steps=4, log_every=4, batch=16, data=100)
+    _, data = stationarity.make_target(run)
+    trainer = make_trainer(run, "dsm", data, SIGMA)
+    rates = []
+    for _ in range(4):
+        trainer.step()
+        rates.append(trainer.optimizer.param_groups[0]["lr"] / run.config.learning_rate)
+    assert rates == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
 
 
 class KilledError(Exception):
-    """Stands for the end of the process."""
+    """Stand-in for the end of the process."""
 
 
 def kill_after(run: Run, saves: int) -> None:
@@ -219,25 +231,35 @@ def kill_after(run: Run, saves: int) -> None:
 
 
 @pytest.mark.parametrize("objective", ["flux", "dsm"])
-def test_resumed_training_equals_uninterrupted_training(tmp_path: Path, objective: str) -> None:
+def test_resumed_training_equals_uninterrupted_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
     sizes = {"steps": 7, "log_every": 2, "batch": 16, "data": 100}
 
     def go(run: Run) -> dict[str, Tensor]:
         _, data = stationarity.make_target(run)
-        field = train(run, run.load_state() or {}, objective, data, 0.4)
-        return field.state_dict()
+        return train(run, objective, data, SIGMA).state_dict()
 
     whole = go(make_run(tmp_path / "whole", **sizes))
     assert int(whole["n_averaged"]) == 7
-    killed = make_run(tmp_path / "parts", **sizes)
-    kill_after(killed, 2)
+    save, saves = Trainer.save, []
+
+    def counted(trainer: Trainer) -> None:
+        save(trainer)
+        saves.append(trainer.iteration)
+        if len(saves) == 2:
+            raise KilledError
+
+    monkeypatch.setattr(Trainer, "save", counted)
     with pytest.raises(KilledError):
-        go(killed)
+        go(make_run(tmp_path / "parts", **sizes))
+    monkeypatch.undo()
+    assert saves == [2, 4]
     torch.manual_seed(99)  # the resumed process has another global state
     parts = go(make_run(tmp_path / "parts", **sizes))
     for name, value in whole.items():
         assert torch.equal(value, parts[name]), name
-    metrics = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("whole", "parts")]
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts")]
     assert metrics[0] == metrics[1]
 
 
@@ -256,7 +278,7 @@ def test_resumed_rollout_equals_uninterrupted_rollout(tmp_path: Path) -> None:
     parts = go(make_run(tmp_path / "parts"))
     assert torch.equal(whole[0], parts[0])
     assert torch.equal(whole[1], parts[1])
-    metrics = [(tmp_path / name / "metrics.csv").read_bytes() for name in ("whole", "parts")]
+    metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts")]
     assert metrics[0] == metrics[1]
 
 
@@ -278,7 +300,7 @@ def test_rollout_of_a_preserving_field_reaches_the_target_and_another_does_not(t
 
 def test_smoke_run_writes_rows_figures_and_summary(tmp_path: Path) -> None:
     run = make_run(tmp_path)
-    stationarity.run(run)
+    stationarity.main(run)
     assert [(row["objective"], row["step"]) for row in run.rows("train")] == [
         ("flux", 20), ("flux", 40), ("dsm", 20), ("dsm", 40),
     ]  # fmt: skip
@@ -290,16 +312,16 @@ def test_smoke_run_writes_rows_figures_and_summary(tmp_path: Path) -> None:
     assert measured["causal"]["residual"] < 1e-2 * measured["untrained"]["residual"]
     for name in ("histograms", "distance", "current", "residual"):
         assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
-    first = (tmp_path / "metrics.csv").read_bytes()
-    (tmp_path / "summary.md").unlink()
-    stationarity.run(make_run(tmp_path))  # nothing is measured twice
-    assert (tmp_path / "metrics.csv").read_bytes() == first
-    assert (tmp_path / "summary.md").exists()
+    first = (tmp_path / "metrics.jsonl").read_bytes()
+    (tmp_path / "summary.json").unlink()
+    stationarity.main(make_run(tmp_path))  # nothing is measured twice
+    assert (tmp_path / "metrics.jsonl").read_bytes() == first
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_unknown_objective_and_bad_sizes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="flux, dsm"):
-        Trainer(make_run(tmp_path), "score", torch.zeros(4, 2), 0.4)
+        make_trainer(make_run(tmp_path), "score", torch.zeros(100, 2), SIGMA)
     with pytest.raises(ValueError, match="segments must be at least 2, got 1"):
         stationarity.Config(segments=1)
     with pytest.raises(ValueError, match="step_size"):

@@ -1,4 +1,4 @@
-"""An experiment of three steps, on which the framework of the experiments is tried."""
+"""A small experiment on which the framework of the experiments is tested."""
 
 from __future__ import annotations
 
@@ -9,11 +9,19 @@ import torch
 
 from experiments.__main__ import main
 from experiments.common import figures, registry
-from experiments.common.run import Figure, Result, Run
+from experiments.common.results import Figure, Result
+from experiments.common.run import Run
 
 
 @dataclass(frozen=True)
 class Config:
+    """Sizes of the walk.
+
+    Args:
+        steps: how many steps
+        sigmas: noise levels
+    """
+
     steps: int = 6
     lr: float = 0.1
     ema: bool = True

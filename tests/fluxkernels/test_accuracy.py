@@ -7,24 +7,22 @@ import pytest
 import torch
 
 import fluxkernels as fk
-from bench import accuracy
 from fluxkernels.reference import blocks
-from tests import oracles
-from tests.cases import CASES, Case
+from tests.support import accuracy, oracles
+from tests.support.cases import CASES, Case
+from tests.support.ops import OPS
 
 IDS = [case.name for case in CASES]
 
 
 @functools.cache
-def truths(case: Case) -> dict[str, np.ndarray]:
-    """In extended precision, of the inputs as float32; "end" holds the ends of the chains in float32."""
-    return accuracy.truths(case)
+def truths(case: Case, dtype: type[np.floating]) -> dict[str, np.ndarray]:
+    return accuracy.truths(case, dtype)
 
 
 def float32_errors(case: Case, backend: str) -> dict[str, float]:
-    truth = truths(case)
-    results = accuracy.ours(case, torch.from_numpy(truth["end"]), backend)
-    return {op: oracles.relative_error(value.numpy(), truth[op]) for op, value in results.items()}
+    truth = truths(case, np.float32)
+    return accuracy.relative_errors(accuracy.results(case, truth["end"], backend), truth)
 
 
 float32_errors_of_torch = functools.cache(functools.partial(float32_errors, backend="torch"))
@@ -37,38 +35,25 @@ def test_float32_against_extended_precision(case: Case, implementation: str) -> 
     assert accuracy.wrong(case, ours, theirs) == {}
 
 
-@functools.cache
-def float64_truths(case: Case) -> dict[str, np.ndarray]:
-    a, s2 = case.arrays(), case.sigma2
-    return {
-        "score": oracles.kde_score(a["z"], a["refs"], s2),
-        "log density": oracles.kde_log_density(a["z"], a["refs"], s2),
-        "chain": oracles.langevin_chain(a["z"], a["refs"], s2, case.tau, a["noise"]),
-        "residual": oracles.residual_gradient(a["z"], a["field"], a["refs"], s2),
-    }
-
-
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_float64_in_float64_out(case: Case, implementation: str) -> None:
-    a, s2 = case.arrays(), case.sigma2
-    x, refs, field, noise = (torch.from_numpy(a[k]).double() for k in ("z", "refs", "field", "noise"))
-    results = {
-        "score": fk.kde_score(x, refs, s2),
-        "log density": fk.kde_log_density(x, refs, s2),
-        "chain": fk.langevin_chain(x, refs, s2, case.tau, noise=noise),
-        "residual": fk.residual_gradient(x, field, refs, s2),
-    }
-    for op, got in results.items():
+    truth = truths(case, np.float64)
+    results = accuracy.results(case, truth["end"], implementation, torch.float64)
+    for label, got in results.items():
         assert got.dtype == torch.float64
-        assert oracles.relative_error(got.numpy(), float64_truths(case)[op]) < 1e-9, op
+        assert oracles.relative_error(got.numpy(), truth[label]) < 1e-9, label
 
 
 def test_plain_formula_fails_where_we_do_not() -> None:
     """The table's point, and a check that its right-hand column measures something."""
     case = next(c for c in CASES if c.name == "offset 1000, spread 1")
-    ours, plain = accuracy.errors(case, "torch")
+    ours, plain = accuracy.errors_beside_published(case, "torch")
     assert plain["score"] > 0.1
     assert ours["score"] < 1e-6
+
+
+def test_every_op_but_those_made_of_others_has_a_truth() -> None:
+    assert [op.name for op in OPS if op.truth is None] == ["langevin_step", "flux_pass"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,7 +91,7 @@ def test_strided_and_expanded_inputs(backend: str) -> None:
 
 
 def test_blocks_do_not_change_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole groups, split groups and split rows, against one block that holds everything."""
+    """Whole groups, split groups and split rows give the results of one block that holds everything."""
     x, refs, values = (torch.randn(5, n, 3, dtype=torch.float64) for n in (40, 30, 40))
 
     def evaluate() -> list[torch.Tensor]:
@@ -127,7 +112,7 @@ def test_float32_only_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case("plain")
     for module in (blocks, fk.reference.langevin):
         monkeypatch.setattr(module, "compute_dtype", lambda device: torch.float32)
-    ours, _ = accuracy.errors(case, "torch", with_plain=False)
+    ours = accuracy.errors(case, "torch")
     assert max(ours.values()) < 1e-5
     assert max(ours.values()) > 1e-7  # the switch was thrown
 
@@ -137,13 +122,13 @@ def test_wide_bandwidth_sees_the_mean(backend: str) -> None:
     torch.testing.assert_close(fk.kde_score(x, refs, 1e12) * 1e12, refs.mean(0) - x, rtol=1e-5, atol=1e-6)
 
 
-def test_narrow_bandwidth_sees_the_nearest_centre(backend: str) -> None:
+def test_narrow_bandwidth_sees_the_nearest_reference_point(backend: str) -> None:
     x, refs = torch.randn(5, 3), torch.randn(50, 3)
     nearest = refs[torch.cdist(x, refs).argmin(1)]
     torch.testing.assert_close(fk.kde_mean(x, refs, 1e-12), nearest, rtol=0, atol=0)
 
 
-def test_one_centre_is_an_ornstein_uhlenbeck_process(backend: str) -> None:
+def test_one_reference_point_is_an_ornstein_uhlenbeck_process(backend: str) -> None:
     """K steps of size τ/K from x0 end in N(r + e^{-τ}(x0 - r), σ²(1 - e^{-2τ})), exactly, for every K."""
     x0, refs, n = torch.full((200_000, 1), 2.0), torch.ones(1, 1), 200_000
     xt = fk.langevin_chain(x0, refs, 0.25, 0.7, seed=3)

@@ -1,4 +1,4 @@
-"""Bad input to every public function: an error that names the argument, before any kernel runs."""
+"""Bad input to every public function raises an error that names the argument, before any kernel runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,35 +8,21 @@ import pytest
 import torch
 
 import fluxkernels as fk
+from tests.support.ops import BY_NAME, NUM_STEPS, OPS, noises
 
 # Every backend runs behind the same checks.
 pytestmark = pytest.mark.usefixtures("backend")
 
 X, REFS, XT = torch.randn(5, 2), torch.randn(7, 2), torch.randn(4, 2)
-GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "kde_score": (fk.kde_score, {"x": X, "refs": REFS, "sigma2": 0.1}),
-    "kde_mean": (fk.kde_mean, {"x": X, "refs": REFS, "sigma2": 0.1}),
-    "kde_log_density": (fk.kde_log_density, {"x": X, "refs": REFS, "sigma2": 0.1}),
-    "langevin_step": (fk.langevin_step, {"x": X, "refs": REFS, "sigma2": 0.1, "h": 0.5}),
-    "langevin_chain": (fk.langevin_chain, {"x0": X, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
-    "transition_weights": (
-        fk.transition_weights,
-        {"x0": X, "xt": XT, "refs": REFS, "sigma2": 0.1, "tau": 0.5},
-    ),
-    "transition_average": (
-        fk.transition_average,
-        {"x0": X, "xt": XT, "values": torch.randn(4, 3), "refs": REFS, "sigma2": 0.1, "tau": 0.5},
-    ),
-    "residual_gradient": (
-        fk.residual_gradient,
-        {"z": X, "field": torch.randn(5, 2), "refs": REFS, "sigma2": 0.1},
-    ),
-    "flux_pass": (fk.flux_pass, {"x": X, "refs": REFS, "sigma2": 0.1, "tau": 0.5}),
-}
+INPUTS: dict[str, Any] = {
+    "x": X, "refs": REFS, "xt": XT, "values": torch.randn(4, 3), "field": torch.randn(5, 2),
+    "per_query": 0.1, "per_group": 0.1, "tau": 0.5, "h": 0.5,
+}  # fmt: skip
+GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {op.name: (op.function, op.given(INPUTS)) for op in OPS}
 POINTS = [(f, a) for f, (_, arguments) in GOOD.items() for a, v in arguments.items() if isinstance(v, torch.Tensor)]
 NUMBERS = [(f, a) for f, (_, arguments) in GOOD.items() for a, v in arguments.items() if isinstance(v, float)]
 TIMES = [(f, a) for f, a in NUMBERS if a in ("tau", "h")]
-NOISY = ["langevin_step", "langevin_chain", "flux_pass"]
+NOISY = [op.name for op in OPS if op.noise]
 
 
 def call(function: str, **changes: Any) -> Any:
@@ -146,7 +132,7 @@ def test_zero_time_is_fine(function: str, argument: str) -> None:
 
 @pytest.mark.parametrize("function", NOISY)
 def test_noise_and_seed(function: str) -> None:
-    shape = {"langevin_step": (5, 2), "langevin_chain": (4, 5, 2), "flux_pass": (5, 5, 2)}[function]
+    shape = noises(torch.randn(1 + NUM_STEPS, 5, 2))[BY_NAME[function].noise].shape
     call(function, noise=torch.randn(shape))
     assert "not both" in message(ValueError, function, noise=torch.randn(shape), seed=1)
     assert "noise must have shape" in message(ValueError, function, noise=torch.randn(*shape, 1))
@@ -158,10 +144,10 @@ def test_noise_and_seed(function: str) -> None:
     assert "2^64" in message(ValueError, function, seed=2**64)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.0, True, None])
-def test_steps(steps: object) -> None:
-    for function in ("langevin_chain", "flux_pass"):
-        assert "steps must be a positive integer" in message(ValueError, function, steps=steps)
+@pytest.mark.parametrize("num_steps", [0, -1, 2.0, True, None])
+def test_num_steps(num_steps: object) -> None:
+    for function in (op.name for op in OPS if op.takes_num_steps):
+        assert "num_steps must be a positive integer" in message(ValueError, function, num_steps=num_steps)
 
 
 def test_values_need_a_row_for_each_end() -> None:

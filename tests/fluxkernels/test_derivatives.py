@@ -1,4 +1,4 @@
-"""Derivatives of every op with respect to every tensor it takes, registration, and torch.compile: one list of calls."""
+"""Derivatives of every op with respect to every tensor it takes, registration, and torch.compile."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import fluxkernels as fk
-from fluxkernels.ops import kde as kde_module
-from fluxkernels.ops import langevin as langevin_module
-from fluxkernels.ops import residual as residual_module
-from fluxkernels.ops import transition as transition_module
+from fluxkernels.ops.kde import kde_backward_op
+from tests.support import ops
+from tests.support.ops import BY_NAME, KERNELS, OPS, Op
 
 
 def tensors(*, large: bool = False) -> dict[str, Tensor]:
@@ -33,39 +32,35 @@ def tensors(*, large: bool = False) -> dict[str, Tensor]:
         "refs": normal(2, 5, D),
         "field": normal(2, 4, D),
         "values": normal(2, 3, 2),
-        "noise": normal(3, 2, 4, D),
-        "start_noise": normal(4, 2, 4, D),
+        "chain_noise": normal(3, 2, 4, D),
+        "pass_noise": normal(4, 2, 4, D),
         "per_query": positive(2, 4),
         "per_group": positive(2),
         "tau": positive(2),
+        "h": positive(2),
+        "step_noise": normal(2, 4, D),
     }
 
 
-def flux_pass(x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
-    p = fk.flux_pass(x, refs, sigma2, tau, noise=noise, steps=3)
-    return p.x0, p.score0, p.xt, p.score_t, p.transition_average(x)
+def call_of(op: Op, **options: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """The op as a function of its differentiable inputs, and of a seed in place of the noise where one is given."""
+    function, arguments = op.function, tuple(op.arguments)
+    names = arguments if op.noise is None or "seed" in options else (*arguments, "noise")
+    if op.takes_num_steps and "seed" not in options:
+        options["num_steps"] = 3
+
+    def call(*values: Tensor) -> tuple[Tensor, ...]:
+        return ops.tensors(function(**dict(zip(names, values, strict=True)), **options), values[0])
+
+    return call
 
 
-CALLS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
-    "kde_score": (fk.kde_score, ("x", "refs", "per_query")),
-    "kde_mean": (fk.kde_mean, ("x", "refs", "per_query")),
-    "kde_log_density": (fk.kde_log_density, ("x", "refs", "per_group")),
-    "langevin_step": (
-        lambda x, refs, s2, h, xi: fk.langevin_step(x, refs, s2, h, noise=xi[0]),
-        ("x", "refs", "per_group", "tau", "noise"),
-    ),
-    "langevin_chain": (
-        lambda x, refs, s2, tau, xi: fk.langevin_chain(x, refs, s2, tau, noise=xi, steps=3),
-        ("x", "refs", "per_group", "tau", "noise"),
-    ),
+CALLS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], tuple[str, ...]]] = {
+    **{op.name: (call_of(op), op.differentiable) for op in OPS},
     "langevin_chain of a seed": (
-        lambda x, refs, s2, tau: fk.langevin_chain(x, refs, s2, tau, seed=7),
-        ("x", "refs", "per_group", "tau"),
+        call_of(BY_NAME["langevin_chain"], seed=7),
+        tuple(BY_NAME["langevin_chain"].arguments.values()),
     ),
-    "transition_weights": (fk.transition_weights, ("x", "xt", "refs", "per_group", "tau")),
-    "transition_average": (fk.transition_average, ("x", "xt", "values", "refs", "per_group", "tau")),
-    "residual_gradient": (fk.residual_gradient, ("x", "field", "refs", "per_query")),
-    "flux_pass": (flux_pass, ("x", "refs", "per_group", "tau", "start_noise")),
 }
 
 
@@ -77,7 +72,7 @@ def test_first_derivatives(name: str, large: bool, backend: str) -> None:
     assert gradcheck(call, inputs, fast_mode=large)
 
 
-@pytest.mark.parametrize("name", ["kde_score", "kde_mean", "kde_log_density"])
+@pytest.mark.parametrize("name", [op.name for op in OPS if op.twice_differentiable])
 def test_second_derivatives(name: str, backend: str) -> None:
     call, arguments = CALLS[name]
     assert gradgradcheck(call, tuple(tensors()[a] for a in arguments))
@@ -102,7 +97,7 @@ def test_third_derivative_of_the_score(backend: str) -> None:
     torch.testing.assert_close(third(lambda z: fk.kde_score(z, refs, 0.4)), third(plain), rtol=1e-10, atol=1e-10)
 
 
-def test_centres_that_are_the_queries(backend: str) -> None:
+def test_reference_points_that_are_the_queries(backend: str) -> None:
     """kde_score(x, x): one tensor, two roles, both differentiated, once and twice."""
     x = tensors()["x"]
     assert gradcheck(lambda x: fk.kde_score(x, x, 0.5), (x,))
@@ -115,7 +110,7 @@ def test_one_tensor_in_two_roles_of_an_op(backend: str) -> None:
     v, g, sigma2 = torch.randn(2, 4, 2, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64), t["per_query"]
 
     def cotangent(x: Tensor) -> Tensor:
-        return kde_module.kde_backward(v, v, g, x, x, sigma2.detach(), backend)[0]
+        return kde_backward_op(v, v, g, x, x, sigma2.detach(), backend)[0]
 
     assert gradgradcheck(cotangent, (t["x"],))
 
@@ -130,7 +125,7 @@ def test_broadcast_inputs_sum_their_derivatives(backend: str) -> None:
 def test_time_zero_has_finite_derivatives(backend: str) -> None:
     t = tensors()
     tau = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    xt = fk.langevin_chain(t["x"], t["refs"], t["per_group"], tau, noise=t["noise"], steps=3)
+    xt = fk.langevin_chain(t["x"], t["refs"], t["per_group"], tau, noise=t["chain_noise"], num_steps=3)
     torch.testing.assert_close(xt, t["x"], rtol=0, atol=1e-15)
     g_x, g_sigma2, g_tau = torch.autograd.grad(xt.sum(), (t["x"], t["per_group"], tau))
     torch.testing.assert_close(g_x, torch.ones_like(g_x))
@@ -141,7 +136,7 @@ def test_time_zero_has_finite_derivatives(backend: str) -> None:
 def test_single_chain_is_the_pathwise_derivative(backend: str) -> None:
     """(∂x_τ/∂x0)ᵀ v against plain PyTorch through the chain of Eq. 8."""
     t = tensors()
-    x, refs, noise = t["x"], t["refs"].detach(), t["noise"].detach()
+    x, refs, noise = t["x"], t["refs"].detach(), t["chain_noise"].detach()
     s2, tau = 0.5, 1.3
     rho = torch.exp(torch.tensor(-tau / 3, dtype=torch.float64))
     y = x
@@ -150,39 +145,27 @@ def test_single_chain_is_the_pathwise_derivative(backend: str) -> None:
         y = rho * y + (1 - rho) * (w @ refs) + (s2 * (1 - rho**2)).sqrt() * xi
     v = torch.randn_like(y)
     (expected,) = torch.autograd.grad(y, x, v)
-    (got,) = torch.autograd.grad(fk.langevin_chain(x, refs, s2, tau, noise=noise, steps=3), x, v)
+    (got,) = torch.autograd.grad(fk.langevin_chain(x, refs, s2, tau, noise=noise, num_steps=3), x, v)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
-def registered(backend: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+def kernel_arguments() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Every registered op with arguments."""
     t = tensors()
-    x, refs, s2, tau = t["x"], t["refs"], t["per_group"], t["tau"]
-    shift = torch.randn_like(x)
-    time = (refs, s2, tau, 3)
+    shift = torch.randn_like(t["x"])
+    cotangents = {"g_shift": shift, "g_mean": shift, "g_log_density": shift[..., 0].contiguous()}
+    inputs = {**t, **cotangents, "shift": shift, "num_steps": 3, "seed": torch.tensor(3)}
     return {
-        "kde": (kde_module.kde, (x, refs, t["per_query"], backend)),
-        "kde_backward": (
-            kde_module.kde_backward,
-            (shift, shift, shift[..., 0].contiguous(), x, refs, t["per_query"], backend),
-        ),
-        "langevin_chain": (langevin_module.chain, (x, *time, t["noise"], None, backend)),
-        "langevin_chain of a seed": (langevin_module.chain, (x, *time, None, torch.tensor(3), backend)),
-        "flux_pass": (langevin_module.bundle, (x, *time, t["start_noise"], None, backend)),
-        "flux_pass of a seed": (langevin_module.bundle, (x, *time, None, torch.tensor(3), backend)),
-        "transition_weights": (transition_module.weights, (x, shift, t["xt"], s2, tau, backend)),
-        "transition_average": (
-            transition_module.weighted_sum,
-            (x, shift, t["xt"], t["values"], s2, tau, backend),
-        ),
-        "residual_gradient": (residual_module.gradient, (x, t["field"], refs, t["per_query"], backend)),
+        name: (kernel.registered, arguments)
+        for kernel in KERNELS
+        for name, arguments in kernel.variants(inputs).items()
     }
 
 
-@pytest.mark.parametrize("name", registered("torch"))
+@pytest.mark.parametrize("name", kernel_arguments())
 def test_registration(name: str, backend: str) -> None:
-    op, arguments = registered(backend)[name]
-    torch.library.opcheck(op.registered, arguments)
+    op, arguments = kernel_arguments()[name]
+    torch.library.opcheck(op, (*arguments, backend))
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -192,11 +175,7 @@ def test_compiled_without_graph_breaks(name: str, backend: str) -> None:
     torch.compiler.reset()
 
     def loss(*args: Tensor) -> Tensor:
-        results = call(*args)
-        return sum(
-            (r.square().sum() for r in ([results] if isinstance(results, Tensor) else results)),
-            torch.zeros(()),
-        )
+        return sum((r.square().sum() for r in call(*args)), torch.zeros(()))
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected, got = loss(*inputs), compiled(*inputs)
@@ -249,8 +228,7 @@ def test_forward_mode_and_torch_func(name: str, backend: str) -> None:
     tangents = tuple(torch.randn_like(t) for t in inputs)
 
     def flat(*args: Tensor) -> Tensor:
-        results = call(*args)
-        return torch.cat([r.flatten() for r in ([results] if isinstance(results, Tensor) else results)])
+        return torch.cat([r.flatten() for r in call(*args)])
 
     value, tangent = torch.func.jvp(flat, inputs, tangents)
     torch.testing.assert_close(value, flat(*inputs))
@@ -284,8 +262,7 @@ def test_autocast_stays_out(name: str, backend: str) -> None:
     inputs = [tensors(large=True)[a].detach().float().requires_grad_() for a in arguments]
 
     def results() -> list[Tensor]:
-        values = call(*inputs)
-        values = [values] if isinstance(values, Tensor) else list(values)
+        values = list(call(*inputs))
         return values + list(torch.autograd.grad(sum(v.square().sum() for v in values), inputs))
 
     expected = results()

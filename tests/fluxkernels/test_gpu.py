@@ -1,4 +1,4 @@
-"""What only a GPU can show: graphs, streams, devices, memory, and the same numbers as on the CPU.
+"""Tests that need a GPU: graphs, streams, devices, memory, and numbers equal to those of the CPU.
 
 `make gpu` runs this file and tests/fluxkernels/test_triton.py, which runs the cases of all other tests natively there.
 """
@@ -11,7 +11,7 @@ import fluxkernels as fk
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
-# (groups, points, dimensions) below and above the dimension where other kernels take over, and many centres.
+# (groups, points, dimensions): kernels of streaming/ and of gram/, and many reference points.
 SHAPES = [(3, 100, 2), (1, 700, 7), (2, 65, 16), (2, 65, 17), (1, 128, 200), (1, 1100, 24)]
 
 
@@ -109,7 +109,7 @@ def test_memory_of_the_grouped_pass_is_that_of_its_results() -> None:
     assert torch.cuda.max_memory_allocated() - before < 12 * x.numel() * x.element_size()
 
 
-def test_memory_with_many_centres_stays_below_that_of_the_centres() -> None:
+def test_memory_with_many_refs_stays_below_that_of_the_refs() -> None:
     refs = torch.randn(20_000, 1000, device="cuda")
     x = refs[:4096] + 1.0
     fk.kde_score(x[:64], refs, 1000.0)

@@ -1,4 +1,4 @@
-"""How Triton kernels choose among layouts; no kernel runs here."""
+"""Tests of the choice among layouts of Triton kernels; no kernel runs."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ ran: list[tuple[int, int]] = []
 
 @pytest.fixture
 def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A machine with a card, on which runs take what TIMES says; returns the folder of its file."""
+    """A machine with a GPU on which runs take the seconds of TIMES; yields the folder of its file."""
 
     def seconds(run: Callable[[], None]) -> float:
         run()
@@ -76,16 +76,16 @@ def test_a_folder_that_cannot_be_written_does_no_harm(card: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("queries", "groups", "centres", "preferred"),
+    ("queries", "groups", "refs", "preferred"),
     [
         (256, 2000, 256, (128, 1)),  # threads for the whole GPU
         (1024, 1, 1024, (32, 4)),
         (33, 1, 65, (32, 8)),
-        (33, 1, 20, (32, 4)),  # no lane without a few centres
+        (33, 1, 20, (32, 4)),  # at least a few reference points per lane
         (33, 1, 3, (128, 1)),
     ],
 )
-def test_lanes_where_queries_are_few(queries: int, groups: int, centres: int, preferred: tuple[int, int]) -> None:
-    found = launch.layouts(queries, groups, centres, torch.device("cpu"))
+def test_lanes_where_queries_are_few(queries: int, groups: int, refs: int, preferred: tuple[int, int]) -> None:
+    found = launch.layouts(queries, groups, refs, torch.device("cpu"))
     assert found[0] == preferred
     assert set(found) <= set(launch.LAYOUTS)

@@ -1,4 +1,4 @@
-"""Laws that hold whatever the numbers, on many shapes and scales: hypothesis looks for a counterexample.
+"""Laws that hold for all numbers, on many shapes and scales: hypothesis searches for a counterexample.
 
 The examples are the same in every run; raise max_examples and drop derandomize for a longer search.
 """
@@ -12,7 +12,7 @@ import fluxkernels as fk
 sizes = st.integers(1, 9)
 log_sigma2 = st.floats(-5, 4)
 taus = st.sampled_from([0.0, 1e-6, 0.3, 4.0])
-# One backend for all examples of a test is what is meant.
+# The fixture is meant to serve all examples of a test: they run on one backend.
 SAME = {"deadline": None, "derandomize": True, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 scales = st.sampled_from([1e-3, 1.0, 1e3])
 
@@ -34,12 +34,12 @@ def test_finite_and_translation_invariant(
     for t in (p.x0, p.score0, p.xt, p.score_t, average, fk.kde_log_density(x, refs, sigma2)):
         assert t.isfinite().all()
     torch.testing.assert_close(moved.x0 - 2.0**20, p.x0, rtol=1e-6, atol=1e-6)
-    # An average lies between its values, and the mean of the centres inside their range.
+    # An average lies between its values, and the mean inside the range of the reference points.
     weights = fk.transition_weights(p.x0, p.xt, refs, sigma2, tau)
     torch.testing.assert_close(weights.sum(-2), torch.ones(G, N, dtype=torch.float64))
     torch.testing.assert_close(weights @ x, average, rtol=1e-9, atol=1e-9 * x_scale)
     mean = fk.kde_mean(x, refs, sigma2)
-    slack = 1e-12 * refs_scale  # as weights that sum to one
+    slack = 1e-12 * refs_scale  # the weights sum to one up to rounding
     assert (mean >= refs.amin(-2, keepdim=True) - slack).all()
     assert (mean <= refs.amax(-2, keepdim=True) + slack).all()
 
@@ -67,7 +67,7 @@ def test_chain_keeps_its_density(backend: str) -> None:
     """Chains started from p̂ stay in p̂ to the order of the step: mean and variance of a long chain of small steps."""
     refs = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
     n, sigma2 = 40_000, 0.5
-    p = fk.flux_pass(refs.repeat(n // 2, 1), refs, sigma2, 2.0, steps=100, seed=1)
+    p = fk.flux_pass(refs.repeat(n // 2, 1), refs, sigma2, 2.0, num_steps=100, seed=1)
     variance = 1 + sigma2
     assert abs(p.xt.mean().item()) < 4 * (variance / n) ** 0.5
     fourth = 1 + 6 * sigma2 + 3 * sigma2**2

@@ -33,7 +33,7 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected:
 
 
 def test_same_words_as_numpy() -> None:
-    """NumPy's Philox is 4×64, so only the layout is ours to check: element e takes word e mod 4 of block e div 4."""
+    """Element e takes word e mod 4 of block e div 4. (NumPy's Philox is 4×64, so it cannot serve as a reference.)"""
     seed = torch.tensor(0x1234_5678_9ABC_DEF0)
     words = philox.bits(seed, (3, 10), philox.START)
     for step, e in ((0, 0), (1, 7), (2, 9)):
@@ -65,8 +65,8 @@ def test_normal_moments_and_independence() -> None:
     x = philox.normal(torch.tensor(2), (2, n), philox.CHAIN, torch.float64)
     for moment, expected, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert x[0].pow(moment).mean().item() == pytest.approx(expected, abs=5 * (variance / n) ** 0.5)
-    neighbours = (x[0, 1:] * x[0, :-1]).mean(), (x[0] * x[1]).mean()
-    assert max(abs(c.item()) for c in neighbours) < 5 / n**0.5
+    neighbors = (x[0, 1:] * x[0, :-1]).mean(), (x[0] * x[1]).mean()
+    assert max(abs(c.item()) for c in neighbors) < 5 / n**0.5
     # Kolmogorov and Smirnov: the distribution function, not only its moments.
     cdf = torch.special.ndtr(x[0].sort().values)
     assert (cdf - torch.arange(n) / n).abs().max().item() < 2 / n**0.5
@@ -103,7 +103,7 @@ def test_uniform_is_open_and_signs_are_balanced() -> None:
 
 
 def test_same_seed_same_chain(backend: str) -> None:
-    """The chain of a seed is that of the noise it stands for, in both dtypes; unsigned and signed seeds agree."""
+    """A seed gives the chain of its noise, in both dtypes; unsigned and signed seeds agree."""
     x, refs = torch.randn(3, 6, 2), torch.randn(3, 9, 2)
     noise = philox.normal(philox.as_seed(2**64 - 5, x.device), (4, *x.shape), philox.CHAIN, torch.float64)
     chain = fk.langevin_chain(x, refs, 0.2, 1.5, seed=2**64 - 5)

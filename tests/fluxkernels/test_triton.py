@@ -1,6 +1,6 @@
-"""The Triton kernels: under Triton's interpreter on a CPU, natively where there is a GPU; compiled for both anyway.
+"""Tests of the Triton kernels: interpreted on a CPU, natively on a GPU, and compiled for NVIDIA GPUs on both.
 
-The interpreter needs an environment variable before the kernels are imported, hence the processes of their own.
+The interpreter needs an environment variable before the kernels are imported, so they run in separate processes.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 
 def run(module: str, arguments: Sequence[object], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """The JSON lines that a module prints."""
+    """Run a module and return the JSON lines that it prints."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
@@ -37,19 +37,17 @@ def run(module: str, arguments: Sequence[object], environment: dict[str, str]) -
 
 
 def run_in_parts(module: str, *arguments: object, **environment: str) -> list[dict[str, Any]]:
-    """The same, its work shared out over processes."""
+    """Run a module in several processes, each with a part of the work."""
     with ThreadPoolExecutor(PROCESSES) as pool:
         parts = [pool.submit(run, module, (*arguments, k, PROCESSES), environment) for k in range(PROCESSES)]
         return [row for part in parts for row in part.result()]
 
 
 def test_every_case_against_the_formulas_in_float64() -> None:
-    """Forward, backward, seeds: tests/fluxkernels/interpreted.py says what is compared."""
+    """Forward, backward, seeds; tests/programs/interpreted.py does the comparisons."""
     on_gpu = torch.cuda.is_available()
-    # On a GPU the layouts are tested one by one; trying them all for every case would only compile for minutes.
-    rows = run_in_parts(
-        "tests.fluxkernels.interpreted", TRITON_INTERPRET="0" if on_gpu else "1", FLUXKERNELS_AUTOTUNE="0"
-    )
+    # The layouts are tested one by one; autotuning every case on a GPU would compile for minutes.
+    rows = run_in_parts("tests.programs.interpreted", TRITON_INTERPRET="0" if on_gpu else "1", FLUXKERNELS_AUTOTUNE="0")
     assert len(rows) > 50
     wrong = {
         (row["case"], row["dtype"], op): error
@@ -62,11 +60,11 @@ def test_every_case_against_the_formulas_in_float64() -> None:
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
-    """With next to no spills, within the architecture's shared memory, and with products in float64 alone."""
-    rows = run_in_parts("tests.fluxkernels.compiled", capability, TRITON_INTERPRET="0")
+    """Almost nothing spills, shared memory suffices, and all products are in float64."""
+    rows = run_in_parts("tests.programs.compiled", capability, TRITON_INTERPRET="0")
     assert {row["kernel"] for row in rows} >= {"kde_kernel", "langevin_kernel", "products_kernel", "chain_kernel"}
     largest = {80: 163, 90: 227}[capability] * 1024
-    # The assembler sets a few words aside of its own accord, more with one release than with another; bytes a thread.
+    # Bytes per thread: every release of the assembler spills a few words.
     assert [row for row in rows if row["spills"] > 64 or row["shared"] > largest] == []
     in_products = {row["kernel"]: row["products"] for row in rows if row["products"]}
     assert set(in_products) == {

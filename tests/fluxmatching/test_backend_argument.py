@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import fluxkernels as fk
-from fluxmatching import LossNormalizer, dsm_loss, flux_matching_loss, noise_annealed_flux_loss
+from fluxmatching import LossNormalizer
+from tests.support.losses import annealed_loss, flux_loss, score_matching_loss
 
 
 @pytest.fixture
@@ -30,14 +31,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_flux(ran: list[str]) -> None:
     x = torch.randn(4, 2)
-    flux_matching_loss(lambda z: -z, x, 0.5, backend="recorder")
+    flux_loss(lambda z: -z, x, 0.7, backend="recorder")
     assert set(ran) == {"flux_pass", "residual_gradient", "transition_average"}
-    flux_matching_loss(lambda z: -z, x, 0.5, estimator="single_chain", backend="recorder")
+    flux_loss(lambda z: -z, x, 0.7, estimator="single_chain", backend="recorder")
     assert {"langevin_chain", "kde_backward"} <= set(ran)
 
 
 def test_annealed_and_dsm(ran: list[str]) -> None:
     x = torch.randn(4, 2)
-    noise_annealed_flux_loss(lambda z, s: -z, x, 0.5, LossNormalizer(), backend="recorder")
-    dsm_loss(lambda z: -z, x, 0.5, backend="recorder")
+    annealed_loss(lambda z, s: -z, x, 0.5, LossNormalizer(), backend="recorder")
+    score_matching_loss(lambda z: -z, x, 0.7, backend="recorder")
     assert set(ran) == {"flux_pass", "residual_gradient", "transition_average", "kde"}

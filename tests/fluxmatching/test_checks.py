@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from fluxmatching import Draws, UniformHorizon, flux_matching_loss, flux_target
+from fluxmatching import Draws, UniformHorizon
+from tests.support.losses import flux_loss, target_of
 
 X = torch.randn(6, 2)
 
 
-def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: Any) -> Any:
-    return flux_matching_loss(field, x, sigma2, backend="torch", **options)
+def loss(field: Any = lambda z: -z, x: Any = X, sigma: Any = 0.7, **options: Any) -> Any:
+    return flux_loss(field, x, sigma, backend="torch", **options)
 
 
 @pytest.mark.parametrize(
@@ -22,8 +23,9 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
         ({"x": X[:, 0]}, ValueError, r"x must have shape \[N, \*event\], got \[6\]"),
         ({"x": X.index_fill(0, torch.tensor(2), torch.nan)}, ValueError, "x must be finite"),
         ({"x": X[:0]}, ValueError, "x must not be empty"),
-        ({"sigma2": 0.0}, ValueError, "sigma2 must be a positive finite number, got 0.0"),
-        ({"sigma2": torch.ones(6)}, ValueError, "sigma2"),
+        ({"sigma": 0.0}, ValueError, "sigma must be a positive finite number, got 0.0"),
+        ({"sigma": 1e-25}, ValueError, "sigma must have a square within the range of torch.float32, got 1e-25"),
+        ({"sigma": torch.ones(6)}, ValueError, r"sigma must be one number, got shape \[6\]"),
         ({"refs": torch.randn(9, 3)}, ValueError, r"refs must have shape \[M, \*event\] .* got \[9, 3\]"),
         ({"refs": X.double()}, TypeError, "refs must have the dtype of the first argument"),
         (
@@ -32,14 +34,14 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
             "estimator must be one of 'cross_chain', 'single_chain', got 'both'",
         ),
         (
-            {"endpoint": "backward"},
+            {"second_derivatives": "backward"},
             ValueError,
-            "endpoint must be one of 'reverse', 'forward', 'central', 'closed_form'",
+            "second_derivatives must be one of 'double_backward', 'forward_over_reverse', 'finite_difference', ",
         ),
         ({"divergence": "none"}, ValueError, "divergence must be one of 'hutchinson', 'exact'"),
-        ({"chunk": 0}, ValueError, "chunk must be None or a positive number of samples, got 0"),
-        ({"chunk": 1.5}, ValueError, "chunk must be"),
-        ({"steps": 0}, ValueError, "steps must be a positive integer"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be None or a positive number of samples, got 0"),
+        ({"chunk_size": 1.5}, ValueError, "chunk_size must be"),
+        ({"num_steps": 0}, ValueError, "num_steps must be a positive integer"),
         ({"seed": 1.5}, TypeError, "seed must be an integer"),
         ({"seed": 2**64}, ValueError, "seed must lie in"),
         ({"grouped": True}, ValueError, r"a grouped loss takes x of shape \[N, groups, D\], got \[6, 2\]"),
@@ -50,11 +52,11 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma2: Any = 0.5, **options: An
         ),
         ({"draws": Draws(start=X[:3])}, ValueError, "draws.start must have the shape of x"),
         ({"draws": Draws(probe=X.double())}, TypeError, "draws.probe must have the dtype"),
-        ({"draws": Draws(chain=X)}, ValueError, r"draws.chain must have shape \[steps, \*x.shape\]"),
+        ({"draws": Draws(chain=X)}, ValueError, r"draws.chain must have shape \[num_steps, \*x.shape\]"),
         (
-            {"draws": Draws(chain=X.expand(3, 6, 2)), "steps": 8},
+            {"draws": Draws(chain=X.expand(3, 6, 2)), "num_steps": 8},
             ValueError,
-            "steps must be 3, the length of draws.chain",
+            "num_steps must be 3, the length of draws.chain",
         ),
         ({"draws": Draws(tau=torch.tensor(-1.0))}, ValueError, r"draws.tau must lie in \[0, tau_max = 4.0\], got -1"),
         ({"draws": Draws(tau=torch.tensor(5.0))}, ValueError, r"draws.tau must lie in \[0, tau_max = 4.0\]"),
@@ -85,9 +87,9 @@ def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
     with torch.no_grad():
         expected = loss(net, seed=1)
     assert expected.isfinite().all()
-    for endpoint in ("reverse", "forward", "central"):
+    for method in ("double_backward", "forward_over_reverse", "finite_difference"):
         with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch.no_grad\(\)"):
-            loss(net, endpoint=endpoint)
+            loss(net, second_derivatives=method)
 
 
 class FirstDerivativeOnly(torch.autograd.Function):
@@ -105,18 +107,21 @@ class FirstDerivativeOnly(torch.autograd.Function):
 
 def test_a_field_without_second_derivatives_is_told_the_way_out() -> None:
     net = torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
-    fields = {"reverse": torch.compile(net, backend="aot_eager"), "forward": lambda z: FirstDerivativeOnly.apply(z)}
-    for endpoint, field in fields.items():
-        with pytest.raises(RuntimeError, match="endpoint='central' needs first derivatives only"):
-            loss(field, endpoint=endpoint)
-        assert loss(field, endpoint="central").isfinite().all()
+    fields = {
+        "double_backward": torch.compile(net, backend="aot_eager"),
+        "forward_over_reverse": lambda z: FirstDerivativeOnly.apply(z),
+    }
+    for method, field in fields.items():
+        with pytest.raises(RuntimeError, match="second_derivatives='finite_difference' needs first derivatives only"):
+            loss(field, second_derivatives=method)
+        assert loss(field, second_derivatives="finite_difference").isfinite().all()
 
 
 def test_a_field_may_write_to_its_input() -> None:
     before = X.clone()
     expected = loss(lambda z: 2 * z, seed=1)
     torch.testing.assert_close(loss(lambda z: z.detach().clone().mul_(0) + 2 * z, seed=1), expected)
-    target = flux_target(lambda z: -z, X, 0.5, seed=1, backend="torch")
+    target = target_of(lambda z: -z, X, 0.7, seed=1, backend="torch")
     x0 = target.x0.clone()
     target.loss(lambda z: z.mul_(2))
     assert torch.equal(target.x0, x0)
@@ -126,7 +131,7 @@ def test_a_field_may_write_to_its_input() -> None:
 WEIGHT = torch.ones((), requires_grad=True)
 
 
-@pytest.mark.parametrize("endpoint", ["reverse", "forward", "central"])
+@pytest.mark.parametrize("second_derivatives", ["double_backward", "forward_over_reverse", "finite_difference"])
 @pytest.mark.parametrize(
     "field",
     [
@@ -137,13 +142,13 @@ WEIGHT = torch.ones((), requires_grad=True)
     ],
     ids=["constant", "detached", "linear", "ignores z"],
 )
-def test_fields_without_second_derivatives(field: Any, endpoint: str) -> None:
+def test_fields_without_second_derivatives(field: Any, second_derivatives: str) -> None:
     """A field may be linear, or not look at z at all: its derivatives are zeros, not errors."""
-    assert loss(field, endpoint=endpoint, seed=1).isfinite().all()
+    assert loss(field, second_derivatives=second_derivatives, seed=1).isfinite().all()
 
 
-def test_one_sample_one_centre() -> None:
-    assert loss(x=X[:1], endpoint="central").shape == (1,)
+def test_one_sample_one_center() -> None:
+    assert loss(x=X[:1], second_derivatives="finite_difference").shape == (1,)
 
 
 def test_horizon_zero_is_a_limit() -> None:

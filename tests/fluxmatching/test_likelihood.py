@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.common.mixture import GaussianMixture, triangle_means
-from fluxmatching import bits_per_dim, log_likelihood
+from fluxmatching import ODESolver, bits_per_dim, log_likelihood
 
 F64 = torch.float64
 MIXTURE = GaussianMixture(triangle_means(1.8), 0.225)
@@ -32,9 +32,7 @@ def test_anisotropic_gaussian(divergence: str) -> None:
         x,
         divergence=divergence,
         sigma_max=300.0,
-        rtol=1e-7,
-        atol=1e-7,
-        method="dopri5",
+        solver=ODESolver("dopri5", rtol=1e-7, atol=1e-7),
     )
     spread = variances + 0.002**2
     exact = (-x.square() / (2 * spread) - (2 * math.pi * spread).log() / 2).sum(1)
@@ -43,7 +41,7 @@ def test_anisotropic_gaussian(divergence: str) -> None:
 
 def test_mixture() -> None:
     x = MIXTURE.sample(200, torch.Generator().manual_seed(0))
-    found = log_likelihood(score, x, divergence="exact", sigma_max=300.0, method="dopri5")
+    found = log_likelihood(score, x, divergence="exact", sigma_max=300.0, solver=ODESolver("dopri5"))
     torch.testing.assert_close(found, noised(0.002).log_density(x), rtol=0, atol=1e-3)
 
 
@@ -52,7 +50,11 @@ def test_a_rotation_does_not_change_the_density() -> None:
     x = torch.randn(20, 2, dtype=F64)
     turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=F64)
     found = log_likelihood(
-        lambda z, s: -z / (1 + s**2) + 0.5 * z @ turn / (1 + s**2), x, divergence="exact", sigma_max=200.0, rtol=1e-6
+        lambda z, s: -z / (1 + s**2) + 0.5 * z @ turn / (1 + s**2),
+        x,
+        divergence="exact",
+        sigma_max=200.0,
+        solver=ODESolver(rtol=1e-6),
     )
     exact = -x.square().sum(1) / 2 - math.log(2 * math.pi)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-3)
@@ -60,7 +62,7 @@ def test_a_rotation_does_not_change_the_density() -> None:
 
 def test_hutchinson_is_right_on_average() -> None:
     x = MIXTURE.sample(1, torch.Generator().manual_seed(3))
-    options = {"sigma_max": 300.0, "rtol": 1e-4, "atol": 1e-4}
+    options = {"sigma_max": 300.0, "solver": ODESolver(rtol=1e-4, atol=1e-4)}
     exact = log_likelihood(score, x, divergence="exact", **options)
     draws = log_likelihood(score, x.expand(2000, 2), generator=torch.Generator().manual_seed(1), **options)
     assert draws.std() > 0.01  # else this test would say nothing
@@ -97,7 +99,7 @@ def test_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="dimensions must be a positive integer, got 0"):
         bits_per_dim(torch.ones(1), 0)
     with pytest.raises(ValueError, match=r"method must be one of 'adaptive_heun', .*, got 'euler'"):
-        log_likelihood(score, x, method="euler")
+        ODESolver("euler")
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
     with pytest.raises(ImportError, match="log_likelihood needs torchdiffeq"):
         log_likelihood(score, x)

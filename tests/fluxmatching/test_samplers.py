@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fluxmatching import (
+    ODESolver,
     edm_heun,
-    edm_sigma_grid,
-    log_sigma_grid,
+    exponential_schedule,
+    karras_schedule,
     predictor_corrector,
     probability_flow,
     reverse_ve,
@@ -22,7 +23,7 @@ N = 100_000
 def test_unadjusted_langevin_on_a_gaussian() -> None:
     """x ← (1-η)x + √(2η)ξ has variance 1/(1-η/2) in the end: the step's own bias included."""
     generator = torch.Generator().manual_seed(1)
-    x = unadjusted_langevin(lambda z: -z, torch.full((N, 2), 5.0), step=0.1, steps=120, generator=generator)
+    x = unadjusted_langevin(lambda z: -z, torch.full((N, 2), 5.0), step_size=0.1, num_steps=120, generator=generator)
     variance = 1 / (1 - 0.05)
     assert x.mean().item() == pytest.approx(5 * 0.9**120, abs=4 * (variance / (2 * N)) ** 0.5)
     assert x.var().item() == pytest.approx(variance, abs=4 * variance * (2 / (2 * N)) ** 0.5)
@@ -35,8 +36,8 @@ def test_rotation_leaves_the_gaussian_in_place() -> None:
     x = unadjusted_langevin(
         lambda z: z @ turn.T,
         torch.randn(N // 4, 2),
-        step=step,
-        steps=400,
+        step_size=step,
+        num_steps=400,
         callback=lambda k, x: kept.append(x),
     )
     # E|x'|² = |1 + η A|² E|x|² + 2ηD with A = -1 ± 2i: stationary variance 2η/(1 - (1-η)² - 4η²).
@@ -48,7 +49,7 @@ def test_rotation_leaves_the_gaussian_in_place() -> None:
 
 def test_reverse_ve_on_a_point() -> None:
     """Data at one point: the score is -x/σ², and each update's mean and variance are known."""
-    sigmas = log_sigma_grid(50, 0.01, 10.0)
+    sigmas = exponential_schedule(50, 0.01, 10.0)
     x = 10.0 * torch.randn(N, 1, dtype=torch.float64)
     end = reverse_ve(lambda z, s: -z / s**2, x, sigmas)
     mean_square = 100.0
@@ -66,7 +67,7 @@ def test_reverse_ve_samples_a_mixture() -> None:
         return (torch.tanh(z / variance) - z) / variance
 
     torch.manual_seed(0)
-    end = reverse_ve(score, 20.0 * torch.randn(N // 10, 1), log_sigma_grid(300, 0.01, 20.0))
+    end = reverse_ve(score, 20.0 * torch.randn(N // 10, 1), exponential_schedule(300, 0.01, 20.0))
     n = N // 10
     assert (end > 0).float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / n**0.5)
     assert end.abs().mean().item() == pytest.approx(1, abs=0.01)
@@ -82,7 +83,7 @@ def test_edm_heun_is_of_second_order_on_a_gaussian() -> None:
     x = 80 * torch.randn(50, 2, dtype=torch.float64)
     exact = x * math.sqrt((0.25 + 0.002**2) / (0.25 + 80**2))
     errors = [
-        (edm_heun(gaussian_score, x, edm_sigma_grid(steps)[:-1]) - exact).norm() / exact.norm() for steps in (40, 80)
+        (edm_heun(gaussian_score, x, karras_schedule(steps)[:-1]) - exact).norm() / exact.norm() for steps in (40, 80)
     ]
     assert errors[1] < 3e-3
     assert errors[0] / errors[1] == pytest.approx(4, rel=0.2)
@@ -103,7 +104,7 @@ def test_edm_heun_ends_in_the_denoiser() -> None:
 
 
 def test_edm_grid_has_equal_steps_of_its_power() -> None:
-    grid = edm_sigma_grid(5, 0.01, 10.0, rho=3.0)
+    grid = karras_schedule(5, 0.01, 10.0, rho=3.0)
     assert grid[[0, 4, 5]].tolist() == pytest.approx([10.0, 0.01, 0.0])
     steps = (grid[:-1] ** (1 / 3)).diff()
     torch.testing.assert_close(steps, steps[:1].expand(4))
@@ -118,7 +119,7 @@ def test_probability_flow_on_a_gaussian(rtol: float, most: float) -> None:
         seen.append(sigma.item())
         return gaussian_score(z, sigma)
 
-    end = probability_flow(field, x, rtol=rtol, atol=rtol)
+    end = probability_flow(field, x, solver=ODESolver(rtol=rtol, atol=rtol))
     exact = x * math.sqrt((0.25 + 0.002**2) / (0.25 + 80**2))
     assert (end - exact).norm() / exact.norm() < most
     assert min(seen) == pytest.approx(0.002)  # a network knows no σ outside of the range
@@ -155,7 +156,7 @@ def test_the_corrector_mends_large_steps() -> None:
     """In few steps the predictor's variance is wrong; correcting brings it nearer the truth."""
     torch.manual_seed(0)
     x = 10 * torch.randn(20_000, 2)
-    sigmas = log_sigma_grid(12, 0.1, 10.0)
+    sigmas = exponential_schedule(12, 0.1, 10.0)
     truth = math.sqrt(0.25 + 0.01)
     alone = abs(reverse_ve(gaussian_score, x, sigmas).std().item() - truth)
     corrected = abs(predictor_corrector(gaussian_score, x, sigmas, signal_to_noise=0.5).std().item() - truth)
@@ -169,7 +170,7 @@ def test_samplers_that_need_torchdiffeq_say_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_grid() -> None:
-    grid = log_sigma_grid(4, 0.01, 100.0)
+    grid = exponential_schedule(4, 0.01, 100.0)
     torch.testing.assert_close(grid, torch.tensor([100.0, 10, 1, 0.1, 0.01], dtype=torch.float64))
 
 
@@ -179,7 +180,7 @@ def test_same_generator_same_samples_and_callbacks_see_every_step() -> None:
         reverse_ve(
             lambda z, s: -z,
             torch.ones(3, 2),
-            log_sigma_grid(5, 0.1, 1.0),
+            exponential_schedule(5, 0.1, 1.0),
             generator=torch.Generator().manual_seed(2),
             callback=lambda k, x: seen.append(k),
         )
@@ -191,32 +192,32 @@ def test_same_generator_same_samples_and_callbacks_see_every_step() -> None:
 
 def test_no_graph_is_kept() -> None:
     weight = torch.ones((), requires_grad=True)
-    x = unadjusted_langevin(lambda z: -weight * z, torch.ones(3, 2), step=0.1, steps=2)
+    x = unadjusted_langevin(lambda z: -weight * z, torch.ones(3, 2), step_size=0.1, num_steps=2)
     assert not x.requires_grad
 
 
 def test_fields_are_checked_and_starts_kept() -> None:
     x = torch.ones(3, 2)
     with pytest.raises(ValueError, match=r"field must return the shape of its input, \[3, 2\], got \[3, 1\]"):
-        unadjusted_langevin(lambda z: z[:, :1], x, step=0.1, steps=1)
+        unadjusted_langevin(lambda z: z[:, :1], x, step_size=0.1, num_steps=1)
     with pytest.raises(ValueError, match="field must return the shape"):
-        reverse_ve(lambda z, s: z[:, :1], x, log_sigma_grid(2))
+        reverse_ve(lambda z, s: z[:, :1], x, exponential_schedule(2))
     with pytest.raises(ValueError, match="x must be finite"):
-        unadjusted_langevin(lambda z: z, x * torch.nan, step=0.1, steps=1)
-    assert unadjusted_langevin(lambda z: z.double(), x, step=0.1, steps=1).dtype == torch.float32
+        unadjusted_langevin(lambda z: z, x * torch.nan, step_size=0.1, num_steps=1)
+    assert unadjusted_langevin(lambda z: z.double(), x, step_size=0.1, num_steps=1).dtype == torch.float32
     for sampler in (predictor_corrector, edm_heun):
         with pytest.raises(ValueError, match="field must return the shape"):
-            sampler(lambda z, s: z[:, :1], x, log_sigma_grid(2))
+            sampler(lambda z, s: z[:, :1], x, exponential_schedule(2))
     with pytest.raises(ValueError, match=r"probability_flow: 0 < sigma_min < sigma_max must hold, got 2.0 and 1.0"):
         probability_flow(lambda z, s: z, x, sigma_min=2.0, sigma_max=1.0)
     with pytest.raises(ValueError, match="predictor_corrector: signal_to_noise must be a positive number"):
-        predictor_corrector(lambda z, s: z, x, log_sigma_grid(2), signal_to_noise=0.0)
+        predictor_corrector(lambda z, s: z, x, exponential_schedule(2), signal_to_noise=0.0)
 
 
 @pytest.mark.parametrize("step", [0.0, -1.0, math.nan, math.inf])
 def test_bad_step(step: float) -> None:
-    with pytest.raises(ValueError, match="step must be a positive number"):
-        unadjusted_langevin(lambda z: z, torch.ones(2, 2), step=step, steps=1)
+    with pytest.raises(ValueError, match="step_size must be a positive number"):
+        unadjusted_langevin(lambda z: z, torch.ones(2, 2), step_size=step, num_steps=1)
 
 
 @pytest.mark.parametrize("sigmas", [torch.tensor([1.0]), torch.tensor([1.0, 2.0]), torch.tensor([[2.0, 1.0]])])
@@ -234,6 +235,6 @@ def test_a_field_that_turns_nan_ends_the_adaptive_solver_with_its_sigma() -> Non
 def test_samples_without_an_event(x: torch.Tensor) -> None:
     for sampler in (reverse_ve, predictor_corrector, edm_heun):
         with pytest.raises(ValueError, match=rf"{sampler.__name__}: x must have shape \[N, \*event\], got"):
-            sampler(gaussian_score, x, log_sigma_grid(2))
+            sampler(gaussian_score, x, exponential_schedule(2))
     with pytest.raises(ValueError, match="probability_flow: x must have shape"):
         probability_flow(gaussian_score, x)

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fluxmatching import Trainer, TrainingError, TrainingOptions, flux_matching_loss
+from fluxmatching import Trainer, TrainingError, TrainingOptions
+from tests.support.losses import flux_loss
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = TrainingOptions(iterations=12, batch_size=16, checkpoint_every=5, log_every=4, progress=False, ema=0.9)
@@ -30,7 +31,7 @@ def data() -> Tensor:
 
 
 def loss(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
-    return flux_matching_loss(net, x, 0.5, seed=seed)
+    return flux_loss(net, x, 0.7, seed=seed)
 
 
 def trained(options: TrainingOptions = OPTIONS, **more: Any) -> Trainer:
@@ -69,7 +70,7 @@ def test_any_seed(seed: int) -> None:
 
 
 def test_is_the_loop_one_would_write() -> None:
-    """Plain SGD-style code with torch's own optimiser, given the same minibatches and seeds."""
+    """Plain SGD-style code with torch's own optimizer, given the same minibatches and seeds."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def recorded(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
@@ -95,6 +96,27 @@ def test_is_the_loop_one_would_write() -> None:
     for p, q, a, b in zip(net.parameters(), other.parameters(), trainer.average.parameters(), average, strict=True):
         assert torch.equal(p, q)
         torch.testing.assert_close(a.detach(), b)
+
+
+def test_learning_rate_follows_a_schedule_across_a_resume(tmp_path: Path) -> None:
+    """The factor multiplies the rate after warm-up, by the iteration and not by the steps of this process."""
+    asked: list[int] = []
+
+    def halved(iteration: int) -> float:
+        asked.append(iteration)
+        return 0.5**iteration
+
+    options = replace(OPTIONS, iterations=8, warmup=2, lr=0.01)
+    whole = trained(options, lr_factor=halved)
+    assert whole.optimizer.param_groups[0]["lr"] == 0.01 * 0.5**7
+    asked.clear()
+    trainer = Trainer(model(), loss, data(), options, folder=tmp_path, lr_factor=halved)
+    trainer.run(seconds=0.0)
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.005
+    resumed = trained(options, folder=tmp_path, lr_factor=halved)
+    assert asked == list(range(8))
+    assert_same(whole, resumed)
+    assert not torch.equal(resumed.model[0].weight, trained(options).model[0].weight)
 
 
 def test_each_pass_shows_every_sample_once_in_an_order_of_its_own() -> None:
@@ -230,9 +252,7 @@ def test_a_network_that_turns_nan_stops_with_sigma_and_tau(tmp_path: Path) -> No
         return loss(net, x, seed)
 
     trainer = Trainer(model(), breaks, data(), OPTIONS, folder=tmp_path)
-    said = (
-        r"iteration 7: .*field must be finite, got NaN or infinity at sigma2 0\.5, tau [\d.]+; .*last good checkpoint"
-    )
+    said = r"iteration 7: .*field must be finite, got NaN or infinity at sigma 0\.7, tau [\d.]+; .*last good checkpoint"
     with pytest.raises(TrainingError, match=said):
         trainer.run()
     assert Trainer(model(), loss, data(), OPTIONS, folder=tmp_path).iteration == 5
@@ -248,7 +268,7 @@ def test_errors_of_the_loss_that_are_no_numbers_are_its_own() -> None:
 
 @pytest.mark.parametrize("result", [1.0, [1.0], (torch.ones(2), 3)])
 def test_a_loss_that_returns_something_else(result: Any) -> None:
-    with pytest.raises(TypeError, match="loss must return a tensor with one number a sample"):
+    with pytest.raises(TypeError, match="loss must return a tensor with one number per sample"):
         Trainer(model(), lambda *_: result, data(), OPTIONS).step()
 
 
@@ -269,7 +289,7 @@ def test_samples_need_not_be_a_tensor() -> None:
             return data()[indices]
 
     assert_same(trained(), _trained_on(Squares()))
-    with pytest.raises(TypeError, match="data must be a tensor, or give one for a tensor of indices; got ndarray"):
+    with pytest.raises(TypeError, match="data must be a tensor, or return one for a tensor of indices; got ndarray"):
         _trained_on(data().numpy())
 
 
@@ -302,7 +322,7 @@ def test_save_without_a_folder() -> None:
 
 def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path) -> None:
     trained(folder=tmp_path)
-    with pytest.raises(ValueError, match=r"last\.pt is of another model"):
+    with pytest.raises(ValueError, match=r"last\.pt belongs to another model"):
         Trainer(nn.Linear(2, 2), loss, data(), OPTIONS, folder=tmp_path)
     with pytest.raises(ValueError, match="samples 70 there, 60 here"):
         Trainer(model(), loss, data()[:60], OPTIONS, folder=tmp_path)
@@ -312,7 +332,7 @@ def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path) 
 
 
 def test_bfloat16_trains_parameters_in_float32() -> None:
-    trainer = trained(replace(OPTIONS, precision="bf16"))
+    trainer = trained(replace(OPTIONS, precision="bf16-mixed"))
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     assert not torch.equal(trainer.model[0].weight, trained().model[0].weight)
 

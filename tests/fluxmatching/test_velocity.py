@@ -12,13 +12,19 @@ import torch
 from scipy import sparse
 from torch.nn import functional as F
 
-from fluxmatching import flux_target
-from fluxmatching.endpoint import ClosedForm, endpoint_gradient
-from fluxmatching.velocity import CIRCULATING, SplicingField, flux_velocity, splicing_loss
+from fluxmatching.losses.second_derivatives import ClosedForm, endpoint_gradient
+from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity, splicing_loss
+from tests.support.losses import target_of
 
 anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
 F64 = torch.float64
-QUICK: dict[str, Any] = {"passes": 2, "batch_size": 16, "progress": False}
+QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 16, "progress": False}
+
+
+def fit(adata: Any, preset: str = "paper", **settings: Any) -> Any:
+    """`flux_velocity` with the fields of `VelocityOptions` as keywords."""
+    given = {name: settings.pop(name) for name in ("vkey", "ukey", "xkey", "copy") if name in settings}
+    return flux_velocity(adata, options=VelocityOptions.from_preset(preset, **settings), **given)
 
 
 def field(genes: int, seed: int = 0) -> SplicingField:
@@ -87,31 +93,33 @@ class TestSplicingField:
         made = field(6)
         assert isinstance(made, ClosedForm)
         z, score, probe = torch.randn(3, 9, 6, 2, dtype=F64)
-        ways = [
+        found = [
             endpoint_gradient(made, z, score, probe.sign() if probing else None, method=method, grouped=True)
-            for method in ("closed_form", "reverse")
+            for method in ("closed_form", "double_backward")
         ]
-        for closed, exact in zip(*ways, strict=True):
+        for closed, exact in zip(*found, strict=True):
             torch.testing.assert_close(closed, exact.detach(), rtol=1e-12, atol=1e-12)
 
     def test_the_loss_is_that_of_every_gene_scaled_and_summed(self, backend: str) -> None:
-        made, x, sigma2 = field(3), torch.rand(12, 3, 2, dtype=F64), 0.3
-        found = splicing_loss(made, x, sigma2, seed=5, backend=backend)
-        by_gene = flux_target(made, x, sigma2, grouped=True, endpoint="reverse", divergence="exact", seed=5).loss(made)
-        torch.testing.assert_close(found, 0.09 * by_gene.reshape(12, -1).sum(1))
+        made, x, sigma = field(3), torch.rand(12, 3, 2, dtype=F64), 0.5
+        found = splicing_loss(made, x, sigma, seed=5, backend=backend)
+        options: dict[str, Any] = {"grouped": True, "second_derivatives": "double_backward", "divergence": "exact"}
+        by_gene = target_of(made, x, sigma, seed=5, **options).terms(made)
+        torch.testing.assert_close(found, 0.0625 * by_gene.reshape(12, -1).sum(1))
 
     def test_the_loss_uses_it(self, backend: str) -> None:
         made, x = field(3), torch.rand(12, 3, 2, dtype=F64)
         options: dict[str, Any] = {"grouped": True, "divergence": "exact", "seed": 1}
-        closed = flux_target(made, x, 0.01, endpoint="closed_form", **options).target
-        torch.testing.assert_close(closed, flux_target(made, x, 0.01, endpoint="reverse", **options).target)
+        closed = target_of(made, x, 0.1, second_derivatives="closed_form", **options).target
+        exact = target_of(made, x, 0.1, second_derivatives="double_backward", **options).target
+        torch.testing.assert_close(closed, exact)
 
 
 class TestFluxVelocity:
     def test_writes_scvelos_names_and_nothing_else(self) -> None:
         adata = cells()
         before = {key: value.copy() for key, value in adata.layers.items()}
-        assert flux_velocity(adata, **QUICK) is None
+        assert fit(adata, **QUICK) is None
         assert set(adata.layers) == {"Mu", "Ms", "velocity", "velocity_u", "velocity_alpha"}
         names = {f"velocity_{name}" for name in ("a", "b", "c", "beta", "gamma", "scale", "genes")}
         assert set(adata.var) == names
@@ -122,7 +130,7 @@ class TestFluxVelocity:
 
     def test_velocities_follow_from_the_rates(self) -> None:
         adata = cells()
-        flux_velocity(adata, vkey="v", **QUICK)
+        fit(adata, vkey="v", **QUICK)
         u, s = adata.layers["Mu"], adata.layers["Ms"]
         a, b, c, beta, gamma = (adata.var[f"v_{name}"].to_numpy() for name in ("a", "b", "c", "beta", "gamma"))
         alpha = np.log1p(np.exp(a * u + b * s + c))
@@ -131,22 +139,20 @@ class TestFluxVelocity:
         np.testing.assert_allclose(adata.layers["v"], beta * u - gamma * s, atol=1e-5)
 
     def test_the_same_seed_gives_the_same_answer(self) -> None:
-        first, second, third = (
-            flux_velocity(cells(), seed=seed, copy=True, **QUICK).layers["velocity"] for seed in (1, 1, 2)
-        )
+        first, second, third = (fit(cells(), seed=seed, copy=True, **QUICK).layers["velocity"] for seed in (1, 1, 2))
         np.testing.assert_array_equal(first, second)
         assert not np.array_equal(first, third)
 
     def test_a_copy_leaves_the_original_alone(self) -> None:
         adata = cells()
-        copied = flux_velocity(adata, copy=True, **QUICK)
+        copied = fit(adata, copy=True, **QUICK)
         assert "velocity" in copied.layers
         assert set(adata.layers) == {"Mu", "Ms"}
         assert not len(adata.uns)
 
-    def test_no_passes_writes_the_start(self) -> None:
+    def test_no_epochs_writes_the_start(self) -> None:
         adata = cells()
-        flux_velocity(adata, passes=0)
+        fit(adata, epochs=0)
         half = np.log(2, dtype=np.float32)
         np.testing.assert_allclose(adata.var["velocity_beta"], half)
         np.testing.assert_allclose(
@@ -159,7 +165,7 @@ class TestFluxVelocity:
         for key in ("Mu", "Ms"):
             second.layers[key] *= units
         for adata in (first, second):
-            flux_velocity(adata, **QUICK | CIRCULATING | {"iterations": 4})
+            fit(adata, preset="circulating", **QUICK | {"iterations": 4})
         for layer in ("velocity", "velocity_u", "velocity_alpha"):
             scale = np.abs(first.layers[layer]).max()
             np.testing.assert_allclose(second.layers[layer] / units, first.layers[layer], atol=1e-4 * scale)
@@ -169,7 +175,7 @@ class TestFluxVelocity:
 
     def test_scaled_velocities_follow_from_the_rates(self) -> None:
         adata = counted_cells()
-        flux_velocity(adata, **QUICK | CIRCULATING | {"iterations": 4})
+        fit(adata, preset="circulating", **QUICK | {"iterations": 4})
         u, s = adata.layers["Mu"], adata.layers["Ms"]
         a, b, c, beta, gamma, k = (
             adata.var[f"velocity_{n}"].to_numpy() for n in ("a", "b", "c", "beta", "gamma", "scale")
@@ -202,7 +208,7 @@ class TestFluxVelocity:
         cosine, error = {}, {}
         for iterations in (0, 200):
             adata = anndata.AnnData(np.zeros((600, genes), np.float32), layers=layers)
-            flux_velocity(adata, progress=False, **CIRCULATING | {"iterations": iterations})
+            fit(adata, preset="circulating", progress=False, iterations=iterations)
             found = adata.layers["velocity"]
             cosine[iterations] = (
                 (truth * found).sum(0) / np.linalg.norm(truth, axis=0) / np.linalg.norm(found, axis=0)
@@ -212,30 +218,30 @@ class TestFluxVelocity:
         assert cosine[0] < 0.95 < cosine[200]
         assert error[200] < error[0] / 2
 
-    def test_iterations_in_place_of_passes(self) -> None:
-        # Two passes of 40 cells by 16 are four minibatches.
+    def test_iterations_in_place_of_epochs(self) -> None:
+        # Two epochs of 40 cells by 16 are four minibatches.
         first, second = cells(), cells()
-        flux_velocity(first, **QUICK)
-        flux_velocity(second, **QUICK | {"iterations": 4, "passes": 7})
+        fit(first, **QUICK)
+        fit(second, **QUICK | {"iterations": 4, "epochs": 7})
         np.testing.assert_array_equal(first.layers["velocity"], second.layers["velocity"])
 
     def test_its_arguments_are_kept_and_can_be_given_again(self, tmp_path: Path) -> None:
         adata = counted_cells()
-        flux_velocity(adata, **QUICK | CIRCULATING | {"iterations": np.int64(2)})
+        fit(adata, preset="circulating", **QUICK | {"iterations": np.int64(2)})
         adata.write_h5ad(tmp_path / "cells.h5ad")
         again = anndata.read_h5ad(tmp_path / "cells.h5ad")
         kept = dict(again.uns["velocity_params"])
         assert kept.pop("mode") == "flux"
         first = again.layers["velocity"].copy()
-        flux_velocity(again, progress=False, **{k: v.item() if hasattr(v, "item") else v for k, v in kept.items()})
+        fit(again, progress=False, **{k: v.item() if hasattr(v, "item") else v for k, v in kept.items()})
         np.testing.assert_array_equal(again.layers["velocity"], first)
-        flux_velocity(again, **QUICK)
+        fit(again, **QUICK)
         assert "circulation" not in again.uns["velocity_params"]
 
     @pytest.mark.parametrize(("count", "genes"), [(2, 5), (40, 1)])
     def test_few_cells_or_genes(self, count: int, genes: int) -> None:
         adata = cells(count=count, genes=genes)
-        flux_velocity(adata, **QUICK)
+        fit(adata, **QUICK)
         assert np.isfinite(adata.layers["velocity"]).all()
 
     @pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
@@ -251,10 +257,10 @@ class TestFluxVelocity:
                 raise interruption
             return splicing_loss(*_, **__)
 
-        monkeypatch.setattr("fluxmatching.velocity.splicing_loss", loss)
+        monkeypatch.setattr("fluxmatching.velocity.fit.splicing_loss", loss)
         adata = cells()[:30]
         with pytest.raises(interruption):
-            flux_velocity(adata, **QUICK | {"passes": 5})
+            fit(adata, **QUICK | {"epochs": 5})
         assert adata.is_view
         assert set(adata.layers) == {"Mu", "Ms"}
         assert not len(adata.uns)
@@ -264,9 +270,9 @@ class TestFluxVelocity:
         cells().write_h5ad(tmp_path / "cells.h5ad")
         backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
         with pytest.raises(ValueError, match=r"a copy or a view of data on disk.*to_memory"):
-            flux_velocity(backed, copy=True, **QUICK)
-        flux_velocity(backed, **QUICK)
-        expected = flux_velocity(cells(), copy=True, **QUICK)
+            fit(backed, copy=True, **QUICK)
+        fit(backed, **QUICK)
+        expected = fit(cells(), copy=True, **QUICK)
         np.testing.assert_array_equal(backed.layers["velocity"], expected.layers["velocity"])
 
     @pytest.mark.parametrize("kind", ["csr", "csc", "csr array", "csc array", "integer", "view", "float64"])
@@ -274,7 +280,7 @@ class TestFluxVelocity:
         adata = cells()
         for key in ("Mu", "Ms"):
             adata.layers[key] = np.round(10 * adata.layers[key])
-        expected = flux_velocity(adata, copy=True, **QUICK).layers["velocity"]
+        expected = fit(adata, copy=True, **QUICK).layers["velocity"]
         if kind == "view":
             adata = anndata.concat([adata, adata], index_unique="-")[: adata.n_obs]
         else:
@@ -287,7 +293,7 @@ class TestFluxVelocity:
                 adata.layers[key] = convert[kind](adata.layers[key])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of anndata, that a view becomes a copy
-            flux_velocity(adata, **QUICK)
+            fit(adata, **QUICK)
         np.testing.assert_array_equal(adata.layers["velocity"], expected)
 
     def test_genes_that_cannot_be_fitted_are_left_out(self) -> None:
@@ -295,29 +301,29 @@ class TestFluxVelocity:
         adata.layers["Mu"][:, 1] = 0.3
         adata.layers["Ms"][7, 3] = np.nan
         with pytest.warns(UserWarning, match="2 of 5 genes are constant or not finite"):
-            flux_velocity(adata, **QUICK)
+            fit(adata, **QUICK)
         assert adata.var["velocity_genes"].tolist() == [True, False, True, False, True]
         assert np.isnan(adata.layers["velocity"]).all(0).tolist() == [False, True, False, True, False]
         assert np.isnan(adata.var["velocity_gamma"]).tolist() == [False, True, False, True, False]
-        fine = flux_velocity(whole[:, [0, 2, 4]], copy=True, **QUICK)
+        fine = fit(whole[:, [0, 2, 4]], copy=True, **QUICK)
         np.testing.assert_array_equal(adata.layers["velocity"][:, [0, 2, 4]], fine.layers["velocity"])
 
     @pytest.mark.parametrize("value", [np.inf, -np.inf, 1e12, 1e30])
-    @pytest.mark.parametrize("settings", [{}, CIRCULATING])
-    def test_one_impossible_value_spoils_one_gene(self, value: float, settings: dict[str, Any]) -> None:
+    @pytest.mark.parametrize("preset", ["paper", "circulating"])
+    def test_one_impossible_value_spoils_one_gene(self, value: float, preset: str) -> None:
         adata = counted_cells()
         adata.layers["Mu"][7, 3] = value
         with pytest.warns(
             UserWarning, match="1 of 5 genes are constant or not finite in a layer, or vary by more than"
         ):
-            flux_velocity(adata, **QUICK | settings)
+            fit(adata, preset, **QUICK)
         assert adata.var["velocity_genes"].tolist() == [True, True, True, False, True]
         assert np.isfinite(adata.layers["velocity"][:, :3]).all()
 
     def test_fewer_cells_than_a_minibatch(self) -> None:
         first, second = cells(count=10), cells(count=10)
-        flux_velocity(first, passes=2, progress=False)
-        flux_velocity(second, passes=2, batch_size=10, progress=False)
+        fit(first, epochs=2, progress=False)
+        fit(second, epochs=2, batch_size=10, progress=False)
         np.testing.assert_array_equal(first.layers["velocity"], second.layers["velocity"])
         assert np.isfinite(first.layers["velocity"]).all()
 
@@ -327,8 +333,8 @@ class TestFluxVelocity:
             (lambda a: a.layers.pop("Mu"), {}, KeyError, r"no 'Mu' \(it has \['Ms'\]\); scvelo.pp.moments"),
             (lambda a: a, {"xkey": "M"}, KeyError, "no 'M'"),
             (lambda a: a.layers["Ms"].fill(1), {}, ValueError, "no gene varies in both layers with finite values"),
-            (lambda a: a, {"passes": -1}, ValueError, "passes must be a whole number, at least 0, got -1"),
-            (lambda a: a, {"sigma2": -1.0}, ValueError, "sigma2 must be"),
+            (lambda a: a, {"epochs": -1}, ValueError, "epochs must be a whole number, at least 0, got -1"),
+            (lambda a: a, {"sigma": -1.0}, ValueError, "sigma must be"),
             (lambda a: a, {"circulation": 0.0}, ValueError, "circulation must be a positive number, got 0.0"),
             (
                 lambda a: a,
@@ -337,8 +343,8 @@ class TestFluxVelocity:
                 r"with circulation abundances must be at least 0, got -0\.",
             ),
             (lambda a: a, {"lr": 0.0}, ValueError, "lr must be a positive number, got 0.0"),
-            (lambda a: a, {"passes": 1.5}, TypeError, "flux_velocity: passes must be a whole number, got 1.5"),
-            (lambda a: a, {"passes": True}, ValueError, "passes must be a whole number, at least 0, got True"),
+            (lambda a: a, {"epochs": 1.5}, TypeError, "flux_velocity: epochs must be a whole number, got 1.5"),
+            (lambda a: a, {"epochs": True}, ValueError, "epochs must be a whole number, at least 0, got True"),
             (lambda a: a, {"iterations": "10"}, TypeError, "iterations must be a whole number, got '10'"),
             (lambda a: a, {"batch_size": 1}, ValueError, "batch_size must be a whole number, at least 2, got 1"),
             (lambda a: a, {"scale": "no"}, TypeError, "scale must be True or False, got 'no'"),
@@ -346,8 +352,8 @@ class TestFluxVelocity:
             (lambda a: a, {"seed": 2**70}, ValueError, "seed must lie in"),
             (lambda a: a, {"seed": -1}, ValueError, r"seed must be a whole number in \[0, 2\^63\), got -1"),
             (lambda a: a, {"vkey": "Ms"}, ValueError, "vkey 'Ms' would overwrite the layer 'Ms'"),
-            (lambda a: a, {"vkey": ""}, TypeError, "vkey must be a non-empty text, got ''"),
-            (lambda a: a, {"vkey": None}, TypeError, "vkey must be a non-empty text, got None"),
+            (lambda a: a, {"vkey": ""}, TypeError, "vkey must be a non-empty string, got ''"),
+            (lambda a: a, {"vkey": None}, TypeError, "vkey must be a non-empty string, got None"),
             (lambda a: a.layers.update(v_u=a.layers["Mu"]), {"vkey": "v", "ukey": "v_u"}, ValueError, "layer 'v_u'"),
             (lambda a: a, {"backend": "gpu"}, ValueError, "backend"),
         ],
@@ -359,7 +365,7 @@ class TestFluxVelocity:
         change(adata)
         before = {key: layer.copy() for key, layer in adata.layers.items()}
         with pytest.raises(error, match=message):
-            flux_velocity(adata, **QUICK | options)
+            fit(adata, **QUICK | options)
         assert set(adata.layers) == set(before)
         for key, layer in before.items():
             np.testing.assert_array_equal(adata.layers[key], layer)
@@ -369,8 +375,8 @@ class TestFluxVelocity:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_no_gpu(self) -> None:
         with pytest.raises(ValueError, match="device 'cuda': PyTorch finds no GPU here"):
-            flux_velocity(cells(), device="cuda", **QUICK)
+            fit(cells(), device="cuda", **QUICK)
 
     def test_one_cell(self) -> None:
         with pytest.raises(ValueError, match="at least two cells, got 1"):
-            flux_velocity(cells(count=1))
+            fit(cells(count=1))

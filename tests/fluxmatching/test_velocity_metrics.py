@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from fluxmatching.velocity_metrics import cross_boundary_correctness, velocity_consistency
+from fluxmatching.velocity.metrics import cross_boundary_correctness, velocity_consistency
 
 anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
 
 
-def adata(positions: Any, velocities: Any, clusters: list[str], neighbours: list[list[int]]) -> Any:
+def adata(positions: Any, velocities: Any, clusters: list[str], neighbors: list[list[int]]) -> Any:
     """Cells in the plane; the velocities are those of the embedding and, in two genes, of the layer."""
     count = len(clusters)
     distances = sparse.lil_matrix((count, count))
-    for cell, others in enumerate(neighbours):
+    for cell, others in enumerate(neighbors):
         for other in others:
             distances[cell, other] = 1.0 + other
     made = anndata.AnnData(np.zeros((count, np.shape(velocities)[1]), dtype=np.float32))
@@ -29,26 +29,26 @@ def adata(positions: Any, velocities: Any, clusters: list[str], neighbours: list
     return made
 
 
-# Two cells of A beside one of B at the right and one of C above; the third cell of A has no neighbour elsewhere.
+# Two cells of A beside one of B at the right and one of C above; the third cell of A has no neighbor elsewhere.
 POSITIONS = [[0, 0], [0, 1], [-5, 0], [1, 0], [0, 3]]
 CLUSTERS = ["A", "A", "A", "B", "C"]
-NEIGHBOURS = [[1, 3], [3, 4], [0], [0], [1]]
+NEIGHBORS = [[1, 3], [3, 4], [0], [0], [1]]
 VELOCITIES = [[2, 0], [1, 1], [0, 0], [-1, 0], [0, 1]]
 
 
 def test_cross_boundary_correctness_by_hand() -> None:
     found = cross_boundary_correctness(
-        adata(POSITIONS, VELOCITIES, CLUSTERS, NEIGHBOURS), [("A", "B"), ("A", "C"), ("B", "C")]
+        adata(POSITIONS, VELOCITIES, CLUSTERS, NEIGHBORS), [("A", "B"), ("A", "C"), ("B", "C")]
     )
     # A -> B: cell 0 moves right to it, cos 1; cell 1 moves at (1, 1) and B lies at (1, -1), cos 0.
-    # A -> C: cell 1 alone, which lies at (0, 2): cos 1/√2. B -> C: no neighbours.
+    # A -> C: cell 1 alone, which lies at (0, 2): cos 1/√2. B -> C: no neighbors.
     assert found.edges == pytest.approx({("A", "B"): 0.5, ("A", "C"): 0.5**0.5})
     assert found.cells == {("A", "B"): 2, ("A", "C"): 1}
     assert found.mean_over_edges == pytest.approx((0.5 + 0.5**0.5) / 2)
     assert found.mean_over_cells == pytest.approx((1 + 0 + 0.5**0.5) / 3)
 
 
-def test_it_averages_over_the_neighbours_of_a_cell_first() -> None:
+def test_it_averages_over_the_neighbors_of_a_cell_first() -> None:
     found = cross_boundary_correctness(
         adata(
             [[0, 0], [0, 5], [1, 0], [-1, 0]], [[1, 0], [0, -1], [0, 0], [0, 0]], list("AABB"), [[2, 3], [2], [], []]
@@ -80,8 +80,8 @@ def test_consistency_leaves_out_genes() -> None:
 def test_consistency_is_scvelos_confidence() -> None:
     scvelo = pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
     generator = np.random.default_rng(0)
-    neighbours = [list(generator.choice(np.delete(np.arange(60), i), 8, replace=False)) for i in range(60)]
-    made = adata(np.zeros((60, 2)), generator.normal(size=(60, 20)), ["A"] * 60, neighbours)
+    neighbors = [list(generator.choice(np.delete(np.arange(60), i), 8, replace=False)) for i in range(60)]
+    made = adata(np.zeros((60, 2)), generator.normal(size=(60, 20)), ["A"] * 60, neighbors)
     made.var["velocity_genes"] = generator.random(20) < 0.7
     made.uns["neighbors"] = {"distances_key": "distances", "connectivities_key": "distances", "params": {}}
     made.obsp["connectivities"] = made.obsp["distances"]
@@ -92,10 +92,10 @@ def test_consistency_is_scvelos_confidence() -> None:
 
 
 def test_errors_say_what_is_missing() -> None:
-    made = adata(POSITIONS, VELOCITIES, CLUSTERS, NEIGHBOURS)
+    made = adata(POSITIONS, VELOCITIES, CLUSTERS, NEIGHBORS)
     with pytest.raises(ValueError, match=r"no cluster 'D'; there are \['A', 'B', 'C'\]"):
         cross_boundary_correctness(made, [("A", "D")])
-    with pytest.raises(ValueError, match="no edge has a cell with a neighbour on its other side"):
+    with pytest.raises(ValueError, match="no edge has a cell with a neighbor on its other side"):
         cross_boundary_correctness(made, [("B", "C")])
     with pytest.raises(KeyError, match=r"adata\.obsm has no 'velocity_tsne'|adata\.obsm has no 'X_tsne'"):
         cross_boundary_correctness(made, [("A", "B")], basis="tsne")
@@ -109,18 +109,18 @@ def test_errors_say_what_is_missing() -> None:
 def test_consistency_of_sparse_velocities_and_lonely_cells() -> None:
     made = adata(POSITIONS, [[2, 0], [1, 3], [0, 0], [-1, 0], [0, 1]], CLUSTERS, [[1, 3], [3, 4], [], [0], [1]])
     expected = velocity_consistency(made)
-    # Of two genes a correlation is ±1: cell 0 falls, 1 rises, 3 rises. Cell 2 has no neighbours.
+    # Of two genes a correlation is ±1: cell 0 falls, 1 rises, 3 rises. Cell 2 has no neighbors.
     np.testing.assert_allclose(expected, [0, 1, np.nan, 0, 1], atol=1e-6)
     made.layers["velocity"] = sparse.csr_matrix(made.layers["velocity"])
     np.testing.assert_array_equal(velocity_consistency(made), expected)
 
 
 def test_consistency_without_velocities() -> None:
-    made = adata(POSITIONS, np.full((5, 2), np.nan), CLUSTERS, NEIGHBOURS)
+    made = adata(POSITIONS, np.full((5, 2), np.nan), CLUSTERS, NEIGHBORS)
     with pytest.raises(ValueError, match="no gene has finite velocities in layers\\['velocity'\\]"):
         velocity_consistency(made)
 
 
 def test_clusters_may_be_numbers() -> None:
-    made = adata(POSITIONS, VELOCITIES, [1, 1, 1, 2, 3], NEIGHBOURS)
+    made = adata(POSITIONS, VELOCITIES, [1, 1, 1, 2, 3], NEIGHBORS)
     assert cross_boundary_correctness(made, [(1, 2)]).edges == pytest.approx({("1", "2"): 0.5})

@@ -1,24 +1,24 @@
-"""Weights of centres from their inner products with the queries, and the coefficients of derivatives."""
+"""Weights of reference points from their inner products with the queries, and the coefficients of derivatives."""
 
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.scalars import normalised_log_density, one_minus_exp, rounded
+from fluxkernels.triton_kernels.scalars import normalized_log_density, one_minus_exp, rounded
 
-# Part of |x|² + |r|² below which a distance made from them is taken anew, as the sum of squared differences.
-CANCELLED = tl.constexpr(1e-6)
+# Fraction of |x|² + |r|² below which a distance is computed again, as the sum of squared differences.
+CANCELED = tl.constexpr(1e-6)
 
 
 @triton.jit
 def distance(x, x_d, r, r_d, move, m_d, pull, D, MOVED: tl.constexpr, DEPTH: tl.constexpr):
-    """|x - r|² of one query and one centre, by differences."""
+    """|x - r|² of one query and one reference point, from differences."""
     total = tl.zeros([DEPTH], tl.float64)
     for start in range(0, D, DEPTH):
         d = (start + tl.arange(0, DEPTH)).to(tl.int64)
-        centre = tl.load(r + d * r_d, mask=d < D, other=0.0).to(tl.float64)
+        ref = tl.load(r + d * r_d, mask=d < D, other=0.0).to(tl.float64)
         if MOVED:
-            centre += pull * tl.load(move + d * m_d, mask=d < D, other=0.0).to(tl.float64)
-        difference = tl.load(x + d * x_d, mask=d < D, other=0.0).to(tl.float64) - centre
+            ref += pull * tl.load(move + d * m_d, mask=d < D, other=0.0).to(tl.float64)
+        difference = tl.load(x + d * x_d, mask=d < D, other=0.0).to(tl.float64) - ref
         total += difference * difference
     return tl.sum(total, 0)
 
@@ -31,10 +31,10 @@ def weights_kernel(
     N, M, D,
     MOVED: tl.constexpr, KDE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """w_j = softmax_j(-a_j/2σ²) of one query with a_j = |x - r_j|²; both `[B, N, M]`. Where KDE, log p̂ too.
+    """w_j = softmax_j(-a_j/2σ²) of one query with a_j = |x - r_j|²; both `[B, N, M]`. With KDE, log p̂ too.
 
-    Where MOVED, centres are those of a transition, and the variance is σ²(1-e^{-2τ}), kept above rounding so that
-    τ = 0 is the limit.
+    With MOVED, reference points are the means of a transition, and the variance is σ²(1-e^{-2τ}), at least rounding:
+    τ = 0 then gives the limit.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
@@ -62,8 +62,8 @@ def weights_kernel(
             inner += tl.load(products + (s * (N + 1) + n) * width + j, mask=j < M, other=0.0)
             norms += tl.load(products + (s * (N + 1) + N) * width + j, mask=j < M, other=0.0)
         a = norms - 2 * inner
-        a = tl.where(a < 0, 0.0, a)  # not the larger of both, in which NaN is lost
-        near = ((a < norms * CANCELLED) & (j < M)).to(tl.int32)
+        a = tl.where(a < 0, 0.0, a)  # not tl.maximum, which loses NaN
+        near = ((a < norms * CANCELED) & (j < M)).to(tl.int32)
         while tl.max(near, 0) > 0:
             i = start + tl.argmax(near, 0)
             exact = distance(
@@ -82,7 +82,7 @@ def weights_kernel(
         a = tl.load(distances + row * M + j, mask=j < M, other=float("inf"))
         tl.store(weights + row * M + j, tl.exp(0.5 * (least - a) / variance) / total, mask=j < M)
     if KDE:
-        log_p = normalised_log_density(total, least, variance, M, D)
+        log_p = normalized_log_density(total, least, variance, M, D)
         tl.store(log_density + row, rounded(log_p, log_density.dtype.element_ty))
 
 
@@ -93,10 +93,11 @@ def moments_kernel(
     N, M, D,
     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Coefficients of the centres, of the query and of the field in a derivative, for one query.
+    """Coefficients of the reference points, of the query and of the field in a derivative, for one query.
 
-    With V_j the products of a field with the centres, `along`, and bars for means under w, the cotangent of the logit
-    of centre j is w_j (V_j - V̄ + g); where RESIDUAL, the coefficient is w_j (V_j - V̄ - (a_j - ā)/σ² + 2)/σ⁴.
+    V_j are the products `along` of a field with the reference points, and bars are means under w. The cotangent of the
+    logit of reference point j is w_j (V_j - V̄ + g). With RESIDUAL, the coefficient is
+    w_j (V_j - V̄ - (a_j - ā)/σ² + 2)/σ⁴.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N

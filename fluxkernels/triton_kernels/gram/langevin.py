@@ -1,14 +1,14 @@
 """Exponential Langevin chain (Eq. 8) in Gram space.
 
-A point of the chain is a multiple of x0, plus a combination C of the centres R, plus noise. Its weights need only its
-inner products with the centres, which obey L <- e^{-h} L + (1-e^{-h}) w RRᵀ + σ√(1-e^{-2h}) ξRᵀ. So: one stacked
-product [x0; ξ_0; ξ_1; ...; R] Rᵀ, all steps on matrices of the size of L, and one product with R for the points.
+A point of the chain is a multiple of x0, plus a combination C of the reference points R, plus noise. Its weights need
+only its inner products with R, which obey L <- e^{-h} L + (1-e^{-h}) w RRᵀ + σ√(1-e^{-2h}) ξRᵀ. A chain therefore takes
+one stacked product [x0; ξ_0; ξ_1; ...; R] Rᵀ, all steps on matrices of the size of L, and one product with R.
 """
 
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.gram.products import load_centred, load_origin, load_tile, place
+from fluxkernels.triton_kernels.gram.products import load_centered, load_origin, load_tile, place
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal_tile
 from fluxkernels.triton_kernels.scalars import rounded, step_sizes
 
@@ -18,7 +18,7 @@ def noise_tile(
     noise, noise_k, noise_n, noise_d, seed, stream, step, at, b, n, d, N, D,
     SEEDED: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """ξ of a step for queries n and dimensions d, as float64: made from the seed, or entry `at` of what was given."""
+    """ξ of a step for queries n and dimensions d, as float64: made from the seed, or entry `at` of the noise."""
     if SEEDED:
         value = normal_tile(tl.load(seed), stream, step, b * N + n, d, D, WHOLE, ACC).to(tl.float64)
     else:
@@ -37,9 +37,9 @@ def stack_kernel(
     PASS: tl.constexpr, SEEDED: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """[x0; ξ_0; ...; R] Rᵀ over `span` of the dimensions: a part of `[B, splits, (1 + noises)·N + M, M]`.
+    """[x0; ξ_0; ...; R] Rᵀ over `span` dimensions: part of `[B, splits, (1 + noises)·N + M, M]`.
 
-    x0 and R count from the origin. Where PASS, x0 is x + σ n0, rounded to DTYPE.
+    x0 and R are relative to the origin. With PASS, x0 is x + σ n0, rounded to DTYPE.
     """
     program = tl.program_id(0)
     tiles_n, tiles_m, tiles_r = tl.cdiv(N, ROWS), tl.cdiv(M, COLUMNS), tl.cdiv(M, ROWS)
@@ -48,7 +48,7 @@ def stack_kernel(
     j = (program // tiles % tiles_m) * COLUMNS + tl.arange(0, COLUMNS)
     part = program // (tiles * tiles_m)
     split, b = part % splits, (part // splits).to(tl.int64)
-    block = tl.minimum(tile // tiles_n, 1 + noises)  # 0: x0, k: ξ_{k-1}, the last: centres
+    block = tl.minimum(tile // tiles_n, 1 + noises)  # 0: x0, k: ξ_{k-1}, the last: R
     rows = (tile - block * tiles_n) * ROWS + tl.arange(0, ROWS)
     count = tl.where(block == 1 + noises, M, N)
     x += b * x_b
@@ -75,8 +75,8 @@ def stack_kernel(
                 SEEDED, WHOLE, ACC,
             )  # fmt: skip
         else:
-            left = load_centred(refs, rows, r_m, d, r_d, inside, origin)
-        right = load_centred(refs, j, r_m, d, r_d, inside_j, origin)
+            left = load_centered(refs, rows, r_m, d, r_d, inside, origin)
+        right = load_centered(refs, j, r_m, d, r_d, inside_j, origin)
         total = tl.dot(tl.where(inside, left, 0.0), tl.trans(right), total, out_dtype=tl.float64)
     height = tl.zeros([], tl.int64) + (1 + noises) * N + M
     products += (b * splits + split) * height * M
@@ -95,8 +95,8 @@ def chain_kernel(
 ):  # fmt: skip
     """All steps of ROWS chains, on their rows of `products` `[B, (1 + noises)·N + M, M]`, which change in place.
 
-    Leaves the combination C of the centres in `coefficients`, and where PASS the weights at the start and end in
-    `first_weights` and `weights`; all `[B, N, M]`. `weights` holds those of the current step on the way.
+    Writes the combination C of the reference points to `coefficients`. With PASS, weights at the start and end go to
+    `first_weights` and `weights`. All are `[B, N, M]`. During the steps, `weights` holds those of the current step.
     """
     blocks = tl.cdiv(N, ROWS)
     n = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
@@ -165,7 +165,7 @@ def rebuild_kernel(
     PASS: tl.constexpr, SEEDED: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """x_τ from x0, the combination of the centres and the noise; where PASS, x0 and m - x at both ends too."""
+    """x_τ from x0, the combination of the reference points and the noise; with PASS, x0 and m - x at both ends too."""
     b, n, d = place(N, D, ROWS, COLUMNS)
     refs += b * r_b
     noise += b * noise_b
@@ -181,7 +181,7 @@ def rebuild_kernel(
     for start in range(0, M, DEPTH):
         j = start + tl.arange(0, DEPTH)
         known = (j < M)[:, None] & (d < D)[None, :]
-        right = load_centred(refs, j, r_m, d, r_d, known, origin)
+        right = load_centered(refs, j, r_m, d, r_d, known, origin)
         pairs = (n < N)[:, None] & (j < M)[None, :]
         drift = tl.dot(load_tile(coefficients + b * N * M, n, M, j, 1, pairs), right, drift, out_dtype=tl.float64)
         if PASS:

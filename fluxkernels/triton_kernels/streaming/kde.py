@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, normalised_log_density
+from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, normalized_log_density
 from fluxkernels.triton_kernels.streaming.tiles import (
     differences,
     load_points,
@@ -33,17 +33,17 @@ def kde_kernel(
     inside = inside & (lane == 0)
     at = (b * N + n) * D
     store_points(shift, at, 1, step, inside, D)
-    centre = ()
+    centroid = ()
     for d in tl.static_range(D):
-        centre = centre + (x[d] + step[d],)
-    store_points(mean, at, 1, centre, inside, D)
-    log_p = normalised_log_density(total, least, variance, M, D)
+        centroid = centroid + (x[d] + step[d],)
+    store_points(mean, at, 1, centroid, inside, D)
+    log_p = normalized_log_density(total, least, variance, M, D)
     tl.store(log_density + b * N + n, log_p.to(log_density.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def logit_cotangent(e, w, step, v, g, D: tl.constexpr):
-    """c_j = w_j ((r_j - m)·v + g), the cotangent of the logit of centre j; queries in columns or in rows."""
+    """c_j = w_j ((r_j - m)·v + g), the cotangent of the logit of reference point j; queries in columns or in rows."""
     along = tl.zeros_like(w)
     for d in tl.static_range(D):
         along += (e[d] - step[d]) * v[d]
@@ -58,8 +58,8 @@ def kde_backward_queries_kernel(
     N, M,
     D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Cotangents of z and σ², and what `kde_backward_refs_kernel` needs of every query: `statistics` `[B, N, 2 + D]`
-    holds the least distance, the total of the weights and m - z."""
+    """Cotangents of z and σ², and per query the `statistics` `[B, N, 2 + D]` for `kde_backward_refs_kernel`: least
+    distance, total of the weights and m - z."""
     b, n, inside, lane = place(N, COLUMNS, LANES)
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
@@ -109,7 +109,7 @@ def kde_backward_refs_kernel(
     N, M,
     D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Cotangent of one block of centres, the sum of what every query sends: centres in columns, queries in rows."""
+    """Cotangent of one block of reference points, a sum over queries: reference points in columns, queries in rows."""
     b, j, inside, lane = place(M, COLUMNS, LANES)
     r = load_points(refs + b * r_b, j * r_m, r_d, inside, D, ACC)
     gradient = ()

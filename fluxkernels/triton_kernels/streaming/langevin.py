@@ -19,7 +19,7 @@ def langevin_kernel(
 ):  # fmt: skip
     """x <- x + (1-e^{-h}) (m(x) - x) + σ √(1-e^{-2h}) ξ_k with h = τ/steps, `steps` times; sigma2 and tau `[B]`.
 
-    Where PASS, the chain starts from x + σ n0, which is stored, and m - x at its start and end are stored too.
+    With PASS, the chain starts from x + σ n0. This start, and m - x at the start and end, are stored too.
     """
     b, n, inside, lane = place(N, COLUMNS, LANES)
     written = inside & (lane == 0)
@@ -35,7 +35,7 @@ def langevin_kernel(
     shift = ()
     for _ in tl.static_range(D):
         shift = shift + (tl.zeros(x[0].shape, ACC),)
-    # A pass begins with a step of noise alone, and looks at the mean after each step; a chain looks before.
+    # A pass begins with a step of noise alone, and computes the mean after each step; a chain computes it before.
     for k in range(steps + PASS):
         if not PASS:
             _least, _total, shift = sweep(
@@ -53,7 +53,7 @@ def langevin_kernel(
         moved = ()
         for d in tl.static_range(D):
             to = x[d] + pull * shift[d] + size * xi[d]
-            if PASS:  # the chain starts from x0 as rounded, and the mean at its end is that of x_τ as rounded
+            if PASS:  # the chain starts from the rounded x0, and the mean at its end is that of the rounded x_τ
                 to = tl.where((k == 0) | (k == steps), to.to(x0_out.dtype.element_ty).to(ACC), to)
             moved = moved + (to,)
         x = moved

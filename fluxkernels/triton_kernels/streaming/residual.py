@@ -22,8 +22,8 @@ def residual_kernel(
     N, M,
     D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j w_j e_j [e_j·f - a_j/σ²]/σ⁴ - f/σ² + 2(m - z)/σ⁴ with e_j = r_j - m: moments about m, after a first sweep for
-    it. Because Σ_j w_j e_j = 0, a_j may be counted from the least, which keeps its digits."""
+    """Σ_j w_j e_j [e_j·f - a_j/σ²]/σ⁴ - f/σ² + 2(m - z)/σ⁴ with e_j = r_j - m: moments about m, which a first sweep
+    computes. Because Σ_j w_j e_j = 0, the least a_j may be subtracted from each, which keeps its digits."""
     b, n, inside, lane = place(N, COLUMNS, LANES)
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     f = load_points(field + b * f_b, n * f_n, f_d, inside, D, ACC)

@@ -1,9 +1,9 @@
-"""What the kernels for few dimensions share: queries in columns, centres streamed past them tile by tile.
+"""Common parts of the kernels for few dimensions: queries in columns, tiles of reference points streamed past them.
 
 A program holds COLUMNS queries in each of LANES lanes, as the columns of its tiles `[ROWS, LANES·COLUMNS]`, and their
-coordinates as a tuple of D vectors. Each lane sees every LANES-th centre; sums of lanes are put together after a sweep.
-A thread has whole columns, so sums over centres stay inside of it. Distances are sums of squared differences of raw
-coordinates, means sums of weighted differences: nothing cancels, no origin is needed.
+coordinates as a tuple of D vectors. Each lane handles every LANES-th reference point; sums of lanes are combined after
+a sweep. A thread has whole columns, so sums over reference points stay inside of it. Distances are sums of squared
+differences of raw coordinates, and means are sums of weighted differences: nothing cancels, and no origin is needed.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def place(count, COLUMNS: tl.constexpr, LANES: tl.constexpr):
-    """(group, entries, whether they exist, lanes) of this program, where groups have `count` entries each."""
+    """(group, entries, mask of those that exist, lanes) of this program, if each group has `count` entries."""
     program = tl.program_id(0)
     blocks = tl.cdiv(count, COLUMNS)
     column = tl.arange(0, COLUMNS * LANES)
@@ -22,13 +22,13 @@ def place(count, COLUMNS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def tile_rows(start, lane, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Which centres a tile holds, `[ROWS, LANES·COLUMNS]`."""
+    """Indices of the reference points of a tile, `[ROWS, LANES·COLUMNS]`."""
     return (start + tl.arange(0, ROWS) * LANES).to(tl.int64)[:, None] + lane.to(tl.int64)[None, :]
 
 
 @triton.jit
 def over_lanes(t, LANES: tl.constexpr):
-    """The sum over lanes, in every lane."""
+    """Sum over lanes, returned in every lane."""
     if LANES > 1:
         parts = tl.reshape(t, [LANES, t.shape[0] // LANES])
         t = tl.reshape(tl.broadcast_to(tl.sum(parts, 0)[None, :], parts.shape), t.shape)
@@ -37,7 +37,7 @@ def over_lanes(t, LANES: tl.constexpr):
 
 @triton.jit
 def load_points(pointer, at, stride_d, inside, D: tl.constexpr, ACC: tl.constexpr):
-    """The D coordinates of the points at offsets `at`, as a tuple."""
+    """Load the D coordinates of the points at offsets `at`, as a tuple."""
     stride_d = tl.zeros([], tl.int64) + stride_d
     out = ()
     for d in tl.static_range(D):
@@ -53,15 +53,15 @@ def store_points(pointer, at, stride_d, values, inside, D: tl.constexpr):
 
 @triton.jit
 def far(ACC: tl.constexpr):
-    """The distance of a centre that does not exist: its weight is 0, and it is finite where a lane has no others."""
+    """Distance of a reference point that does not exist: its weight is 0; finite, since a lane may have no others."""
     return 1e308 if ACC == tl.float64 else 3e38
 
 
 @triton.jit
 def differences(x, refs, move, at, stride_d, move_at, move_d, pull, inside, D: tl.constexpr, MOVED: tl.constexpr):
-    """(r - x as a tuple of tiles, |r - x|², far for centres that are not `inside`).
+    """(r - x as a tuple of tiles, |r - x|²), with distance `far` for reference points that are not `inside`.
 
-    Where MOVED, a centre is r + pull·move instead.
+    With MOVED, a reference point is r + pull·move instead.
     """
     stride_d = tl.zeros([], tl.int64) + stride_d
     move_d = tl.zeros([], tl.int64) + move_d
@@ -81,10 +81,10 @@ def sweep(
     x, lane, scale, refs, stride_m, stride_d, move, move_m, move_d, pull, M,
     D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MEAN: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
-    """Softmax of the logits -|x - r_j|² scale log 2 over all centres, online.
+    """Online softmax of the logits -|x - r_j|² scale log 2 over all reference points.
 
-    Returns (least distance, total of the weights relative to it, m - x or zeros). `scale` is log₂e/2σ²: powers of two
-    are what the hardware computes.
+    Returns (least distance, total of the weights relative to it, m - x or zeros). `scale` is log₂e/2σ²: the hardware
+    computes powers of two.
     """
     ACC: tl.constexpr = x[0].dtype
     least = tl.zeros(x[0].shape, ACC) + far(ACC)

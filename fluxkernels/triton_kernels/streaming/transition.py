@@ -1,6 +1,6 @@
 """Transition weights (Eq. 52) and the average they define (Eq. 9), in few dimensions.
 
-Centres are the means μ_i = x0_i + (1-e^{-τ})(m(x0_i) - x0_i), queries the ends of the chains.
+Reference points are the means μ_i = x0_i + (1-e^{-τ})(m(x0_i) - x0_i), queries are the ends of the chains.
 """
 
 import triton
@@ -12,11 +12,11 @@ from fluxkernels.triton_kernels.streaming.tiles import differences, load_points,
 
 @triton.jit
 def pull_and_scale(sigma2, tau, ACC: tl.constexpr):
-    """(1-e^{-τ}, log₂e/2v) with v = σ²(1-e^{-2τ}), kept above rounding, so that τ = 0 is the limit, where the nearest
-    start takes all the weight, and not 0/0."""
+    """(1-e^{-τ}, log₂e/2v) with v = σ²(1-e^{-2τ}), at least rounding: τ = 0 then gives the limit, where the nearest
+    start has all the weight, instead of 0/0."""
     EPSILON: tl.constexpr = 2.220446049250313e-16 if ACC == tl.float64 else 1.1920928955078125e-07
     t = tl.load(tau).to(ACC)
-    # Not below what has a finite inverse.
+    # At least 1e-37, whose inverse is finite.
     v = tl.maximum(tl.load(sigma2).to(ACC) * tl.maximum(one_minus_exp(2 * t), EPSILON * EPSILON), 1e-37)
     return one_minus_exp(t), HALF_LOG2_E / v
 
@@ -29,8 +29,8 @@ def transition_ends_kernel(
     D: tl.constexpr, ACC: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Of every end the least distance to a mean and the total of its weights, `[B, 2, E]`; where WEIGHTS, the weights
-    `[B, N, E]` themselves."""
+    """Statistics `[B, 2, E]`: per end, the least distance to a mean and the total of the weights. With WEIGHTS, the
+    weights `[B, N, E]` instead."""
     b, j, inside, lane = place(E, COLUMNS, LANES)
     y = load_points(xt + b * t_b, j * t_n, t_d, inside, D, ACC)
     pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)

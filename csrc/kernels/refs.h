@@ -1,0 +1,42 @@
+// The reference points of a density estimate as doubles, in two layouts that make pairs (query, reference point) fast.
+//
+// Included inside of a target's namespace. Coordinates are relative to the mean of a group's reference points: a common
+// translation changes no result, but far from the origin it would cost digits. Distances are always sums of squared
+// differences, never |a|^2 + |b|^2 - 2ab, so nothing cancels.
+//
+// Both layouts offer the same operations on a few queries (rows) and a range of reference points [begin, end):
+//   distances   a_nj = |x_n - r_j|^2
+//   dots        v_n . r_j
+//   moments     out_n += sum_j w_nj r_j
+//   outer       out_j += sum_n w_nj v_n
+
+/// Size of n doubles rounded up to an odd number of cache lines: rows a power of two apart would share few cache sets.
+static int64_t odd_lines(int64_t n) {
+    const int64_t lines = (n + 7) / 8;
+    return 8 * (lines % 2 ? lines : lines + 1);
+}
+
+/// -log of the weight, relative to the largest of M weights, below which a weight may be dropped: all M together are
+/// then below rounding in double.
+static double log_of_least_weight(int64_t M) { return 42 + std::log(static_cast<double>(M)); }
+
+/// Input of a layout: sets of reference points, with raw coordinates [sets, count, dimensions] computed when needed.
+struct Source {
+    int64_t sets, count, dimensions;
+    /// Writes coordinates [first, last) of all reference points of a set into rows `pitch` apart.
+    std::function<void(int64_t set, int64_t first, int64_t last, double* out, int64_t pitch)> read;
+    /// The largest variance sigma^2 that a query of a set will have.
+    std::function<double(int64_t set)> widest;
+    /// Optional: adds the displacement of the reference points from the points read. It runs on coordinates relative to
+    /// the origin, where it costs no digits.
+    std::function<void(int64_t set, int64_t first, int64_t last, double* out, int64_t pitch)> move{};
+
+    /// Index of the set of group b: its own, or the only one.
+    int64_t set_of(int64_t b) const { return sets == 1 ? 0 : b; }
+};
+
+#include "product.h"
+
+#include "columns.h"
+
+#include "rows.h"

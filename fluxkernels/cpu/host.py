@@ -1,0 +1,133 @@
+"""The `cpu` backend: the kernels of csrc/, compiled C++ for every CPU.
+
+They compute in float64 for every input dtype and round once, like the `torch` backend; numbers are converted when they
+are loaded. Functions, arguments and shapes are those of `fluxkernels.implementation`.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_import_error: ImportError | None = None
+try:
+    # Not `from fluxkernels.cpu import`, which reports a missing module as a circular import.
+    import fluxkernels.cpu._kernels as _kernels
+except ImportError as error:
+    _import_error = error
+    _kernels = None  # type: ignore[assignment]
+
+_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def missing() -> str | None:
+    """Reason why these kernels cannot run here, or None."""
+    if _import_error is None:
+        return None
+    if isinstance(_import_error, ModuleNotFoundError):
+        return (
+            "its C++ was not compiled when fluxkernels was installed: FLUXKERNELS_CPU=0 was set, or it did not work; "
+            "with GCC or Clang, install again as before, adding FLUXKERNELS_CPU=require in front and "
+            "--force-reinstall --no-deps --no-cache-dir behind, to compile it or see why that fails"
+        )
+    return f"its compiled module cannot be loaded: {_import_error}"
+
+
+def describe() -> str:
+    """Instruction set in use, other instruction sets of this machine, and source of the threads, as one sentence."""
+    others = ", ".join(name for name in _kernels.targets() if name != _kernels.target())
+    also = f" (also here: {others})" if others else ""
+    return f"instruction set {_kernels.target()}{also}, threads: {_kernels.thread_source()}"
+
+
+def _view(t: Tensor | None) -> tuple[int, ...] | None:
+    """Address, type and strides of a tensor, as the kernels take it."""
+    return None if t is None else (t.data_ptr(), _TYPES[t.dtype], *t.stride())
+
+
+def _shape(queries: Tensor, refs: Tensor) -> tuple[int, int, int, int]:
+    """(B, N, M, D)"""
+    return (*queries.shape[:2], refs.shape[1], queries.shape[2])
+
+
+def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
+    """`fluxkernels.philox.normal`."""
+    numbers = torch.empty(shape, dtype=torch.float64)
+    elements = math.prod(shape[1:])
+    _kernels.normals(int(seed) % 2**64, stream, shape[0], 0, elements, torch.get_num_threads(), numbers.data_ptr())
+    return numbers.to(dtype)
+
+
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
+    _kernels.kde(_shape(z, refs), torch.get_num_threads(), *map(_view, (z, refs, sigma2, shift, mean, log_density)))
+    return shift, mean, log_density
+
+
+def kde_backward(
+    g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
+    inputs = g_shift, g_mean, g_log_density, z, refs, sigma2
+    _kernels.kde_backward(_shape(z, refs), torch.get_num_threads(), *map(_view, (*inputs, *results)))
+    return results
+
+
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+    gradient = z.new_empty(z.shape)
+    _kernels.residual_gradient(
+        _shape(z, refs), torch.get_num_threads(), *map(_view, (z, field, refs, sigma2, gradient))
+    )
+    return gradient
+
+
+def _langevin(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    num_steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    results: Sequence[Tensor | None],
+) -> None:
+    _kernels.langevin(
+        _shape(x, refs),
+        torch.get_num_threads(),
+        num_steps,
+        [] if noise is None else [_view(n) for n in noise],
+        0 if seed is None else int(seed) % 2**64,
+        *map(_view, (x, refs, sigma2, tau, *results)),
+    )
+
+
+def langevin_chain(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    xt = x0.new_empty(x0.shape)
+    _langevin(x0, refs, sigma2, tau, num_steps, noise, seed, (None, None, xt, None))
+    return xt
+
+
+def flux_pass(
+    x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x0, shift0, xt, shift_t = (x.new_empty(x.shape) for _ in range(4))
+    _langevin(x, refs, sigma2, tau, num_steps, noise, seed, (x0, shift0, xt, shift_t))
+    return x0, shift0, xt, shift_t
+
+
+def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    weights = x0.new_empty((*x0.shape[:2], xt.shape[1]))
+    _kernels.transition_weights(
+        _shape(xt, x0), torch.get_num_threads(), *map(_view, (x0, shift0, xt, sigma2, tau, weights))
+    )
+    return weights
+
+
+def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    average = values.new_empty((*x0.shape[:2], values.shape[-1]))
+    views = map(_view, (x0, shift0, xt, sigma2, tau, values, average))
+    _kernels.transition_average(_shape(xt, x0), torch.get_num_threads(), values.shape[-1], *views)
+    return average

@@ -1,0 +1,64 @@
+"""The functions that every backend must have. `fluxkernels.reference` implements them in plain PyTorch.
+
+Shapes are flat: queries `[B, N, D]`, reference points `[B, M, D]`, B groups. Tensors may have any strides.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Kernels(Protocol):
+    """Functions of points. The first argument of each is `[B, N, D]`; results have the dtype of the arguments."""
+
+    def kde(self, z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(m(z) - z, m(z), log p̂(z)) for sigma2 `[B, N]`."""
+
+    def kde_backward(
+        self, g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Cotangents of z, refs and sigma2 from those of the results of `kde`."""
+
+    def langevin_chain(
+        self,
+        x0: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        tau: Tensor,
+        num_steps: int,
+        noise: Tensor | None,
+        seed: Tensor | None,
+    ) -> Tensor:
+        """x_τ `[B, N, D]` for sigma2 and tau `[B]`, and noise `[num_steps, B, N, D]` or a seed `[]`."""
+
+    def flux_pass(
+        self,
+        x: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        tau: Tensor,
+        num_steps: int,
+        noise: Tensor | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ) for noise `[1 + num_steps, B, N, D]` or a seed `[]`."""
+
+    def residual_gradient(self, z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+        """J_s f - ∇(Δp̂/p̂) `[B, N, D]` for a field `[B, N, D]` and sigma2 `[B, N]`."""
+
+    def transition_weights(self, x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+        """w `[B, N, N']` for shift0 = m(x0) - x0, ends `[B, N', D]`, sigma2 and tau `[B]`."""
+
+    def transition_average(
+        self, x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor
+    ) -> Tensor:
+        """Σ_j w_ij values_j `[B, N, V]` for values `[B, N', V]`."""
+
+
+class Implementation(Kernels, Protocol):
+    """A backend: its kernels and its random numbers."""
+
+    def normal(self, seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
+        """Standard normal numbers, those of `fluxkernels.philox.normal`."""

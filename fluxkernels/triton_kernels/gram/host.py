@@ -1,0 +1,351 @@
+"""Kernels for many dimensions, which compute in float64 for every input dtype.
+
+Inner products with the reference points run on the matrix units, give the weights, and sums of reference points run on
+the matrix units again. A chain runs in Gram space. Queries are taken in blocks, so that matrices of pairs stay small.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
+from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
+from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
+from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, multiprocessors, on_device_of, triton_type, wide
+from fluxkernels.triton_kernels.philox import CHAIN, START, normal
+
+# Pairs in a matrix: 64 MiB in float64.
+MOST_PAIRS = 2**23
+# Products up to which a chain runs in Gram space, which holds them all at once: 256 MiB.
+MOST_PRODUCTS = 2**25
+# Reference points up to which a chain runs in Gram space, where a step costs M² per query instead of M·D.
+MOST_REFS = 1024
+CHAINS = 16  # chains that one program runs together
+DEPTH = 16  # numbers that a product sums between two loads
+# Options of kernels whose program has one row of a matrix of pairs.
+ROW = {"BLOCK": 1024, "num_warps": 4, **OPTIONS}
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """Convert half precision to float32: its products do not compile with every release of Triton."""
+    return [t.to(wide(t.dtype)) for t in tensors]
+
+
+def _tile(count: int, most: int = 64) -> int:
+    """Side of a tile for `count` rows or columns; the matrix units need at least 16."""
+    return max(16, min(most, 1 << (count - 1).bit_length()))
+
+
+def _tiles(rows: int, columns: int) -> tuple[dict[str, int], int]:
+    """(tile sizes as keyword arguments, number of tiles that cover the rows and columns)."""
+    sizes = _sizes(_tile(rows), _tile(columns))
+    return sizes, -(-rows // sizes["ROWS"]) * -(-columns // sizes["COLUMNS"])
+
+
+def _sizes(rows: int, columns: int) -> dict[str, int]:
+    warps = 8 if rows * columns >= 1024 else 4  # a float64 needs two registers
+    return {"ROWS": rows, "COLUMNS": columns, "DEPTH": DEPTH, "num_warps": warps, **OPTIONS}
+
+
+def _chain_tiles(M: int) -> dict[str, int]:
+    return _sizes(CHAINS, _tile(M, 128))
+
+
+def _rebuild_tiles(N: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    most = 16 if dtype == torch.float64 else 32  # three sums at once, and the noise
+    return _sizes(_tile(N, most), _tile(D, 2 * most))
+
+
+def _split(D: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """(dimensions per part, parts): a split of the dimensions that gives work to the whole GPU."""
+    parts = min(-(-D // (4 * DEPTH)), -(-2 * multiprocessors(device) // programs))
+    span = -(-D // (parts * DEPTH)) * DEPTH
+    return span, -(-D // span)
+
+
+def _blocks(B: int, N: int, M: int) -> Iterator[tuple[slice, slice]]:
+    """Cut into groups and queries whose matrices of pairs are held at once."""
+    groups = max(1, MOST_PAIRS // (min(N, 64) * M))
+    rows = max(64, MOST_PAIRS // (min(groups, B) * M))
+    for group in range(0, B, groups):
+        for row in range(0, N, rows):
+            yield slice(group, group + groups), slice(row, row + rows)
+
+
+def _products(x: Tensor, refs: Tensor, centered: bool, transition: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Inner products `[B, splits, N + 1, M + 1]` of queries and refs; `transition` (shift0, τ) makes refs its means."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    sizes, tiles = _tiles(N, M)
+    span, splits = _split(D, B * tiles, x.device)
+    products = torch.empty((B, splits, N + 1, M + 1), dtype=torch.float64, device=x.device)
+    move, tau = transition or (refs, refs[:, 0, 0])
+    products_kernel[(B * splits * tiles,)](
+        *(part for t in (x, refs, move, tau) for part in (t, *t.stride())),
+        *(products, N, M, D, span, splits),
+        CENTERED=centered,
+        MOVED=transition is not None,
+        **sizes,
+    )
+    return products
+
+
+def _weights(
+    x: Tensor, refs: Tensor, sigma2: Tensor, transition: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(weights, squared distances, both `[B, N, M]` in float64, log-density `[B, N]`)."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    products = _products(x, refs, True, transition)
+    weights = torch.empty((B, N, M), dtype=torch.float64, device=x.device)
+    distances, log_density = torch.empty_like(weights), x.new_empty((B, N))
+    move, tau = transition or (refs, refs[:, 0, 0])
+    weights_kernel[(B * N,)](
+        *(products, products.shape[1]),
+        *(part for t in (x, refs, move, sigma2, tau) for part in (t, *t.stride())),
+        *(weights, distances, log_density, N, M, D),
+        MOVED=transition is not None,
+        KDE=transition is None,
+        DEPTH=512,
+        **ROW,
+    )
+    return weights, distances, log_density
+
+
+def _combine(
+    coefficients: Tensor, x: Tensor, refs: Tensor, of: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(Σ_j w_j r_j - x, Σ_j w_j r_j), or with `of` = (p, f, field) Σ_j c_j r_j + p x + f field, twice."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    out = x.new_empty(x.shape)
+    mean = x.new_empty(x.shape) if of is None else out
+    of_point, of_field, field = of or (coefficients, coefficients, x)
+    sizes, tiles = _tiles(N, D)
+    combine_kernel[(B * tiles,)](
+        *(coefficients, of_point, of_field),
+        *(part for t in (x, field, refs) for part in (t, *t.stride())),
+        *(out, mean, N, M, D),
+        KDE=of is None,
+        **sizes,
+    )
+    return out, mean
+
+
+def _gather(weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
+    """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and with `pull` = (c, x, refs) also Σ_n c_nj (x_n - r_j)."""
+    B, N, M = weights.shape
+    V = values.shape[-1]
+    coefficients, x, refs = pull or (weights, values, values)
+    sizes, tiles = _tiles(M, V)
+    gather_kernel[(B * tiles,)](
+        *(weights, values, *values.stride(), coefficients, x, *x.stride(), refs, *refs.stride(), out, N, M, V),
+        BOTH=pull is not None,
+        **sizes,
+    )
+
+
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, _), M = z.shape, refs.shape[1]
+    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
+    z, refs = _wide(z, refs)
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            block = z[group, rows]
+            weights, _, log_density[group, rows] = _weights(block, refs[group], sigma2[group, rows])
+            shift[group, rows], mean[group, rows] = _combine(weights, block, refs[group])
+    return shift, mean, log_density
+
+
+def _moments(
+    weights: Tensor, distances: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, g_log_density: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(coefficients of refs `[B, N, M]`, of the query and of the field, and the cotangent of σ², `[B, N]`)."""
+    (B, N, D), M = field.shape, refs.shape[1]
+    along = _products(field, refs, False)
+    of_point, of_field, g_sigma2 = torch.empty((3, B, N), dtype=torch.float64, device=field.device)
+    coefficients = torch.empty_like(weights)
+    g = sigma2 if g_log_density is None else g_log_density
+    moments_kernel[(B * N,)](
+        *(weights, distances, along, along.shape[1], sigma2, *sigma2.stride(), g, *g.stride()),
+        *(coefficients, of_point, of_field, g_sigma2, N, M, D),
+        RESIDUAL=g_log_density is None,
+        **ROW,
+    )
+    return coefficients, of_point, of_field, g_sigma2
+
+
+def kde_backward(
+    g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, _), M = z.shape, refs.shape[1]
+    g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
+    g_refs = torch.zeros(refs.shape, dtype=torch.float64, device=z.device)
+    g_mean = g_mean.double() + g_shift
+    refs_dtype = refs.dtype
+    z, refs, g_shift, g_log_density = _wide(z, refs, g_shift, g_log_density)
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            at, of_group = (group, rows), refs[group]
+            weights, distances, _ = _weights(z[at], of_group, sigma2[at])
+            coefficients, of_point, of_field, g_sigma2[at] = _moments(
+                weights, distances, g_mean[at], of_group, sigma2[at], g_log_density[at]
+            )
+            g_z[at], _ = _combine(coefficients, z[at], of_group, (of_point, of_field, g_shift[at]))
+            _gather(weights, g_mean[at], g_refs[group], (coefficients, z[at], of_group))
+    return g_z, g_refs.to(refs_dtype), g_sigma2
+
+
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+    (B, N, _), M = z.shape, refs.shape[1]
+    gradient = z.new_empty(z.shape)
+    z, field, refs = _wide(z, field, refs)
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            at, of_group = (group, rows), refs[group]
+            weights, distances, _ = _weights(z[at], of_group, sigma2[at])
+            coefficients, of_point, of_field, _ = _moments(weights, distances, field[at], of_group, sigma2[at], None)
+            gradient[at], _ = _combine(coefficients, z[at], of_group, (of_point, of_field, field[at]))
+    return gradient
+
+
+def _noises(num_steps: int, whole_pass: bool) -> int:
+    """Number of steps whose noise needs products; the last step needs them only for the mean at its end."""
+    return num_steps if whole_pass else num_steps - 1
+
+
+def _gram_space_pays(x: Tensor, refs: Tensor, num_steps: int, whole_pass: bool) -> bool:
+    (B, N, _), M = x.shape, refs.shape[1]
+    return M <= MOST_REFS and B * ((1 + _noises(num_steps, whole_pass)) * N + M) * M <= MOST_PRODUCTS
+
+
+def _chain_in_gram_space(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    num_steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    whole_pass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ); without `whole_pass` only x_τ is computed."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    noises = _noises(num_steps, whole_pass)
+    xt = x.new_empty(x.shape)
+    x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
+    x, refs = _wide(x, refs)
+    noise = None if noise is None else _wide(noise)[0]
+    # `x` as a placeholder for the seed or noise is never read.
+    random = (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
+    inputs = [part for t in (x, refs, sigma2) for part in (t, *t.stride())]
+    kind: dict[str, Any] = {
+        "PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)
+    }  # fmt: skip
+    sizes, _ = _tiles(N, M)
+    tiles = ((1 + noises) * -(-N // sizes["ROWS"]) + -(-M // sizes["ROWS"])) * -(-M // sizes["COLUMNS"])
+    span, splits = _split(D, B * tiles, x.device)
+    parts = torch.empty((B, splits, (1 + noises) * N + M, M), dtype=torch.float64, device=x.device)
+    stack_kernel[(B * splits * tiles,)](
+        *(*inputs, *random, parts, N, M, D, noises, span, splits), DTYPE=triton_type(xt.dtype), **kind, **sizes
+    )
+    products = parts.sum(1) if splits > 1 else parts
+    weights, coefficients, first_weights = torch.empty((3, B, N, M), dtype=torch.float64, device=x.device)
+    chain_kernel[(B * -(-N // CHAINS),)](
+        *(products, sigma2, *sigma2.stride(), tau, *tau.stride(), weights, coefficients, first_weights),
+        *(N, M, num_steps, noises),
+        PASS=whole_pass,
+        **_chain_tiles(M),
+    )
+    sizes = _rebuild_tiles(N, D, x.dtype)
+    rebuild_kernel[(B * -(-N // sizes["ROWS"]) * -(-D // sizes["COLUMNS"]),)](
+        *(*inputs, tau, *tau.stride(), *random, weights, coefficients, first_weights),
+        *(x0, shift0, xt, shift_t, N, M, D, num_steps),
+        **kind,
+        **sizes,
+    )
+    return x0, shift0, xt, shift_t
+
+
+def _chain_by_steps(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(m(x0) - x0, x_τ) by one kernel density estimate per step, for problems too large for Gram space."""
+    if noise is None:
+        assert seed is not None
+        noise = normal(seed, (num_steps, *x0.shape), CHAIN.value, wide(x0.dtype))
+    variance = sigma2.unsqueeze(-1).expand(x0.shape[:2])
+    h = (tau.double() / num_steps).view(-1, 1, 1)
+    pull, spread = -torch.expm1(-h), (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
+    x = x0.double()
+    first = shift = kde(x, refs, variance)[0]
+    for k in range(num_steps):
+        if k > 0:
+            shift = kde(x, refs, variance)[0]
+        x = x + pull * shift + spread * noise[k]
+    return first.to(x0.dtype), x.to(x0.dtype)
+
+
+def langevin_chain(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    with on_device_of(x0):
+        if _gram_space_pays(x0, refs, num_steps, False):
+            return _chain_in_gram_space(x0, refs, sigma2, tau, num_steps, noise, seed, False)[2]
+        return _chain_by_steps(x0, refs, sigma2, tau, num_steps, noise, seed)[1]
+
+
+def flux_pass(
+    x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with on_device_of(x):
+        if _gram_space_pays(x, refs, num_steps, True):
+            return _chain_in_gram_space(x, refs, sigma2, tau, num_steps, noise, seed, True)
+        if noise is None:
+            assert seed is not None
+            start, rest = normal(seed, (1, *x.shape), START.value, wide(x.dtype))[0], None
+        else:
+            start, rest = noise[0], noise[1:]
+        x0 = (x.double() + sigma2.view(-1, 1, 1).double().sqrt() * start).to(x.dtype)
+        shift0, xt = _chain_by_steps(x0, refs, sigma2, tau, num_steps, rest, seed)
+        return x0, shift0, xt, kde(xt, refs, sigma2.unsqueeze(-1).expand(x.shape[:2]))[0]
+
+
+def _transition(
+    x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield (groups, ends j, weights `[groups, ends, N]`) block by block: the ends are queries, the means refs."""
+    (B, E, _), N = xt.shape, x0.shape[1]
+    variance = sigma2.unsqueeze(-1).expand(B, E)
+    x0, shift0, xt = _wide(x0, shift0, xt)
+    for group, ends in _blocks(B, E, N):
+        moves = shift0[group], tau[group]
+        yield group, ends, _weights(xt[group, ends], x0[group], variance[group, ends], moves)[0]
+
+
+def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    weights = x0.new_empty((*x0.shape[:2], xt.shape[1]))
+    with on_device_of(x0):
+        for group, ends, of_ends in _transition(x0, shift0, xt, sigma2, tau):
+            weights[group, :, ends] = of_ends.mT
+    return weights
+
+
+def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    average = torch.zeros((*x0.shape[:2], values.shape[-1]), dtype=torch.float64, device=x0.device)
+    with on_device_of(x0):
+        for group, ends, weights in _transition(x0, shift0, xt, sigma2, tau):
+            (of_ends,) = _wide(values[group, ends])
+            _gather(weights, of_ends, average[group])
+    return average.to(values.dtype)
+
+
+KERNELS = (
+    products_kernel,
+    weights_kernel,
+    moments_kernel,
+    combine_kernel,
+    gather_kernel,
+    stack_kernel,
+    chain_kernel,
+    rebuild_kernel,
+)

@@ -1,0 +1,47 @@
+"""A network as a field f(z, σ): the preconditioning of EDM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class EDMField(nn.Module):
+    """f(z, σ) = (D(z; σ) - z)/σ² with the preconditioned denoiser D of Karras et al. (2022, Table 1).
+
+    D = c_skip z + c_out F(c_in z, c_noise), where c_skip = σ_d²/(σ² + σ_d²), c_out = σ σ_d/√(σ² + σ_d²),
+    c_in = 1/√(σ² + σ_d²), c_noise = log σ / 4. Written out,
+
+        f = (σ_d F / σ - z / √(σ² + σ_d²)) / √(σ² + σ_d²),
+
+    in which nothing cancels at small σ.
+
+    Args:
+        network: F(x, c_noise), x `[n, *event]` and c_noise `[n]`; returns the shape of x.
+        sigma_data: σ_d > 0, the standard deviation of the data.
+
+    Shape:
+        z `[n, *event]`, σ > 0 `[]` or `[n]`; returns the shape of z.
+
+    Raises:
+        ValueError: sigma_data is not positive, or σ has another shape.
+    """
+
+    def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sigma_data: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < sigma_data < float("inf"):
+            raise ValueError(f"EDMField: sigma_data must be positive and finite, got {sigma_data}")
+        self.network = network
+        self.sigma_data = sigma_data
+
+    def forward(self, z: Tensor, sigma: Tensor | float) -> Tensor:
+        sigma = torch.as_tensor(sigma, device=z.device)
+        if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(z)):
+            raise ValueError(f"EDMField: sigma must be one number or one a sample, got shape {list(sigma.shape)}")
+        sigma = sigma.to(z).expand(len(z))
+        per_sample = sigma.reshape(-1, *(1 for _ in z.shape[1:]))
+        norm = (per_sample.square() + self.sigma_data**2).sqrt()
+        output = self.network(z / norm, sigma.log() / 4)
+        return (self.sigma_data / per_sample * output.to(z.dtype) - z / norm) / norm

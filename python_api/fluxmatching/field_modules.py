@@ -1,0 +1,112 @@
+"""Networks inside a field: how the losses find them, check them, and differentiate without parameter gradients."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from itertools import islice
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+# Limits of the search for networks: depth of references (field, owner, list, wrapper, network) and number of objects.
+# A field may close over a whole data set.
+_MAX_DEPTH, _MAX_OBJECTS = 5, 2000
+
+
+def _reachable_from(field: Callable[..., Any]) -> Iterator[object]:
+    """Yield a callable and what it refers to: by closure, global name, argument, owner, attribute or container."""
+    waiting: deque[tuple[Any, int]] = deque([(field, 0)])
+    seen: set[int] = set()
+    while waiting and len(seen) < _MAX_OBJECTS:
+        thing, depth = waiting.popleft()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        yield thing
+        if depth < _MAX_DEPTH:
+            waiting += [(other, depth + 1) for other in islice(_referred_to(thing), _MAX_OBJECTS)]
+
+
+def _referred_to(thing: Any) -> Iterator[Any]:
+    if isinstance(thing, functools.partial):
+        yield from (thing.func, *thing.args, *thing.keywords.values())
+    elif inspect.ismethod(thing):
+        yield from (thing.__self__, thing.__func__)
+    elif inspect.isfunction(thing):
+        yield from thing.__defaults__ or ()
+        yield from (thing.__kwdefaults__ or {}).values()
+        for cell in thing.__closure__ or ():
+            with suppress(ValueError):  # a variable that is not assigned yet
+                yield cell.cell_contents
+        if not _belongs_to_library(thing):
+            yield from (thing.__globals__[name] for name in _global_names(thing.__code__) if name in thing.__globals__)
+    elif isinstance(thing, dict):
+        yield from thing.copy().values()
+    elif isinstance(thing, (list, tuple)):
+        yield from thing
+    elif not hasattr(thing, "__dict__") or isinstance(thing, (nn.Module, type, ModuleType)):
+        return
+    elif not _belongs_to_library(thing):
+        yield from vars(thing).copy().values()
+
+
+@lru_cache(maxsize=1000)
+def _global_names(code: CodeType) -> frozenset[str]:
+    """Return global names that a function's code reads, inner functions included; names of attributes are excluded."""
+    own = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return frozenset(own).union(*(_global_names(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
+def _belongs_to_library(thing: Any) -> bool:
+    """Return whether a function, or the class of an object, belongs to a library that holds no network of a user."""
+    named = thing if inspect.isfunction(thing) else type(thing)
+    return (named.__module__ or "").partition(".")[0] in ("torch", "numpy", "fluxkernels", "builtins")
+
+
+def networks_of(field: Callable[..., Any]) -> list[nn.Module]:
+    """Return the modules reachable from a callable."""
+    return [thing for thing in _reachable_from(field) if isinstance(thing, nn.Module)]
+
+
+def is_compiled(field: Callable[..., Any]) -> bool:
+    """Return whether a callable, or one reachable from it, was made by `torch.compile`."""
+    modules = (module for network in networks_of(field) for module in network.modules())
+    return any(hasattr(thing, "_torchdynamo_orig_callable") for thing in _reachable_from(field)) or any(
+        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
+        for module in modules
+    )
+
+
+def check_samples_are_independent(function: str, field: Callable[..., Any]) -> None:
+    """Raise ValueError if a network normalizes over the minibatch: the derivative of a sample then needs all others."""
+    for network in networks_of(field):
+        for name, module in network.named_modules():
+            if isinstance(module, _BATCH_NORMS) and (module.training or not module.track_running_stats):
+                raise ValueError(
+                    f"{function}: field must treat each sample by itself, but its layer {name or 'itself'!r} is a "
+                    f"{type(module).__name__} in training mode; use GroupNorm or LayerNorm, or put it into eval()"
+                )
+
+
+@contextmanager
+def parameters_at_rest(field: Callable[..., Any]) -> Iterator[None]:
+    """Freeze the field's parameters inside the block: a derivative in z then stores no activations for theirs."""
+    trained = [p for network in networks_of(field) for p in network.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,74 @@
+"""Vector fields: their types, and fields made from denoisers, noise predictions and flow velocities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Field = Callable[[Tensor], Tensor]  # f(z), z `[n, *event]`, each sample by itself
+NoisyField = Callable[[Tensor, Tensor], Tensor]  # f(z, σ), σ of shape `[]`
+
+
+def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> Tensor:
+    """Return field(z, *condition) in the dtype of z.
+
+    Raises:
+        TypeError: the result is no tensor of floating-point numbers.
+        ValueError: the result has another shape than z.
+    """
+    f = field(z, *condition)
+    if not isinstance(f, Tensor):
+        raise TypeError(f"field must return a torch.Tensor, got {type(f).__name__}")
+    if f.shape != z.shape:
+        raise ValueError(f"field must return the shape of its input, {list(z.shape)}, got {list(f.shape)}")
+    if not f.is_floating_point():
+        raise TypeError(f"field must return floating-point numbers, got {f.dtype}")
+    return f.to(z.dtype)
+
+
+def field_from_denoiser(denoiser: NoisyField) -> NoisyField:
+    """Make the field f(z, σ) = (D(z, σ) - z)/σ² from a denoiser D, an estimate of the clean sample.
+
+    Args:
+        denoiser: D(z, σ), z = x + σ n `[n, *event]` and σ `[]` or `[n]`; returns the shape of z.
+
+    Returns:
+        f(z, σ), the score where D is the posterior mean (Tweedie's formula).
+    """
+    return lambda z, sigma: (denoiser(z, sigma) - z) / per_sample(sigma, z).square()
+
+
+def field_from_noise_prediction(predict_noise: NoisyField) -> NoisyField:
+    """Make the field f(z, σ) = -ε(z, σ)/σ from an estimate ε of the noise n in z = x + σ n.
+
+    Args:
+        predict_noise: ε(z, σ), z `[n, *event]` and σ `[]` or `[n]`; returns the shape of z.
+    """
+    return lambda z, sigma: -predict_noise(z, sigma) / per_sample(sigma, z)
+
+
+def field_from_velocity(velocity: NoisyField) -> NoisyField:
+    """Make a field f(z, σ) from the velocity of a linear flow x_t = t x + (1-t) n from noise (t = 0) to data (t = 1).
+
+    With t = 1/(1+σ), x_t = t z for z = x + σ n, and the score of x_t follows from the marginal velocity. Hence
+
+        f(z, σ) = (v(z/(1+σ), 1/(1+σ)) - z) / (σ (1+σ)).
+
+    Args:
+        velocity: v(x_t, t), x_t `[n, *event]` and t of the shape of σ, `[]` or `[n]`; returns the shape of x_t.
+
+    Returns:
+        f(z, σ), the score where v is the marginal velocity of the path.
+    """
+
+    def field(z: Tensor, sigma: Tensor) -> Tensor:
+        scale = 1 + per_sample(sigma, z)
+        return (velocity(z / scale, 1 / (1 + sigma)) - z) / (per_sample(sigma, z) * scale)
+
+    return field
+
+
+def per_sample(values: Tensor, z: Tensor) -> Tensor:
+    """Reshape one number `[]` or one per sample `[n]` to broadcast against z `[n, *event]`."""
+    return values.reshape(-1, *(1 for _ in z.shape[1:]))

@@ -1,0 +1,1 @@
+"""Losses of Flux Matching and score matching, and what they are made of."""

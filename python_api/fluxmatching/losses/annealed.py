@@ -1,0 +1,124 @@
+"""Noise-annealed Flux Matching: one loss over all noise levels (Eq. 11)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fluxkernels.checks import as_number_tensor, check_tensor
+from fluxmatching.fields import Field, NoisyField
+from fluxmatching.losses.draws import Draws
+from fluxmatching.losses.noise_levels import LinearInLogSigma
+from fluxmatching.losses.options import FluxOptions, check_options
+from fluxmatching.losses.target import flux_target
+
+
+class LossNormalizer(nn.Module):
+    """Learned scale s_η(σ), which brings the losses of all noise levels to one scale (Eq. 11).
+
+    Args:
+        hidden: width of the hidden linear map.
+    """
+
+    def __init__(self, hidden: int = 256) -> None:
+        super().__init__()
+        self.layer = LinearInLogSigma(hidden)
+
+    def log_scale(self, sigma: Tensor) -> Tensor:
+        """Return s_η(σ), shape of sigma."""
+        return self.layer(sigma)
+
+    def forward(self, loss: Tensor, sigma: Tensor) -> Tensor:
+        """Return loss / exp(s_η(σ)) + s_η(σ), smallest on average where exp(s_η(σ)) is the mean loss at σ.
+
+        Args:
+            loss: `[N]`.
+            sigma: σ, `[]` or `[N]`.
+        """
+        if sigma.ndim and sigma.shape != loss.shape:
+            raise ValueError(
+                f"sigma must be one number or have the shape of loss, {list(loss.shape)}, got {list(sigma.shape)}"
+            )
+        log_scale = self.log_scale(sigma)
+        return loss * (-log_scale).exp() + log_scale
+
+
+@dataclass(frozen=True)
+class AnnealedTerms:
+    """Parts of the noise-annealed loss.
+
+    Attributes:
+        total: Eq. 11, plus Eq. 51 if the horizon is learned, `[N]`.
+        flux: the Flux Matching loss alone, detached, `[N]`.
+        tau: the horizon that was drawn, `[]`.
+        sigma: σ, `[]`.
+    """
+
+    total: Tensor
+    flux: Tensor
+    tau: Tensor
+    sigma: Tensor
+
+
+def noise_annealed_flux_loss(
+    field: NoisyField,
+    x: Tensor,
+    sigma: float | Tensor,
+    normalizer: LossNormalizer,
+    options: FluxOptions = FluxOptions(),
+    *,
+    refs: Tensor | None = None,
+    draws: Draws | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """Compute noise-annealed Flux Matching at one noise level: ℓ^σ / exp(s_η(σ)) + s_η(σ) (Eq. 11), `[N]`.
+
+    If the horizon is learned, -sg(ℓ^σ / exp(s_η(σ))) log q(τ) is added (Eq. 51). Its gradient reaches the parameters
+    of the horizon only, so one optimizer can hold the network, the normalizer and the horizon.
+
+    Args:
+        field: f(z, σ), z `[n, *event]`, σ of shape `[]`.
+        x: clean minibatch, `[N, *event]`.
+        sigma: σ > 0, shared by the minibatch.
+        normalizer: s_η.
+        options: see `FluxOptions`; not "closed_form", whose method takes no σ.
+        refs, draws, seed: as in `flux_matching_loss`, and so are the errors.
+    """
+    return annealed_terms(field, x, sigma, normalizer, options, refs=refs, draws=draws, seed=seed).total
+
+
+def annealed_terms(
+    field: NoisyField,
+    x: Tensor,
+    sigma: float | Tensor,
+    normalizer: LossNormalizer,
+    options: FluxOptions = FluxOptions(),
+    *,
+    refs: Tensor | None = None,
+    draws: Draws | None = None,
+    seed: int | Tensor | None = None,
+) -> AnnealedTerms:
+    """Compute `noise_annealed_flux_loss` together with the parts that are worth logging."""
+    function = "noise_annealed_flux_loss"
+    check_options(function, options, FluxOptions)
+    for name, value in (("field", field), ("normalizer", normalizer)):
+        if not callable(value):
+            raise TypeError(f"{function}: {name} must be callable, got {type(value).__name__}")
+    check_tensor(function, "x", x)
+    level = as_number_tensor(function, "sigma", sigma, like=x)
+    if level.ndim:
+        raise ValueError(f"{function}: sigma must be one number, got shape {list(level.shape)}")
+    if options.second_derivatives == "closed_form":
+        raise ValueError(
+            f"{function}: second_derivatives='closed_form' is for fields f(z) without a noise level; give one that "
+            f"holds its own σ to flux_matching_loss"
+        )
+    at_level: Field = lambda z: field(z, level)  # noqa: E731
+    target = flux_target(at_level, x, level, options, refs=refs, draws=draws, seed=seed)
+    flux = target.loss(at_level)
+    total = normalizer(flux, level)
+    if options.horizon is not None and options.horizon.learned:
+        relative = flux.detach() * (-normalizer.log_scale(level).detach()).exp()
+        total = total + options.horizon.fit_loss(target.tau, relative, level)
+    return AnnealedTerms(total, flux.detach(), target.tau, level)

@@ -1,0 +1,268 @@
+"""The network's part of ∇r at the end of a chain: ∇(∇·f) + J_fᵀ s.
+
+It is the derivative at α = 0 of J_f(z + α ε)ᵀ(ε + α s), averaged over probes ε (Hutchinson) or summed over a basis:
+a directional derivative of one vector-Jacobian product. Four methods compute it, equal in exact arithmetic:
+
+- "double_backward": reverse mode twice. Exact; needs a network that can be differentiated twice.
+- "forward_over_reverse": forward mode over reverse mode (`torch.func`). Exact; needs forward-mode rules for every op.
+- "finite_difference": central difference of two ordinary backward passes. Needs first derivatives only. Both sides see
+  the same dropout mask, except inside `torch.compile`. The step depends on the network's precision; see
+  `finite_difference_step`.
+- "closed_form": the field's own method `endpoint_gradient`; see `ClosedForm`. Takes no derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fluxmatching.field_modules import is_compiled, networks_of, parameters_at_rest
+from fluxmatching.fields import Field, call_field
+
+# The annotations of torch allow for has_aux, and so for results of two or three parts.
+_jvp: Any = torch.func.jvp
+_vjp: Any = torch.func.vjp
+METHODS = ("double_backward", "forward_over_reverse", "finite_difference", "closed_form")
+# Steps of the central difference in units of `scale`: large enough for the difference to stand out of rounding, small
+# enough for a small bias. The bias matters more, because rounding averages out. Measured by bench/training/evidence.py.
+RELATIVE_STEP = 0.003
+RELATIVE_STEP_HALF = 0.01  # networks in bfloat16 or float16
+
+
+@runtime_checkable
+class ClosedForm(Protocol):
+    """Field with a formula for ∇(∇·f) + J_fᵀ s, as second_derivatives="closed_form" requires."""
+
+    def __call__(self, z: Tensor, /) -> Tensor:
+        """Return f(z), shape of z."""
+
+    def endpoint_gradient(self, z: Tensor, score: Tensor, probe: Tensor | None, /) -> tuple[Tensor, Tensor]:
+        """Return (gradient, f(z)), both of the shape of z. Called without gradients.
+
+        In components, over all dimensions of the event, s and ε held fixed:
+
+            gradient_d = Σ_i ∂_d ∂_i f_i + Σ_i s_i ∂_d f_i              probe None: the exact divergence
+            gradient_d = Σ_ij ε_i ε_j ∂_d ∂_j f_i + Σ_i s_i ∂_d f_i     with a probe ε (Hutchinson)
+
+        A field that has only one of the two formulas raises an error for the other.
+
+        Args:
+            z: points, `[n, *event]`, in a grouped loss `[n, G, D]`; read only.
+            score: s, shape of z. The formula must hold for any values.
+            probe: ε, shape of z, or None.
+        """
+
+
+def basis(z: Tensor, grouped: bool) -> Iterator[Tensor]:
+    """Yield unit vectors of the event, or of one group (for all groups at once: groups do not interact)."""
+    event = z.shape[-1:] if grouped else z.shape[1:]
+    for d in range(event.numel()):
+        unit = z.new_zeros(event.numel())
+        unit[d] = 1
+        yield unit.reshape(event).expand(z.shape).contiguous()
+
+
+def endpoint_gradient(
+    field: Field,
+    z: Tensor,
+    score: Tensor,
+    probe: Tensor | None,
+    *,
+    method: str,
+    grouped: bool = False,
+    chunk_size: int | None = None,
+    scale: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute ∇(∇·f) + J_fᵀ s and f at the points z, both detached.
+
+    Args:
+        field: maps `[n, *event]` to the same shape, each sample by itself.
+        z: `[N, *event]`.
+        score: s(z), shape of z.
+        probe: ε, shape of z; None takes the exact divergence, which costs one pass per coordinate.
+        method: one of `METHODS`.
+        grouped: `[N, G, D]` whose groups the field treats independently: the exact divergence then needs D passes.
+        chunk_size: samples that go through the field at once; None for all.
+        scale: length over which f bends, one number, the unit of the finite-difference step.
+
+    Returns:
+        (gradient, f), each shape of z.
+
+    Raises:
+        TypeError: "closed_form" and a field that is no `ClosedForm`, or whose method returns something else.
+        ValueError: the field's results have another shape than z.
+        RuntimeError: the field cannot be differentiated that way, or not here.
+    """
+    if not z.shape[0]:  # a process may have no endpoints to differentiate
+        return torch.empty_like(z), torch.empty_like(z)
+    size = chunk_size or z.shape[0]
+    gradients, values = [], []
+    for start in range(0, z.shape[0], size):
+        rows = slice(start, start + size)
+        part = None if probe is None else probe[rows]
+        if method == "closed_form":
+            gradient, value = _closed_form(field, z[rows].detach(), score[rows], part)
+        else:
+            probes = basis(z[rows], grouped) if part is None else iter((part,))
+            gradient, value = _differentiated(field, z[rows].detach(), score[rows], probes, method, scale)
+        gradients.append(gradient)
+        values.append(value.detach())
+    return torch.cat(gradients), torch.cat(values)
+
+
+def _closed_form(field: Field, z: Tensor, score: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not isinstance(field, ClosedForm):
+        raise TypeError(
+            f"second_derivatives='closed_form' needs a field with the method endpoint_gradient(z, score, probe) -> "
+            f"(gradient, f); {type(field).__name__} has none"
+        )
+    with torch.no_grad():
+        result = field.endpoint_gradient(z, score, probe)
+    if not (isinstance(result, tuple) and len(result) == 2 and all(isinstance(part, Tensor) for part in result)):
+        raise TypeError(f"endpoint_gradient of the field must return two tensors (gradient, f), got {result!r}")
+    for name, part in zip(("gradient", "f"), result, strict=True):
+        if part.shape != z.shape:
+            raise ValueError(
+                f"endpoint_gradient of the field must return {name} in the shape of z, {list(z.shape)}, got "
+                f"{list(part.shape)}"
+            )
+    gradient, f = result
+    return gradient.to(z.dtype), f.to(z.dtype)
+
+
+def _differentiated(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], method: str, scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        raise RuntimeError("the field's derivatives cannot be taken inside torch.inference_mode(); use torch.no_grad()")
+    derivative = {
+        "double_backward": _double_backward,
+        "forward_over_reverse": _forward_over_reverse,
+        "finite_difference": _finite_difference,
+    }[method]
+    try:
+        # A compiled graph stores only what it needs.
+        with nullcontext() if torch.compiler.is_compiling() else parameters_at_rest(field):
+            return derivative(field, z, score, probes, scale)
+    except (RuntimeError, NotImplementedError) as error:
+        if (explained := _explained(error, method)) is None:
+            raise
+        raise explained from error
+
+
+def _explained(error: Exception, method: str) -> Exception | None:
+    """Return an error that names an alternative, if PyTorch lacks a derivative of that kind; else None."""
+    lacking = {
+        "double_backward": ("double backward", "is not differentiable twice", "derivative for"),
+        "forward_over_reverse": ("forward AD", "functorch transforms"),
+    }
+    if any(words in str(error) for words in lacking.get(method, ())):
+        return RuntimeError(
+            f"the field cannot be differentiated with second_derivatives='{method}' ({error}); "
+            f"second_derivatives='finite_difference' needs first derivatives only"
+        )
+    return None
+
+
+def _or_zeros(gradient: Tensor | None, z: Tensor) -> Tensor:
+    """Return zeros for the missing gradient of a field that does not depend on z."""
+    return torch.zeros_like(z) if gradient is None else gradient
+
+
+def _double_backward(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    # PyTorch raises its own error only while parameters need gradients; else it omits second derivatives silently.
+    if not torch.compiler.is_compiling() and is_compiled(field):
+        raise NotImplementedError("torch.compile has no double backward")
+    with torch.enable_grad():
+        z = z.requires_grad_()
+        f = call_field(field, z.clone())  # some networks begin with an operation in place
+        if not f.requires_grad:
+            return torch.zeros_like(z), f
+        total = (f * score).sum()
+        for probe in probes:
+            (pulled,) = torch.autograd.grad(f, z, probe, create_graph=True, allow_unused=True)
+            total = total + (_or_zeros(pulled, z) * probe).sum()
+        (gradient,) = torch.autograd.grad(total, z, allow_unused=True)
+    return _or_zeros(gradient, z).detach(), f
+
+
+def _forward_over_reverse(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    def pulled(z: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        f, pull = _vjp(lambda point: call_field(field, point), z)
+        return pull(cotangent)[0], f
+
+    gradient, f, moving = torch.zeros_like(z), z, score
+    for probe in probes:
+        (_, f), (derivative, _) = _jvp(pulled, (z, probe), (probe, moving))
+        gradient, moving = gradient + derivative, torch.zeros_like(score)
+    return gradient.detach(), f
+
+
+def _finite_difference(
+    field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    step = finite_difference_step(field, z, scale)
+
+    def pulled(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            point = point.requires_grad_()
+            f = call_field(field, point.clone())  # some networks begin with an operation in place
+            if not f.requires_grad:
+                return torch.zeros_like(z), f
+            (gradient,) = torch.autograd.grad(f, point, cotangent, allow_unused=True)
+        return _or_zeros(gradient, z), f.detach()
+
+    gradient, value, count, moving = torch.zeros_like(z), torch.zeros_like(z), 0, score
+    for probe in probes:
+        # Both sides see the same dropout mask: a difference of masks over a small step would be noise.
+        state = _random_state(z.device)
+        forward, f_forward = pulled(z + step * probe, probe + step * moving)
+        _set_random_state(z.device, state)
+        backward, f_backward = pulled(z - step * probe, probe - step * moving)
+        gradient = gradient + (forward - backward) / (2 * step)
+        value, count = value + f_forward + f_backward, count + 2
+        moving = torch.zeros_like(score)
+    return gradient, value / count
+
+
+def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor:
+    """Return the step of the central difference, which depends on the precision that the field computes in.
+
+    Half precision is detected by autocast around the loss or by half-precision parameters, not by autocast inside the
+    field.
+    """
+    half = torch.is_autocast_enabled(z.device.type) or any(
+        parameter.dtype in (torch.float16, torch.bfloat16)
+        for network in networks_of(field)
+        for parameter in network.parameters()
+    )
+    step = torch.as_tensor((RELATIVE_STEP_HALF if half else RELATIVE_STEP) * scale, dtype=z.dtype, device=z.device)
+    # A power of two: z ± step ε is then exact even where z is far from the origin, as ε has components 0 and ±1.
+    return torch.exp2(torch.log2(step).round())
+
+
+def _random_state(device: torch.device) -> Tensor | None:
+    if torch.compiler.is_compiling():  # a compiled graph cannot replay random numbers
+        return None
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
+
+
+def _set_random_state(device: torch.device, state: Tensor | None) -> None:
+    if state is None:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(state)
+    else:
+        torch.set_rng_state(state)

@@ -1,0 +1,268 @@
+"""Target of the Flux Matching regression (Algorithm 1): prepare, draw, run the chains, differentiate, average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkernels import FluxPass, flux_pass, langevin_chain, residual_gradient
+from fluxkernels.checks import check_seed, check_tensor
+from fluxmatching.distributed import JointMinibatch
+from fluxmatching.field_modules import check_samples_are_independent
+from fluxmatching.fields import Field, call_field
+from fluxmatching.losses.draws import DrawRequest, Draws
+from fluxmatching.losses.grouping import Grouping
+from fluxmatching.losses.horizons import Horizon, UniformHorizon
+from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
+from fluxmatching.losses.second_derivatives import endpoint_gradient
+
+
+@dataclass(frozen=True)
+class FluxTarget:
+    """Regression target of a Flux Matching step; ℓ_i = -2 (f(x0_i) - s(x0_i))·q̂_i. All tensors are detached.
+
+    Attributes:
+        x0: starts of the chains, `[N, *event]`.
+        score: s(x0), shape of x0.
+        target: q̂, shape of x0.
+        tau: the horizon that was drawn, `[]`, or `[G]` in a grouped loss.
+    """
+
+    x0: Tensor
+    score: Tensor
+    target: Tensor
+    tau: Tensor
+
+    def terms(self, field: Field) -> Tensor:
+        """Return the products -2 u(x0) q̂ before the sum over the event, shape of x0; differentiable in the field."""
+        return -2 * (call_field(field, self.x0.clone()) - self.score) * self.target
+
+    def loss(self, field: Field) -> Tensor:
+        """Return ℓ, one number per sample, `[N]`; differentiable in the field."""
+        return self.terms(field).flatten(1).sum(1)
+
+
+def flux_target(
+    field: Field,
+    x: Tensor,
+    sigma: float | Tensor,
+    options: FluxOptions = FluxOptions(),
+    *,
+    refs: Tensor | None = None,
+    draws: Draws | None = None,
+    seed: int | Tensor | None = None,
+) -> FluxTarget:
+    """Compute the detached half of the Flux Matching loss: where the field is evaluated, and q̂ there.
+
+    Arguments and errors as in `flux_matching_loss`. Useful where a loss needs more than one number per sample, such
+    as one per group: `FluxTarget.terms` keeps the dimensions of the event.
+    """
+    batch = _prepare(field, x, sigma, options, refs=refs, draws=draws, seed=seed)
+    chains = _run_chains(batch)
+    gradient = _differentiate_endpoints(field, batch, chains)
+    return _average_over_chains(batch, chains, gradient)
+
+
+@dataclass(frozen=True)
+class _Minibatch:
+    """A minibatch after all checks, with its random numbers drawn.
+
+    Attributes:
+        x: samples, of all processes where minibatches are joined.
+        sigma, variance: σ and σ², `[]`, or `[G]` in a grouped loss.
+        refs: reference points as points, `[M, D]` or `[G, M, D]`.
+        draws: random numbers, complete but for start and chain, which the kernels make from `key`.
+        noise: start and chain as points, `[1 + num_steps, ..., N, D]`, or None.
+    """
+
+    options: FluxOptions
+    x: Tensor
+    sigma: Tensor
+    variance: Tensor
+    refs: Tensor
+    grouping: Grouping
+    horizon: Horizon
+    draws: Draws
+    key: Tensor | None
+    noise: Tensor | None
+    num_steps: int
+    joint: JointMinibatch
+
+    @property
+    def tau(self) -> Tensor:
+        assert self.draws.tau is not None
+        return self.draws.tau
+
+
+def _prepare(
+    field: Field,
+    x: Tensor,
+    sigma: float | Tensor,
+    options: FluxOptions,
+    *,
+    refs: Tensor | None,
+    draws: Draws | None,
+    seed: int | Tensor | None,
+) -> _Minibatch:
+    """Check every argument, join the minibatches of all processes if asked to, and draw random numbers."""
+    function = "flux_matching_loss"
+    check_options(function, options, FluxOptions)
+    _check_field_and_samples(function, field, x, options)
+    check_seed(function, seed)
+    if draws is not None and not isinstance(draws, Draws):
+        raise TypeError(f"{function}: draws must be a Draws, got {draws!r}")
+    draws = Draws() if draws is None else draws
+    horizon = UniformHorizon() if options.horizon is None else options.horizon
+    level, variance = as_sigma(function, sigma, like=x)
+    joint = JointMinibatch(options.gather_across_ranks)
+    x, seed = joint.join(function, x, level, seed)
+    grouping = Grouping(function, x, options.grouped)
+    points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
+    grouping.check_number("sigma", level)
+    draws.check(x, horizon, grouping)
+    num_steps = _num_steps(function, options.num_steps, draws)
+    request = DrawRequest(
+        x,
+        horizon,
+        level,
+        grouping,
+        num_steps,
+        num_endpoints=options.num_endpoints(len(x)),
+        needs_probe=options.divergence == "hutchinson",
+        runs_chain_twice=options.estimator == "single_chain",
+    )
+    draws, key = draws.complete(request, seed)
+    noise = None
+    if draws.start is not None and draws.chain is not None:
+        noise = torch.stack([grouping.to_points(n) for n in (draws.start, *draws.chain)])
+    return _Minibatch(
+        options, x, level, variance, points, grouping, horizon, draws, key, noise, num_steps, joint
+    )  # fmt: skip
+
+
+def _check_field_and_samples(function: str, field: Field, x: Tensor, options: FluxOptions) -> None:
+    if not callable(field):
+        raise TypeError(f"{function}: field must be callable, got {type(field).__name__}")
+    check_tensor(function, "x", x)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{function}: x must be float32 or float64, got {x.dtype}; for a network in half precision keep the data "
+            f"in float32 and use torch.autocast"
+        )
+    if options.second_derivatives != "closed_form" and not torch.compiler.is_compiling():
+        check_samples_are_independent(function, field)
+
+
+def _num_steps(function: str, num_steps: int | None, draws: Draws) -> int:
+    """Return the number of Langevin updates: as asked for, the length of `draws.chain`, or 4."""
+    given = None if draws.chain is None else draws.chain.shape[0]
+    if num_steps is not None and given is not None and num_steps != given:
+        raise ValueError(f"{function}: num_steps must be {given}, the length of draws.chain, got {num_steps}")
+    return num_steps or given or 4
+
+
+def _run_chains(batch: _Minibatch) -> FluxPass:
+    """Simulate the Langevin chains in the field of the kernel density estimate."""
+    with torch.no_grad():
+        return flux_pass(
+            batch.grouping.to_points(batch.x),
+            batch.refs,
+            batch.variance,
+            batch.tau,
+            num_steps=batch.num_steps,
+            noise=batch.noise,
+            seed=batch.key,
+            backend=batch.options.backend,
+        )
+
+
+def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) -> Tensor:
+    """Return ∇r at the ends of all chains, as points; zero at ends that are left out, the others rescaled."""
+    options, grouping = batch.options, batch.grouping
+    ends, scores = grouping.from_points(chains.xt), grouping.from_points(chains.score_t)
+    probe = batch.draws.probe if options.divergence == "hutchinson" else None
+    chosen = batch.joint.own_endpoints(batch.x, batch.draws.endpoints)
+    if chosen is not None:
+        ends, scores = ends[chosen], scores[chosen]
+        probe = None if probe is None else probe[chosen]
+    method = options.method_for(batch.x.dtype)
+    bracket, field_at_end = endpoint_gradient(
+        field,
+        ends,
+        scores,
+        probe,
+        method=method,
+        grouped=options.grouped,
+        chunk_size=options.chunk_size,
+        scale=_length_scale(batch.x, batch.variance) if method == "finite_difference" else 1.0,
+    )
+    _check_finite_field(grouping.function, field_at_end, batch)
+    with torch.no_grad():
+        gradient = grouping.to_points(bracket)
+        if len(ends):
+            gradient = gradient + residual_gradient(
+                grouping.to_points(ends),
+                grouping.to_points(field_at_end),
+                batch.refs,
+                batch.variance,
+                backend=options.backend,
+            )
+        if chosen is not None:
+            # Endpoints left out count as zero and the others stand in for them: unbiased.
+            fraction = 1.0 if batch.draws.endpoints is None else len(batch.draws.endpoints) / len(batch.x)
+            gradient = torch.zeros_like(chains.xt).index_copy(-2, chosen, gradient / fraction)
+        return batch.joint.sum(gradient)
+
+
+def _check_finite_field(function: str, field_at_end: Tensor, batch: _Minibatch) -> None:
+    if field_at_end.is_cuda or torch.compiler.is_compiling() or field_at_end.isfinite().all():
+        return
+    one = batch.sigma.numel() == batch.tau.numel() == 1
+    at = f"sigma {batch.sigma.item():.6g}, tau {batch.tau.item():.6g}" if one else "the end of a chain"
+    raise ValueError(f"{function}: field must be finite, got NaN or infinity at {at}")
+
+
+def _average_over_chains(batch: _Minibatch, chains: FluxPass, gradient: Tensor) -> FluxTarget:
+    """Average ∇r over chains (Eq. 9) or pull it back along each chain (Sec. 3.3), weighted by 1/q(τ)."""
+    with torch.no_grad():
+        importance = torch.exp(-batch.horizon.log_density(batch.tau, batch.sigma)).reshape(-1, 1, 1)
+        if batch.options.estimator == "cross_chain":
+            # e^{-τ} is the Jacobian of the linearized chain, whose transition the weights are.
+            jacobian = torch.exp(-batch.tau).reshape(-1, 1, 1)
+            target = jacobian * importance * chains.transition_average(gradient)
+        else:
+            target = importance * _pull_back(chains.x0, gradient, batch)
+        target = target.reshape(chains.x0.shape).to(batch.x.dtype)
+
+    def own(points: Tensor) -> Tensor:
+        return batch.joint.own_samples(batch.grouping.from_points(points))
+
+    return FluxTarget(own(chains.x0), own(chains.score0), own(target), batch.tau)
+
+
+def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:
+    """Return (∂x_τ/∂x0)ᵀ gradient along each sample's own chain, which runs again with the same noise."""
+    chain: dict[str, Any] = {
+        "num_steps": batch.num_steps,
+        "noise": None if batch.noise is None else batch.noise[1:],
+        "seed": batch.key,
+        "backend": batch.options.backend,
+    }
+    with torch.enable_grad():
+        start = x0.detach().requires_grad_()
+        end = langevin_chain(start, batch.refs, batch.variance, batch.tau, **chain)
+        (pulled,) = torch.autograd.grad(end, start, gradient)
+    return pulled
+
+
+def _length_scale(x: Tensor, variance: Tensor) -> Tensor:
+    """Return the length over which a field at noise σ bends: √(σ² + σ_data²), but at most 16 σ.
+
+    σ_data² is the mean variance of a coordinate over the minibatch. A field that has learned the data bends over a few
+    σ where σ is far below the spread. One step for all σ would be several σ long there.
+    """
+    data = (x - x.mean(0, keepdim=True)).to(variance.dtype).square().mean()
+    return torch.minimum((variance.mean() + data).sqrt(), 16 * variance.amin().sqrt()).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Samplers, noise schedules and likelihoods of learned fields."""

@@ -1,0 +1,41 @@
+"""Noise schedules: decreasing noise levels for the samplers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fluxkernels.checks import check_finite, check_num_steps, check_positive, check_sigma_range, check_tensor
+from fluxmatching.sampling.langevin import check_samples
+
+
+def exponential_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Return `[num_steps + 1]` noise levels from sigma_max to sigma_min with equal ratios, float64 (Algorithm 3)."""
+    check_num_steps("exponential_schedule", num_steps)
+    check_sigma_range("exponential_schedule", sigma_min, sigma_max)
+    return torch.linspace(math.log(sigma_max), math.log(sigma_min), num_steps + 1, dtype=torch.float64).exp()
+
+
+def karras_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Return `[num_steps + 1]` noise levels, float64: σ^(1/ρ) in equal steps from sigma_max to sigma_min, then 0.
+
+    Karras et al. (2022, Eq. 5): ρ = 7 puts most levels at small σ.
+    """
+    check_num_steps("karras_schedule", num_steps)
+    check_sigma_range("karras_schedule", sigma_min, sigma_max)
+    rho = check_positive("karras_schedule", "rho", rho)
+    powers = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float64)
+    return torch.cat([powers**rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def check_levels(function: str, x: Tensor, sigmas: Tensor) -> list[float]:
+    """Check samples and noise levels of a sampler, and return the levels as numbers."""
+    check_samples(function, x)
+    check_tensor(function, "sigmas", sigmas)
+    check_finite(function, sigmas=sigmas)
+    if sigmas.ndim != 1 or len(sigmas) < 2 or not ((sigmas[1:] < sigmas[:-1]).all() and sigmas[-1] >= 0):
+        raise ValueError(f"{function}: sigmas must be at least two decreasing non-negative numbers, got {sigmas}")
+    levels: list[float] = sigmas.tolist()
+    return levels

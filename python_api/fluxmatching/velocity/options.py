@@ -1,0 +1,88 @@
+"""Settings of an RNA velocity fit."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fluxkernels.checks import check_choice, check_positive, check_seed
+
+# What differs from the paper's settings in a fit whose directions and ratios of rates are meaningful.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "circulating": {"scale": True, "circulation": 10.0, "sigma": math.sqrt(0.05), "lr": 0.01, "iterations": 280},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VelocityOptions:
+    """Settings of `flux_velocity`. The defaults are the paper's (Table 2). Construction checks them.
+
+    Main:
+        epochs: passes over all cells; 0 writes the field at the start.
+        iterations: minibatches, in place of epochs.
+        sigma: σ of the density estimates, in units of the layers, or of k with `scale`.
+        lr: learning rate of Adam.
+        scale: measure each gene in units of the standard deviation k of its spliced abundance.
+        circulation: R of `SplicingField.circulate`, where the fit then starts; needs abundances ≥ 0. None starts with
+            a = b = c = 0 and β = γ = log 2.
+        seed: determines minibatches and chains.
+
+    Other:
+        batch_size: cells per minibatch; all cells if there are fewer.
+        device: where to train; None takes a GPU if there is one.
+        backend: "torch", "cpu", "triton", or None for the automatic choice.
+        progress: whether to show a bar.
+
+    Raises:
+        ValueError, TypeError: a value out of its range; the message names it.
+    """
+
+    epochs: int = 100
+    iterations: int | None = None
+    batch_size: int = 256
+    sigma: float = math.sqrt(1e-3)
+    lr: float = 1e-3
+    scale: bool = False
+    circulation: float | None = None
+    seed: int = 0
+    device: str | torch.device | None = None
+    backend: str | None = None
+    progress: bool = True
+
+    @classmethod
+    def from_preset(cls, preset: str, **changes: Any) -> VelocityOptions:
+        """Return the options of preset "paper" or "circulating", with some changed."""
+        check_choice("flux_velocity", "preset", preset, tuple(PRESETS))
+        return cls(**(PRESETS[preset] | changes))
+
+    def __post_init__(self) -> None:
+        # Python's own numbers, which files of AnnData and checkpoints can hold.
+        for name, least in (("epochs", 0), ("iterations", 0), ("batch_size", 2)):
+            if (value := getattr(self, name)) is None and name == "iterations":
+                continue
+            object.__setattr__(self, name, _whole(name, value, least))
+        for name in ("scale", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"flux_velocity: {name} must be True or False, got {getattr(self, name)!r}")
+        for name in ("sigma", "lr", *(() if self.circulation is None else ("circulation",))):
+            object.__setattr__(self, name, check_positive("flux_velocity", name, getattr(self, name)))
+        seed = check_seed("flux_velocity", self.seed)
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"flux_velocity: seed must be a whole number in [0, 2^63), got {self.seed!r}")
+        object.__setattr__(self, "seed", seed)
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    """Convert a whole number that is not below `least`."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise TypeError(f"flux_velocity: {name} must be a whole number, got {value!r}") from None
+    if isinstance(value, bool) or whole < least:
+        raise ValueError(f"flux_velocity: {name} must be a whole number, at least {least}, got {value!r}")
+    return whole

@@ -1,0 +1,208 @@
+"""Compare the Triton kernels with the reference implementation in float64; print one JSON line per case and dtype.
+
+Every kernel runs on the cases of tests/support/cases.py, and every op with its derivatives on one case.
+
+TRITON_INTERPRET=1 python -m tests.programs.interpreted [PART PARTS]     every PARTS-th case, from PART on
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fluxkernels as fk
+from fluxkernels import philox, reference, triton_kernels
+from fluxkernels.triton_kernels import launch
+from fluxkernels.triton_kernels.gram import host as gram
+from tests.support.cases import CASES, Case
+from tests.support.ops import BY_NAME, KERNELS, OPS, tensors
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Reference points above which the interpreter takes too long, and cases that it runs in float64 too; a GPU runs all.
+MOST_REFS = 100
+IN_FLOAT64 = {
+    "plain", "offset 1000, spread 1", "sigma2 = 4e-6", "sigma2 = 6400", "duplicates, D = 17, sigma2 = 4e-6", "D = 3",
+    "M = 1", "N = 1", "D = 17", "tau = 0", "tau = 1e-6, D = 200", "tau = 4", "windows, one far outlier, tau = 4",
+}  # fmt: skip
+# In addition to tests/support/cases.py: more reference points than a tile of the chain's kernels, and than a vector
+# of one row, can hold.
+MORE = [Case(f"D = 20, M = {M}", N=5, M=M, D=20, sigma2=6.0) for M in (150, 300, 1100)]
+
+
+def limit(case: Case, dtype: torch.dtype) -> float:
+    if dtype == torch.float64:
+        # In many dimensions distances come from inner products, and lose digits if |x|² is much larger than σ².
+        return 1e-9 if case.D > triton_kernels.MOST_STREAMED else 1e-11
+    # Far from the origin, or for extreme σ, the rounding of float32 coordinates themselves dominates the error.
+    hard = case.offset or case.far or case.outlier or case.sigma2 < 1e-3 or case.sigma2 > 1000
+    return 1e-4 if hard else 1e-5
+
+
+def compare(names: Iterable[str], got: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> dict[str, float]:
+    """Relative error by name."""
+    errors = {}
+    for name, g, t in zip(names, got, truth, strict=True):
+        error = torch.linalg.vector_norm(g.double() - t) / torch.linalg.vector_norm(t).clamp_min(1e-30)
+        errors[name] = error.item()
+    return errors
+
+
+def double(args: Iterable[Any]) -> list[Any]:
+    """The arguments with floating tensors in float64."""
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
+def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
+    arrays = case.arrays()
+    z, refs, field, noise = (torch.from_numpy(arrays[k]).to(DEVICE, dtype) for k in ("z", "refs", "field", "noise"))
+    z, refs, field, noise = z[None], refs[None], field[None], noise[:, None]
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(z.shape, generator=generator).to(DEVICE, dtype)
+    sigma2 = torch.full(z.shape[:2], float(np.float32(case.sigma2)), dtype=dtype, device=DEVICE)
+    inputs: dict[str, Any] = {
+        **{"x": z, "refs": refs, "field": field, "values": field, "per_query": sigma2},
+        **{"per_group": sigma2[:, 0].contiguous(), "tau": torch.full((1,), case.tau, dtype=dtype, device=DEVICE)},
+        **{"g_shift": field, "g_mean": v},
+        "g_log_density": torch.randn(z.shape[:2], generator=generator).to(DEVICE, dtype),
+        **{"num_steps": 4, "chain_noise": noise, "seed": torch.tensor(-(2**62) + 12345, device=DEVICE)},
+    }
+    found = errors_of_a_pass(inputs)
+    # Transitions go from the starts to the ends of the pass.
+    step = BY_NAME["flux_pass"].kernels[0].of({**inputs, "pass_noise": None})
+    x0, shift0, xt, _ = triton_kernels.flux_pass(*step)
+    for kernel in KERNELS:
+        if kernel.name != "flux_pass":
+            moved = {"x": x0, "shift": shift0, "xt": xt} if "xt" in kernel.arguments else {}
+            for name, args in kernel.variants({**inputs, **moved}).items():
+                got, truth = getattr(triton_kernels, kernel.name)(*args), getattr(reference, kernel.name)(*double(args))
+                names = [f"{name}: {result}" for result in kernel.results]
+                found |= compare(names, as_tuple(got), as_tuple(truth))
+    return found
+
+
+def errors_of_a_pass(inputs: dict[str, Any]) -> dict[str, float]:
+    """Errors of a pass of three steps, whose later results are compared at its own rounded points."""
+    z, refs, sigma2, seed = inputs["x"], inputs["refs"], inputs["per_query"], inputs["seed"]
+    chain = refs, inputs["per_group"], inputs["tau"]
+    x0, shift0, xt, shift_t = triton_kernels.flux_pass(z, *chain, 3, None, seed)
+    n0 = philox.normal(seed, (1, *z.shape), philox.START, torch.float64)[0]
+    start = (z.double() + inputs["per_group"].double().sqrt() * n0).to(z.dtype).double()
+    end = reference.langevin_chain(*double((x0, *chain)), 3, None, seed)
+    shifts = [reference.kde(*double((x, refs, sigma2)))[0] for x in (x0, xt)]
+    return compare(("x0", "xt", "shift0", "shift_t"), (x0, xt, shift0, shift_t), (start, end, *shifts))
+
+
+def results_of_ops(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Public ops on groups with strides and a bandwidth per group, and the derivatives of a combination of them all."""
+    generator = torch.Generator().manual_seed(1)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype).requires_grad_()
+
+    x, refs, values = leaf(3, 2, 17, 3).transpose(0, 1), leaf(2, 1, 3, 23).mT, leaf(2, 3, 17, 5)
+    leaves = x, refs, values
+    for t in leaves:
+        t.retain_grad()
+    sigma2 = torch.tensor([[0.1, 0.4, 2.0]] * 2, dtype=dtype, device=DEVICE).requires_grad_()
+    tau = torch.tensor(0.7, dtype=dtype, device=DEVICE).requires_grad_()
+    inputs: dict[str, Any] = {
+        **{"x": x, "refs": refs, "values": values, "field": torch.sin(x)},
+        **{"per_group": sigma2, "per_query": sigma2, "tau": tau, "h": 0.3},
+    }
+    results = {}
+    with fk.use_backend(backend):
+        inputs["xt"] = fk.langevin_chain(x, refs, sigma2, tau, num_steps=2, seed=5)
+        for seed, op in enumerate(OPS):
+            drawn = tensors(op.call(inputs, seed=seed) if op.noise else op.call(inputs), values)
+            results |= {f"{op.name} {i}": result for i, result in enumerate(drawn)}
+        # Of a fixed combination: a function with large arguments would only magnify their rounding.
+        sum((r * torch.arange(r.numel(), device=DEVICE).cos().view(r.shape)).sum() for r in results.values()).backward()
+    named = dict(zip(("x", "refs", "values", "sigma2", "tau"), (*leaves, sigma2, tau), strict=True))
+    return {k: v.detach() for k, v in results.items()} | {f"gradient in {k}": t.grad for k, t in named.items()}
+
+
+def of_ops(dtype: torch.dtype) -> dict[str, float]:
+    got, truth = results_of_ops("triton", dtype), results_of_ops("torch", torch.float64)
+    return compare(got, tuple(got.values()), tuple(truth.values()))
+
+
+def of_half() -> dict[str, float]:
+    """Errors of a pass and a score in bfloat16 and float16, in few and many dimensions."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        for D in (3, 20):
+            x = torch.randn(2, 11, D, generator=torch.Generator().manual_seed(2)).to(DEVICE, dtype)
+            results = {}
+            for backend in ("triton", "torch"):
+                step = fk.flux_pass(x, x, 0.5 * D, 0.7, seed=3, backend=backend)
+                score = fk.kde_score(x, x, 0.5 * D, backend=backend)
+                results[backend] = step.x0, step.xt, step.score_t, score
+            assert all(r.dtype == dtype for r in results["triton"])
+            names = [f"{op}_{dtype}_{D}" for op in ("x0", "xt", "score_t", "score")]
+            found |= compare(names, results["triton"], tuple(r.double() for r in results["torch"]))
+    return found
+
+
+def of_nan() -> dict[str, float]:
+    """Number of finite results of a query that is not finite: a chain that diverges must not look correct."""
+    found = {}
+    for D in (3, 20):
+        z = torch.randn(1, 9, D, device=DEVICE)
+        z[0, 4, 1] = float("nan")
+        sigma2, tau = torch.ones(1, 9, device=DEVICE), torch.ones(1, device=DEVICE)
+        results = triton_kernels.kde(z, z.nan_to_num(), sigma2)
+        weights = triton_kernels.transition_weights(z.nan_to_num(), torch.zeros_like(z), z, sigma2[:, 0], tau)
+        parts = [result[0, 4].flatten() for result in results] + [weights[0, :, 4]]
+        found[f"finite_{D}"] = float(torch.cat(parts).isfinite().sum())
+    return found
+
+
+def checks() -> Iterator[tuple[str, torch.dtype, float, Callable[[], dict[str, float]]]]:
+    """Yield (name, dtype, largest error, function that returns the errors by op)."""
+    for dtype in (torch.float32, torch.float64):
+        yield "ops", dtype, 1e-5 if dtype == torch.float32 else 1e-11, lambda dtype=dtype: of_ops(dtype)
+        for case in (*CASES, *MORE):
+            quick = case.M <= MOST_REFS or case.outlier > 0
+            quick = quick and (dtype == torch.float32 or case.name in IN_FLOAT64)
+            if quick or case in MORE or DEVICE == "cuda":
+                yield case.name, dtype, limit(case, dtype), lambda case=case, dtype=dtype: errors(case, dtype)
+
+    def patched(
+        case: Case, target: object, dtype: torch.dtype = torch.float32, **changes: object
+    ) -> Callable[[], dict[str, float]]:
+        def run() -> dict[str, float]:
+            with mock.patch.multiple(target, **changes):
+                return errors(case, dtype)
+
+        return run
+
+    yield "NaN", torch.float32, 0.5, of_nan
+    # The interpreter truncates float32 to bfloat16, where a GPU rounds: a unit in the last place, 4e-3.
+    yield "half precision", torch.bfloat16, 1e-2, of_half
+    few, many = Case("layouts", N=40, M=130, D=3), Case("paths", N=70, M=90, D=50, sigma2=10.0)
+    for each in launch.LAYOUTS:
+        only = patched(few, launch, layouts=lambda *_, each=each: [each])
+        yield f"layout {each}", torch.float32, 1e-5, only
+    yield "a chain by steps", torch.float32, 1e-5, patched(many, gram, MOST_REFS=16)
+    yield "a chain by steps", torch.float64, 1e-9, patched(many, gram, torch.float64, MOST_PRODUCTS=16)
+    yield "blocks of queries", torch.float32, 1e-5, patched(many, gram, MOST_PAIRS=2000)
+
+
+def main() -> None:
+    assert fk.backends()["triton"].available
+    part, parts = map(int, sys.argv[1:] or (0, 1))
+    for name, dtype, largest, find in list(checks())[part::parts]:
+        print(json.dumps({"case": name, "dtype": str(dtype), "limit": largest, "errors": find()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

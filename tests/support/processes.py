@@ -1,0 +1,36 @@
+"""Programs of the tests, run in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PROCESSES = min(8, os.cpu_count() or 1)
+
+
+def run(module: str, arguments: Sequence[object], environment: dict[str, str]) -> list[dict[str, Any]]:
+    """Run a module and return the JSON lines that it prints."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{module} ended with {done.returncode}: {done.stderr[-4000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def run_in_parts(module: str, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+    """Run a module whose last arguments are PART PARTS, with its work shared out over processes."""
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        parts = [pool.submit(run, module, (*arguments, k, PROCESSES), environment) for k in range(PROCESSES)]
+        return [row for part in parts for row in part.result()]
