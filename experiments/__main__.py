@@ -34,7 +34,7 @@ def list_experiments() -> int:
 
 
 # For the list of commands alone: `main` reads the words after "run", since their types depend on the experiment.
-app.command(WithoutConfig, name="run")
+app.command(name="run")(WithoutConfig)
 
 
 def run(options: Options[Any]) -> int:

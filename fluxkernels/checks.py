@@ -120,10 +120,10 @@ class Groups:
     def per_group(self, name: str, t: Tensor, queries: int | None = None) -> Tensor:
         """`[]` or `[...]` to `[B]`; with `queries`, an error lists the shape with one entry per query too."""
         if t.ndim > len(self.batch):
-            other = "" if queries is None else f" or one a query, {[*self.batch, queries]}"
+            other = "" if queries is None else f" or one per query, {[*self.batch, queries]}"
             raise ValueError(
-                f"{self.function}: {name} must be a number or have one entry a group, shape {list(self.batch)}{other}, "
-                f"got {shape_of(t)}"
+                f"{self.function}: {name} must be a number or have one entry per group, shape {list(self.batch)}{other}"
+                f", got {shape_of(t)}"
             )
         return self._expand(name, t, self.batch).reshape(-1)
 
@@ -145,7 +145,7 @@ class Groups:
         except RuntimeError:
             raise ValueError(
                 f"{self.function}: {name} of shape {shape_of(t)} does not fit {list(target)}: "
-                f"one number, one a group or (kde ops) one a query"
+                f"one number, one per group or (kde ops) one per query"
             ) from None
 
 

@@ -124,7 +124,7 @@ def measure(run: Run, field: Field, name: str, seed: int) -> None:
 def chains(run: Run, field: Callable[[Tensor], Tensor], seed: int) -> tuple[float, Tensor]:
     """Run Langevin chains from exact samples at `mixture_sigma`; returns the autocorrelation time (σ²) and their ends.
 
-    The time is the larger one of the two coordinates of position; infinite if the chains are too short to measure it.
+    The time is the larger of the two coordinates' times; infinite if the chains are too short to measure it.
     """
     config = run.config
     sigma, step_size = config.mixture_sigma, config.langevin_step_size * config.mixture_sigma**2

@@ -10,6 +10,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor
 
+from fluxkernels.implementation import Kernels
 from fluxkernels.triton_kernels.gram import host as gram
 from fluxkernels.triton_kernels.philox import normal as normal
 from fluxkernels.triton_kernels.philox import normal_kernel
@@ -36,10 +37,6 @@ def _by_dimension(
     return run
 
 
-kde = _by_dimension(streaming.kde, gram.kde)
-kde_backward = _by_dimension(streaming.kde_backward, gram.kde_backward)
-langevin_chain = _by_dimension(streaming.langevin_chain, gram.langevin_chain)
-flux_pass = _by_dimension(streaming.flux_pass, gram.flux_pass)
-residual_gradient = _by_dimension(streaming.residual_gradient, gram.residual_gradient)
-transition_weights = _by_dimension(streaming.transition_weights, gram.transition_weights)
-transition_average = _by_dimension(streaming.transition_average, gram.transition_average)
+# One function for every kernel, such as `kde` and `flux_pass`.
+for _name in (name for name in vars(Kernels) if not name.startswith("_")):
+    globals()[_name] = _by_dimension(getattr(streaming, _name), getattr(gram, _name))

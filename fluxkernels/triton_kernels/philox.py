@@ -1,5 +1,7 @@
 """Normal numbers of `fluxkernels.philox`, made inside of a kernel."""
 
+# Names inside a kernel have Triton's types, which mypy does not know.
+# mypy: ignore-errors
 import math
 from collections.abc import Sequence
 

@@ -1,5 +1,7 @@
 """Functions of numbers that the kernels of streaming/ and gram/ use."""
 
+# Names inside a kernel have Triton's types, which mypy does not know.
+# mypy: ignore-errors
 import triton
 import triton.language as tl
 

@@ -39,7 +39,7 @@ class EDMField(nn.Module):
     def forward(self, z: Tensor, sigma: Tensor | float) -> Tensor:
         sigma = torch.as_tensor(sigma, device=z.device)
         if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(z)):
-            raise ValueError(f"EDMField: sigma must be one number or one a sample, got shape {list(sigma.shape)}")
+            raise ValueError(f"EDMField: sigma must be one number or one per sample, got shape {list(sigma.shape)}")
         sigma = sigma.to(z).expand(len(z))
         per_sample = sigma.reshape(-1, *(1 for _ in z.shape[1:]))
         norm = (per_sample.square() + self.sigma_data**2).sqrt()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import timing
 from bench.gpu import report as gpu_report
 from bench.training import cost, evidence, presets, results, velocity
 from bench.training.problems import MIXTURE, images
@@ -209,3 +210,17 @@ def test_presets_are_timed_and_their_trainings_added_up() -> None:
     row = {"experiment": "springs", "objective": "flux", "iterations": 1000, "count": 6, "seconds": 0.6}
     assert presets.line(row | {"gigabytes": 2.0}) == "| springs | flux | 600 ms | 2.0 GB | 1000 × 6 | 1 h |"
     assert "OutOfMemoryError" in presets.line(row | {"failed": "OutOfMemoryError: 80 GB"})
+
+
+def test_times_on_a_gpu_are_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    testing = pytest.importorskip("triton.testing", reason="triton is not installed")
+
+    def do_bench(call: Any, rep: float, quantiles: Any = None, return_mode: str = "mean") -> Any:
+        call()
+        return [100 * q for q in quantiles] if quantiles else {"min": 1.0, "mean": 5.0}[return_mode]
+
+    monkeypatch.setattr(testing, "do_bench", do_bench)
+    calls: list[None] = []
+    assert timing.on_gpu(lambda: calls.append(None)) == pytest.approx({"p10": 0.01, "median": 0.05, "p90": 0.09})
+    assert timing.fastest_on_gpu(lambda: calls.append(None)) == pytest.approx(1e-3)
+    assert len(calls) == 2

@@ -46,17 +46,15 @@ def test_metrics_refuse_what_would_not_come_back(job: Run) -> None:
 
 
 @pytest.mark.parametrize("whole", ["", '{"kind": "a", "x": 1}\n'])
-@pytest.mark.parametrize("cut", ["", "{", '{"kind": "a", "x', '{"kind": "a", "text": "\u2013"'])
-def test_a_line_cut_short_is_dropped_at_the_next_start(job: Run, walk: Walk, whole: str, cut: str) -> None:
-    before = job.rows()
-    data = whole.encode() + cut.encode()[:-1]
-    Path("out/metrics.jsonl").write_bytes(data)
+@pytest.mark.parametrize("cut", [b"{", b'{"kind": "a", "x', '{"kind": "–'.encode()[:-1], b'{"kind": "a"}'])
+def test_a_line_cut_short_is_dropped_at_the_next_start(job: Run, walk: Walk, whole: str, cut: bytes) -> None:
+    assert job.rows() == []
+    Path("out/metrics.jsonl").write_bytes(whole.encode() + cut)
     again = make_run(walk)
     kept = [{"kind": "a", "x": 1}] if whole else []
     assert again.rows() == kept
     again.log(kind="b", flag=False)
     assert again.rows() == [*kept, {"kind": "b", "flag": False}]
-    assert before == []
 
 
 def test_by_seed_leaves_out_rows_without_a_value(job: Run) -> None:

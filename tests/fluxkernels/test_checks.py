@@ -174,9 +174,9 @@ def test_bandwidths_by_group_and_query() -> None:
             torch.testing.assert_close(by_query[g, n], one[0])
     one_a_query = fk.kde_score(x[0], refs[0], per_query[0])
     torch.testing.assert_close(one_a_query, by_query[0])
-    with pytest.raises(ValueError, match="tau must be a number or have one entry a group"):
+    with pytest.raises(ValueError, match="tau must be a number or have one entry per group"):
         fk.langevin_chain(x, refs, 0.1, per_query)
-    with pytest.raises(ValueError, match=r"one entry a group, shape \[\] or one a query, \[5\], got \[5, 1\]"):
+    with pytest.raises(ValueError, match=r"one entry per group, shape \[\] or one per query, \[5\], got \[5, 1\]"):
         fk.kde_score(x[0], refs[0], per_query[0][:, None])
 
 

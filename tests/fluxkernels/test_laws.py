@@ -22,11 +22,11 @@ def points(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
 
 
 @settings(max_examples=60, **SAME)
-@given(sizes, sizes, sizes, st.integers(1, 20), log_sigma2, taus, scales, scales)
+@given(st.tuples(sizes, sizes, sizes, st.integers(1, 20)), log_sigma2, taus, scales, scales)
 def test_finite_and_translation_invariant(
-    backend: str, G: int, N: int, M: int, D: int, exponent: float, tau: float, x_scale: float, refs_scale: float
+    backend: str, shape: tuple[int, int, int, int], exponent: float, tau: float, x_scale: float, refs_scale: float
 ) -> None:
-    sigma2 = 10.0**exponent
+    (G, N, M, D), sigma2 = shape, 10.0**exponent
     x, refs = points(1, G, N, D, scale=x_scale).double(), points(2, G, M, D, scale=refs_scale).double()
     p = fk.flux_pass(x, refs, sigma2, tau, seed=3)
     moved = fk.flux_pass(x + 2.0**20, refs + 2.0**20, sigma2, tau, seed=3)

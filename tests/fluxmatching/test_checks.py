@@ -147,7 +147,7 @@ def test_fields_without_second_derivatives(field: Any, second_derivatives: str) 
     assert loss(field, second_derivatives=second_derivatives, seed=1).isfinite().all()
 
 
-def test_one_sample_one_center() -> None:
+def test_one_sample_is_its_own_reference_point() -> None:
     assert loss(x=X[:1], second_derivatives="finite_difference").shape == (1,)
 
 

@@ -46,7 +46,7 @@ def test_a_level_for_each_sample() -> None:
     one_by_one = torch.cat([field(z[i : i + 1], sigma[i]) for i in range(3)])
     torch.testing.assert_close(field(z, sigma), one_by_one)
     for bad in (torch.ones(2), torch.ones(3, 1)):
-        with pytest.raises(ValueError, match="sigma must be one number or one a sample"):
+        with pytest.raises(ValueError, match="sigma must be one number or one per sample"):
             field(z, bad)
 
 

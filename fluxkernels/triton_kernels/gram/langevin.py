@@ -5,6 +5,9 @@ only its inner products with R, which obey L <- e^{-h} L + (1-e^{-h}) w RRᵀ + 
 one stacked product [x0; ξ_0; ξ_1; ...; R] Rᵀ, all steps on matrices of the size of L, and one product with R.
 """
 
+# Names inside a kernel have Triton's types, which mypy does not know; kernels take many arguments.
+# mypy: ignore-errors
+# ruff: noqa: PLR0913, PLR0915
 import triton
 import triton.language as tl
 
