@@ -78,4 +78,4 @@ arm64:
 	done
 
 clean:
-	rm -rf $(VENV) build dist bench.json *.egg-info fluxkernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist bench.json *.egg-info fluxkernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache bench/results/*-rows.json

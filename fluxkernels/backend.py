@@ -97,7 +97,8 @@ def backends() -> dict[str, Backend]:
     return {name: Backend(name, e.what, e.devices, e.missing()) for name, e in _ENTRIES.items()}
 
 
-def _known(name: str, source: str) -> str:
+def check_backend(name: str, source: str) -> str:
+    """Return `name` if there is a backend of that name, available or not; `source` names it in the error."""
     if name not in _ENTRIES:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, _ENTRIES))}, got {name!r}")
     return name
@@ -112,7 +113,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has that name.
     """
-    token = _in_use.set(_known(name, "use_backend: name"))
+    token = _in_use.set(check_backend(name, "use_backend: name"))
     try:
         yield
     finally:
@@ -156,7 +157,7 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
                 stacklevel=2,
             )
         return "torch"
-    name = _known(*asked)
+    name = check_backend(*asked)
     entry = _ENTRIES[name]
     if (missing := entry.missing()) is not None:
         raise BackendError(f"backend '{name}' was asked for but cannot run: {missing}")

@@ -11,7 +11,7 @@ from experiments.common.jet import Jet
 
 
 def triangle_means(radius: float) -> Tensor:
-    """Return the vertices of an equilateral triangle of circumradius `radius`, anticlockwise from the top: `[3, 2]`."""
+    """Return vertices of an equilateral triangle of circumradius `radius`, `[3, 2]`, counterclockwise from the top."""
     angles = torch.tensor([90.0, 210.0, 330.0], dtype=torch.float64).deg2rad()
     return radius * torch.stack([angles.cos(), angles.sin()], dim=-1)
 

@@ -100,7 +100,7 @@ def _one_line_errors() -> Iterator[None]:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             yield
     except SystemExit:
-        raise UsageError(_one_line(printed.getvalue())) from None
+        raise UsageError(f"{_one_line(printed.getvalue())}; `{PROGRAM} run NAME --help` lists all options") from None
 
 
 def _one_line(message: str) -> str:

@@ -26,7 +26,7 @@ BLOCK = 4096
 
 
 def rotate(v: Tensor, dim: int = -1) -> Tensor:
-    """Compute J v with J = [[0, -1], [1, 0]], a quarter turn anticlockwise of the vectors along `dim`: shape of v."""
+    """Compute J v with J = [[0, -1], [1, 0]], a quarter turn counterclockwise along `dim`: shape of v."""
     first, second = v.unbind(dim)
     return torch.stack([-second, first], dim)
 
@@ -59,7 +59,7 @@ class TriangleTemplate(Template):
     """ψ_tri of Eq. 20-23: a ridge along the edges of a triangle and a low plateau inside it.
 
     Args:
-        vertices: v_j, anticlockwise, `[3, 2]`.
+        vertices: v_j, counterclockwise, `[3, 2]`.
     """
 
     vertices: Tensor
@@ -74,7 +74,7 @@ class TriangleTemplate(Template):
         edge = vertices.roll(-1, 1) - vertices
         length = edge.norm(dim=0)
         e = edge / length
-        n = -rotate(e, 0)  # outward, the vertices being anticlockwise
+        n = -rotate(e, 0)  # outward, the vertices being counterclockwise
         a, d = (u.T @ x - (u * vertices).sum(0).unsqueeze(-1) for u in (e, n))  # Eq. 20, [3, n]
 
         slope = self.kappa / self.width

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fluxmatching.fields import per_sample
+
 
 class EDMField(nn.Module):
     """f(z, σ) = (D(z; σ) - z)/σ² with the preconditioned denoiser D of Karras et al. (2022, Table 1).
@@ -41,7 +43,7 @@ class EDMField(nn.Module):
         if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(z)):
             raise ValueError(f"EDMField: sigma must be one number or one per sample, got shape {list(sigma.shape)}")
         sigma = sigma.to(z).expand(len(z))
-        per_sample = sigma.reshape(-1, *(1 for _ in z.shape[1:]))
-        norm = (per_sample.square() + self.sigma_data**2).sqrt()
+        level = per_sample(sigma, z)
+        norm = (level.square() + self.sigma_data**2).sqrt()
         output = self.network(z / norm, sigma.log() / 4)
-        return (self.sigma_data / per_sample * output.to(z.dtype) - z / norm) / norm
+        return (self.sigma_data / level * output.to(z.dtype) - z / norm) / norm

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Field = Callable[[Tensor], Tensor]  # f(z), z `[n, *event]`, each sample by itself
 NoisyField = Callable[[Tensor, Tensor], Tensor]  # f(z, σ), σ of shape `[]`
@@ -27,28 +28,78 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> T
     return f.to(z.dtype)
 
 
-def field_from_denoiser(denoiser: NoisyField) -> NoisyField:
-    """Make the field f(z, σ) = (D(z, σ) - z)/σ² from a denoiser D, an estimate of the clean sample.
+class AdaptedField(nn.Module):
+    """Base of the fields f(z, σ) made from another prediction: a module, so that parameters of a network are its own.
 
     Args:
-        denoiser: D(z, σ), z = x + σ n `[n, *event]` and σ `[]` or `[n]`; returns the shape of z.
+        prediction: a module or function of (z, σ).
+    """
+
+    def __init__(self, prediction: NoisyField) -> None:
+        super().__init__()
+        if not callable(prediction):
+            raise TypeError(f"{type(self).__name__}: prediction must be callable, got {type(prediction).__name__}")
+        self.prediction = prediction
+
+    def forward(self, z: Tensor, sigma: Tensor | float) -> Tensor:
+        level = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
+        if level.ndim > 1 or (level.ndim == 1 and len(level) != len(z)):
+            raise ValueError(
+                f"{type(self).__name__}: sigma must be one number or one per sample, got shape {list(level.shape)}"
+            )
+        return self.convert(z, level)
+
+    def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """Compute f(z, σ) from the prediction."""
+        raise NotImplementedError
+
+
+class DenoiserField(AdaptedField):
+    """Field of `field_from_denoiser`."""
+
+    def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
+        return (self.prediction(z, sigma) - z) / per_sample(sigma, z).square()
+
+
+class NoisePredictionField(AdaptedField):
+    """Field of `field_from_noise_prediction`."""
+
+    def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
+        return -self.prediction(z, sigma) / per_sample(sigma, z)
+
+
+class VelocityField(AdaptedField):
+    """Field of `field_from_velocity`."""
+
+    def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
+        level = per_sample(sigma, z)
+        return (self.prediction(z / (1 + level), 1 / (1 + sigma)) - z) / (level * (1 + level))
+
+
+def field_from_denoiser(denoiser: NoisyField) -> DenoiserField:
+    """Make the field f(z, σ) = (D(z, σ) - z)/σ² from a denoiser D, an estimate of the clean sample.
+
+    At small σ the difference D - z loses digits; a network that predicts noise, or `EDMField`, does not.
+
+    Args:
+        denoiser: D(z, σ), z = x + σ n `[n, *event]` and σ > 0, `[]` or `[n]`; returns the shape of z.
 
     Returns:
         f(z, σ), the score where D is the posterior mean (Tweedie's formula).
     """
-    return lambda z, sigma: (denoiser(z, sigma) - z) / per_sample(sigma, z).square()
+    return DenoiserField(denoiser)
 
 
-def field_from_noise_prediction(predict_noise: NoisyField) -> NoisyField:
+def field_from_noise_prediction(predict_noise: NoisyField) -> NoisePredictionField:
     """Make the field f(z, σ) = -ε(z, σ)/σ from an estimate ε of the noise n in z = x + σ n.
 
     Args:
-        predict_noise: ε(z, σ), z `[n, *event]` and σ `[]` or `[n]`; returns the shape of z.
+        predict_noise: ε(z, σ), z `[n, *event]` and σ > 0, `[]` or `[n]`; returns the shape of z.
     """
-    return lambda z, sigma: -predict_noise(z, sigma) / per_sample(sigma, z)
+    return NoisePredictionField(predict_noise)
 
 
-def field_from_velocity(velocity: NoisyField) -> NoisyField:
+def field_from_velocity(velocity: NoisyField) -> VelocityField:
     """Make a field f(z, σ) from the velocity of a linear flow x_t = t x + (1-t) n from noise (t = 0) to data (t = 1).
 
     With t = 1/(1+σ), x_t = t z for z = x + σ n, and the score of x_t follows from the marginal velocity. Hence
@@ -61,12 +112,7 @@ def field_from_velocity(velocity: NoisyField) -> NoisyField:
     Returns:
         f(z, σ), the score where v is the marginal velocity of the path.
     """
-
-    def field(z: Tensor, sigma: Tensor) -> Tensor:
-        scale = 1 + per_sample(sigma, z)
-        return (velocity(z / scale, 1 / (1 + sigma)) - z) / (per_sample(sigma, z) * scale)
-
-    return field
+    return VelocityField(velocity)
 
 
 def per_sample(values: Tensor, z: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ from torch import Tensor, nn
 
 
 class UNet(nn.Module):
-    """diffusers' `UNet2DModel` as F(x, c_noise) of `EDMField`; the defaults are those of the paper's Table 3.
+    """UNet of diffusers (`UNet2DModel`) as F(x, c_noise) of `EDMField`; the defaults are those of the paper's Table 3.
 
     Args:
         size: height and width of the images, a multiple of 2^(len(multipliers) - 1).
-        channels: of the images.
+        channels: channels of the images.
         width: channels of the first level.
-        multipliers: of width, one a level; each level halves the resolution.
+        multipliers: multiple of width per level; each level halves the resolution.
         attention: resolutions with self-attention.
-        blocks: residual blocks a level.
-        dropout: probability.
+        blocks: residual blocks per level.
+        dropout: probability of dropout.
         options: further arguments of `UNet2DModel`.
 
     Raises:

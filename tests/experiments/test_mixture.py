@@ -76,7 +76,7 @@ def test_sample_means_picks_every_component_equally_often() -> None:
     assert (counts - 10_000).abs().max() < 5 * math.sqrt(30_000 * 2 / 9)
 
 
-def test_triangle_is_equilateral_and_anticlockwise_from_the_top() -> None:
+def test_triangle_is_equilateral_and_counterclockwise_from_the_top() -> None:
     v = triangle_means(2.3)
     torch.testing.assert_close(v[0], torch.tensor([0.0, 2.3], dtype=torch.float64))
     torch.testing.assert_close((v - v.roll(1, 0)).norm(dim=-1), torch.full((3,), 2.3 * 3**0.5, dtype=torch.float64))

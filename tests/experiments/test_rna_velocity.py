@@ -129,8 +129,8 @@ def test_simulated_truth(simulated: Any, course: str) -> None:
         time[1:, None] < adata.var["true_t_"].to_numpy()
     )
     # Times are kept to 0.01, so a quotient is right only over the whole way.
-    travelled = np.where(same_phase, middle * steps[:, None], np.diff(spliced, axis=0)).sum(0)
-    np.testing.assert_allclose(travelled, spliced[-1] - spliced[0], atol=0.02 * spliced.max())
+    traveled = np.where(same_phase, middle * steps[:, None], np.diff(spliced, axis=0)).sum(0)
+    np.testing.assert_allclose(traveled, spliced[-1] - spliced[0], atol=0.02 * spliced.max())
     assert np.abs(velocity).max() > 0.5
 
 

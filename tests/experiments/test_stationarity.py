@@ -185,7 +185,7 @@ def test_field_is_causal_and_pulls_back_from_far_away(tmp_path: Path) -> None:
     assert ((wild(far) * far).sum(-1) < 0).all()
 
 
-def test_flux_matching_turns_the_causal_field_towards_the_solution(tmp_path: Path) -> None:
+def test_flux_matching_turns_the_causal_field_toward_the_solution(tmp_path: Path) -> None:
     run = make_run(tmp_path, steps=300, batch=128, log_every=300, learning_rate=0.01, hidden=32, data=5000)
     mixture, data = stationarity.make_target(run)
     x = mixture.sample(2000, generator())

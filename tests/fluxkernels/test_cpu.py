@@ -206,7 +206,7 @@ def test_conversions(dtype: torch.dtype, target: str) -> None:
     middle = torch.cat([(ordered[1:] + ordered[:-1]) / 2, ordered[-1:] + step / 2])
     up = torch.tensor(math.inf, dtype=torch.float64)
     around = [middle, torch.nextafter(middle, up), torch.nextafter(middle, -up)]
-    around += [middle.float().nextafter(towards.float()).double() for towards in (up, -up)]
+    around += [middle.float().nextafter(toward.float()).double() for toward in (up, -up)]
     numbers = torch.cat([ordered, *around, middle * 1.001, torch.tensor([1e100, -1e100, 1e-100], dtype=torch.float64)])
     numbers = numbers[numbers.isfinite()]
     expected = numbers.to(dtype)

@@ -4,43 +4,13 @@ The interpreter needs an environment variable before the kernels are imported, s
 """
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-PROCESSES = min(8, os.cpu_count() or 1)
+from tests.support.processes import run_in_parts
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def run(module: str, arguments: Sequence[object], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Run a module and return the JSON lines that it prints."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
-def run_in_parts(module: str, *arguments: object, **environment: str) -> list[dict[str, Any]]:
-    """Run a module in several processes, each with a part of the work."""
-    with ThreadPoolExecutor(PROCESSES) as pool:
-        parts = [pool.submit(run, module, (*arguments, k, PROCESSES), environment) for k in range(PROCESSES)]
-        return [row for part in parts for row in part.result()]
 
 
 def test_every_case_against_the_formulas_in_float64() -> None:

@@ -1,11 +1,13 @@
 """Bad input to the loss: the message names the argument, what it takes and what it got."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from fluxmatching import Draws, UniformHorizon
+from fluxmatching.losses.options import as_sigma
 from tests.support.losses import flux_loss, target_of
 
 X = torch.randn(6, 2)
@@ -160,3 +162,13 @@ def test_horizon_zero_is_a_limit() -> None:
 def test_horizon_must_be_positive() -> None:
     with pytest.raises(ValueError, match="tau_max must be a positive number, got 0"):
         UniformHorizon(0)
+
+
+@pytest.mark.parametrize("variance", [1e-3, 0.05, 0.1, 0.5])
+def test_square_of_a_square_root_is_exact_in_float32(variance: float) -> None:
+    """σ given as a number is squared in double precision, so math.sqrt(σ²) stands for σ² to the last bit."""
+    _, squared = as_sigma("test", math.sqrt(variance), like=X)
+    assert squared.item() == torch.tensor(variance).item()
+    level, squared = as_sigma("test", torch.tensor(0.3), like=X)
+    assert torch.equal(level, torch.tensor(0.3))
+    assert torch.equal(squared, torch.tensor(0.3).square())

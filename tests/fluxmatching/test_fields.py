@@ -1,12 +1,14 @@
 """Fields made from denoisers, noise predictions and flow velocities, on data whose score is known."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fluxkernels as fk
 from fluxmatching import field_from_denoiser, field_from_noise_prediction, field_from_velocity
-from fluxmatching.fields import call_field
+from fluxmatching.fields import NoisyField, call_field
 
 F64 = torch.float64
 DATA = torch.randn(7, 2, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
@@ -65,3 +67,13 @@ def test_call_field_checks_the_result() -> None:
         call_field(lambda z: z[:, 0], z)
     with pytest.raises(TypeError, match=r"floating-point numbers, got torch\.int64"):
         call_field(lambda z: z.long(), z)
+
+
+@pytest.mark.parametrize("make", [field_from_denoiser, field_from_noise_prediction, field_from_velocity])
+def test_noise_levels_of_an_adapter(make: Callable[[NoisyField], nn.Module]) -> None:
+    field, z = make(lambda z, level: z * level.reshape(-1, 1)), torch.randn(4, 2)
+    torch.testing.assert_close(field(z, 0.5), field(z, torch.full((4,), 0.5, dtype=F64)))
+    with pytest.raises(ValueError, match=r"sigma must be one number or one per sample, got shape \[3\]"):
+        field(z, torch.ones(3))
+    with pytest.raises(TypeError, match="prediction must be callable, got int"):
+        make(3)  # type: ignore[arg-type]

@@ -238,3 +238,8 @@ def test_samples_without_an_event(x: torch.Tensor) -> None:
             sampler(gaussian_score, x, exponential_schedule(2))
     with pytest.raises(ValueError, match="probability_flow: x must have shape"):
         probability_flow(gaussian_score, x)
+
+
+def test_solver_is_an_object() -> None:
+    with pytest.raises(TypeError, match="probability_flow: solver must be an ODESolver, got 'dopri5'"):
+        probability_flow(gaussian_score, torch.ones(2, 2), solver="dopri5")  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from fluxkernels import philox, reference, triton_kernels
 from fluxkernels.triton_kernels import launch
 from fluxkernels.triton_kernels.gram import host as gram
 from tests.support.cases import CASES, Case
-from tests.support.ops import BY_NAME, KERNELS, OPS, tensors
+from tests.support.ops import KERNELS, OPS, tensors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Reference points above which the interpreter takes too long, and cases that it runs in float64 too; a GPU runs all.
@@ -75,13 +75,10 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
         "g_log_density": torch.randn(z.shape[:2], generator=generator).to(DEVICE, dtype),
         **{"num_steps": 4, "chain_noise": noise, "seed": torch.tensor(-(2**62) + 12345, device=DEVICE)},
     }
-    found = errors_of_a_pass(inputs)
-    # Transitions go from the starts to the ends of the pass.
-    step = BY_NAME["flux_pass"].kernels[0].of({**inputs, "pass_noise": None})
-    x0, shift0, xt, _ = triton_kernels.flux_pass(*step)
+    found, ends = run_pass(inputs)
     for kernel in KERNELS:
         if kernel.name != "flux_pass":
-            moved = {"x": x0, "shift": shift0, "xt": xt} if "xt" in kernel.arguments else {}
+            moved = ends if "xt" in kernel.arguments else {}
             for name, args in kernel.variants({**inputs, **moved}).items():
                 got, truth = getattr(triton_kernels, kernel.name)(*args), getattr(reference, kernel.name)(*double(args))
                 names = [f"{name}: {result}" for result in kernel.results]
@@ -89,8 +86,11 @@ def errors(case: Case, dtype: torch.dtype) -> dict[str, float]:
     return found
 
 
-def errors_of_a_pass(inputs: dict[str, Any]) -> dict[str, float]:
-    """Errors of a pass of three steps, whose later results are compared at its own rounded points."""
+def run_pass(inputs: dict[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """(errors of a pass of three steps, inputs of the transition kernels from its results).
+
+    Later results of the pass are compared at its own rounded points.
+    """
     z, refs, sigma2, seed = inputs["x"], inputs["refs"], inputs["per_query"], inputs["seed"]
     chain = refs, inputs["per_group"], inputs["tau"]
     x0, shift0, xt, shift_t = triton_kernels.flux_pass(z, *chain, 3, None, seed)
@@ -98,7 +98,8 @@ def errors_of_a_pass(inputs: dict[str, Any]) -> dict[str, float]:
     start = (z.double() + inputs["per_group"].double().sqrt() * n0).to(z.dtype).double()
     end = reference.langevin_chain(*double((x0, *chain)), 3, None, seed)
     shifts = [reference.kde(*double((x, refs, sigma2)))[0] for x in (x0, xt)]
-    return compare(("x0", "xt", "shift0", "shift_t"), (x0, xt, shift0, shift_t), (start, end, *shifts))
+    found = compare(("x0", "xt", "shift0", "shift_t"), (x0, xt, shift0, shift_t), (start, end, *shifts))
+    return found, {"x": x0, "shift": shift0, "xt": xt}
 
 
 def results_of_ops(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -120,10 +121,12 @@ def results_of_ops(backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
     }
     results = {}
     with fk.use_backend(backend):
-        inputs["xt"] = fk.langevin_chain(x, refs, sigma2, tau, num_steps=2, seed=5)
-        for seed, op in enumerate(OPS):
-            drawn = tensors(op.call(inputs, seed=seed) if op.noise else op.call(inputs), values)
-            results |= {f"{op.name} {i}": result for i, result in enumerate(drawn)}
+        step = fk.flux_pass(x, refs, sigma2, tau, num_steps=2, seed=5)
+        for op in OPS:
+            # Transitions go from the starts to the ends of the pass.
+            given = {**inputs, "x": step.x0, "xt": step.xt} if "xt" in op.arguments.values() else inputs
+            result = tensors(op.call(given, seed=6) if op.noise else op.call(given), values)
+            results |= {f"{op.name} {i}": tensor for i, tensor in enumerate(result)}
         # Of a fixed combination: a function with large arguments would only magnify their rounding.
         sum((r * torch.arange(r.numel(), device=DEVICE).cos().view(r.shape)).sum() for r in results.values()).backward()
     named = dict(zip(("x", "refs", "values", "sigma2", "tau"), (*leaves, sigma2, tau), strict=True))

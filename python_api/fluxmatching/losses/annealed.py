@@ -10,7 +10,7 @@ from fluxkernels.checks import as_number_tensor, check_tensor
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.noise_levels import LinearInLogSigma
-from fluxmatching.losses.options import FluxOptions, check_options
+from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
 from fluxmatching.losses.target import flux_target
 
 
@@ -106,6 +106,7 @@ def annealed_terms(
         if not callable(value):
             raise TypeError(f"{function}: {name} must be callable, got {type(value).__name__}")
     check_tensor(function, "x", x)
+    as_sigma(function, sigma, like=x)
     level = as_number_tensor(function, "sigma", sigma, like=x)
     if level.ndim:
         raise ValueError(f"{function}: sigma must be one number, got shape {list(level.shape)}")

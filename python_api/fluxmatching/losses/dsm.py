@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import kde_mean, philox
+from fluxkernels.backend import check_backend
 from fluxkernels.checks import check_choice, check_finite, check_same_shape, check_seed, check_tensor
 from fluxmatching.fields import Field, call_field, per_sample
 from fluxmatching.losses.draws import Draws
@@ -37,6 +38,8 @@ class DSMOptions:
         check_choice("DSMOptions", "form", self.form, FORMS)
         if not isinstance(self.stable, bool):
             raise TypeError(f"DSMOptions: stable must be True or False, got {self.stable!r}")
+        if self.backend is not None:
+            check_backend(self.backend, "DSMOptions: backend")
 
 
 def dsm_loss(

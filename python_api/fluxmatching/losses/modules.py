@@ -6,26 +6,38 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fluxmatching.field_modules import networks_of
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
-from fluxmatching.losses.options import FluxOptions
+from fluxmatching.losses.options import FluxOptions, check_options
 from fluxmatching.losses.target import flux_target
 
 Logged = dict[str, Tensor]
 
 
 class LossModule(nn.Module):
-    """Base of the loss modules: registers what the loss learns, in one module that an optimizer or engine can hold.
+    """Base of the loss modules: one module for an optimizer or engine, with everything that is learned.
 
     Args:
-        field: the field; registered as a submodule if it is one.
-        horizon: learned together with the field, or None.
+        field: a module, or a function without parameters.
+        horizon: horizon of the options, or None.
+
+    Raises:
+        TypeError: the field is a function that uses a network; its parameters would not be registered.
     """
 
     def __init__(self, field: Callable[..., Tensor], horizon: nn.Module | None = None) -> None:
         super().__init__()
+        name = type(self).__name__
+        if not callable(field):
+            raise TypeError(f"{name}: field must be callable, got {type(field).__name__}")
+        if not isinstance(field, nn.Module) and (networks := networks_of(field)):
+            raise TypeError(
+                f"{name}: field must be a torch.nn.Module, so that its parameters are registered; got a function that "
+                f"uses {type(networks[0]).__name__}"
+            )
         self.field = field
         self.horizon = horizon
 
@@ -35,12 +47,15 @@ class FluxMatching(LossModule):
 
     Args:
         field: f(z), a module or function.
-        options: see `FluxOptions`.
+        options: see `FluxOptions`; no learned horizon, which needs a normalized loss.
     """
 
     field: Field
 
     def __init__(self, field: Field, options: FluxOptions = FluxOptions()) -> None:
+        check_options("FluxMatching", options, FluxOptions)
+        if options.horizon is not None and options.horizon.learned:
+            raise ValueError("FluxMatching: a learned horizon needs NoiseAnnealedFluxMatching, which normalizes")
         super().__init__(field, options.horizon)
         self.options = options
 
@@ -64,15 +79,16 @@ class NoiseAnnealedFluxMatching(LossModule):
 
     Args:
         field: f(z, σ), a module or function.
-        normalizer: s_η; None makes a `LossNormalizer`.
         options: see `FluxOptions`. A learned horizon becomes a submodule.
+        normalizer: s_η; None makes a `LossNormalizer`.
     """
 
     field: NoisyField
 
     def __init__(
-        self, field: NoisyField, normalizer: LossNormalizer | None = None, options: FluxOptions = FluxOptions()
+        self, field: NoisyField, options: FluxOptions = FluxOptions(), *, normalizer: LossNormalizer | None = None
     ) -> None:
+        check_options("NoiseAnnealedFluxMatching", options, FluxOptions)
         super().__init__(field, options.horizon)
         self.normalizer = LossNormalizer() if normalizer is None else normalizer
         self.options = options
@@ -107,6 +123,7 @@ class DenoisingScoreMatching(LossModule):
     field: Field
 
     def __init__(self, field: Field, options: DSMOptions = DSMOptions()) -> None:
+        check_options("DenoisingScoreMatching", options, DSMOptions)
         super().__init__(field)
         self.options = options
 

@@ -12,8 +12,8 @@ class LogNormalNoise:
     """Log-normal distribution, log σ ~ N(mean, std²): that of EDM (Karras et al. 2022, Table 1).
 
     Args:
-        mean: of log σ.
-        std: of log σ, positive.
+        mean: mean of log σ.
+        std: standard deviation of log σ, positive.
     """
 
     def __init__(self, mean: float = -1.2, std: float = 1.2) -> None:

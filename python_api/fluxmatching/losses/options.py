@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from fluxkernels.backend import check_backend
 from fluxkernels.checks import as_number_tensor, can_check_values, check_choice, check_num_steps
 from fluxmatching.losses.horizons import Horizon
 from fluxmatching.losses.second_derivatives import METHODS
@@ -79,6 +80,8 @@ class FluxOptions:
             raise ValueError(f"{name}: chunk_size must be None or a positive number of samples, got {size!r}")
         if self.num_steps is not None:
             check_num_steps(name, self.num_steps)
+        if self.backend is not None:
+            check_backend(self.backend, f"{name}: backend")
 
     def method_for(self, dtype: torch.dtype) -> str:
         """Return the method for second derivatives of a field on data of this dtype."""
@@ -104,9 +107,15 @@ def as_sigma(function: str, sigma: float | Tensor, like: Tensor) -> tuple[Tensor
         ValueError, TypeError: σ is not positive and finite, or its square is not, in that dtype.
     """
     level = as_number_tensor(function, "sigma", sigma, like=like).detach()
-    variance = level.square()
+    if isinstance(sigma, Tensor):
+        variance = level.square()
+    else:
+        # Squared before it is rounded, so that the square of math.sqrt(0.1) is 0.1 in float32 too.
+        variance = torch.full_like(level, float(sigma) * float(sigma))
+        level = variance.sqrt()
     if can_check_values(variance):
         tiny = torch.finfo(variance.dtype).tiny
         if not ((variance >= tiny) & variance.isfinite()).all():
-            raise ValueError(f"{function}: sigma must have a square within the range of {variance.dtype}, got {sigma}")
+            got = sigma.tolist() if isinstance(sigma, Tensor) else sigma
+            raise ValueError(f"{function}: sigma must have a square within the range of {variance.dtype}, got {got}")
     return level, variance

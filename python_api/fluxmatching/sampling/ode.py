@@ -116,6 +116,8 @@ def integrate(
         ImportError: torchdiffeq is not installed.
         RuntimeError: the tolerance cannot be met.
     """
+    if not isinstance(solver, ODESolver):
+        raise TypeError(f"{function}: solver must be an ODESolver, got {solver!r}")
     rtol, atol = float(solver.rtol), float(solver.atol)
     try:
         from torchdiffeq import odeint

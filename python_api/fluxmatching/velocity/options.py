@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fluxkernels.backend import check_backend
 from fluxkernels.checks import check_choice, check_positive, check_seed
 
 # What differs from the paper's settings in a fit whose directions and ratios of rates are meaningful.
@@ -71,6 +72,8 @@ class VelocityOptions:
                 raise TypeError(f"flux_velocity: {name} must be True or False, got {getattr(self, name)!r}")
         for name in ("sigma", "lr", *(() if self.circulation is None else ("circulation",))):
             object.__setattr__(self, name, check_positive("flux_velocity", name, getattr(self, name)))
+        if self.backend is not None:
+            check_backend(self.backend, "flux_velocity: backend")
         seed = check_seed("flux_velocity", self.seed)
         if not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"flux_velocity: seed must be a whole number in [0, 2^63), got {self.seed!r}")
