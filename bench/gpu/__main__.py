@@ -151,7 +151,7 @@ def main() -> None:
     print("velocity", results["velocity"], flush=True)
     records.keep(kind, results, origin.date, options.output)
     print(presets.HEAD)
-    results["presets"] = presets.measure("paper", torch.device("cuda"), steps=5)
+    results["presets"] = presets.measure("paper", torch.device("cuda"), num_steps=5)
     file = records.keep(kind, results, origin.date, options.output)
     print(f"{file} after {time.perf_counter() - begin:.0f} s; left out: {results['left_out'] or 'none'}")
     if results["tests"] and not results["tests"]["passed"]:

@@ -23,7 +23,7 @@ from bench.origin import Origin
 from bench.timing import gpu_peak_memory, median_of_repeated, medians, resident_growth, run_module
 from bench.training.problems import images
 from bench.training.results import begin, device_argument
-from experiments.springs.network import TrajectoryTransformer
+from experiments.common.networks import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
     EDMField,

@@ -75,14 +75,14 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
         yield Training("fast_mixing, mixture", objective, run.config.mixture_iterations, run.config.seeds, make)
 
 
-def measure(preset: str, device: torch.device, steps: int) -> list[dict[str, Any]]:
+def measure(preset: str, device: torch.device, num_steps: int) -> list[dict[str, Any]]:
     """A row per training; one that fails has its error's text instead of figures."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for training in trainings(preset, device, Path(folder)):
             row: dict[str, Any] = {name: value for name, value in vars(training).items() if name != "make"}
             try:
-                row["seconds"], row["gigabytes"] = step_seconds(training.make(), device, steps)
+                row["seconds"], row["gigabytes"] = step_seconds(training.make(), device, num_steps)
             except Exception as problem:  # out of memory: the others stay
                 row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
             rows.append(row)
@@ -90,11 +90,11 @@ def measure(preset: str, device: torch.device, steps: int) -> list[dict[str, Any
     return rows
 
 
-def step_seconds(trainer: Trainer, device: torch.device, steps: int) -> tuple[float, float | None]:
+def step_seconds(trainer: Trainer, device: torch.device, num_steps: int) -> tuple[float, float | None]:
     """Median time of a step after two, and the most GPU memory in GB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    (seconds,) = medians([trainer.step], steps, warm_up=2)
+    (seconds,) = medians([trainer.step], num_steps, warm_up=2)
     memory = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
     return seconds, memory
 

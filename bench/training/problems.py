@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.mixture import GaussianMixture, triangle_means
-from experiments.common.networks import Perceptron
-from experiments.springs.network import TrajectoryTransformer
+from experiments.common.networks import Perceptron, TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import EDMField, UNet, dsm_loss
 

@@ -14,9 +14,11 @@ def on_device(generator: torch.Generator, device: torch.device) -> torch.Generat
 
 
 def sample_reverse_ve(
-    field: nn.Module, like: Tensor, steps: int, sigma_min: float, sigma_max: float, generator: torch.Generator
+    field: nn.Module, like: Tensor, num_steps: int, sigma_min: float, sigma_max: float, generator: torch.Generator
 ) -> Tensor:
     """Draw samples by the reverse VE sampler from σ_max down to σ_min, with the shape and device of `like`."""
     start = sigma_max * torch.randn(like.shape, generator=generator)
     noise = on_device(generator, like.device)
-    return reverse_ve(field, start.to(like.device), exponential_schedule(steps, sigma_min, sigma_max), generator=noise)
+    return reverse_ve(
+        field, start.to(like.device), exponential_schedule(num_steps, sigma_min, sigma_max), generator=noise
+    )

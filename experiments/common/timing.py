@@ -12,14 +12,14 @@ from fluxkernels import BackendError, backends, resolve_backend
 from fluxmatching import Trainer
 
 
-def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Trainer], steps: int) -> None:
+def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Trainer], num_steps: int) -> None:
     """Log the median time per step (rows "step") for every objective and backend, unless the run has all of them.
 
     Args:
         run: the run, whose device is used.
         objectives: objectives to train.
         make: (objective, backend) -> a trainer without a folder; what it learns is not used.
-        steps: number of timed steps, after two to warm up.
+        num_steps: number of timed steps, after two to warm up.
     """
     done = {(row["objective"], row["backend"]) for row in run.rows("step")}
     wanted = [(objective, backend) for backend in backends() if _runs(backend, run) for objective in objectives]
@@ -27,7 +27,7 @@ def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Tr
         return
     trainers = {key: make(*key) for key in wanted}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in trainers}
-    for _ in run.bar(range(steps + 2), "time of a step"):
+    for _ in run.bar(range(num_steps + 2), "time of a step"):
         for key, trainer in trainers.items():
             begun = time.perf_counter()
             trainer.step()  # waits for the loss's value

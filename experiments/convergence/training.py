@@ -13,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
-from experiments.common.networks import Perceptron
+from experiments.common.networks import Perceptron, TrajectoryTransformer
 from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
-from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
     EDMField,

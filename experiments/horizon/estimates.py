@@ -44,14 +44,14 @@ def cross_modes(
     means: Tensor,
     sigma: float,
     tau: float,
-    steps: int,
+    num_steps: int,
     n: int,
     generator: torch.Generator,
     backend: str | None,
 ) -> Crossing:
     """Run `n` chains of Eq. 8 from exact samples of p_σ, for the time τ in `steps` steps."""
     start = GaussianMixture(means, sigma**2).sample(n, generator)
-    end = langevin_chain(start, means, sigma**2, tau, num_steps=steps, seed=_seed(generator), backend=backend)
+    end = langevin_chain(start, means, sigma**2, tau, num_steps=num_steps, seed=_seed(generator), backend=backend)
     return Crossing(end, nearest_mode(start, means) != nearest_mode(end, means))
 
 

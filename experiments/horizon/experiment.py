@@ -172,7 +172,7 @@ def main(run: Run) -> None:
     figures = [
         Figure(
             paths[0],
-            f"Figure 16. Top: ends of chains of {config.steps} Langevin steps over τ = 4. Bottom: the loss of "
+            f"Figure 16. Top: ends of chains of {config.num_steps} Langevin steps over τ = 4. Bottom: the loss of "
             f"{FIELDS['edm']} against the horizon, ± one standard deviation over {config.minibatches} "
             f"minibatches of {config.batch}; red: the training horizon T = 4σ².",
         ),
@@ -197,7 +197,9 @@ EXPERIMENT = Experiment(
         "cross-chain estimator helps most."
     ),
     presets={
-        "smoke": Config(sigmas=SHOWN, batch=64, minibatches=4, points=200, steps=20, reference_chains=500, spacing=0.5),
+        "smoke": Config(
+            sigmas=SHOWN, batch=64, minibatches=4, points=200, num_steps=20, reference_chains=500, spacing=0.5
+        ),
         "small": Config(),
         "paper": Config(
             sigmas=(0.01, 0.03, 0.1, 0.3, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 15.0, 40.0, 80.0),

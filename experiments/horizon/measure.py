@@ -47,7 +47,7 @@ class Config:
         batch: samples per minibatch.
         minibatches: independent minibatches at each τ.
         points: chains in the top row of Figure 16, each with a dot at its end.
-        steps: Langevin steps of those chains.
+        num_steps: Langevin steps of those chains.
         reference_chains: chains of fine steps for the autocorrelation of r.
         spacing: distance of the horizons up to 4; from 4 to 8 it is twice as large.
     """
@@ -56,7 +56,7 @@ class Config:
     batch: int = 256
     minibatches: int = 32
     points: int = 1000
-    steps: int = 100
+    num_steps: int = 100
     reference_chains: int = 50_000
     spacing: float = 0.25
 
@@ -68,7 +68,7 @@ class Config:
         if not 0 < self.spacing <= 0.5 or CUT / (2 * self.spacing) % 1:
             raise ValueError(f"spacing must be 2 divided by an integer, at most 0.5, got {self.spacing}")
         least = {"minibatches": 2, "reference_chains": 2}
-        for name in ("batch", "minibatches", "points", "steps", "reference_chains"):
+        for name in ("batch", "minibatches", "points", "num_steps", "reference_chains"):
             if getattr(self, name) < least.get(name, 1):
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {getattr(self, name)}")
 
@@ -160,7 +160,7 @@ def measure_crossings(run: Run) -> dict[float, Crossing]:
             triangle_means(RADIUS).to(run.device),
             sigma,
             CUT,
-            config.steps,
+            config.num_steps,
             config.points,
             run.generator("crossing", str(sigma)),
             run.backend,

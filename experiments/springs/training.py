@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from experiments.common.distances import wasserstein2
+from experiments.common.networks import TrajectoryTransformer
 from experiments.common.objectives import DSM, FLUX, HORIZONS, make_loss, make_model, stages
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
-from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import LogUniformNoise, Trainer, TrainingOptions
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
+from experiments.common.networks import TrajectoryTransformer
 from experiments.common.objectives import HORIZONS
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.springs import EXPERIMENT, simulator
 from experiments.springs.experiment import main
-from experiments.springs.network import TrajectoryTransformer
 from experiments.springs.results import relative_changes
 from experiments.springs.simulator import trajectories, velocity
 from experiments.springs.training import MODELS, OBJECTIVES, data, floor, make_trainer, samples_file
