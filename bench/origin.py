@@ -23,8 +23,8 @@ class Origin:
     """Date, commit and machine of a measurement.
 
     Attributes:
-        date: in UTC, as 2030-12-31.
-        commit: of the checkout, with "-dirty" if it was changed since.
+        date: date in UTC, such as 2030-12-31.
+        commit: commit of the checkout, with "-dirty" if files were changed since.
         machine: processor, threads, system and versions; with a GPU, its "card" and properties too.
     """
 

@@ -32,7 +32,7 @@ def target(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(params=[name for name in AVAILABLE if name != "cpu"] + [f"cpu {target}" for target in TARGETS])
 def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
-    """As `backend`, but the cpu backend with every instruction set that this machine runs, in turn."""
+    """Every backend that can run here, the cpu backend with each instruction set of this machine, in turn."""
     name, *targets = request.param.split()
     with use_backend(name), use_target(*targets) if targets else nullcontext():
         yield name

@@ -121,7 +121,7 @@ def check(minutes: float, warm_up: float = WARM_UP) -> dict[str, Any]:
         "minutes": minutes,
         "steps": steps,
         "grown_mb": grown,
-        "slope_mb_an_hour": slope,
+        "slope_mb_per_hour": slope,
         "samples": [[round(seconds), round(size / 1e6, 1)] for seconds, size in samples],
     }
 
@@ -129,5 +129,5 @@ def check(minutes: float, warm_up: float = WARM_UP) -> dict[str, Any]:
 def describe(entry: dict[str, Any]) -> str:
     return (
         f"{entry['steps']} steps in {entry['minutes']:g} min: resident set {entry['grown_mb']:+.1f} MB "
-        f"(trend {entry['slope_mb_an_hour']:+.0f} MB an hour)"
+        f"(trend {entry['slope_mb_per_hour']:+.0f} MB per hour)"
     )

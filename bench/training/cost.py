@@ -45,9 +45,9 @@ class Setting:
     Attributes:
         key: one word for the command line.
         precision: as in `TrainingOptions`.
-        size: of the images, or None for trajectories.
+        size: height and width of the images, or None for trajectories.
         width: channels of the UNet's first level, or width of the transformer.
-        dropout: of the UNet.
+        dropout: probability of dropout in the UNet.
         compiled: whether the field is, for score matching as well; then only the plain methods are measured.
         paper: iterations per second in the paper's Table 1, (score matching, Flux Matching).
     """

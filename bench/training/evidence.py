@@ -36,9 +36,9 @@ class Method:
     """Options of a training step.
 
     Attributes:
-        options: of `flux_target`.
+        options: options of `flux_target`.
         half_target, half_loss: whether the network runs under autocast to bfloat16 in the target, and in the loss.
-        step_size: of the central difference, relative to its scale; None for the library's.
+        step_size: step of the central difference, relative to its scale; None for that of the library.
         compiled: whether torch.compile makes one graph of all derivatives.
     """
 

@@ -24,7 +24,7 @@ class Dataset:
 
     Attributes:
         file: path below the data folder.
-        source: origin of the file, for a user who has to fetch it.
+        source: origin of the file, for users without the file.
         loader: name of the download function in `scvelo.datasets`; None if there is none.
         clusters: column of obs with the clusters.
         edges: known transitions between clusters.

@@ -66,7 +66,7 @@ def test_soak_makes_steps_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def moment(seed: int) -> float:
-    """When the training of that seed is first killed, from 0 to 1."""
+    """Return the moment at which the training of that seed is first killed, from 0 to 1."""
     rng = random.Random(seed)
     rng.randint(1, 1)
     return rng.uniform(0, 1)
@@ -245,7 +245,7 @@ def test_table_of_what_passed_failed_and_could_not_run() -> None:
             "backends": {"torch": {"tried": 9, "passed": 9}, "triton": {"skipped": "is not installed"}},
         },
         "resume": RESUME,
-        "soak": {"passed": True, "steps": 900, "minutes": 12.0, "grown_mb": -0.25, "slope_mb_an_hour": 3.0},
+        "soak": {"passed": True, "steps": 900, "minutes": 12.0, "grown_mb": -0.25, "slope_mb_per_hour": 3.0},
         "sanitizer": {"skipped": "there is no g++"},
         "wheels": {"passed": True, "pythons": {"3.10": {"skipped": "not found"}, "3.11": {"error": 1e-9}}},
     }
@@ -257,7 +257,7 @@ def test_table_of_what_passed_failed_and_could_not_run() -> None:
         "7 inputs, 56 calls in 10 s: 0 wrong |",
         "62 cases; right: `torch` 9 of 9, `triton` is not installed |",
         "**failed**: 2 of 3 identical bit for bit, after 4 kills |",
-        "900 steps in 12 min: resident set -0.2 MB (trend +3 MB an hour) |",
+        "900 steps in 12 min: resident set -0.2 MB (trend +3 MB per hour) |",
         "not run: there is no g++ |",
         "Python 3.10 not found, 3.11 installed and ran |",
     ]

@@ -50,7 +50,7 @@ def test_folders_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.usefixtures("walk")
-def test_run_writes_its_folder_and_tells_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_writes_its_folder_and_shows_what_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert start("--config.lr", "0.25", "--config.sigmas", "1", "2") == 0
     out = Path("runs/walk-smoke")
     written = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}

@@ -75,7 +75,7 @@ def test_reverse_ve_samples_a_mixture() -> None:
 
 
 def gaussian_score(z: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Of N(0, 0.25 I) with noise: its probability flow is x(σ) ∝ √(0.25 + σ²)."""
+    """Score of N(0, 0.25 I) with noise; its probability flow is x(σ) ∝ √(0.25 + σ²)."""
     return -z / (0.25 + sigma**2)
 
 

@@ -82,7 +82,7 @@ class Op:
     """A public op.
 
     Attributes:
-        name: of its function in `fluxkernels`.
+        name: name of its function in `fluxkernels`.
         label: head of its column in the accuracy table.
         arguments: its arguments in order, each with the name of the input that it takes.
         kernels: what it runs in a backend.

@@ -81,9 +81,9 @@ def flux_loss(
     """Eq. 6 for one minibatch `[N, D]`, q uniform; ∇r by autograd through everything; draws τ and noise if not given.
 
     Args:
-        score: of the density that x0 is drawn from.
+        score: score of the density that x0 is drawn from.
         tau: horizon.
-        noise: of the chain, `[num_steps, N, D]`.
+        noise: noise of the chain, `[num_steps, N, D]`.
     """
     tau = torch.rand((), dtype=x0.dtype) * tau_max if tau is None else tau
     noise = torch.randn(num_steps, *x0.shape, dtype=x0.dtype) if noise is None else noise
