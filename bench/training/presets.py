@@ -32,7 +32,7 @@ from experiments.springs.training import OBJECTIVES as SPRINGS_OBJECTIVES
 from experiments.springs.training import make_trainer as make_springs_trainer
 from fluxmatching import Trainer
 
-HEAD = "| preset | objective | time per step | GPU memory | iterations × trainings | training |\n|---|---|---|---|---|---|"
+HEAD = "| preset | objective | time per step | GPU memory | iterations × trainings | training |\n" + 6 * "|---" + "|"
 
 
 @dataclass(frozen=True)
