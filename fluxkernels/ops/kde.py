@@ -77,7 +77,7 @@ def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str |
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        BackendError: the backend named cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
     shift, _, _ = kde_op(z, refs, variance, name)

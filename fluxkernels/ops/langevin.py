@@ -223,7 +223,7 @@ def langevin_step(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        BackendError: the backend named cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     chain = _prepare("langevin_step", ("x", x), refs, sigma2, ("h", h), _Random(noise, seed, None), backend)
     return chain.groups.unflatten(chain.run(langevin_chain_op, 1))
@@ -259,7 +259,7 @@ def langevin_chain(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        BackendError: the backend named cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     check_num_steps("langevin_chain", num_steps)
     random = _Random(noise, seed, num_steps)
@@ -319,7 +319,7 @@ def flux_pass(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        BackendError: the backend named cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     check_num_steps("flux_pass", num_steps)
     random = _Random(noise, seed, 1 + num_steps)

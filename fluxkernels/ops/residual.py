@@ -39,7 +39,7 @@ def residual_gradient(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        BackendError: the backend named cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     groups, points, refs, variance, name = prepare("residual_gradient", z, refs, sigma2, backend, points="z")
     check_same_shape("residual_gradient", "field", field, "z", z)

@@ -129,7 +129,7 @@ def transition_weights(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        BackendError: the backend named cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     return _prepare("transition_weights", x0, xt, refs, sigma2, tau, backend).weights()
 
@@ -155,6 +155,6 @@ def transition_average(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        BackendError: the backend named cannot run here.
+        BackendError: the requested backend cannot run here.
     """
     return _prepare("transition_average", x0, xt, refs, sigma2, tau, backend).average("transition_average", values)

@@ -71,7 +71,7 @@ def dsm_loss(
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        fluxkernels.BackendError: the backend named cannot run here.
+        fluxkernels.BackendError: the requested backend cannot run here.
     """
     function = "dsm_loss"
     check_options(function, options, DSMOptions)

@@ -23,9 +23,9 @@ def flux_matching_loss(
     """Compute the Flux Matching loss of a vector field (Eq. 6, Algorithm 1), one number per sample.
 
     ℓ_i = -2 u(x0_i)·q̂_i with u = f - s, s the score of the kernel density estimate on `refs`, x0 = x + σ n0 and
-    q̂_i = e^{-τ}/q(τ) Σ_j w_ij ∇r(x_τ^j) detached, r = ∇·u + u·s. Its gradient is that of the projected Fisher
-    divergence (Theorem 3.1) in dimensionless time: E ℓ = (2/σ²) E|Π f - s|². Fields that leave p_σ in place have
-    mean 0. A single ℓ_i can be negative.
+    q̂_i = e^{-τ}/q(τ) Σ_j w_ij ∇r(x_τ^j) detached, r = ∇·u + u·s. Its gradient is that of J̃/σ², where J̃ is the projected
+    Fisher divergence (Theorem 3.1), and its mean is 2 J̃/σ². The mean loss is 0 for fields that preserve p_σ. A single
+    ℓ_i can be negative.
 
     Args:
         field: maps `[n, *event]` to the same shape, each sample by itself.
@@ -34,14 +34,14 @@ def flux_matching_loss(
         options: estimator, horizon, derivatives, backend; see `FluxOptions`.
         refs: reference points of the kernel density estimate, `[M, *event]`, or grouped `[M, G, D]` or `[M, 1, D]`.
             Default x.
-        draws: fixes any of the random numbers.
-        seed: fixes all others, to the same numbers on every device and backend. None uses torch's generator.
+        draws: fixes some or all of the random numbers.
+        seed: determines those not in `draws`, equally on every device and backend. None uses torch's generator.
 
     Returns:
         ℓ, `[N]`, summed over the event. Differentiable in the field's parameters; take its mean as the loss.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
-        fluxkernels.BackendError: the backend named cannot run here.
+        fluxkernels.BackendError: the requested backend cannot run here.
     """
     return flux_target(field, x, sigma, options, refs=refs, draws=draws, seed=seed).loss(field)

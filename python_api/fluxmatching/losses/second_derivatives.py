@@ -1,12 +1,12 @@
 """The network's part of ∇r at the end of a chain: ∇(∇·f) + J_fᵀ s.
 
 It is the derivative at α = 0 of J_f(z + α ε)ᵀ(ε + α s), averaged over probes ε (Hutchinson) or summed over a basis:
-a directional derivative of one vector-Jacobian product. Four methods compute it, equal in exact arithmetic:
+a directional derivative of one vector-Jacobian product. Four methods compute it, three of them exactly:
 
 - "double_backward": reverse mode twice. Exact; needs a network that can be differentiated twice.
 - "forward_over_reverse": forward mode over reverse mode (`torch.func`). Exact; needs forward-mode rules for every op.
-- "finite_difference": central difference of two ordinary backward passes. Needs first derivatives only. Both sides see
-  the same dropout mask, except inside `torch.compile`. The step depends on the network's precision; see
+- "finite_difference": central difference of two ordinary backward passes. Needs first derivatives only. Both use the
+  same dropout mask, except inside `torch.compile`. The step depends on the network's precision; see
   `finite_difference_step`.
 - "closed_form": the field's own method `endpoint_gradient`; see `ClosedForm`. Takes no derivative.
 """
@@ -52,7 +52,7 @@ class ClosedForm(Protocol):
 
         Args:
             z: points, `[n, *event]`, in a grouped loss `[n, G, D]`; read only.
-            score: s, shape of z. The formula must hold for any values.
+            score: s, shape of z. Arbitrary: the formula must not assume that it is the score at z.
             probe: ε, shape of z, or None.
         """
 
@@ -87,7 +87,7 @@ def endpoint_gradient(
         method: one of `METHODS`.
         grouped: `[N, G, D]` whose groups the field treats independently: the exact divergence then needs D passes.
         chunk_size: samples that go through the field at once; None for all.
-        scale: length over which f bends, one number, the unit of the finite-difference step.
+        scale: length over which f varies, one number, the unit of the finite-difference step.
 
     Returns:
         (gradient, f), each shape of z.
@@ -95,7 +95,7 @@ def endpoint_gradient(
     Raises:
         TypeError: "closed_form" and a field that is no `ClosedForm`, or whose method returns something else.
         ValueError: the field's results have another shape than z.
-        RuntimeError: the field cannot be differentiated that way, or not here.
+        RuntimeError: the field lacks the derivatives of this method, or inference mode is on.
     """
     if not z.shape[0]:  # a process may have no endpoints to differentiate
         return torch.empty_like(z), torch.empty_like(z)
@@ -222,7 +222,7 @@ def _finite_difference(
 
     gradient, value, count, moving = torch.zeros_like(z), torch.zeros_like(z), 0, score
     for probe in probes:
-        # Both sides see the same dropout mask: a difference of masks over a small step would be noise.
+        # Both evaluations use the same dropout mask: a difference of masks over a small step would be noise.
         state = _random_state(z.device)
         forward, f_forward = pulled(z + step * probe, probe + step * moving)
         _set_random_state(z.device, state)

@@ -55,7 +55,7 @@ def flux_target(
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
 ) -> FluxTarget:
-    """Compute the detached half of the Flux Matching loss: where the field is evaluated, and q̂ there.
+    """Compute the regression target of Flux Matching and the points where it holds, without gradients.
 
     Arguments and errors as in `flux_matching_loss`. Useful where a loss needs more than one number per sample, such
     as one per group: `FluxTarget.terms` keeps the dimensions of the event.
@@ -73,9 +73,9 @@ class _Minibatch:
     Attributes:
         x: samples, of all processes where minibatches are joined.
         sigma, variance: σ and σ², `[]`, or `[G]` in a grouped loss.
-        refs: reference points as points, `[M, D]` or `[G, M, D]`.
+        refs: reference points in the layout of the ops, `[M, D]` or `[G, M, D]`.
         draws: random numbers, complete but for start and chain, which the kernels make from `key`.
-        noise: start and chain as points, `[1 + num_steps, ..., N, D]`, or None.
+        noise: n0 and ξ in that layout, `[1 + num_steps, ..., N, D]`, or None.
     """
 
     options: FluxOptions
@@ -107,7 +107,7 @@ def _prepare(
     draws: Draws | None,
     seed: int | Tensor | None,
 ) -> _Minibatch:
-    """Check every argument, join the minibatches of all processes if asked to, and draw random numbers."""
+    """Check every argument, join the minibatches of all processes if requested, and draw random numbers."""
     function = "flux_matching_loss"
     check_options(function, options, FluxOptions)
     _check_field_and_samples(function, field, x, options)
@@ -157,7 +157,7 @@ def _check_field_and_samples(function: str, field: Field, x: Tensor, options: Fl
 
 
 def _num_steps(function: str, num_steps: int | None, draws: Draws) -> int:
-    """Return the number of Langevin updates: as asked for, the length of `draws.chain`, or 4."""
+    """Return the number of Langevin updates: that of the options, the length of `draws.chain`, or 4."""
     given = None if draws.chain is None else draws.chain.shape[0]
     if num_steps is not None and given is not None and num_steps != given:
         raise ValueError(f"{function}: num_steps must be {given}, the length of draws.chain, got {num_steps}")
@@ -180,7 +180,7 @@ def _run_chains(batch: _Minibatch) -> FluxPass:
 
 
 def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) -> Tensor:
-    """Return ∇r at the ends of all chains, as points; zero at ends that are left out, the others rescaled."""
+    """Return ∇r at all endpoints, in the layout of the ops; zero at omitted endpoints, the others rescaled."""
     options, grouping = batch.options, batch.grouping
     ends, scores = grouping.from_points(chains.xt), grouping.from_points(chains.score_t)
     probe = batch.draws.probe if options.divergence == "hutchinson" else None
@@ -211,7 +211,7 @@ def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) 
                 backend=options.backend,
             )
         if chosen is not None:
-            # Endpoints left out count as zero and the others stand in for them: unbiased.
+            # Omitted endpoints count as zero and the others are rescaled, so the mean over choices is unbiased.
             fraction = 1.0 if batch.draws.endpoints is None else len(batch.draws.endpoints) / len(batch.x)
             gradient = torch.zeros_like(chains.xt).index_copy(-2, chosen, gradient / fraction)
         return batch.joint.sum(gradient)
@@ -259,10 +259,10 @@ def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:
 
 
 def _length_scale(x: Tensor, variance: Tensor) -> Tensor:
-    """Return the length over which a field at noise σ bends: √(σ² + σ_data²), but at most 16 σ.
+    """Return the length over which a field at noise σ varies: √(σ² + σ_data²), but at most 16 σ.
 
-    σ_data² is the mean variance of a coordinate over the minibatch. A field that has learned the data bends over a few
-    σ where σ is far below the spread. One step for all σ would be several σ long there.
+    σ_data² is the mean variance of a coordinate over the minibatch. A field that has learned the data varies over
+    a few σ where σ is far below the spread. A step independent of σ would be several σ long at small σ.
     """
     data = (x - x.mean(0, keepdim=True)).to(variance.dtype).square().mean()
     return torch.minimum((variance.mean() + data).sqrt(), 16 * variance.amin().sqrt()).to(x.dtype)

@@ -125,7 +125,7 @@ def integrate(
         raise ImportError(f"fluxmatching.{function} needs torchdiffeq: pip install torchdiffeq") from error
     first = state if isinstance(state, Tensor) else state[0]
     sigmas = torch.tensor(ends, dtype=torch.float64, device=first.device)
-    # Without this its last step passes the end, to negative σ, and the interpolated result can be far off.
+    # Without this the last step of torchdiffeq passes the end, to negative σ, and the interpolated result can be wrong.
     options = {"step_t": sigmas[1:]}
     reached = [ends[0]]
 
@@ -135,7 +135,7 @@ def integrate(
 
     try:
         path = odeint(traced, state, sigmas, rtol=rtol, atol=atol, method=solver.method, options=options)
-    except AssertionError as error:  # its step underflows
+    except AssertionError as error:  # of torchdiffeq, when its step underflows
         raise RuntimeError(
             f"{function}: no step meets rtol {rtol:g} and atol {atol:g} at sigma {reached[-1]:.4g}; is the field "
             f"finite there?"

@@ -51,15 +51,15 @@ class Samples(Protocol):
 
 
 class Trainer:
-    """Trainer of a model; with a folder it resumes exactly where the last checkpoint there was written.
+    """Trainer of a model. With a folder, it resumes from the last checkpoint there.
 
     Every iteration has its own seed, which determines minibatch order, the random numbers of the loss and dropout. A
     run that was interrupted and resumed therefore equals one that was not, bit for bit on the same CPU.
 
-    Where torch.distributed was started (torchrun), each process takes its part of a joint minibatch, gradients are
-    averaged, and the first process writes the files, which all processes must see. `FluxOptions(
-    gather_across_ranks=True)` makes one density estimate for all. Draw what all processes must share, such as σ, from
-    `seed`.
+    After `torch.distributed.init_process_group`, as under torchrun, each process takes its part of a joint minibatch,
+    gradients are averaged, and the first process writes the files, which all processes must see.
+    `FluxOptions(gather_across_ranks=True)` makes one density estimate for all. Draw what all processes must share, such
+    as σ, from `seed`.
 
     Args:
         model: the field, or a module that holds the field and everything else that is learned.
@@ -67,7 +67,8 @@ class Trainer:
             of tensors, such as σ and τ, which the error message shows if the loss is not finite.
         data: `[samples, *event]`, on the device of the model or on the CPU; or any `Samples`.
         options: settings of the run.
-        folder: for `last.pt`, the checkpoint before it `previous.pt`, and `metrics.csv`; None keeps nothing.
+        folder: for `last.pt`, the checkpoint before it `previous.pt`, `metrics.csv` and TensorBoard events; None writes
+            no files.
         lr_factor: factor of the learning rate as a function of the iteration (0, 1, ...), for a schedule; None for 1.
             A resumed run must be given the same function.
 
@@ -127,7 +128,10 @@ class Trainer:
     def run(self, seconds: float = math.inf) -> None:
         """Train up to `options.iterations`, or until the time is up, but for at least one iteration.
 
-        Ends with a checkpoint either way. With several processes the clock of the first one counts.
+        With a folder, ends with a checkpoint. With several processes, rank 0 decides.
+
+        Args:
+            seconds: time after which no further iteration begins.
         """
         end = time.monotonic() + seconds
         with closing(self._log()) as log:
@@ -257,7 +261,7 @@ class Trainer:
 
     @contextmanager
     def _own_random_numbers(self) -> Iterator[Tensor]:
-        """Yield the iteration's seed; torch's generators are seeded inside the block and restored after it."""
+        """Yield the iteration's seed and seed torch's generators for the block; those of CPU and CUDA are restored."""
         seed = (self.options.seed * 0x9E3779B97F4A7C15 + self.iteration) % 2**63
         # The seed of dropout differs between processes and iterations; all processes share the seed of the loss.
         own = (seed * self.processes + self.rank) % 2**63

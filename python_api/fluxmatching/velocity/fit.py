@@ -44,16 +44,16 @@ def flux_velocity(
     One `SplicingField` for all genes is trained on minibatches of cells. The density estimate is a separate one in the
     plane (u, s) of each gene. Time is such that cells diffuse by dx = f dt + √2 dW, or by dx = f dt + k √2 dW with
     `scale`. For one gene the direction in (u, s) and γ/β are meaningful. The speed relative to other genes follows from
-    the assumed noise: without `scale` narrow genes are fast, with it they are as fast as wide ones.
+    the assumed noise: without `scale`, genes with a small spread are fast; with it, all are comparable.
 
-    Preset "paper", the default, has the paper's settings (Table 2; its 100 training iterations are read as epochs, and
-    it does not give the size of a minibatch). A fit then stays near its start, α constant and β = γ, because a gene
-    whose spread is d needs rates of the order 1/d² and Adam moves a parameter by about lr per step. The velocities are
-    smooth, and their directions nearly those of u - s.
+    Preset "paper", the default, has the paper's settings (Table 2, read as 100 epochs; the paper gives no batch size). A
+    fit then stays near its start, α constant and β = γ, because a gene whose spread is d needs rates of the order 1/d²
+    and Adam moves a parameter by about lr per step. The velocities are smooth, and their directions nearly those of
+    u - s.
 
     Preset "circulating" measures each gene in units of its own spread and starts where γ/β = ū/s̄ and flow outweighs
-    diffusion. That start is right for genes that the cells show switched on, off and decaying; training corrects it
-    where the course is cut short. Compared with known rates in experiments/rna_velocity/README.md.
+    diffusion. That start suits genes whose whole cycle (on, off, decay) is in the data; training corrects it for
+    others. experiments/rna_velocity/README.md compares it with known rates.
 
     The function writes, after the fit has succeeded:
 
