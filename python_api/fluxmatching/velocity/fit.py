@@ -46,7 +46,7 @@ def flux_velocity(
     `scale`. For one gene the direction in (u, s) and γ/β are meaningful. The speed relative to other genes follows from
     the assumed noise: without `scale`, genes with a small spread are fast; with it, all are comparable.
 
-    Preset "paper", the default, has the paper's settings (Table 2, read as 100 epochs; the paper gives no batch size). A
+    Preset "paper", the default, has the settings of the paper (Table 2, read as 100 epochs; no batch size is given). A
     fit then stays near its start, α constant and β = γ, because a gene whose spread is d needs rates of the order 1/d²
     and Adam moves a parameter by about lr per step. The velocities are smooth, and their directions nearly those of
     u - s.
