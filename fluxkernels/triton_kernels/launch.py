@@ -1,10 +1,11 @@
 """Launch kernels: on the right device, in the right type, and in the fastest of a few layouts, as measured."""
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxkernels.backend import BackendError
 from fluxkernels.version import __version__
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,12 +27,22 @@ OPTIONS = {"enable_fp_fusion": True}
 # (queries, lanes) of a program of streaming/; their product is its number of threads.
 LAYOUTS = ((128, 1), (32, 4), (32, 8))
 
+# A layout replaces one that the rule of thumb prefers only if it takes less than this share of its time.
+MARGIN = 0.97
+ROUNDS = 5  # of measurements, of which the least counts
+SPAN = 1e-3  # seconds that the launches of one measurement take together
+MOST_LAUNCHES = 100  # of one measurement
+LONG = 0.1  # seconds of all choices together above which each is measured once
+# Cycles that the GPU pauses per launch, so that the host has queued all of them: 50 microseconds at 2 GHz.
+PAUSE, LONGEST_PAUSE = 10**5, 2**30
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for all others."""
     return torch.promote_types(dtype, torch.float32)
 
 
+@cache
 def accumulator(dtype: torch.dtype) -> Any:
     """Triton type that a kernel computes in."""
     return triton_type(wide(dtype))
@@ -47,23 +59,62 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@contextmanager
-def on_device_of(t: Tensor) -> Iterator[None]:
+def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
     """Launch kernels on the device of `t`, which need not be the current device."""
-    if t.is_cuda:
-        with torch.cuda.device(t.device):
-            yield
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(t.device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the current device.
+
+    Args:
+        constants: compile-time arguments and options of Triton.
+
+    Raises:
+        BackendError: a CUDA graph is captured, and the kernel would have to be compiled and loaded first. CUDA does not
+            permit that, and the capture would fail. It stays valid if the kernel is not launched.
+    """
+    if not INTERPRETED and torch.cuda.is_current_stream_capturing():
+        with _nothing_compiled():
+            kernel[grid](*arguments, **constants)
     else:
+        kernel[grid](*arguments, **constants)
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Raise in place of compiling. Triton calls this hook for a kernel that the device has not launched yet."""
+    runtime = triton.knobs.runtime
+    others = runtime.jit_cache_hook
+
+    def refuse(*, fn: Any, **details: Any) -> Any:
+        # The hook is one for all threads: others may compile, and so may kernels of others.
+        if fn.module.startswith("fluxkernels.") and torch.cuda.is_current_stream_capturing():
+            raise BackendError(
+                f"kernel {fn.name} has not run on this device with arguments of these dtypes, sizes and strides, and "
+                "while a CUDA graph is captured it cannot be compiled and loaded: call fluxkernels.warm_up, or the op "
+                "itself, with the same arguments before the capture"
+            )
+        return others(fn=fn, **details) if others else None
+
+    runtime.jit_cache_hook = refuse
+    try:
         yield
+    finally:
+        runtime.jit_cache_hook = others
 
 
+@cache
 def rows(values_per_row: int, dtype: torch.dtype) -> int:
     """Rows of a tile: a thread keeps the values of all rows in registers."""
     registers = values_per_row * (3 if dtype == torch.float64 else 1)  # two per number, and temporaries
     return next(rows for rows in (16, 8, 4, 2, 1) if rows == 1 or rows * registers <= 64)
 
 
-def layouts(queries: int, groups: int, refs: int, device: torch.device) -> list[tuple[int, int]]:
+@lru_cache(maxsize=4096)
+def layouts(queries: int, groups: int, refs: int, device: torch.device) -> tuple[tuple[int, int], ...]:
     """The entries of LAYOUTS that suit a problem, the preferred one first.
 
     With few queries, lanes share the reference points, so that there are threads for the whole GPU.
@@ -71,7 +122,7 @@ def layouts(queries: int, groups: int, refs: int, device: torch.device) -> list[
     threads = 512 * multiprocessors(device)
     fitting = [layout for layout in LAYOUTS if layout[1] == 1 or 4 * layout[1] <= refs]
     preferred = next((layout for layout in fitting if queries * groups * layout[1] >= threads), fitting[-1])
-    return sorted(fitting, key=lambda layout: layout != preferred)
+    return tuple(sorted(fitting, key=lambda layout: layout != preferred))
 
 
 def launch_streaming(
@@ -103,45 +154,88 @@ def launch_streaming(
 
     def run(layout: tuple[int, int]) -> None:
         columns, lanes = layout
-        grid = (triton.cdiv(queries, columns) * groups, *more)  # only the first axis may exceed 65535
-        kernel[grid](*arguments, COLUMNS=columns, LANES=lanes, num_warps=columns * lanes // 32, **fixed)
+        grid = (-(-queries // columns) * groups, *more)  # only the first axis may exceed 65535
+        launch(kernel, grid, *arguments, COLUMNS=columns, LANES=lanes, num_warps=columns * lanes // 32, **fixed)
 
     sizes = [(size - 1).bit_length() for size in (queries, groups, refs)]
-    key = [kernel.__name__, D, str(points.dtype), *sizes, *map(str, constants.values())]
-    fastest(" ".join(map(str, key)), layouts(queries, groups, refs, points.device), run)
+    key = (kernel.__name__, D, points.dtype, *sizes, *constants.values())
+    fastest(key, layouts(queries, groups, refs, points.device), run)
 
 
-def fastest(key: str, choices: Sequence[Any], run: Callable[[Any], None]) -> None:
+def fastest(key: tuple[Hashable, ...], choices: Sequence[Any], run: Callable[[Any], None]) -> None:
     """Run the fastest of a few choices, which all give the same results.
 
     The first call with a key times all choices on its own arguments, and saves the fastest in a file for later
     processes. While a CUDA graph is captured nothing can be timed, and an unknown key takes the first choice.
+
+    Args:
+        key: all that the times depend on, apart from the GPU.
+        choices: tuples of numbers; the first is taken unless another is clearly faster.
     """
     if len(choices) == 1 or INTERPRETED or not AUTOTUNE:
         return run(choices[0])
-    device = torch.cuda.get_device_name()
-    known = _known(device)
-    if key not in known:
+    device = torch.cuda.current_device()
+    found = _chosen.get((device, key))
+    if found not in choices:
         if torch.cuda.is_current_stream_capturing():
             return run(choices[0])
-        seconds = [_seconds(lambda choice=choice: run(choice)) for choice in choices]  # type: ignore[misc]
-        known[key] = list(choices[seconds.index(min(seconds))])
-        _save(device, known)
-    run(next((choice for choice in choices if list(choice) == known[key]), choices[0]))
+        found = _chosen[device, key] = _choose(key, choices, run)
+    run(found)
 
 
-def _seconds(run: Callable[[], None]) -> float:
-    """Least time of a few runs, after one run that compiles."""
-    run()
-    times = []
-    for _ in range(3):
+# The choices made so far by this process, by index of the device and key.
+_chosen: dict[tuple[int, tuple[Hashable, ...]], Any] = {}
+
+
+def _choose(key: tuple[Hashable, ...], choices: Sequence[Any], run: Callable[[Any], None]) -> Any:
+    """The choice that is saved for this model of GPU, or else the fastest."""
+    device, name = torch.cuda.get_device_name(), " ".join(map(str, key))
+    known = _known(device)
+    saved = next((choice for choice in choices if list(choice) == known.get(name)), None)
+    if saved is not None:
+        return saved
+    found, least = choices[0], math.inf
+    for choice, seconds in zip(choices, _seconds(choices, run), strict=True):
+        if seconds < MARGIN * least:
+            found, least = choice, seconds
+    known[name] = list(found)
+    _save(device, known)
+    return found
+
+
+def _seconds(choices: Sequence[Any], run: Callable[[Any], None]) -> list[float]:
+    """Seconds of each choice on the GPU: the least of a few rounds in which the choices take turns."""
+    for choice in choices:
+        run(choice)  # compiles and loads
+    once = [_seconds_queued(run, choice, 1) for choice in choices]
+    if sum(once) > LONG:
+        return once
+    counts = [min(MOST_LAUNCHES, math.ceil(SPAN / max(seconds, 1e-9))) for seconds in once]
+    least = [math.inf] * len(choices)
+    for _ in range(ROUNDS):
+        for i, choice in enumerate(choices):
+            least[i] = min(least[i], _seconds_queued(run, choice, counts[i]))
+    return least
+
+
+def _seconds_queued(run: Callable[[Any], None], choice: Any, count: int) -> float:
+    """Seconds per launch on the GPU, of `count` launches that are queued while it pauses.
+
+    On an idle GPU a small kernel takes less time than its launch from Python does, and that would be measured.
+    """
+    pause = PAUSE * count
+    while True:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(pause)
         start.record()
-        run()
+        for _ in range(count):
+            run(choice)
         end.record()
+        in_time = not start.query()  # the pause has lasted until all were queued
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return min(times)
+        if in_time or pause >= LONGEST_PAUSE:
+            return float(start.elapsed_time(end)) / 1e3 / count
+        pause *= 4
 
 
 def _file(device: str) -> Path:
@@ -152,19 +246,24 @@ def _file(device: str) -> Path:
 @cache
 def _known(device: str) -> dict[str, Any]:
     """Choices by key as last saved; callers add to this dictionary."""
+    return _read(_file(device))
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
-        known = json.loads(_file(device).read_text())
+        known = json.loads(file.read_text())
     except (OSError, ValueError):  # no file yet, or an incomplete one
         return {}
     return known if isinstance(known, dict) else {}
 
 
 def _save(device: str, known: dict[str, Any]) -> None:
+    """Add the choices to the file, which other processes may have extended since it was read."""
     file = _file(device)
     part = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(known, indent=1))
+        part.write_text(json.dumps(_read(file) | known, indent=1))
         part.replace(file)
     except OSError:
         pass  # then the next process has to time the choices again

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxkernels.triton_kernels.launch import on_device_of
+from fluxkernels.triton_kernels.launch import launch, on_device_of
 
 CHAIN = tl.constexpr(0)  # streams, as in fluxkernels.philox
 START = tl.constexpr(1)
@@ -147,5 +147,5 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
     numbers = torch.empty(shape, dtype=dtype, device=seed.device)
     elements, block = math.prod(shape[1:]), 1024
     with on_device_of(seed):
-        normal_kernel[(-(-elements // block), shape[0])](seed, numbers, elements, STREAM=stream, BLOCK=block)
+        launch(normal_kernel, (-(-elements // block), shape[0]), seed, numbers, elements, STREAM=stream, BLOCK=block)
     return numbers
