@@ -13,6 +13,7 @@ from fluxkernels.ops.langevin import FluxPass, flux_pass, langevin_chain, langev
 from fluxkernels.ops.residual import residual_gradient
 from fluxkernels.ops.transition import transition_average, transition_weights
 from fluxkernels.version import __version__
+from fluxkernels.warming import warm_up
 
 __all__ = [
     "Backend",
@@ -31,4 +32,5 @@ __all__ = [
     "transition_average",
     "transition_weights",
     "use_backend",
+    "warm_up",
 ]

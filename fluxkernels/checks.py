@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fluxkernels.backend import resolve_backend
-from fluxkernels.transforms import transforms_active
+from fluxkernels.devices import can_check_values as can_check_values
+from fluxkernels.devices import on_device
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,11 +37,6 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
     if t.numel() == 0:
         raise ValueError(f"{function}: {name} must not be empty, got shape {shape_of(t)}")
     return t
-
-
-def can_check_values(t: Tensor) -> bool:
-    """Return True if reading the values of `t` is cheap, and allowed here."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
 
 
 def check_finite(function: str, **tensors: Tensor | None) -> None:
@@ -81,11 +77,12 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
             raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got dtype {value.dtype}")
         if value.device != like.device and value.ndim > 0:
             raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {value.device}")
-        converted = value.to(device=like.device, dtype=dtype)
-        if can_check_values(converted):
-            v = converted.detach()
+        converted = on_device(f"{function}: {name}", value, like.device, dtype)
+        readable = next((v for v in (value, converted) if can_check_values(v)), None)
+        if readable is not None:
+            v = readable.detach().to(dtype)
             if not ((v >= 0 if zero else v >= torch.finfo(dtype).tiny) & v.isfinite()).all():
-                raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(value.detach())}")
+                raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(readable.detach())}")
         return converted
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got {type(value).__name__}")

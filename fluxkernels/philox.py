@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fluxkernels.devices import on_device
+
 CHAIN, START, PROBE, HORIZON, ENDPOINTS, MIXING = range(6)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -90,11 +92,18 @@ def rademacher(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dty
     return _to_shape(1 - 2 * (bits(seed, shape, stream) >> 31), shape).to(dtype)
 
 
-def as_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """Convert `seed` to an int64 tensor of shape `[]`; None draws one from torch's generator of the device."""
+def as_seed(seed: int | Tensor | None, device: torch.device, name: str = "seed") -> Tensor:
+    """Convert `seed` to an int64 tensor of shape `[]`; None draws one from torch's generator of the device.
+
+    Args:
+        name: of the argument, for the error message.
+
+    Raises:
+        ValueError: a CUDA graph is captured, and the seed is a tensor on another device.
+    """
     if seed is None:
         return torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
-        return seed.to(device=device, dtype=torch.int64)
+        return on_device(name, seed, device, torch.int64)
     # Created on the device: a copy from the host cannot be captured in a CUDA graph.
     return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)

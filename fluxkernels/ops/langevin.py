@@ -130,7 +130,7 @@ class _Random:
             # Only here may the numbers differ between devices: torch's own generator is the fastest.
             noise = torch.randn(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         if noise is None:
-            return None, philox.as_seed(seed, x.device)
+            return None, philox.as_seed(seed, x.device, f"{function}: seed")
         return noise.reshape(self.draws or 1, -1, *x.shape[-2:]), None
 
 

@@ -6,8 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fluxkernels as fk
+from fluxkernels import checks, devices, philox
 from tests.support.ops import BY_NAME, NUM_STEPS, OPS, noises
 
 # Every backend runs behind the same checks.
@@ -197,3 +200,85 @@ def test_numbers_of_other_libraries() -> None:
 def test_large_finite_sums_are_not_mistaken_for_infinity() -> None:
     x = torch.full((3, 1), 3e38)
     assert fk.kde_mean(x, x, 1.0).isfinite().all()
+
+
+class Copies(TorchDispatchMode):
+    """Count the operations that copy a tensor to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        devices = {t.device for t in args if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        if devices and isinstance(result, torch.Tensor) and result.device not in devices:
+            self.count += 1
+        return result
+
+
+# Tensors without data stand for those of an accelerator.
+ELSEWHERE = torch.device("meta")
+
+
+def number_on(device: torch.device, name: str, value: Any) -> torch.Tensor:
+    if name == "seed":
+        return philox.as_seed(value, device, "f: seed")
+    return checks.as_number_tensor("f", name, value, like=torch.empty(1, 1, device=device))
+
+
+@pytest.mark.parametrize(("name", "value"), [("sigma2", 0.5), ("seed", 7)])
+def test_numbers_reach_the_device_without_a_copy(name: str, value: float) -> None:
+    """A copy from the CPU would wait until the device has finished."""
+    dtype = torch.int64 if name == "seed" else torch.float32
+    for given in (value, torch.tensor(value), torch.tensor(value, device=ELSEWHERE)):
+        with Copies() as copies:
+            got = number_on(ELSEWHERE, name, given)
+        assert (got.device.type, got.dtype, got.shape, copies.count) == ("meta", dtype, (), 0)
+    assert number_on(torch.device("cpu"), name, torch.tensor(value)) == value
+
+
+def test_a_number_on_the_cpu_keeps_its_gradient() -> None:
+    with Copies() as copies:
+        got = number_on(ELSEWHERE, "sigma2", torch.tensor(0.5, requires_grad=True))
+    assert got.requires_grad
+    assert copies.count == 1
+
+
+def test_a_number_on_the_cpu_is_checked_wherever_the_points_are() -> None:
+    with pytest.raises(ValueError, match=r"f: sigma2 must be a positive finite number, got -1\.0"):
+        number_on(ELSEWHERE, "sigma2", torch.tensor(-1.0))
+    with pytest.raises(ValueError, match=r"got 0\.0"):
+        number_on(ELSEWHERE, "sigma2", torch.tensor(1e-50, dtype=torch.float64).float())
+
+
+@pytest.mark.parametrize(("name", "value"), [("sigma2", 0.5), ("tau", 0.5), ("seed", 7)])
+def test_a_capture_takes_numbers_and_tensors_of_its_device(
+    name: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "capturing", lambda: True)
+    for given in (value, torch.tensor(value, device=ELSEWHERE)):
+        assert number_on(ELSEWHERE, name, given).device == ELSEWHERE
+    with pytest.raises(ValueError, match=rf"f: {name} must be on meta while a CUDA graph is captured, got .* on cpu"):
+        number_on(ELSEWHERE, name, torch.tensor(value))
+
+
+def test_ops_name_the_argument_that_a_capture_cannot_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "capturing", lambda: True)
+    x = X.to(ELSEWHERE)
+    on_cpu = torch.tensor(0.5)
+    for argument, changes in {
+        "sigma2": {"sigma2": on_cpu},
+        "tau": {"tau": on_cpu},
+        "seed": {"seed": torch.tensor(7)},
+    }.items():
+        given = {"sigma2": 0.5, "tau": 0.5, "seed": 7} | changes
+        with pytest.raises(ValueError, match=f"flux_pass: {argument} must be on meta while"):
+            fk.flux_pass(x, x, backend="torch", **given)
+
+
+def test_values_on_a_gpu_are_never_read() -> None:
+    with FakeTensorMode():
+        t = torch.full((2, 2), torch.nan, device="cuda")
+        assert not checks.can_check_values(t)
+        checks.check_finite("f", x=t)
