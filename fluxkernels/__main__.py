@@ -11,12 +11,15 @@ from fluxkernels import cpu
 
 def main() -> None:
     print(f"fluxkernels {fluxkernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    device = f"CUDA: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "no CUDA device"
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    device = f"CUDA: {', '.join(names)}" if names else "no CUDA device"
     print(f"{torch.get_num_threads()} CPU threads, {device}\n")
     for backend in fluxkernels.backends().values():
         takes = " and ".join(backend.devices) or "any"
         state = "available" if backend.available else f"missing: {backend.missing}"
         print(f"  {backend.name:<8}{backend.what:<40}{takes + ' tensors':<14}{state}")
+        for reason in backend.refused:
+            print(f"  {'':<8}but not on {reason}")
     if cpu.missing() is None:
         print(f"\ncpu kernels: {cpu.describe()}")
     with warnings.catch_warnings():

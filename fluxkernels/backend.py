@@ -2,7 +2,7 @@
 
 The choice, first match: the call's `backend=`, the innermost `with use_backend(...)`, the environment variable
 FLUXKERNELS_BACKEND, else automatic: CUDA tensors run on triton, CPU tensors on cpu, all others on torch. A backend
-chosen by name runs or raises; only the automatic choice falls back to `torch`, with one warning per device type.
+chosen by name runs or raises; only the automatic choice falls back to `torch`, with one warning per reason.
 """
 
 import importlib
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import torch
 
-from fluxkernels import cpu, reference
+from fluxkernels import cards, cpu, reference
 from fluxkernels.implementation import Implementation
 
 ENVIRONMENT = "FLUXKERNELS_BACKEND"
@@ -35,12 +36,14 @@ class Backend:
         what: a short description.
         devices: device types whose tensors it takes; empty means any.
         missing: reason why it cannot run here, or None if it can.
+        refused: reasons why it cannot run on some cards of this machine, though it can on others.
     """
 
     name: str
     what: str
     devices: tuple[str, ...]
     missing: str | None
+    refused: tuple[str, ...] = ()
 
     @property
     def available(self) -> bool:
@@ -53,6 +56,7 @@ class _Entry:
     devices: tuple[str, ...]
     missing: Callable[[], str | None]
     implementation: Callable[[], Implementation]
+    refused: Callable[[int], str | None] | None = None  # by index of the card
 
 
 # Triton then runs kernels on the CPU, one operation at a time: for tests.
@@ -64,16 +68,26 @@ def _triton() -> Implementation:
     return cast(Implementation, importlib.import_module("fluxkernels.triton_kernels"))
 
 
+@cache
 def _triton_missing() -> str | None:
     if not _INTERPRETED and not torch.cuda.is_available():
         return "no CUDA device was found"
     if torch.version.hip:
         return "its kernels are for NVIDIA GPUs"
     try:
+        version = importlib.import_module("triton").__version__
+        if (reason := cards.too_old(version)) is not None:
+            return reason
         _triton()
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton"
-    return None
+    reasons = _refused_cards()
+    return "; ".join(reasons) if reasons and len(reasons) == torch.cuda.device_count() else None
+
+
+def _refused_cards() -> tuple[str, ...]:
+    indices = range(0 if _INTERPRETED else torch.cuda.device_count())
+    return tuple(reason for index in indices if (reason := cards.refused(index)) is not None)
 
 
 _ENTRIES = {
@@ -84,6 +98,7 @@ _ENTRIES = {
         ("cuda", "cpu") if _INTERPRETED else ("cuda",),
         _triton_missing,
         _triton,
+        None if _INTERPRETED else cards.refused,
     ),
 }
 _AUTOMATIC = {"cuda": "triton", "cpu": "cpu"}
@@ -94,7 +109,12 @@ _warned: set[str] = set()
 
 def backends() -> dict[str, Backend]:
     """All backends by name; each has the reason why it cannot run here, if there is one."""
-    return {name: Backend(name, e.what, e.devices, e.missing()) for name, e in _ENTRIES.items()}
+    found = {}
+    for name, entry in _ENTRIES.items():
+        missing = entry.missing()
+        refused = _refused_cards() if missing is None and entry.refused else ()
+        found[name] = Backend(name, entry.what, entry.devices, missing, refused)
+    return found
 
 
 def check_backend(name: str, source: str) -> str:
@@ -142,15 +162,16 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
         ValueError: no backend has that name.
         BackendError: the backend cannot run here, or not on that device.
     """
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     asked = _asked_for(backend)
     if asked is None:
         name = _AUTOMATIC.get(kind, "torch")
-        missing = _ENTRIES[name].missing()
+        missing = _missing(_ENTRIES[name], device)
         if missing is None:
             return name
-        if kind not in _warned:
-            _warned.add(kind)
+        if missing not in _warned:
+            _warned.add(missing)
             warnings.warn(
                 f"fluxkernels runs {kind} tensors on its slower 'torch' backend: '{name}' is not available "
                 f"({missing}). Choose backend='torch' to say that this is meant.",
@@ -159,11 +180,19 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
         return "torch"
     name = check_backend(*asked)
     entry = _ENTRIES[name]
-    if (missing := entry.missing()) is not None:
+    if (missing := _missing(entry, device)) is not None:
         raise BackendError(f"backend '{name}' was asked for but cannot run: {missing}")
     if entry.devices and kind not in entry.devices:
         raise BackendError(f"backend '{name}' takes tensors on {' or '.join(entry.devices)}, got {kind}")
     return name
+
+
+def _missing(entry: _Entry, device: torch.device) -> str | None:
+    """Reason why a backend cannot run on that device, or None."""
+    missing = entry.missing()
+    if missing is not None or entry.refused is None or device.type != "cuda":
+        return missing
+    return entry.refused(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def implementation(name: str) -> Implementation:

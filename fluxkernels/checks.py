@@ -229,9 +229,9 @@ def check_noise(
 
 def pick_backend(backend: str | None, device: torch.device) -> str:
     """Name of the backend from `resolve_backend`; a constant inside a compiled graph."""
-    return _resolve_constant(backend, device.type)
+    return _resolve_constant(backend, device.type, device.index)
 
 
 @torch.compiler.assume_constant_result
-def _resolve_constant(backend: str | None, device_type: str) -> str:
-    return resolve_backend(backend, device_type)
+def _resolve_constant(backend: str | None, device_type: str, index: int | None) -> str:
+    return resolve_backend(backend, torch.device(device_type) if index is None else torch.device(device_type, index))
