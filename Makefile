@@ -2,7 +2,8 @@
 # make test         the whole test suite, with its own set-up
 # make check        formatting, lint, types and layers of imports
 # make bench        every benchmark in one run, into bench/results/ and the README's tables
-# make gpu          on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/
+# make gpu          on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/;
+#                   fails if a test does, or if an error of ours is above its bound
 # make accuracy     errors of every op against extended precision
 # make reliability  fuzz, adversarial cases, kill and resume, soak, sanitizers, wheels, into bench/results/
 # make sanitize     the kernel tests on C++ compiled with the address and undefined-behavior sanitizers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,21 @@ def as_text(value: Any, depth: int = 2) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+def write(file: Path, text: str) -> None:
+    """Write a file in one moment: readers and a sudden end find the old text or the new one, whole."""
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text(text)
+    part.replace(file)
+
+
 def keep_text(kind: str, text: str, date: str, ending: str, folder: Path = RESULTS) -> Path:
     """Write <date>-<kind>.<ending> in place of the last of its kind."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob(f"*-{kind}.{ending}"):
-        old.unlink()
     file = folder / f"{date}-{kind}.{ending}"
-    file.write_text(text)
+    write(file, text)
+    for old in folder.glob(f"*-{kind}.{ending}"):
+        if old != file:
+            old.unlink()
     return file
 
 

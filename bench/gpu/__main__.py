@@ -1,77 +1,35 @@
 """The check of a CUDA card: tests, then times of every run beside its baselines, into one dated JSON of bench/results.
 
 python -m bench.gpu [--output FOLDER] [--skip-tests] [--minutes 7]     what `make gpu` runs
+
+The exit status is 1 if a test fails, an error of ours is above its bound, or one of our ops fails. Whatever happens,
+the JSON has what was measured until then.
 """
 
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import records
-from bench.gpu import rates
-from bench.gpu.runs import COMPILED, OURS, PLAIN, RUNS, GPURun, contenders, errors
+from bench.gpu.progress import Progress
+from bench.gpu.worker import CARD_LOST
+from bench.gpu.worker import main as work
 from bench.origin import Origin
-from bench.timing import gpu_peak_memory, on_gpu
-from bench.training import cost, presets, velocity
 
 ROOT = Path(__file__).parents[2]
-
-
-def graph_of(call: Callable[[], object]) -> Callable[[], object]:
-    """Replay of one call as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    replay: Callable[[], object] = graph.replay
-    return replay
-
-
-def measure(run: GPURun, limit: dict[str, float], deadline: float) -> list[dict[str, Any]]:
-    """A row per contender; one that fails has its error's text instead of figures."""
-    rows: list[dict[str, Any]] = []
-    found: dict[str, float] = {}
-    for name, call in contenders(run, *run.inputs()).items():
-        row: dict[str, Any] = {"run": run.described(), "implementation": name}
-        try:
-            if time.perf_counter() > deadline:
-                raise TimeoutError("no time was left")
-            with torch.no_grad():
-                if name == OURS:
-                    found = errors(run)
-                row |= {"seconds": on_gpu(call), "memory": gpu_peak_memory(call, beyond_present=True)}
-                if name == OURS:
-                    row["graph"] = on_gpu(graph_of(call))
-                    row["limit_seconds"] = rates.model_seconds(limit, run.task, run.workload)
-                    row["pairs_per_second"] = rates.pairs(run.task, run.workload) / row["graph"]["median"]
-                judged = PLAIN if name == COMPILED else name
-                if judged in found:
-                    row["error"] = found[judged]
-        except Exception as problem:  # out of memory, a compiler that fails: the row stays
-            row["failed"] = f"{type(problem).__name__}: {problem}"[:500]
-        torch.cuda.empty_cache()
-        rows.append(row)
-        print_row(row)
-    return rows
-
-
-def print_row(row: dict[str, Any]) -> None:
-    figures = row.get("failed") or f"{1e6 * row['seconds']['median']:10.1f} us"
-    if "graph" in row:
-        figures += f", graph {1e6 * row['graph']['median']:.1f} us, error {row['error']:.1e}"
-        figures += f", limit {row['limit_seconds'] / row['graph']['median']:.0%}"
-    print(f"{row['run']['kind']:6}{row['run']['name']:48}{row['implementation']:15}{figures}", flush=True)
+TESTS_SECONDS = 600  # after which the tests count as failed
+# Seconds without a new result after which a process is ended: a kernel may hang, and a compiler may take minutes.
+PATIENCE = 300
+MOST_PROCESSES = 8
 
 
 def run_tests() -> dict[str, Any]:
@@ -79,24 +37,58 @@ def run_tests() -> dict[str, Any]:
 
     They do not tune: that would compile each kernel three times, and the benchmarks do.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fluxkernels/test_gpu.py",
-         "tests/fluxkernels/test_triton.py", "-k", "not compile_for"],
-        cwd=ROOT, env={**os.environ, "FLUXKERNELS_AUTOTUNE": "0"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fluxkernels/test_gpu.py",
+        "tests/fluxkernels/test_triton.py", "-k", "not compile_for",
+    ]  # fmt: skip
+    environment = {**os.environ, "FLUXKERNELS_AUTOTUNE": "0"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=TESTS_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        return {"passed": False, "summary": [str(problem)[:300]]}
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
     return {"passed": done.returncode == 0, "summary": done.stdout.strip().splitlines()[-1:]}
 
 
-def measure_velocity() -> dict[str, Any]:
-    device = torch.device("cuda")
+def supervise(file: Path, command: Sequence[str], patience: float = PATIENCE) -> None:
+    """Run processes until one has taken all steps; each crash goes into the results, and the next step has its turn."""
+    for _ in range(MOST_PROCESSES):
+        begun = len(Progress.load(file).results["begun"])
+        reason = run_process(file, command, patience)
+        if reason is None:
+            return
+        progress = Progress.load(file)
+        steps = progress.results["begun"]
+        progress.results["crashes"].append({"step": steps[-1] if len(steps) > begun else "start", "reason": reason})
+        progress.save()
+        print(f"crash: {progress.results['crashes'][-1]}", flush=True)
+        if len(steps) == begun:  # it does not even start
+            return
+
+
+def run_process(file: Path, command: Sequence[str], patience: float) -> str | None:
+    """Reason why the process ended early, or None if it did all. The file must change once per `patience` seconds."""
+    process = subprocess.Popen(command, cwd=ROOT)
     try:
-        return {
-            "steps": velocity.step_seconds(device, ["torch", "triton"], 5),
-            "fit": velocity.fit_seconds(device, epochs=100),
-        }
-    except Exception as problem:  # no anndata, out of memory: the other results stay
-        return {"failed": f"{type(problem).__name__}: {problem}"[:300]}
+        changed, latest = time.monotonic(), file.stat().st_mtime_ns
+        while True:
+            try:
+                status = process.wait(timeout=min(1.0, patience / 10))
+            except subprocess.TimeoutExpired:
+                if file.stat().st_mtime_ns != latest:
+                    changed, latest = time.monotonic(), file.stat().st_mtime_ns
+                if time.monotonic() - changed > patience:
+                    return f"no result for {patience:.0f} s"
+                continue
+            if status == 0:
+                return None
+            return "the card was lost" if status == CARD_LOST else f"the process ended with status {status}"
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def parse() -> argparse.Namespace:
@@ -105,57 +97,49 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--minutes", type=float, default=7, help="nothing further is measured after so long")
     parser.add_argument("--commit", help="commit of a copy without git")
+    parser.add_argument("--continue", dest="file", type=Path, help=argparse.SUPPRESS)  # in a process that measures
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device was found: this check is for machines with an NVIDIA GPU")
     return options
 
 
+def check(progress: Progress, options: argparse.Namespace, command: Sequence[str]) -> None:
+    """Fill the file with results, until all are there or the user ends it."""
+    try:
+        if not options.skip_tests:
+            progress.results["tests"] = run_tests()
+            progress.save()
+        supervise(progress.file, command)
+    except KeyboardInterrupt:
+        progress = Progress.load(progress.file)
+        progress.results["interrupted"] = True
+        progress.save()
+
+
+def end(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     options = parse()
-    begin = time.perf_counter()
+    if options.file:
+        return work(Progress.load(options.file), options.deadline)
+    begin = time.time()
+    signal.signal(signal.SIGTERM, end)
     origin = Origin.here(torch.device("cuda"), options.commit)
-    results: dict[str, Any] = {
-        **origin.fields(),
-        "tests": None,
-        "rows": [],
-        "training": [],
-        "velocity": None,
-        "presets": None,
-        "left_out": [],
-    }
-    kind = f"gpu-{origin.machine['card'].replace(' ', '-')}"
-    print(json.dumps(results["machine"], indent=1), flush=True)
-    if not options.skip_tests:
-        results["tests"] = run_tests()
-    results["rates"] = rates.measure()
-    print("rates per second:", {name: f"{rate:.3g}" for name, rate in results["rates"].items()}, flush=True)
+    print(json.dumps(dict(origin.machine), indent=1), flush=True)
+    progress = Progress.begin(origin, options.output.resolve())
     deadline = begin + 60 * options.minutes
-    # The most wanted first, for time may run out; what takes a compiler minutes comes last.
-    items: list[cost.Setting | GPURun] = [
-        *(s for s in cost.GPU if not s.compiled),
-        *RUNS,
-        *(s for s in cost.GPU if s.compiled),
-    ]
-    for item in items:
-        if time.perf_counter() > deadline:
-            label = "training" if isinstance(item, cost.Setting) else item.kind
-            results["left_out"].append(f"{label}: {item.name}")
-        elif isinstance(item, cost.Setting):
-            results["training"] += cost.measure(item, "cuda", repetitions=10)
-            print("\n".join(cost.table(results["training"][-len(item.methods) :])), flush=True)
-        else:
-            results["rows"] += measure(item, results["rates"], deadline)
-        records.keep(kind, results, origin.date, options.output)  # each time: nothing measured is lost
-    results["velocity"] = measure_velocity()
-    print("velocity", results["velocity"], flush=True)
-    records.keep(kind, results, origin.date, options.output)
-    print(presets.HEAD)
-    results["presets"] = presets.measure("paper", torch.device("cuda"), num_steps=5)
-    file = records.keep(kind, results, origin.date, options.output)
-    print(f"{file} after {time.perf_counter() - begin:.0f} s; left out: {results['left_out'] or 'none'}")
-    if results["tests"] and not results["tests"]["passed"]:
-        sys.exit("the GPU tests failed")
+    command = [
+        sys.executable, "-m", "bench.gpu", "--continue", str(progress.file), "--deadline", str(deadline)
+    ]  # fmt: skip
+    check(progress, options, command)
+    progress = Progress.load(progress.file)
+    print(f"{progress.file} after {time.time() - begin:.0f} s; left out: {progress.results['left_out'] or 'none'}")
+    if problems := progress.problems():
+        sys.exit("failed:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 if __name__ == "__main__":

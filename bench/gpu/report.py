@@ -1,4 +1,7 @@
-"""The README's table of GPU results, from the newest JSON of each card in bench/results."""
+"""The README's table of GPU results, from the newest JSON of each card in bench/results.
+
+A check that was cut short leaves a file without some results, or with rows that have no time: those cells stay empty.
+"""
 
 import json
 import math
@@ -19,8 +22,11 @@ def newest(folder: Path) -> list[dict[str, Any]]:
     """The last results of each card."""
     by_card = {}
     for file in sorted(folder.glob("*-gpu-*.json")):  # names begin with the date
-        results = json.loads(file.read_text())
-        by_card[Origin.of(results).machine["card"]] = results
+        try:
+            results = json.loads(file.read_text())
+            by_card[Origin.of(results).machine["card"]] = results
+        except (ValueError, KeyError, TypeError):  # not a file of a check
+            continue
     return list(by_card.values())
 
 
@@ -28,7 +34,7 @@ def baseline_cell(row: dict[str, Any] | None, ours: float) -> str:
     if row is None:
         return "–"
     if "failed" in row:
-        return row["failed"].split(":")[0]
+        return str(row["failed"]).split(":")[0]
     if wrong(row):
         return "wrong"
     return f"{row['seconds']['median'] / ours:.3g} ×"
@@ -50,18 +56,19 @@ def memory(row: dict[str, Any] | None) -> str:
 
 def table(results: dict[str, Any]) -> list[str]:
     """Markdown of one card's results."""
-    origin, tests = Origin.of(results), results["tests"]
+    origin, tests = Origin.of(results), results.get("tests")
     lines = [
         f"**{origin.machine['card']}**, {origin.date}: {origin.sentence().rstrip('.')}; tests: "
-        f"{' '.join(tests['summary']) if tests else 'not run'}.",
+        f"{' '.join(tests['summary']) or 'no summary' if tests else 'not run'}.",
         "",
         "| task | size | `triton` | pairs/s | limit | plain PyTorch | torch.compile | KeOps | MB: ours / plain "
         "| error: ours / plain / KeOps |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    runs = dict.fromkeys((row["run"]["kind"], row["run"]["name"]) for row in results["rows"])
+    measured = results.get("rows") or []
+    runs = dict.fromkeys((row["run"]["kind"], row["run"]["name"]) for row in measured)
     for kind, name in runs:
-        rows = [r for r in results["rows"] if (r["run"]["kind"], r["run"]["name"]) == (kind, name)]
+        rows = [r for r in measured if (r["run"]["kind"], r["run"]["name"]) == (kind, name)]
         row = (f" {cell} |" if cell else " |" for cell in cells({r["implementation"]: r for r in rows}))
         lines.append(f"| {kind} | {name} |{''.join(row)}")
     if results.get("velocity"):
@@ -73,20 +80,30 @@ def table(results: dict[str, Any]) -> list[str]:
     if found := results.get("presets"):
         lines += ["", "The paper's trainings, from steps measured:", "", *presets.HEAD.splitlines()]
         lines += [presets.line(row) for row in found]
-    return lines
+    return lines + unfinished(results)
+
+
+def unfinished(results: dict[str, Any]) -> list[str]:
+    """A sentence about what is missing, if anything is."""
+    crashes, left_out = results.get("crashes") or [], results.get("left_out") or []
+    parts = [f"{crash['step']}: {crash['reason']}" for crash in crashes]
+    parts += [f"{step}: {problem.split(':')[0]}" for step, problem in (results.get("failed") or {}).items()]
+    parts += [f"left out for lack of time: {', '.join(left_out)}"] if left_out else []
+    parts += ["interrupted"] if results.get("interrupted") else []
+    return ["", f"Not measured: {'; '.join(parts)}."] if parts else []
 
 
 def cells(rows: dict[str, dict[str, Any]]) -> list[str]:
     """Cells of one run, from its rows by implementation."""
-    ours = rows[OURS]
+    ours = rows.get(OURS, {"failed": "–"})
     if "failed" in ours or wrong(ours):
-        return [ours["failed"].split(":")[0] if "failed" in ours else "wrong", *[""] * 6, errors(rows)]
+        return [str(ours["failed"]).split(":")[0] if "failed" in ours else "wrong", *[""] * 6, errors(rows)]
     # Baselines take their launches one by one, or in graphs of their own where torch.compile makes them.
     median = ours["graph"]["median"]
     return [
         duration(median),
         f"{ours['pairs_per_second']:.1e}",
-        f"{ours['limit_seconds'] / median:.0%}",
+        f"{ours['limit_seconds'] / median:.0%}" if ours.get("limit_seconds") else "–",
         *(baseline_cell(rows.get(name), median) for name in BASELINES),
         f"{memory(ours)} / {memory(rows.get(PLAIN))}",
         errors(rows),
@@ -97,9 +114,12 @@ def velocity(found: dict[str, Any]) -> str:
     """Times of a fit and a step of `flux_velocity` in words."""
     if "failed" in found:
         return str(found["failed"])
+    if "steps" not in found:
+        return "not measured"
     torch_seconds, triton_seconds = found["steps"]["torch"], found["steps"]["triton"]
+    fit = f"{found['fit']:.1f} s" if "fit" in found else "not measured"
     return (
-        f"a fit of 100 epochs over 3696 cells and 2000 genes {found['fit']:.1f} s; a step "
+        f"a fit of 100 epochs over 3696 cells and 2000 genes {fit}; a step "
         f"{1e3 * triton_seconds:.3g} ms, on the torch backend {torch_seconds / triton_seconds:.1f} × that"
     )
 

@@ -75,9 +75,8 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
         yield Training("fast_mixing, mixture", objective, run.config.mixture_iterations, run.config.seeds, make)
 
 
-def measure(preset: str, device: torch.device, num_steps: int) -> list[dict[str, Any]]:
-    """A row per training; one that fails has its error's text instead of figures."""
-    rows = []
+def measured(preset: str, device: torch.device, num_steps: int) -> Iterator[dict[str, Any]]:
+    """Yield a row per training; one that fails has its error's text instead of figures."""
     with tempfile.TemporaryDirectory() as folder:
         for training in trainings(preset, device, Path(folder)):
             row: dict[str, Any] = {name: value for name, value in vars(training).items() if name != "make"}
@@ -85,9 +84,8 @@ def measure(preset: str, device: torch.device, num_steps: int) -> list[dict[str,
                 row["seconds"], row["gigabytes"] = step_seconds(training.make(), device, num_steps)
             except Exception as problem:  # out of memory: the others stay
                 row["failed"] = f"{type(problem).__name__}: {problem}"[:300]
-            rows.append(row)
             print(line(row), flush=True)
-    return rows
+            yield row
 
 
 def step_seconds(trainer: Trainer, device: torch.device, num_steps: int) -> tuple[float, float | None]:
@@ -116,7 +114,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     options = parser.parse_args()
     print(HEAD)
-    measure(options.preset, torch.device(options.device), options.steps)
+    for _ in measured(options.preset, torch.device(options.device), options.steps):
+        pass
 
 
 if __name__ == "__main__":

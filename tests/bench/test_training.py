@@ -200,7 +200,7 @@ def test_results_replace_the_last_ones_of_their_name(tmp_path: Path, monkeypatch
 
 
 def test_presets_are_timed_and_their_trainings_added_up() -> None:
-    rows = presets.measure("smoke", torch.device("cpu"), num_steps=1)
+    rows = list(presets.measured("smoke", torch.device("cpu"), num_steps=1))
     found = {(row["experiment"], row["objective"]) for row in rows}
     assert found == {
         ("springs", "flux"), ("springs", "DSM"), ("images", "flux"), ("images", "DSM"),
