@@ -32,7 +32,14 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # Arguments by type. Other pointers have the dtype of the points, other arguments are integers.
 RESULTS = {"out", "mean", "log_density"}
 INTEGERS = {"N", "M", "D", "E", "V", "steps", "noises", "span", "splits", "elements"}
-WIDE = {"sigma2", "tau", "statistics"}  # float32, or float64 for points in float64
+WIDE = {"sigma2", "tau", "packed"}  # float32, or float64 for points in float64
+# Kernels of streaming/ that write or read packed numbers, with the kernel that reads them.
+READERS = {
+    "kde_backward_queries_kernel": streaming.kde_backward_refs_kernel,
+    "kde_backward_refs_kernel": streaming.kde_backward_refs_kernel,
+    "transition_ends_kernel": streaming.transition_average_kernel,
+    "transition_average_kernel": streaming.transition_average_kernel,
+}
 DOUBLE = {
     "products", "distances", "coefficients", "first_weights", "of_point", "of_field", "along", "g_sigma2", "weights",
 }  # fmt: skip
@@ -58,8 +65,8 @@ def variants(kernel: Any) -> list[Constants]:
     passes = [{"PASS": p, "SEEDED": s} for p in both for s in both]
     return {
         "langevin_kernel": passes,
-        "transition_ends_kernel": [{"WEIGHTS": w} for w in both],
-        "transition_average_kernel": [{"WIDTH": w} for w in (2, streaming.MOST_VALUES)],
+        "transition_ends_kernel": [{"COUNT": c} for c in (2, streaming.MOST_VALUES)],
+        "transition_average_kernel": [{"COUNT": c} for c in (2, streaming.MOST_VALUES)],
         "normal_kernel": [{"STREAM": 0, "BLOCK": 1024}],
         "products_kernel": [{"CENTERED": c, "MOVED": m} for c, m in ((True, False), (True, True), (False, False))],
         "weights_kernel": [{"MOVED": m, "KDE": not m, "DEPTH": 512} for m in both],
@@ -83,8 +90,10 @@ def cases(kernel: Any, element: str) -> Iterator[tuple[dict[str, Any], Constants
         elif kernel in streaming.KERNELS:
             # Small D shows the differences between variants; large D needs the most registers.
             for D in (2, 7, 16) if element == "fp32" and variant == last else (2,):
-                per_row = streaming.values_per_row(kernel, D, variant.get("WIDTH", 0))
+                per_row = streaming.values_per_row(kernel, D, variant.get("COUNT", 0))
                 fixed = {"D": D, "ACC": accumulator(dtype), "ROWS": rows(per_row, dtype), **OPTIONS, **variant}
+                if reader := READERS.get(kernel.__name__):
+                    fixed["WIDTH"] = streaming.packed_width(reader, D, dtype, variant.get("COUNT", 0))
                 for columns, lanes in LAYOUTS[::2] if D == 16 else LAYOUTS[:2]:
                     yield {}, {**fixed, "COLUMNS": columns, "LANES": lanes, "num_warps": columns * lanes // 32}
         elif kernel in (gram.weights_kernel, gram.moments_kernel):
@@ -136,7 +145,11 @@ def compile_kernel(kernel: Any, element: str, constants: Constants, capability: 
     signature = {
         name: "constexpr" if name in constants else kind_of(name, kernel, element) for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    attributes = {}
+    if kernel in streaming.KERNELS:  # their host code makes addresses and strides between groups multiples of 16
+        aligned = (name.endswith("_b") or signature[name].startswith("*") for name in kernel.arg_names)
+        attributes = {(i,): [["tt.divisibility", 16]] for i, each in enumerate(aligned) if each}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return resources(compiled, capability)
 

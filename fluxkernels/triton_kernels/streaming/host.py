@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxkernels.triton_kernels.launch import launch_streaming, on_device_of, wide
+from fluxkernels.triton_kernels.launch import launch_streaming, on_device_of, rows, wide
 from fluxkernels.triton_kernels.streaming.kde import (
     kde_backward_queries_kernel,
     kde_backward_refs_kernel,
@@ -17,28 +17,42 @@ from fluxkernels.triton_kernels.streaming.kde import (
 )
 from fluxkernels.triton_kernels.streaming.langevin import langevin_kernel
 from fluxkernels.triton_kernels.streaming.residual import residual_kernel
-from fluxkernels.triton_kernels.streaming.transition import transition_average_kernel, transition_ends_kernel
+from fluxkernels.triton_kernels.streaming.transition import (
+    transition_average_kernel,
+    transition_ends_kernel,
+    transition_weights_kernel,
+)
 
 # Columns of values that a program of `transition_average` keeps in registers.
-MOST_VALUES = 8
+MOST_VALUES = 16
+# Triton specializes a kernel for addresses and strides that are multiples of this, and then loads vectors.
+ALIGNMENT = 16
 
 
-# Every kernel, with the numbers that it keeps per row of its tiles: for D dimensions and `width` columns of values.
+# Every kernel, with the numbers that it keeps per row of its tiles: for D dimensions and `count` columns of values.
 _VALUES_PER_ROW: tuple[tuple[Any, Callable[[int, int], int]], ...] = (
-    (kde_kernel, lambda D, width: D),
-    (kde_backward_queries_kernel, lambda D, width: max(8, 2 * D)),
-    (kde_backward_refs_kernel, lambda D, width: 3 * D + 4),
-    (residual_kernel, lambda D, width: max(8, 2 * D)),
-    (langevin_kernel, lambda D, width: 2 * D),
-    (transition_ends_kernel, lambda D, width: D),
-    (transition_average_kernel, lambda D, width: D + width + 2),
+    (kde_kernel, lambda D, count: D),
+    (kde_backward_queries_kernel, lambda D, count: D),
+    (kde_backward_refs_kernel, lambda D, count: 3 * D + 4),
+    (residual_kernel, lambda D, count: D),
+    (langevin_kernel, lambda D, count: D),
+    (transition_weights_kernel, lambda D, count: 2 * D),
+    (transition_ends_kernel, lambda D, count: D),
+    (transition_average_kernel, lambda D, count: D + 1 + count),
 )
 KERNELS = tuple(kernel for kernel, _ in _VALUES_PER_ROW)
 
 
-def values_per_row(kernel: Any, D: int, width: int = 0) -> int:
-    """Numbers that a kernel keeps per row of its tiles, if it takes `width` columns of values at once."""
-    return next(values(D, width) for each, values in _VALUES_PER_ROW if each is kernel)
+def values_per_row(kernel: Any, D: int, count: int = 0) -> int:
+    """Numbers that a kernel keeps per row of its tiles, if it takes `count` columns of values at once."""
+    return next(values(D, count) for each, values in _VALUES_PER_ROW if each is kernel)
+
+
+def packed_width(kernel: Any, D: int, dtype: torch.dtype, count: int = 0) -> int:
+    """Adjacent numbers per row of a tile of packed numbers, with those that let a tile end at a multiple of four."""
+    numbers = values_per_row(kernel, D, count)
+    unit = max(1, 4 // rows(numbers, dtype))
+    return -(-numbers // unit) * unit
 
 
 def _launch(
@@ -51,15 +65,43 @@ def _launch(
     **constants: Any,
 ) -> None:
     """`launch_streaming` with the kernel's own number of values per row."""
-    per_row = values_per_row(kernel, points.shape[-1], constants.get("WIDTH", 0))
+    per_row = values_per_row(kernel, points.shape[-1], constants.get("COUNT", 0))
     launch_streaming(kernel, arguments, points, queries, refs, per_row, more, **constants)
+
+
+def _aligned(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
+    """New tensor `[..., rows, numbers]` whose last axes are contiguous and begin at multiples of ALIGNMENT."""
+    padded = -(-shape[-2] // ALIGNMENT) * ALIGNMENT
+    return like.new_empty((*shape[:-2], padded, shape[-1]), dtype=dtype)[..., : shape[-2], :]
+
+
+def _streamed(t: Tensor) -> Tensor:
+    """The points `[B, M, D]` with adjacent coordinates from aligned addresses, which kernels load as vectors."""
+    B, M, D = t.shape
+    if (M == 1 or t.stride(1) == D) and (D == 1 or t.stride(2) == 1) and t.data_ptr() % ALIGNMENT == 0:
+        if B == 1:
+            return t.as_strided(t.shape, (0, D, 1))
+        if t.stride(0) % ALIGNMENT == 0:
+            return t
+    return _aligned(t.shape, t, t.dtype).copy_(t)
+
+
+def _group(t: Tensor) -> tuple[Tensor, int]:
+    """A streamed tensor and its one stride that differs."""
+    t = _streamed(t)
+    return t, t.stride(0)
+
+
+def _strided(*tensors: Tensor) -> list[Any]:
+    """Each tensor, followed by its strides."""
+    return [part for t in tensors for part in (t, *t.stride())]
 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, M = z.shape[1], refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
-    inputs = [part for t in (z, refs, sigma2) for part in (t, *t.stride())]
     with on_device_of(z):
+        inputs = [*_strided(z), *_group(refs), *_strided(sigma2)]
         _launch(kde_kernel, [*inputs, shift, mean, log_density, N, M], z, N, M)
     return shift, mean, log_density
 
@@ -69,19 +111,21 @@ def kde_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, D), M = z.shape, refs.shape[1]
     g_z, g_refs, g_sigma2 = z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
-    statistics = torch.empty((B, N, 2 + D), dtype=wide(z.dtype), device=z.device)
-    inputs = [part for t in (z, refs, sigma2, g_shift, g_mean, g_log_density) for part in (t, *t.stride())]
+    width = packed_width(kde_backward_refs_kernel, D, z.dtype)
+    packed = _group(_aligned((B, N, width), z, wide(z.dtype)))
     with on_device_of(z):
-        _launch(kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, statistics, N, M], z, N, M)
-        _launch(kde_backward_refs_kernel, [*inputs, statistics, g_refs, N, M], z, M, N)
+        streamed = _group(refs)
+        inputs = [*_strided(z), *streamed, *_strided(sigma2, g_shift, g_mean, g_log_density)]
+        _launch(kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, *packed, N, M], z, N, M, WIDTH=width)
+        _launch(kde_backward_refs_kernel, [*streamed, *packed, g_refs, N, M], z, M, N, WIDTH=width)
     return g_z, g_refs, g_sigma2
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
     N, M = z.shape[1], refs.shape[1]
     gradient = z.new_empty(z.shape)
-    inputs = [part for t in (z, field, refs, sigma2) for part in (t, *t.stride())]
     with on_device_of(z):
+        inputs = [*_strided(z, field), *_group(refs), *_strided(sigma2)]
         _launch(residual_kernel, [*inputs, gradient, N, M], z, N, M)
     return gradient
 
@@ -100,10 +144,10 @@ def _langevin(
     N, M = x.shape[1], refs.shape[1]
     xt = x.new_empty(x.shape)
     x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
-    inputs = [part for t in (x, refs, sigma2, tau) for part in (t, *t.stride())]
     # `x` as a placeholder for the seed or noise is never read.
     random = [x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride()))]
     with on_device_of(x):
+        inputs = [*_strided(x), *_group(refs), *_strided(sigma2, tau)]
         arguments = [*inputs, *random, x0, shift0, xt, shift_t, N, M, num_steps]
         _launch(langevin_kernel, arguments, x, N, M, PASS=whole_pass, SEEDED=noise is None)
     return x0, shift0, xt, shift_t
@@ -121,30 +165,28 @@ def flux_pass(
     return _langevin(x, refs, sigma2, tau, num_steps, noise, seed, True)
 
 
-def _ends(
-    x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor, statistics: Tensor, weights: Tensor | None
-) -> None:
-    N, E = x0.shape[1], xt.shape[1]
-    inputs = [part for t in (x0, shift0, xt, sigma2, tau) for part in (t, *t.stride())]
-    results = [statistics, statistics if weights is None else weights]
-    _launch(transition_ends_kernel, [*inputs, *results, N, E], x0, E, N, WEIGHTS=weights is not None)
-
-
 def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
-    weights = x0.new_empty((*x0.shape[:2], xt.shape[1]))
+    N, E = x0.shape[1], xt.shape[1]
+    weights = x0.new_empty((*x0.shape[:2], E))
     with on_device_of(x0):
-        _ends(x0, shift0, xt, sigma2, tau, weights, weights)
+        inputs = [*_group(x0), *_group(shift0), *_strided(xt, sigma2, tau)]
+        _launch(transition_weights_kernel, [*inputs, weights, N, E], x0, E, N)
     return weights
 
 
 def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
-    (B, N, _), (E, V) = x0.shape, values.shape[1:]
+    (B, N, D), (E, V) = x0.shape, values.shape[1:]
     average = values.new_empty((B, N, V))
-    statistics = torch.empty((B, 2, E), dtype=wide(x0.dtype), device=x0.device)
-    inputs = [part for t in (x0, shift0, xt, values, sigma2, tau) for part in (t, *t.stride())]
-    width = min(V, MOST_VALUES)
+    count = min(V, MOST_VALUES)
+    chunks = -(-V // count)
+    width = packed_width(transition_average_kernel, D, x0.dtype, count)
+    packed = _aligned((B, chunks, E, width), x0, wide(x0.dtype))
+    columns = {"COUNT": count, "WIDTH": width}
     with on_device_of(x0):
-        _ends(x0, shift0, xt, sigma2, tau, statistics, None)
-        arguments = [*inputs, statistics, average, N, E, V]
-        _launch(transition_average_kernel, arguments, x0, N, E, more=(-(-V // width),), WIDTH=width)
+        starts = [*_group(x0), *_group(shift0)]
+        into = [packed, *packed.stride()[:2]]
+        inputs = [*starts, *_strided(xt, values, sigma2, tau)]
+        _launch(transition_ends_kernel, [*inputs, *into, N, E, V], x0, E, N, **columns)
+        inputs = [*starts, *_strided(sigma2, tau)]
+        _launch(transition_average_kernel, [*inputs, *into, average, N, E, V], x0, N, E, (chunks,), **columns)
     return average

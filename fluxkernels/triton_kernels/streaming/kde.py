@@ -8,19 +8,21 @@ import triton.language as tl
 
 from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, normalized_log_density
 from fluxkernels.triton_kernels.streaming.tiles import (
-    differences,
+    NO_LOGIT,
+    displacement,
     load_points,
+    load_tile,
     over_lanes,
     place,
     store_points,
     sweep,
-    tile_rows,
+    zeros,
 )
 
 
 @triton.jit
 def kde_kernel(
-    z, z_b, z_n, z_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
+    z, z_b, z_n, z_d, refs, r_b, sigma2, s_b, s_n,
     shift, mean, log_density,
     N, M,
     D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
@@ -30,9 +32,7 @@ def kde_kernel(
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
     scale = HALF_LOG2_E / variance
-    least, total, step = sweep(
-        x, lane, scale, refs + b * r_b, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
-    )
+    top, total, step = sweep(x, lane, scale, refs + b * r_b, refs, 0.0, M, D, ROWS, LANES, True, False)
     inside = inside & (lane == 0)
     at = (b * N + n) * D
     store_points(shift, at, 1, step, inside, D)
@@ -40,110 +40,136 @@ def kde_kernel(
     for d in tl.static_range(D):
         centroid = centroid + (x[d] + step[d],)
     store_points(mean, at, 1, centroid, inside, D)
-    log_p = normalized_log_density(total, least, variance, M, D)
+    log_p = normalized_log_density(total, -top / scale, variance, M, D)
     tl.store(log_density + b * N + n, log_p.to(log_density.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def logit_cotangent(e, w, step, v, g, D: tl.constexpr):
-    """c_j = w_j ((r_j - m)·v + g), the cotangent of the logit of reference point j; queries in columns or in rows."""
-    along = tl.zeros_like(w)
+def logit_cotangent(e, step, v, g, D: tl.constexpr):
+    """(r - m)·v + g: times a weight, the cotangent of the logit of a reference point."""
+    along = g
     for d in tl.static_range(D):
         along += (e[d] - step[d]) * v[d]
-    return w * (along + g)
+    return along
+
+
+@triton.jit
+def add_query_cotangents(gradient, of_variance, x, scale, top, step, v, g, points, k, inside, D: tl.constexpr):
+    """Add Σ_d c (r - x)_d and c |r - x|² of reference point k, where c is the cotangent of its logit."""
+    e, a = displacement(x, points, k, D)
+    w = tl.exp2(tl.where(inside, a * -scale - top, NO_LOGIT))
+    c = w * logit_cotangent(e, step, v, g, D)
+    summed = ()
+    for d in tl.static_range(D):
+        summed = summed + (gradient[d] + c * e[d],)
+    return summed, of_variance + c * a
 
 
 @triton.jit
 def kde_backward_queries_kernel(
-    z, z_b, z_n, z_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
+    z, z_b, z_n, z_d, refs, r_b, sigma2, s_b, s_n,
     g_shift, gs_b, gs_n, gs_d, g_mean, gm_b, gm_n, gm_d, g_log_density, gl_b, gl_n,
-    g_z, g_sigma2, statistics,
+    g_z, g_sigma2, packed, p_b,
     N, M,
-    D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """Cotangents of z and σ², and per query the `statistics` `[B, N, 2 + D]` for `kde_backward_refs_kernel`: least
-    distance, total of the weights and m - z."""
+    """Cotangents of z and σ², and per query the WIDTH adjacent numbers that `kde_backward_refs_kernel` reads."""
     b, n, inside, lane = place(N, COLUMNS, LANES)
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
     scale = HALF_LOG2_E / variance
     base = refs + b * r_b
-    least, total, step = sweep(x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False)
-    at = (b * N + n) * (2 + D)
-    written = inside & (lane == 0)
-    tl.store(statistics + at, least, mask=written)
-    tl.store(statistics + at + 1, total, mask=written)
-    store_points(statistics, at + 2, 1, step, written, D)
-
+    top, total, step = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
     of_shift = load_points(g_shift + b * gs_b, n * gs_n, gs_d, inside, D, ACC)
     of_mean = load_points(g_mean + b * gm_b, n * gm_n, gm_d, inside, D, ACC)
     g = tl.load(g_log_density + b * gl_b + n * gl_n, mask=inside, other=0.0).to(ACC)
     v = ()
-    gradient = ()
-    steps = ()
     for d in tl.static_range(D):
-        v = v + ((of_shift[d] + of_mean[d])[None, :],)
-        steps = steps + (step[d][None, :],)
-        gradient = gradient + (tl.zeros([COLUMNS * LANES], ACC),)
-    of_variance = tl.zeros([COLUMNS * LANES], ACC)
-    for start in range(0, M, ROWS * LANES):
-        j = tile_rows(start, lane, ROWS, LANES)
-        e, a = differences(x, base, refs, j * r_m, r_d, j, 0, 0.0, j < M, D, False)
-        w = tl.exp2((least[None, :] - a) * scale[None, :]) / total[None, :]
-        c = logit_cotangent(e, w, steps, v, g[None, :], D)
-        summed = ()
-        for d in tl.static_range(D):
-            summed = summed + (gradient[d] + tl.sum(c * e[d], 0),)
-        gradient = summed
-        of_variance += tl.sum(tl.where(j < M, c * a, 0.0), 0)
+        v = v + (of_shift[d] + of_mean[d],)
+    gradient, of_variance = zeros(x[0], D), tl.zeros(x[0].shape, ACC)
+    at = base + lane * (ROWS * D)
+    whole = M // (ROWS * LANES)
+    for _ in range(whole):
+        points = load_tile(at, ROWS * D, ACC)
+        at += ROWS * LANES * D
+        for k in tl.static_range(ROWS):
+            gradient, of_variance = add_query_cotangents(
+                gradient, of_variance, x, scale, top, step, v, g, points, k, True, D
+            )
+    for start in range(whole * (ROWS * LANES), M, LANES):
+        exists = start + lane < M
+        points = load_points(base, (start + lane).to(tl.int64) * D, 1, exists, D, ACC)
+        gradient, of_variance = add_query_cotangents(
+            gradient, of_variance, x, scale, top, step, v, g, points, 0, exists, D
+        )
+    inverse = 1 / total
+    written = inside & (lane == 0)
     result = ()
+    scaled = ()
     for d in tl.static_range(D):
-        result = result + (over_lanes(gradient[d], LANES) / variance - of_shift[d],)
+        result = result + (over_lanes(gradient[d], LANES) * inverse / variance - of_shift[d],)
+        scaled = scaled + (v[d] * inverse,)
     store_points(g_z, (b * N + n) * D, 1, result, written, D)
-    of_variance = 0.5 * (over_lanes(of_variance, LANES) / variance - D * g) / variance
+    of_variance = 0.5 * (over_lanes(of_variance, LANES) * inverse / variance - D * g) / variance
     tl.store(g_sigma2 + b * N + n, of_variance.to(g_sigma2.dtype.element_ty), mask=written)
+    row = b * p_b + n * WIDTH
+    for_refs = x + step + scaled + (g * inverse, -scale, top, 1 / variance)
+    store_points(packed, row, 1, for_refs, written, 3 * D + 4)
+
+
+@triton.jit
+def add_ref_cotangents(gradient, r, query, k, inside, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Add w v - c (r - z)/σ² of query k of a tuple of packed numbers."""
+    x, step, v = (), (), ()
+    for d in tl.static_range(D):
+        x = x + (query[k * WIDTH + d],)
+        step = step + (query[k * WIDTH + D + d],)
+        v = v + (query[k * WIDTH + 2 * D + d],)
+    g, scale, top, precision = (
+        query[k * WIDTH + 3 * D],
+        query[k * WIDTH + 3 * D + 1],
+        query[k * WIDTH + 3 * D + 2],
+        query[k * WIDTH + 3 * D + 3],
+    )
+    e = ()
+    a = 0.0
+    for d in tl.static_range(D):
+        difference = r[d] - x[d]
+        e = e + (difference,)
+        a = difference * difference if d == 0 else a + difference * difference
+    w = tl.exp2(tl.where(inside, a * scale - top, NO_LOGIT))
+    c = logit_cotangent(e, step, v, g, D) * precision
+    summed = ()
+    for d in tl.static_range(D):
+        summed = summed + (gradient[d] + w * (v[d] - c * e[d]),)
+    return summed
 
 
 @triton.jit
 def kde_backward_refs_kernel(
-    z, z_b, z_n, z_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
-    g_shift, gs_b, gs_n, gs_d, g_mean, gm_b, gm_n, gm_d, g_log_density, gl_b, gl_n,
-    statistics, g_refs,
+    refs, r_b, packed, p_b,
+    g_refs,
     N, M,
-    D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """Cotangent of one block of reference points, a sum over queries: reference points in columns, queries in rows."""
+    """Cotangent of one block of reference points, a sum over queries, which stream past them."""
     b, j, inside, lane = place(M, COLUMNS, LANES)
-    r = load_points(refs + b * r_b, j * r_m, r_d, inside, D, ACC)
-    gradient = ()
-    for _ in tl.static_range(D):
-        gradient = gradient + (tl.zeros([COLUMNS * LANES], ACC),)
-    for start in range(0, N, ROWS * LANES):
-        n = tile_rows(start, lane, ROWS, LANES)
-        row = n < N
-        x = load_points(z + b * z_b, n * z_n, z_d, row, D, ACC)
-        variance = tl.load(sigma2 + b * s_b + n * s_n, mask=row, other=1.0).to(ACC)
-        at = (b * N + n) * (2 + D)
-        least = tl.load(statistics + at, mask=row, other=0.0)
-        total = tl.load(statistics + at + 1, mask=row, other=1.0)
-        step = load_points(statistics, at + 2, 1, row, D, ACC)
-        of_shift = load_points(g_shift + b * gs_b, n * gs_n, gs_d, row, D, ACC)
-        of_mean = load_points(g_mean + b * gm_b, n * gm_n, gm_d, row, D, ACC)
-        g = tl.load(g_log_density + b * gl_b + n * gl_n, mask=row, other=0.0).to(ACC)
-        e = ()
-        v = ()
-        a = tl.zeros([ROWS, COLUMNS * LANES], ACC)
-        for d in tl.static_range(D):
-            difference = r[d][None, :] - x[d]
-            a += difference * difference
-            e = e + (difference,)
-            v = v + (of_shift[d] + of_mean[d],)
-        w = tl.where(row, tl.exp2((least - a) * (HALF_LOG2_E / variance)) / total, 0.0)
-        c = logit_cotangent(e, w, step, v, g, D) / variance
-        summed = ()
-        for d in tl.static_range(D):
-            summed = summed + (gradient[d] + tl.sum(w * v[d] - c * e[d], 0),)
-        gradient = summed
+    r = load_points(refs + b * r_b, j * D, 1, inside, D, ACC)
+    gradient = zeros(r[0], D)
+    base = packed + b * p_b
+    at = base + lane * (ROWS * WIDTH)
+    whole = N // (ROWS * LANES)
+    for _ in range(whole):
+        queries = load_tile(at, ROWS * WIDTH, ACC)
+        at += ROWS * LANES * WIDTH
+        for k in tl.static_range(ROWS):
+            gradient = add_ref_cotangents(gradient, r, queries, k, True, D, WIDTH)
+    for start in range(whole * (ROWS * LANES), N, LANES):
+        exists = start + lane < N
+        queries = load_points(base, (start + lane).to(tl.int64) * WIDTH, 1, exists, WIDTH, ACC)
+        gradient = add_ref_cotangents(gradient, r, queries, 0, exists, D, WIDTH)
     result = ()
     for d in tl.static_range(D):
         result = result + (over_lanes(gradient[d], LANES),)

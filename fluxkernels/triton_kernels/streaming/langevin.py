@@ -13,7 +13,7 @@ from fluxkernels.triton_kernels.streaming.tiles import load_points, place, store
 
 @triton.jit
 def langevin_kernel(
-    x_in, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, tau, a_b,
+    x_in, x_b, x_n, x_d, refs, r_b, sigma2, s_b, tau, a_b,
     seed, noise, noise_k, noise_b, noise_n, noise_d,
     x0_out, shift0_out, xt_out, shift_t_out,
     N, M, steps,
@@ -41,9 +41,7 @@ def langevin_kernel(
     # A pass begins with a step of noise alone, and computes the mean after each step; a chain computes it before.
     for k in range(steps + PASS):
         if not PASS:
-            _least, _total, shift = sweep(
-                x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
-            )
+            _top, _total, shift = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
         stream, step, size = CHAIN, k, spread
         if PASS:
             stream, step = tl.where(k == 0, START, CHAIN), tl.where(k == 0, 0, k - 1)
@@ -61,9 +59,7 @@ def langevin_kernel(
             moved = moved + (to,)
         x = moved
         if PASS:
-            _least, _total, shift = sweep(
-                x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False
-            )
+            _top, _total, shift = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
             if k == 0:
                 store_points(x0_out, row * D, 1, x, written, D)
                 store_points(shift0_out, row * D, 1, shift, written, D)

@@ -8,19 +8,38 @@ import triton.language as tl
 
 from fluxkernels.triton_kernels.scalars import HALF_LOG2_E
 from fluxkernels.triton_kernels.streaming.tiles import (
-    differences,
+    NO_LOGIT,
+    displacement,
     load_points,
+    load_tile,
     over_lanes,
     place,
     store_points,
     sweep,
-    tile_rows,
+    zeros,
 )
 
 
 @triton.jit
+def add_moment(moment, x, f, scale, top, step, points, k, inside, D: tl.constexpr):
+    """Add w_k e_k [e_k·f - (a_k - least)/σ²] of reference point k, with the weight relative to that of the nearest."""
+    e, a = displacement(x, points, k, D)
+    logit = tl.where(inside, a * -scale - top, NO_LOGIT)
+    centered = ()
+    along = logit * (1 / HALF_LOG2_E)
+    for d in tl.static_range(D):
+        centered = centered + (e[d] - step[d],)
+        along += centered[d] * f[d]
+    c = tl.exp2(logit) * along
+    summed = ()
+    for d in tl.static_range(D):
+        summed = summed + (moment[d] + c * centered[d],)
+    return summed
+
+
+@triton.jit
 def residual_kernel(
-    z, z_b, z_n, z_d, field, f_b, f_n, f_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
+    z, z_b, z_n, z_d, field, f_b, f_n, f_d, refs, r_b, sigma2, s_b, s_n,
     gradient,
     N, M,
     D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
@@ -33,23 +52,21 @@ def residual_kernel(
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
     scale = HALF_LOG2_E / variance
     base = refs + b * r_b
-    least, total, step = sweep(x, lane, scale, base, r_m, r_d, refs, 0, 0, 0.0, M, D, ROWS, LANES, True, False)
-    moment = ()
-    for _ in tl.static_range(D):
-        moment = moment + (tl.zeros([COLUMNS * LANES], ACC),)
-    for start in range(0, M, ROWS * LANES):
-        j = tile_rows(start, lane, ROWS, LANES)
-        e, a = differences(x, base, refs, j * r_m, r_d, j, 0, 0.0, j < M, D, False)
-        w = tl.exp2((least[None, :] - a) * scale[None, :]) / total[None, :]
-        along = tl.zeros([ROWS, COLUMNS * LANES], ACC)
-        for d in tl.static_range(D):
-            along += (e[d] - step[d][None, :]) * f[d][None, :]
-        c = tl.where(w > 0, w * (along - (a - least[None, :]) / variance[None, :]), 0.0)
-        summed = ()
-        for d in tl.static_range(D):
-            summed = summed + (moment[d] + tl.sum(c * (e[d] - step[d][None, :]), 0),)
-        moment = summed
+    top, total, step = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
+    moment = zeros(x[0], D)
+    at = base + lane * (ROWS * D)
+    whole = M // (ROWS * LANES)
+    for _ in range(whole):
+        points = load_tile(at, ROWS * D, ACC)
+        at += ROWS * LANES * D
+        for k in tl.static_range(ROWS):
+            moment = add_moment(moment, x, f, scale, top, step, points, k, True, D)
+    for start in range(whole * (ROWS * LANES), M, LANES):
+        exists = start + lane < M
+        points = load_points(base, (start + lane).to(tl.int64) * D, 1, exists, D, ACC)
+        moment = add_moment(moment, x, f, scale, top, step, points, 0, exists, D)
     result = ()
     for d in tl.static_range(D):
-        result = result + (((over_lanes(moment[d], LANES) + 2 * step[d]) / variance - f[d]) / variance,)
+        of_points = over_lanes(moment[d], LANES) / total
+        result = result + (((of_points + 2 * step[d]) / variance - f[d]) / variance,)
     store_points(gradient, (b * N + n) * D, 1, result, inside & (lane == 0), D)

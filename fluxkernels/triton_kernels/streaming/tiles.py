@@ -1,9 +1,11 @@
-"""Common parts of the kernels for few dimensions: queries in columns, tiles of reference points streamed past them.
+"""Common parts of the kernels for few dimensions: reference points stream past queries.
 
-A program holds COLUMNS queries in each of LANES lanes, as the columns of its tiles `[ROWS, LANES·COLUMNS]`, and their
-coordinates as a tuple of D vectors. Each lane handles every LANES-th reference point; sums of lanes are combined after
-a sweep. A thread has whole columns, so sums over reference points stay inside of it. Distances are sums of squared
-differences of raw coordinates, and means are sums of weighted differences: nothing cancels, and no origin is needed.
+A program holds COLUMNS queries in each of LANES lanes, as vectors of COLUMNS·LANES numbers; coordinates are a tuple of
+D vectors, and a tile of ROWS reference points per lane is a tuple of ROWS·D vectors. With a vector instead of a matrix
+per number, every release of Triton gives a thread whole queries, so that sums over reference points stay inside of it.
+Lanes share the reference points; their sums are combined after a sweep. Whole tiles come first and need no mask, then
+the remaining reference points one per lane. Distances are sums of squared differences of raw coordinates, and means are
+sums of weighted differences: nothing cancels, and no origin is needed.
 """
 
 # Names inside a kernel have Triton's types, which mypy does not know; kernels take many arguments.
@@ -11,6 +13,9 @@ differences of raw coordinates, and means are sums of weighted differences: noth
 # ruff: noqa: PLR0913
 import triton
 import triton.language as tl
+
+# Logit of a point that does not exist: its weight is 0 in float32 and float64, and products with the logit are finite.
+NO_LOGIT = tl.constexpr(-1e4)
 
 
 @triton.jit
@@ -24,18 +29,21 @@ def place(count, COLUMNS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def tile_rows(start, lane, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """Indices of the reference points of a tile, `[ROWS, LANES·COLUMNS]`."""
-    return (start + tl.arange(0, ROWS) * LANES).to(tl.int64)[:, None] + lane.to(tl.int64)[None, :]
-
-
-@triton.jit
 def over_lanes(t, LANES: tl.constexpr):
     """Sum over lanes, returned in every lane."""
     if LANES > 1:
         parts = tl.reshape(t, [LANES, t.shape[0] // LANES])
         t = tl.reshape(tl.broadcast_to(tl.sum(parts, 0)[None, :], parts.shape), t.shape)
     return t
+
+
+@triton.jit
+def zeros(like, COUNT: tl.constexpr):
+    """Tuple of COUNT zero vectors."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros(like.shape, like.dtype),)
+    return out
 
 
 @triton.jit
@@ -55,69 +63,135 @@ def store_points(pointer, at, stride_d, values, inside, D: tl.constexpr):
 
 
 @triton.jit
+def load_tile(pointer, COUNT: tl.constexpr, ACC: tl.constexpr):
+    """COUNT adjacent numbers from each pointer of a vector, as a tuple: with four per load if they come in fours."""
+    VECTORS: tl.constexpr = COUNT // 4 if COUNT % 4 == 0 else 0
+    out = ()
+    for k in tl.static_range(VECTORS):
+        four = tl.load((pointer + 4 * k)[:, None] + tl.arange(0, 4)[None, :]).to(ACC)
+        even, odd = tl.split(tl.reshape(four, [pointer.shape[0], 2, 2]))
+        n0, n2 = tl.split(even)
+        n1, n3 = tl.split(odd)
+        out = out + (n0, n1, n2, n3)
+    for k in tl.static_range(4 * VECTORS, COUNT):
+        out = out + (tl.load(pointer + k).to(ACC),)
+    return out
+
+
+@triton.jit
 def far(ACC: tl.constexpr):
     """Distance of a reference point that does not exist: its weight is 0; finite, since a lane may have no others."""
     return 1e308 if ACC == tl.float64 else 3e38
 
 
 @triton.jit
-def differences(x, refs, move, at, stride_d, move_at, move_d, pull, inside, D: tl.constexpr, MOVED: tl.constexpr):
-    """(r - x as a tuple of tiles, |r - x|²), with distance `far` for reference points that are not `inside`.
-
-    With MOVED, a reference point is r + pull·move instead.
-    """
-    stride_d = tl.zeros([], tl.int64) + stride_d
-    move_d = tl.zeros([], tl.int64) + move_d
+def displacement(x, points, k, D: tl.constexpr):
+    """(r - x as a tuple, |r - x|²) for entry k of a tuple of coordinates."""
     out = ()
-    square = tl.zeros(at.shape, x[0].dtype)
+    square = 0.0
     for d in tl.static_range(D):
-        e = tl.load(refs + at + d * stride_d, mask=inside, other=0.0).to(x[0].dtype) - x[d][None, :]
-        if MOVED:
-            e += pull * tl.load(move + move_at + d * move_d, mask=inside, other=0.0).to(x[0].dtype)
-        square += e * e
+        e = points[k * D + d] - x[d]
         out = out + (e,)
-    return out, tl.where(inside, square, far(x[0].dtype))
+        square = e * e if d == 0 else square + e * e
+    return out, square
+
+
+@triton.jit
+def moved_displacement(x, points, moves, pull, k, D: tl.constexpr):
+    """`displacement` from reference points r + pull·move, whose sum would round digits off r."""
+    out = ()
+    square = 0.0
+    for d in tl.static_range(D):
+        e = (points[k * D + d] - x[d]) + pull * moves[k * D + d]
+        out = out + (e,)
+        square = e * e if d == 0 else square + e * e
+    return out, square
+
+
+@triton.jit
+def add_tile(
+    top, total, shift, x, scale, points, moves, pull, inside,
+    D: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr, MOVED: tl.constexpr,
+):  # fmt: skip
+    """Add the ROWS reference points of a tile, or those `inside`, to the softmax (top, total, shift) of `sweep`."""
+    e = ()
+    a = ()
+    for k in tl.static_range(ROWS):
+        if MOVED:
+            difference, square = moved_displacement(x, points, moves, pull, k, D)
+        else:
+            difference, square = displacement(x, points, k, D)
+        e = e + difference
+        a = a + (tl.where(inside, square, far(x[0].dtype)),)
+    least = a[0]
+    for k in tl.static_range(1, ROWS):
+        least = tl.minimum(least, a[k])
+    higher = tl.maximum(top, least * -scale)
+    keep = tl.exp2(top - higher)
+    total = total * keep
+    if MEAN:
+        kept = ()
+        for d in tl.static_range(D):
+            kept = kept + (shift[d] * keep,)
+        shift = kept
+    for k in tl.static_range(ROWS):
+        w = tl.exp2(a[k] * -scale - higher)
+        total += w
+        if MEAN:
+            added = ()
+            for d in tl.static_range(D):
+                added = added + (shift[d] + w * e[k * D + d],)
+            shift = added
+    return higher, total, shift
 
 
 @triton.jit
 def sweep(
-    x, lane, scale, refs, stride_m, stride_d, move, move_m, move_d, pull, M,
+    x, lane, scale, refs, move, pull, M,
     D: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, MEAN: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of the logits -|x - r_j|² scale log 2 over all reference points.
+    """Online softmax of the logits -|x - r_j|² scale log 2 over all reference points `[M, D]`.
 
-    Returns (least distance, total of the weights relative to it, m - x or zeros). `scale` is log₂e/2σ²: the hardware
-    computes powers of two.
+    Returns (greatest logit in powers of two, as rounded; total of the weights relative to it; m - x or zeros). `scale`
+    is log₂e/2σ²: the hardware computes powers of two. Relative to the rounded logit, a weight is a power of one fused
+    multiply-add. With MOVED, the reference points are r + pull·move instead.
     """
     ACC: tl.constexpr = x[0].dtype
-    least = tl.zeros(x[0].shape, ACC) + far(ACC)
+    top = tl.zeros(x[0].shape, ACC) - far(ACC)
     total = tl.zeros(x[0].shape, ACC)
-    shift = ()
-    for _ in tl.static_range(D):
-        shift = shift + (tl.zeros(x[0].shape, ACC),)
-    for start in range(0, M, ROWS * LANES):
-        j = tile_rows(start, lane, ROWS, LANES)
-        e, a = differences(x, refs, move, j * stride_m, stride_d, j * move_m, move_d, pull, j < M, D, MOVED)
-        lower = tl.minimum(least, tl.min(a, 0))
-        keep = tl.exp2((lower - least) * scale)
-        w = tl.exp2((lower[None, :] - a) * scale[None, :])
-        total = total * keep + tl.sum(w, 0)
-        if MEAN:
-            moved = ()
-            for d in tl.static_range(D):
-                moved = moved + (shift[d] * keep + tl.sum(w * e[d], 0),)
-            shift = moved
-        least = lower
-    keep = total * 0 + 1
+    shift = zeros(x[0], D if MEAN else 0)
+    at = refs + lane * (ROWS * D)
+    at_move = move + lane * (ROWS * D)
+    whole = M // (ROWS * LANES)
+    for _ in range(whole):
+        points = load_tile(at, ROWS * D, ACC)
+        moves = points
+        if MOVED:
+            moves = load_tile(at_move, ROWS * D, ACC)
+        at += ROWS * LANES * D
+        at_move += ROWS * LANES * D
+        top, total, shift = add_tile(top, total, shift, x, scale, points, moves, pull, True, D, ROWS, MEAN, MOVED)
+    for start in range(whole * (ROWS * LANES), M, LANES):
+        inside = start + lane < M
+        index = (start + lane).to(tl.int64) * D
+        points = load_points(refs, index, 1, inside, D, ACC)
+        moves = points
+        if MOVED:
+            moves = load_points(move, index, 1, inside, D, ACC)
+        top, total, shift = add_tile(top, total, shift, x, scale, points, moves, pull, inside, D, 1, MEAN, MOVED)
     if LANES > 1:
-        lanes = tl.reshape(least, [LANES, least.shape[0] // LANES])
-        lower = tl.reshape(tl.broadcast_to(tl.min(lanes, 0)[None, :], lanes.shape), least.shape)
-        keep = tl.exp2((lower - least) * scale)
-        total = over_lanes(total * keep, LANES)
-        least = lower
+        lanes = tl.reshape(top, [LANES, top.shape[0] // LANES])
+        higher = tl.reshape(tl.broadcast_to(tl.max(lanes, 0)[None, :], lanes.shape), top.shape)
+        keep = tl.exp2(top - higher)
+        top, total = higher, over_lanes(total * keep, LANES)
+        if MEAN:
+            kept = ()
+            for d in tl.static_range(D):
+                kept = kept + (over_lanes(shift[d] * keep, LANES),)
+            shift = kept
     if MEAN:
         mean = ()
         for d in tl.static_range(D):
-            mean = mean + (over_lanes(shift[d] * keep, LANES) / total,)
+            mean = mean + (shift[d] / total,)
         shift = mean
-    return least, total, shift
+    return top, total, shift

@@ -10,7 +10,17 @@ import triton
 import triton.language as tl
 
 from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, one_minus_exp
-from fluxkernels.triton_kernels.streaming.tiles import differences, load_points, over_lanes, place, sweep, tile_rows
+from fluxkernels.triton_kernels.streaming.tiles import (
+    NO_LOGIT,
+    load_points,
+    load_tile,
+    moved_displacement,
+    over_lanes,
+    place,
+    store_points,
+    sweep,
+    zeros,
+)
 
 
 @triton.jit
@@ -25,69 +35,119 @@ def pull_and_scale(sigma2, tau, ACC: tl.constexpr):
 
 
 @triton.jit
-def transition_ends_kernel(
-    x0, x_b, x_n, x_d, shift0, h_b, h_n, h_d, xt, t_b, t_n, t_d, sigma2, s_b, tau, a_b,
-    statistics, weights,
+def store_weight(weights, y, scale, top, inverse, points, moves, pull, k, exists, D: tl.constexpr):
+    """Store the weight of start k."""
+    _, a = moved_displacement(y, points, moves, pull, k, D)
+    w = tl.exp2(a * -scale - top) * inverse
+    tl.store(weights, w.to(weights.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def transition_weights_kernel(
+    x0, x_b, shift0, h_b, xt, t_b, t_n, t_d, sigma2, s_b, tau, a_b,
+    weights,
     N, E,
-    D: tl.constexpr, ACC: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics `[B, 2, E]`: per end, the least distance to a mean and the total of the weights. With WEIGHTS, the
-    weights `[B, N, E]` instead."""
+    """Weights `[B, N, E]` of all starts for one block of ends of one group."""
     b, j, inside, lane = place(E, COLUMNS, LANES)
     y = load_points(xt + b * t_b, j * t_n, t_d, inside, D, ACC)
     pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
     scale = tl.zeros([COLUMNS * LANES], ACC) + scale
-    starts, moves = x0 + b * x_b, shift0 + b * h_b
-    least, total, _none = sweep(y, lane, scale, starts, x_n, x_d, moves, h_n, h_d, pull, N, D, ROWS, LANES, False, True)
-    if WEIGHTS:
-        for start in range(0, N, ROWS * LANES):
-            i = tile_rows(start, lane, ROWS, LANES)
-            _, a = differences(y, starts, moves, i * x_n, x_d, i * h_n, h_d, pull, i < N, D, True)
-            w = tl.exp2((least[None, :] - a) * scale[None, :]) / total[None, :]
-            at = (b * N + i) * E + j[None, :]
-            tl.store(weights + at, w.to(weights.dtype.element_ty), mask=(i < N) & inside[None, :])
-    else:
-        tl.store(statistics + b * 2 * E + j, least, mask=inside & (lane == 0))
-        tl.store(statistics + b * 2 * E + E + j, total, mask=inside & (lane == 0))
+    starts, moved = x0 + b * x_b, shift0 + b * h_b
+    top, total, _none = sweep(y, lane, scale, starts, moved, pull, N, D, ROWS, LANES, False, True)
+    inverse = 1 / total
+    at, at_move = starts + lane * (ROWS * D), moved + lane * (ROWS * D)
+    out = weights + b * N * E + j
+    stride = tl.zeros([], tl.int64) + E
+    at_weight = out + lane * ROWS * stride
+    whole = N // (ROWS * LANES)
+    for _ in range(whole):
+        points, moves = load_tile(at, ROWS * D, ACC), load_tile(at_move, ROWS * D, ACC)
+        at += ROWS * LANES * D
+        at_move += ROWS * LANES * D
+        for k in tl.static_range(ROWS):
+            store_weight(at_weight + k * stride, y, scale, top, inverse, points, moves, pull, k, inside, D)
+        at_weight += ROWS * LANES * stride
+    for start in range(whole * (ROWS * LANES), N, LANES):
+        i = (start + lane).to(tl.int64)
+        exists = inside & (i < N)
+        points, moves = load_points(starts, i * D, 1, exists, D, ACC), load_points(moved, i * D, 1, exists, D, ACC)
+        store_weight(out + i * stride, y, scale, top, inverse, points, moves, pull, 0, exists, D)
+
+
+@triton.jit
+def transition_ends_kernel(
+    x0, x_b, shift0, h_b, xt, t_b, t_n, t_d, values, v_b, v_n, v_d, sigma2, s_b, tau, a_b,
+    packed, p_b, c_b,
+    N, E, V,
+    D: tl.constexpr, ACC: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Per end and COUNT columns of the values, the WIDTH adjacent numbers that `transition_average_kernel` reads: the
+    end, the greatest logit of a start, and the values over the total of the weights."""
+    b, j, inside, lane = place(E, COLUMNS, LANES)
+    y = load_points(xt + b * t_b, j * t_n, t_d, inside, D, ACC)
+    pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
+    scale = tl.zeros([COLUMNS * LANES], ACC) + scale
+    top, total, _none = sweep(y, lane, scale, x0 + b * x_b, shift0 + b * h_b, pull, N, D, ROWS, LANES, False, True)
+    inverse = 1 / total
+    written = inside & (lane == 0)
+    row = packed + b * p_b + j * WIDTH
+    for first in range(0, V, COUNT):
+        store_points(row, 0, 1, y + (top,), written, D + 1)
+        for u in tl.static_range(COUNT):
+            column = tl.zeros_like(j) + first + u
+            value = tl.load(values + b * v_b + j * v_n + column * v_d, mask=written & (column < V), other=0.0).to(ACC)
+            tl.store(row + D + 1 + u, value * inverse, mask=written)
+        row += c_b
+
+
+@triton.jit
+def add_values(result, point, move, scale, ends, k, inside, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Add the values of end k of a tuple of packed numbers, times their weight."""
+    a = 0.0
+    for d in tl.static_range(D):
+        difference = (point[d] - ends[k * WIDTH + d]) + move[d]
+        a = difference * difference if d == 0 else a + difference * difference
+    w = tl.exp2(tl.where(inside, a * -scale - ends[k * WIDTH + D], NO_LOGIT))
+    summed = ()
+    for u in tl.static_range(COUNT):
+        summed = summed + (result[u] + w * ends[k * WIDTH + D + 1 + u],)
+    return summed
 
 
 @triton.jit
 def transition_average_kernel(
-    x0, x_b, x_n, x_d, shift0, h_b, h_n, h_d, xt, t_b, t_n, t_d, values, v_b, v_n, v_d, sigma2, s_b, tau, a_b,
-    statistics, average,
+    x0, x_b, shift0, h_b, sigma2, s_b, tau, a_b,
+    packed, p_b, c_b, average,
     N, E, V,
-    D: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    LANES: tl.constexpr,
+    D: tl.constexpr, ACC: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Σ_j w_ij values_j for WIDTH columns of the values: starts in columns, ends in rows."""
+    """Σ_j w_ij values_j for COUNT columns of the values: ends stream past the starts."""
     b, i, inside, lane = place(N, COLUMNS, LANES)
-    first = tl.program_id(1) * WIDTH
+    chunk = tl.program_id(1)
     pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
-    start_points = load_points(x0 + b * x_b, i * x_n, x_d, inside, D, ACC)
-    move = load_points(shift0 + b * h_b, i * h_n, h_d, inside, D, ACC)
-    result = ()
-    for _ in tl.static_range(WIDTH):
-        result = result + (tl.zeros([COLUMNS * LANES], ACC),)
-    for start in range(0, E, ROWS * LANES):
-        j = tile_rows(start, lane, ROWS, LANES)
-        row = j < E
-        least = tl.load(statistics + b * 2 * E + j, mask=row, other=0.0)
-        total = tl.load(statistics + b * 2 * E + E + j, mask=row, other=1.0)
-        a = tl.zeros([ROWS, COLUMNS * LANES], ACC)
-        for d in tl.static_range(D):
-            y = tl.load(xt + b * t_b + j * t_n + d * t_d, mask=row, other=0.0).to(ACC)
-            difference = (start_points[d][None, :] - y) + (pull * move[d])[None, :]
-            a += difference * difference
-        w = tl.where(row, tl.exp2((least - a) * scale) / total, 0.0)
-        summed = ()
-        for u in tl.static_range(WIDTH):
-            column = tl.zeros_like(j) + first + u
-            value = tl.load(values + b * v_b + j * v_n + column * v_d, mask=row & (column < V), other=0.0)
-            summed = summed + (result[u] + tl.sum(w * value.to(ACC), 0),)
-        result = summed
-    for u in tl.static_range(WIDTH):
-        column = tl.zeros_like(i) + first + u
-        at = (b * N + i) * V + column
+    point = load_points(x0 + b * x_b, i * D, 1, inside, D, ACC)
+    shift = load_points(shift0 + b * h_b, i * D, 1, inside, D, ACC)
+    move = ()
+    for d in tl.static_range(D):
+        move = move + (pull * shift[d],)
+    result = zeros(point[0], COUNT)
+    base = packed + b * p_b + chunk * c_b
+    at = base + lane * (ROWS * WIDTH)
+    whole = E // (ROWS * LANES)
+    for _ in range(whole):
+        ends = load_tile(at, ROWS * WIDTH, ACC)
+        at += ROWS * LANES * WIDTH
+        for k in tl.static_range(ROWS):
+            result = add_values(result, point, move, scale, ends, k, True, D, COUNT, WIDTH)
+    for start in range(whole * (ROWS * LANES), E, LANES):
+        exists = start + lane < E
+        ends = load_points(base, (start + lane).to(tl.int64) * WIDTH, 1, exists, WIDTH, ACC)
+        result = add_values(result, point, move, scale, ends, 0, exists, D, COUNT, WIDTH)
+    for u in tl.static_range(COUNT):
+        column = tl.zeros_like(i) + chunk * COUNT + u
         value = over_lanes(result[u], LANES).to(average.dtype.element_ty)
-        tl.store(average + at, value, mask=inside & (lane == 0) & (column < V))
+        tl.store(average + (b * N + i) * V + column, value, mask=inside & (lane == 0) & (column < V))
