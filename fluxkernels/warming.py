@@ -34,8 +34,8 @@ def warm_up(function: Callable[..., Any], *arguments: Any, derivatives: bool = T
     """
     if capturing():
         raise BackendError("warm_up: a CUDA graph is captured, and nothing can be compiled: call it before the capture")
-    given = [_leaf(value, derivatives) for value in arguments]
-    named = {name: _leaf(value, derivatives) for name, value in options.items()}
+    given = [_leaf(value) for value in arguments]
+    named = {name: _leaf(value) for name, value in options.items()}
     leaves = [value for value in (*given, *named.values()) if isinstance(value, Tensor) and value.requires_grad]
     devices = sorted({value.get_device() for value in (*given, *named.values()) if _on_gpu(value)})
     with torch.random.fork_rng(devices), torch.set_grad_enabled(derivatives):
@@ -52,11 +52,11 @@ def _on_gpu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_cuda
 
 
-def _leaf(value: Any, derivatives: bool) -> Any:
+def _leaf(value: Any) -> Any:
     """A tensor of the same memory, apart from the caller's graph."""
     if not isinstance(value, Tensor):
         return value
-    return value.detach().requires_grad_(derivatives and value.is_floating_point())
+    return value.detach().requires_grad_(value.is_floating_point())
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

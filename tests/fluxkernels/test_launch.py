@@ -131,6 +131,14 @@ def test_noise_does_not_decide(folder: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert found == {(128, 1)}
 
 
+def test_a_moment_when_the_gpu_was_slow_does_not_decide(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card({(128, 1): 5e-6, (32, 4): 4e-6, (32, 8): 6e-6}).replace(monkeypatch)
+    count = launch.MOST_LAUNCHES
+    # Two runs of each choice come first; then the first round of the second choice falls into that moment.
+    card.noise = iter([0.0] * (6 + count) + [1e-5] * count)
+    assert chosen(card) == (32, 4)
+
+
 def test_a_choice_replaces_the_first_only_if_it_is_clearly_faster(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
