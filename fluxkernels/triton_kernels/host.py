@@ -1,16 +1,18 @@
 """The `triton` backend for NVIDIA GPUs.
 
-Functions, arguments and shapes are those of `fluxkernels.implementation`. Points in few dimensions go to `streaming`,
-others to `gram`, whose matrices of pairs are small compared with the points.
+Functions, arguments and shapes are those of `fluxkernels.implementation`. Points in few dimensions go to `streaming`.
+Others go to `fixed_point`, and float64 ones to `gram`: matrices of pairs are small compared with the points.
 """
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from fluxkernels.implementation import Kernels
+from fluxkernels.triton_kernels.fixed_point import host as fixed_point
 from fluxkernels.triton_kernels.gram import host as gram
 from fluxkernels.triton_kernels.philox import normal as normal
 from fluxkernels.triton_kernels.philox import normal_kernel
@@ -19,24 +21,24 @@ from fluxkernels.triton_kernels.streaming import host as streaming
 # A thread of `streaming` keeps a point in registers.
 MOST_STREAMED = 16
 
-KERNELS = (normal_kernel, *streaming.KERNELS, *gram.KERNELS)
+KERNELS = (normal_kernel, *streaming.KERNELS, *fixed_point.KERNELS, *gram.KERNELS)
 
-Others = ParamSpec("Others")
-Result = TypeVar("Result")
-
-
-def _by_dimension(
-    few: Callable[Concatenate[Tensor, Others], Result], many: Callable[Concatenate[Tensor, Others], Result]
-) -> Callable[Concatenate[Tensor, Others], Result]:
-    """`few` or `many`, whichever suits the dimension of the first argument."""
+def _by_points(name: str) -> Callable[..., Any]:
+    """The kernel `name` of the package that suits the dimension and dtype of the first argument."""
+    few, many, in_float64 = (getattr(package, name) for package in (streaming, fixed_point, gram))
 
     @wraps(few)
-    def run(points: Tensor, *args: Others.args, **kwargs: Others.kwargs) -> Result:
-        return (few if points.shape[-1] <= MOST_STREAMED else many)(points, *args, **kwargs)
+    def run(points: Tensor, *args: Any) -> Any:
+        D = points.shape[-1]
+        if D <= MOST_STREAMED:
+            return few(points, *args)
+        if points.dtype == torch.float64 or D > fixed_point.MOST_DIMENSIONS:
+            return in_float64(points, *args)
+        return many(points, *args)
 
     return run
 
 
 # One function for every kernel, such as `kde` and `flux_pass`.
 for _name in (name for name in vars(Kernels) if not name.startswith("_")):
-    globals()[_name] = _by_dimension(getattr(streaming, _name), getattr(gram, _name))
+    globals()[_name] = _by_points(_name)

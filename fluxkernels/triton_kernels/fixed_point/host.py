@@ -1,0 +1,537 @@
+"""Kernels for many dimensions of float32 points: fixed-point words, exact products on the matrix units.
+
+Distances of queries from reference points come from inner products, which are exact in integers; sums of reference
+points are exact products again. A chain runs in Gram space. Float64 arithmetic is per coordinate, never per pair, but
+for rows whose weights need it. Queries are taken in blocks, so that matrices of pairs stay small.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxkernels.triton_kernels.fixed_point.kde import (
+    derivative_results_kernel,
+    gathered_results_kernel,
+    kde_results_kernel,
+    moments_kernel,
+    weights_kernel,
+    words_kernel,
+)
+from fluxkernels.triton_kernels.fixed_point.langevin import (
+    chain_extent_kernel,
+    chain_kernel,
+    chain_points_kernel,
+    chain_repair_kernel,
+    chain_results_kernel,
+)
+from fluxkernels.triton_kernels.fixed_point.points import extent_kernel, points_kernel
+from fluxkernels.triton_kernels.fixed_point.products import products_kernel
+from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, multiprocessors, on_device_of, wide
+from fluxkernels.triton_kernels.philox import CHAIN, START, normal
+
+# Pairs whose matrices are held at once: 64 MiB of products, and 20 bytes more per pair for derivatives.
+MOST_PAIRS = 2**23
+# Products of a chain in Gram space that are held at once: 512 MiB.
+MOST_PRODUCTS = 2**26
+# Reference points up to which a chain runs in Gram space, where a step costs M² per query instead of M·D.
+MOST_REFS = 1024
+# Dimensions up to which sums of products of words fit in 64 bits.
+MOST_DIMENSIONS = 2**16
+CHAINS = 16  # chains that one program runs together
+ROWS, COLUMNS, DEPTH = 32, 64, 64  # a tile of the product
+LONGEST = 2**15  # terms whose sums of products of digits fit in 32 bits
+MOST_SPLITS = 8
+EXTENTS = 128  # partial maxima per group
+
+
+def _wide(*tensors: Tensor) -> list[Tensor]:
+    """Convert half precision to float32, which has their numbers."""
+    return [t.to(wide(t.dtype)) for t in tensors]
+
+
+def _padded(length: int) -> int:
+    """Length of a row of words: whole tiles of the product."""
+    return -(-length // DEPTH) * DEPTH
+
+
+def _vector(length: int, most: int = 1024) -> dict[str, int]:
+    """Block and warps of a program that walks along `length` numbers."""
+    block = max(32, min(most, 1 << (length - 1).bit_length()))
+    return {"BLOCK": block, "num_warps": max(1, min(4, block // 128)), **OPTIONS}
+
+
+def _tile(rows: int, length: int, numbers: int = 1024) -> dict[str, int]:
+    """Rows, block and warps of a program with a tile of `numbers` of `rows` points."""
+    block = max(32, min(numbers, 1 << (length - 1).bit_length()))
+    return {"ROWS": min(numbers // block, 1 << (rows - 1).bit_length()), "BLOCK": block, "num_warps": 4, **OPTIONS}
+
+
+def _strided(*tensors: Tensor) -> list[Any]:
+    return [part for t in tensors for part in (t, *t.stride())]
+
+
+def _splits(B: int, rows: int, columns: int, length: int, device: torch.device) -> tuple[int, int]:
+    """(terms per part, parts): a split of a product's terms that gives work to the whole GPU."""
+    programs = B * -(-rows // ROWS) * -(-columns // COLUMNS)
+    wanted = min(MOST_SPLITS, -(-2 * multiprocessors(device) // programs), -(-length // (4 * DEPTH)))
+    parts = max(wanted, -(-length // LONGEST))
+    span = -(-length // (parts * DEPTH)) * DEPTH
+    return span, -(-length // span)
+
+
+def _products(
+    left: Tensor, right: Tensor, rows: int, columns: int, length: int, *, across: tuple[bool, bool] = (False, False)
+) -> Tensor:
+    """Sums of products `[B, rows, columns]` over `length` terms; `across`: whether a row of left or right is a term."""
+    B = left.shape[0]
+    span, splits = _splits(B, rows, columns, length, left.device)
+    new = torch.zeros if splits > 1 else torch.empty
+    products = new((B, rows, columns), dtype=torch.int64, device=left.device)
+    side = [words.stride()[i] for words, a in ((left, across[0]), (right, across[1])) for i in ((0, 2, 1) if a else (0, 1, 2))]
+    tiles = B * splits * -(-rows // ROWS) * -(-columns // COLUMNS)
+    products_kernel[(tiles,)](
+        *(left, *side[:3], right, *side[3:], products, rows, columns, length, span, splits),
+        LEFT_ACROSS=across[0],
+        RIGHT_ACROSS=across[1],
+        SPLIT=splits > 1,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
+        DEPTH=DEPTH,
+        num_warps=4,
+        **OPTIONS,
+    )
+    return products
+
+
+class _Points:
+    """Words of queries (or vectors) and reference points of some groups, and their scales.
+
+    Attributes:
+        left, right: words `[B, N, width]` and `[B, M, width]`.
+        exponents: of both, `[B, 2]`.
+        halves: |r|²/2 in units of products, `[B, M]`.
+        valid: 0, or NaN if a coordinate is not finite, `[B, N]`.
+    """
+
+    def __init__(
+        self, x: Tensor, refs: Tensor, *, centered: bool = True, transition: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        (B, N, D), M = x.shape, refs.shape[1]
+        device, width = x.device, _padded(D)
+        move, tau = transition or (refs, refs[:, 0, 0])
+        inputs = _strided(x, refs, move, tau)
+        kind = {"CENTERED": centered, "MOVED": transition is not None, **_tile(max(N, M), width)}
+        parts = min(EXTENTS, -(-max(N, M) // kind["ROWS"]))
+        extents = torch.empty((B, 2, parts), dtype=torch.float32, device=device)
+        extent_kernel[(B * parts,)](*inputs, extents, N, M, D, parts, **kind)
+        self.left = torch.empty((B, N, width), dtype=torch.int32, device=device)
+        self.right = torch.empty((B, M, width), dtype=torch.int32, device=device)
+        self.exponents = torch.empty((B, 2), dtype=torch.int32, device=device)
+        self.halves = torch.empty((B, M), dtype=torch.int64, device=device)
+        self.valid = torch.empty((B, N), dtype=torch.float32, device=device)
+        blocks = -(-N // kind["ROWS"]) - (-M // kind["ROWS"])
+        points_kernel[(B * blocks,)](
+            *(*inputs, extents, parts, self.left, self.right, self.exponents, self.halves, self.valid),
+            *(N, M, D, width),
+            **kind,
+        )
+
+
+class _Weights:
+    """Softmax weights of a block of queries, from exact products.
+
+    Attributes:
+        logits, totals, heaviest, least, words: as `weights_kernel` writes them.
+    """
+
+    def __init__(
+        self,
+        points: _Points,
+        rows: slice,
+        x: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        *,
+        log_density: Tensor | None = None,
+        transition: tuple[Tensor, Tensor] | None = None,
+        words: bool = True,
+        relative: bool = False,
+    ) -> None:
+        (B, N, D), M = x.shape, refs.shape[1]
+        device, width = x.device, _padded(M)
+        products = _products(points.left[:, rows], points.right, N, M, points.left.shape[2])
+        self.logits = torch.empty((B, N, M), dtype=torch.float32, device=device)
+        self.words = torch.empty((B, N, width if words else 0), dtype=torch.int32, device=device)
+        self.totals = torch.empty((B, N), dtype=torch.float32, device=device)
+        self.heaviest, sensitive = torch.empty((2, B, N), dtype=torch.int32, device=device)
+        self.least = torch.empty((B, N), dtype=torch.float64, device=device)
+        move, tau = transition or (refs, refs[:, 0, 0])
+        arguments = [
+            *(products, points.halves, points.exponents, points.valid[:, rows].contiguous()),
+            *_strided(x, refs, move, sigma2, tau),
+            *(self.logits, self.words, self.totals, self.heaviest, self.least),
+            *(self.totals if log_density is None else log_density, sensitive, N, M, D, width),
+        ]
+        tile, single = _tile(N, M, 512), _tile(1, M, 512)
+        for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
+            weights_kernel[(B * -(-N // shape["ROWS"]),)](
+                *arguments,
+                MOVED=transition is not None,
+                KDE=log_density is not None,
+                WORDS=words,
+                RELATIVE=relative,
+                REPAIR=repair,
+                DEPTH=depth,
+                **shape,
+            )
+
+
+def _groups(B: int, N: int, M: int) -> Iterator[slice]:
+    """Cut into groups whose matrices of pairs are held at once; one group may still be too large."""
+    groups = max(1, MOST_PAIRS // (N * M))
+    for group in range(0, B, groups):
+        yield slice(group, min(group + groups, B))
+
+
+def _rows(N: int, M: int) -> Iterator[slice]:
+    """Cut the queries of a group into blocks whose matrices of pairs are held at once."""
+    rows = max(1, MOST_PAIRS // M)
+    for row in range(0, N, rows):
+        yield slice(row, min(row + rows, N))
+
+
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, D), M = z.shape, refs.shape[1]
+    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
+    z, refs = _wide(z, refs)
+    with on_device_of(z):
+        for group in _groups(B, N, M):
+            of_group = refs[group]
+            points = _Points(z[group], of_group)
+            for rows in _rows(N, M):
+                at, block = (group, rows), z[group, rows]
+                weights = _Weights(
+                    points, rows, block, of_group, sigma2[at], log_density=log_density[at], relative=True
+                )  # fmt: skip
+                sums = _products(weights.words, points.right, block.shape[1], D, M, across=(False, True))
+                kde_results_kernel[(block.shape[0] * block.shape[1],)](
+                    *(sums, points.exponents, weights.totals, weights.heaviest, *_strided(block, of_group)),
+                    *(shift[at], mean[at], block.shape[1], D),
+                    **_vector(D),
+                )
+    return shift, mean, log_density
+
+
+class _Moments:
+    """Coefficients of the reference points in a derivative of a block of queries, and its products with them.
+
+    Attributes:
+        field: words of the field.
+        words, scales, coefficients, sizes: as `moments_kernel` writes them.
+    """
+
+    def __init__(
+        self,
+        points: _Points,
+        weights: _Weights,
+        x: Tensor,
+        field: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        out: Tensor,
+        *,
+        added: Tensor,
+        g_log_density: Tensor | None = None,
+        g_sigma2: Tensor | None = None,
+    ) -> None:
+        (B, N, D), M = x.shape, refs.shape[1]
+        device, width = x.device, weights.words.shape[2] or _padded(M)
+        self.field = _Points(field, refs, centered=False)
+        along = _products(self.field.left, self.field.right, N, M, self.field.left.shape[2])
+        self.words = torch.empty((B, N, width), dtype=torch.int32, device=device)
+        self.scales = torch.empty((B, N), dtype=torch.float64, device=device)
+        self.coefficients = torch.empty((B, N, M), dtype=torch.float32, device=device)
+        self.sizes = torch.empty((B, N), dtype=torch.float32, device=device)
+        residual = g_log_density is None
+        g = sigma2 if g_log_density is None else g_log_density
+        moments_kernel[(B * N,)](
+            *(weights.logits, weights.totals, weights.heaviest, weights.least, along),
+            *(self.field.exponents, self.field.valid, *_strided(sigma2, g)),
+            *(self.words, self.scales, self.coefficients, self.sizes),
+            *(self.sizes if g_sigma2 is None else g_sigma2, N, M, D, width),
+            RESIDUAL=residual,
+            **_vector(M),
+        )
+        sums = _products(self.words, points.right, N, D, M, across=(False, True))
+        derivative_results_kernel[(B * N,)](
+            *(sums, points.exponents, weights.totals, self.scales, weights.heaviest),
+            *(*_strided(x, added, refs, sigma2, g), out, N, D),
+            RESIDUAL=residual,
+            **_vector(D),
+        )
+
+
+def _gather(
+    out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moments, _Points, slice, Tensor] | None = None
+) -> None:
+    """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and with `pull` also Σ_n c_nj (x_n - r_j)."""
+    B, M, V = out.shape
+    N, width = weights.words.shape[1:]
+    sums = _products(weights.words, values.left, M, V, N, across=(True, True))
+    words, of_points, of_coefficients, exponents_x, refs = weights.words, sums, weights.heaviest, values.exponents, out
+    if pull is not None:
+        moments, points, rows, refs = pull
+        words, of_coefficients, exponents_x = moments.words, moments.sizes.new_empty(B, dtype=torch.int32), points.exponents
+        words_kernel[(B * N,)](
+            moments.coefficients, moments.sizes, words, of_coefficients, M, N, width, **_vector(M)
+        )
+        of_points = _products(words, points.left[:, rows], M, V, N, across=(True, True))
+    gathered_results_kernel[(B * M,)](
+        *(sums, values.exponents, weights.totals, values.valid, of_points, of_coefficients, words, exponents_x),
+        *(*_strided(refs), out, N, M, V, width),
+        BOTH=pull is not None,
+        **_vector(max(N, V)),
+    )
+
+
+def kde_backward(
+    g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, _), M = z.shape, refs.shape[1]
+    g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
+    g_refs = torch.zeros(refs.shape, dtype=torch.float64, device=z.device)
+    refs_dtype = refs.dtype
+    z, refs, g_shift, g_mean, g_log_density = _wide(z, refs, g_shift, g_mean, g_log_density)
+    g_moved = g_mean + g_shift
+    with on_device_of(z):
+        for group in _groups(B, N, M):
+            of_group = refs[group]
+            points = _Points(z[group], of_group)
+            for rows in _rows(N, M):
+                at = group, rows
+                weights = _Weights(points, rows, z[at], of_group, sigma2[at])
+                moments = _Moments(
+                    *(points, weights, z[at], g_moved[at], of_group, sigma2[at], g_z[at]),
+                    added=g_shift[at],
+                    g_log_density=g_log_density[at],
+                    g_sigma2=g_sigma2[at],
+                )
+                _gather(g_refs[group], weights, moments.field, (moments, points, rows, of_group))
+    return g_z, g_refs.to(refs_dtype), g_sigma2
+
+
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+    (B, N, _), M = z.shape, refs.shape[1]
+    gradient = z.new_empty(z.shape)
+    z, field, refs = _wide(z, field, refs)
+    with on_device_of(z):
+        for group in _groups(B, N, M):
+            of_group = refs[group]
+            points = _Points(z[group], of_group)
+            for rows in _rows(N, M):
+                at = group, rows
+                weights = _Weights(points, rows, z[at], of_group, sigma2[at], words=False)
+                _Moments(
+                    *(points, weights, z[at], field[at], of_group, sigma2[at], gradient[at]), added=field[at]
+                )  # fmt: skip
+    return gradient
+
+
+def _chain_in_gram_space(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    num_steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    whole_pass: bool,
+) -> None:
+    """Write (x0, m(x0) - x0, x_τ, m(x_τ) - x_τ); without `whole_pass` only x_τ, and the others are placeholders."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    device, width, words = x.device, _padded(D), _padded(M)
+    noises = num_steps if whole_pass else num_steps - 1  # the last step's is needed for the mean at its end only
+    given = num_steps + whole_pass
+    # `x` as a placeholder for the seed or noise is never read.
+    random = (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
+    steps = _strided(x, refs, sigma2, tau)
+    kind: dict[str, Any] = {
+        "PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)
+    }  # fmt: skip
+    tile = _tile(max(N, M), width)
+    parts = min(EXTENTS, -(-max(N, M) // tile["ROWS"]))
+    extents = torch.empty((B, 4, parts), dtype=torch.float32, device=device)
+    chain_extent_kernel[(B * parts,)](
+        *(*_strided(x, refs), *random[1:], extents, N, M, D, given, parts), SEEDED=noise is None, **tile
+    )
+    blocks = -(-width // tile["BLOCK"])
+    tiles = blocks * (-(-N // tile["ROWS"]) - (-M // tile["ROWS"]))
+    height = (1 + noises) * N + M
+    left = torch.empty((B, height, width), dtype=torch.int32, device=device)
+    right = torch.empty((B, M, width), dtype=torch.int32, device=device)
+    exponents = torch.empty((B, 2), dtype=torch.int32, device=device)
+    valid = torch.empty((B, N, blocks), dtype=torch.float32, device=device)
+    drifts = torch.empty((B, N, D), dtype=torch.float32, device=device)
+    chain_points_kernel[(B * tiles,)](
+        *(*steps, *random, extents, parts, left, right, exponents, valid, results[0], drifts),
+        *(N, M, D, width, num_steps, noises),
+        **kind,
+        **tile,
+    )
+    products = _products(left, right, height, M, width)
+    gram = torch.empty((B, M, words), dtype=torch.int32, device=device)
+    combinations = torch.empty((B, 3, N, words), dtype=torch.int32, device=device)
+    heaviest = torch.empty((B, 2, N), dtype=torch.int32, device=device)
+    sensitive = torch.empty((B, N), dtype=torch.int32, device=device)
+    chain_kernel[(B * -(-N // CHAINS),)](
+        *(products, exponents, *_strided(sigma2, tau), gram, combinations, heaviest, sensitive),
+        *(N, M, D, num_steps, noises, words),
+        PASS=whole_pass,
+        ROWS=CHAINS,
+        BLOCK=min(128, words),
+        COLUMNS=min(128, words),
+        DEPTH=DEPTH,
+        num_warps=8,
+        **OPTIONS,
+    )
+    rows = 3 * N if whole_pass else N
+    sums = _products(combinations.view(B, 3 * N, words), right, rows, D, M, across=(False, True))
+    vector = _vector(D)
+    chain_results_kernel[(B * N * -(-D // vector["BLOCK"]),)](
+        *(sums, exponents, drifts, valid, heaviest, *_strided(refs), *results, N, D, blocks),
+        PASS=whole_pass,
+        **vector,
+    )
+    points = torch.empty((B, N, D), dtype=torch.float64, device=device)
+    chain_repair_kernel[(B * N,)](
+        *(*steps, *random, sensitive, points, products.view(torch.float64), products.stride(0)),
+        *(*results, N, M, D, num_steps),
+        **kind,
+        **_vector(D, 256),
+    )
+
+
+def _in_gram_space(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    tau: Tensor,
+    num_steps: int,
+    noise: Tensor | None,
+    seed: Tensor | None,
+    whole_pass: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+    """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ), or None where one group has too many products to hold."""
+    (B, N, _), M = x.shape, refs.shape[1]
+    groups = MOST_PRODUCTS // (((1 + num_steps) * N + M) * M)
+    if M > MOST_REFS or groups == 0:
+        return None
+    xt = x.new_empty(x.shape)
+    x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
+    x, refs = _wide(x, refs)
+    noise = None if noise is None else _wide(noise)[0]
+    for start in range(0, B, groups):
+        group = slice(start, start + groups)
+        _chain_in_gram_space(
+            *(x[group], refs[group], sigma2[group], tau[group], num_steps),
+            *(None if noise is None else noise[:, group], seed),
+            (x0[group], shift0[group], xt[group], shift_t[group]),
+            whole_pass,
+        )
+    return x0, shift0, xt, shift_t
+
+
+def _chain_by_steps(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(m(x0) - x0, x_τ) by one kernel density estimate per step, for problems too large for Gram space."""
+    if noise is None:
+        assert seed is not None
+        noise = normal(seed, (num_steps, *x0.shape), CHAIN.value, wide(x0.dtype))
+    variance = sigma2.unsqueeze(-1).expand(x0.shape[:2])
+    h = (tau.double() / num_steps).view(-1, 1, 1)
+    pull, spread = -torch.expm1(-h), (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
+    x = x0.double()
+    first = shift = kde(x, refs, variance)[0]
+    for k in range(num_steps):
+        if k > 0:
+            shift = kde(x, refs, variance)[0]
+        x = x + pull * shift + spread * noise[k]
+    return first.to(x0.dtype), x.to(x0.dtype)
+
+
+def langevin_chain(
+    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> Tensor:
+    with on_device_of(x0):
+        found = _in_gram_space(x0, refs, sigma2, tau, num_steps, noise, seed, False)
+        return found[2] if found else _chain_by_steps(x0, refs, sigma2, tau, num_steps, noise, seed)[1]
+
+
+def flux_pass(
+    x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with on_device_of(x):
+        if found := _in_gram_space(x, refs, sigma2, tau, num_steps, noise, seed, True):
+            return found
+        if noise is None:
+            assert seed is not None
+            start, rest = normal(seed, (1, *x.shape), START.value, wide(x.dtype))[0], None
+        else:
+            start, rest = noise[0], noise[1:]
+        x0 = (x.double() + sigma2.view(-1, 1, 1).double().sqrt() * start).to(x.dtype)
+        shift0, xt = _chain_by_steps(x0, refs, sigma2, tau, num_steps, rest, seed)
+        return x0, shift0, xt, kde(xt, refs, sigma2.unsqueeze(-1).expand(x.shape[:2]))[0]
+
+
+def _transition(
+    x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor, words: bool
+) -> Iterator[tuple[slice, slice, _Weights]]:
+    """Yield (groups, ends j, weights of the starts) block by block: the ends are queries, the means refs."""
+    (B, E, _), N = xt.shape, x0.shape[1]
+    variance = sigma2.unsqueeze(-1).expand(B, E)
+    x0, shift0, xt = _wide(x0, shift0, xt)
+    for group in _groups(B, E, N):
+        moves = shift0[group], tau[group]
+        points = _Points(xt[group], x0[group], transition=moves)
+        for ends in _rows(E, N):
+            at = group, ends
+            yield *at, _Weights(points, ends, xt[at], x0[group], variance[at], transition=moves, words=words)
+
+
+def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    weights = x0.new_empty((*x0.shape[:2], xt.shape[1]))
+    with on_device_of(x0):
+        for group, ends, found in _transition(x0, shift0, xt, sigma2, tau, False):
+            weights[group, :, ends] = (found.logits.exp2_() / found.totals.unsqueeze(-1)).mT
+    return weights
+
+
+def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
+    average = torch.zeros((*x0.shape[:2], values.shape[-1]), dtype=torch.float64, device=x0.device)
+    with on_device_of(x0):
+        for group, ends, found in _transition(x0, shift0, xt, sigma2, tau, True):
+            (of_ends,) = _wide(values[group, ends])
+            _gather(average[group], found, _Points(of_ends, of_ends, centered=False))
+    return average.to(values.dtype)
+
+
+KERNELS = (
+    extent_kernel,
+    points_kernel,
+    products_kernel,
+    weights_kernel,
+    moments_kernel,
+    words_kernel,
+    kde_results_kernel,
+    derivative_results_kernel,
+    gathered_results_kernel,
+    chain_extent_kernel,
+    chain_points_kernel,
+    chain_kernel,
+    chain_results_kernel,
+    chain_repair_kernel,
+)
