@@ -24,8 +24,8 @@ AUTOTUNE = os.environ.get("FLUXKERNELS_AUTOTUNE", "1") != "0"
 CACHE = Path(os.environ.get("FLUXKERNELS_CACHE") or os.path.expanduser("~/.cache/fluxkernels"))
 # Fused multiply-adds, which later releases of Triton disable by default.
 OPTIONS = {"enable_fp_fusion": True}
-# (queries, lanes) of a program of streaming/; their product is its number of threads.
-LAYOUTS = ((128, 1), (32, 4), (32, 8))
+# (queries, lanes) of a program of streaming/. A thread has a query, or two that share each load.
+LAYOUTS = ((128, 1), (256, 1), (32, 4), (32, 8))
 
 # A layout replaces one that the rule of thumb prefers only if it takes less than this share of its time.
 MARGIN = 0.97
@@ -107,6 +107,12 @@ def _nothing_compiled() -> Iterator[None]:
 
 
 @cache
+def warps(layout: tuple[int, int]) -> int:
+    """Warps of a program of streaming/ in an entry of LAYOUTS."""
+    columns, lanes = layout
+    return min(columns, 128) * lanes // 32
+
+
 def rows(values_per_row: int, dtype: torch.dtype) -> int:
     """Rows of a tile: a thread keeps the values of all rows in registers."""
     registers = values_per_row * (3 if dtype == torch.float64 else 1)  # two per number, and temporaries
@@ -120,8 +126,13 @@ def layouts(queries: int, groups: int, refs: int, device: torch.device) -> tuple
     With few queries, lanes share the reference points, so that there are threads for the whole GPU.
     """
     threads = 512 * multiprocessors(device)
-    fitting = [layout for layout in LAYOUTS if layout[1] == 1 or 4 * layout[1] <= refs]
-    preferred = next((layout for layout in fitting if queries * groups * layout[1] >= threads), fitting[-1])
+    fitting = [
+        (columns, lanes)
+        for columns, lanes in LAYOUTS
+        if columns <= max(128, queries) and (lanes == 1 or 4 * lanes <= refs)
+    ]
+    most_lanes = max(fitting, key=lambda layout: layout[1])
+    preferred = next((layout for layout in fitting if queries * groups * layout[1] >= threads), most_lanes)
     return tuple(sorted(fitting, key=lambda layout: layout != preferred))
 
 
@@ -132,6 +143,7 @@ def launch_streaming(
     queries: int,
     refs: int,
     values_per_row: int,
+    most_queries: int,
     more: tuple[int, ...] = (),
     **constants: Any,
 ) -> None:
@@ -140,6 +152,7 @@ def launch_streaming(
     Args:
         points: `[groups, ..., D]`; their groups, dimension and dtype are those of the problem.
         values_per_row: numbers that the kernel keeps per row of its tiles.
+        most_queries: queries per program that its threads can hold.
         more: further axes of the grid.
         constants: the kernel's own compile-time arguments.
     """
@@ -155,11 +168,12 @@ def launch_streaming(
     def run(layout: tuple[int, int]) -> None:
         columns, lanes = layout
         grid = (-(-queries // columns) * groups, *more)  # only the first axis may exceed 65535
-        launch(kernel, grid, *arguments, COLUMNS=columns, LANES=lanes, num_warps=columns * lanes // 32, **fixed)
+        launch(kernel, grid, *arguments, COLUMNS=columns, LANES=lanes, num_warps=warps(layout), **fixed)
 
     sizes = [(size - 1).bit_length() for size in (queries, groups, refs)]
     key = (kernel.__name__, D, points.dtype, *sizes, *constants.values())
-    fastest(key, layouts(queries, groups, refs, points.device), run)
+    fitting = layouts(queries, groups, refs, points.device)
+    fastest(key, tuple(dict.fromkeys((min(columns, most_queries), lanes) for columns, lanes in fitting)), run)
 
 
 def fastest(key: tuple[Hashable, ...], choices: Sequence[Any], run: Callable[[Any], None]) -> None:

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from fluxkernels import triton_kernels
 from fluxkernels.triton_kernels.gram import host as gram
-from fluxkernels.triton_kernels.launch import LAYOUTS, OPTIONS, accumulator, rows, triton_type
+from fluxkernels.triton_kernels.launch import LAYOUTS, OPTIONS, accumulator, rows, triton_type, warps
 from fluxkernels.triton_kernels.streaming import host as streaming
 
 Constants = dict[str, Any]
@@ -94,8 +94,9 @@ def cases(kernel: Any, element: str) -> Iterator[tuple[dict[str, Any], Constants
                 fixed = {"D": D, "ACC": accumulator(dtype), "ROWS": rows(per_row, dtype), **OPTIONS, **variant}
                 if reader := READERS.get(kernel.__name__):
                     fixed["WIDTH"] = streaming.packed_width(reader, D, dtype, variant.get("COUNT", 0))
-                for columns, lanes in LAYOUTS[::2] if D == 16 else LAYOUTS[:2]:
-                    yield {}, {**fixed, "COLUMNS": columns, "LANES": lanes, "num_warps": columns * lanes // 32}
+                # One lane, and several.
+                for columns, lanes in {2: LAYOUTS[:3], 7: LAYOUTS[::2], 16: LAYOUTS[::3]}[D]:
+                    yield {}, {**fixed, "COLUMNS": columns, "LANES": lanes, "num_warps": warps((columns, lanes))}
         elif kernel in (gram.weights_kernel, gram.moments_kernel):
             yield {}, {**gram.ROW, **variant}
         else:

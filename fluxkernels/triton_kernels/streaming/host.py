@@ -25,20 +25,28 @@ from fluxkernels.triton_kernels.streaming.transition import (
 
 # Columns of values that a program of `transition_average` keeps in registers.
 MOST_VALUES = 16
+# Dimensions up to which the registers of a thread hold two queries.
+MOST_PAIRED = 4
 # Triton specializes a kernel for addresses and strides that are multiples of this, and then loads vectors.
 ALIGNMENT = 16
 
 
-# Every kernel, with the numbers that it keeps per row of its tiles: for D dimensions and `count` columns of values.
+# Kernels that stream packed numbers, with their number per row: for D dimensions and `count` columns of values.
+_PACKED: dict[Any, Callable[[int, int], int]] = {
+    kde_backward_refs_kernel: lambda D, count: 3 * D + 4,
+    transition_average_kernel: lambda D, count: D + 1 + count,
+}
+# Every kernel, with the numbers that it keeps per row of its tiles. Packed numbers are read once, row after row: they
+# take about half as many registers.
 _VALUES_PER_ROW: tuple[tuple[Any, Callable[[int, int], int]], ...] = (
     (kde_kernel, lambda D, count: D),
     (kde_backward_queries_kernel, lambda D, count: D),
-    (kde_backward_refs_kernel, lambda D, count: 3 * D + 4),
+    (kde_backward_refs_kernel, lambda D, count: (3 * D + 4) // 2),
     (residual_kernel, lambda D, count: D),
     (langevin_kernel, lambda D, count: D),
     (transition_weights_kernel, lambda D, count: 2 * D),
     (transition_ends_kernel, lambda D, count: D),
-    (transition_average_kernel, lambda D, count: D + 1 + count),
+    (transition_average_kernel, lambda D, count: (D + 1 + count) // 2),
 )
 KERNELS = tuple(kernel for kernel, _ in _VALUES_PER_ROW)
 
@@ -49,10 +57,9 @@ def values_per_row(kernel: Any, D: int, count: int = 0) -> int:
 
 
 def packed_width(kernel: Any, D: int, dtype: torch.dtype, count: int = 0) -> int:
-    """Adjacent numbers per row of a tile of packed numbers, with those that let a tile end at a multiple of four."""
-    numbers = values_per_row(kernel, D, count)
-    unit = max(1, 4 // rows(numbers, dtype))
-    return -(-numbers // unit) * unit
+    """Packed numbers per row, padded so that a tile ends at a multiple of four."""
+    unit = max(1, 4 // rows(values_per_row(kernel, D, count), dtype))
+    return -(-_PACKED[kernel](D, count) // unit) * unit
 
 
 def _launch(
@@ -64,9 +71,12 @@ def _launch(
     more: tuple[int, ...] = (),
     **constants: Any,
 ) -> None:
-    """`launch_streaming` with the kernel's own number of values per row."""
-    per_row = values_per_row(kernel, points.shape[-1], constants.get("COUNT", 0))
-    launch_streaming(kernel, arguments, points, queries, refs, per_row, more, **constants)
+    """`launch_streaming` with what suits the kernel and the dimension."""
+    D = points.shape[-1]
+    per_row = values_per_row(kernel, D, constants.get("COUNT", 0))
+    # Threads with two queries would exchange weights before they store them.
+    paired = D <= MOST_PAIRED and kernel is not transition_weights_kernel
+    launch_streaming(kernel, arguments, points, queries, refs, per_row, 256 if paired else 128, more, **constants)
 
 
 def _aligned(shape: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:
