@@ -5,8 +5,8 @@ points are exact products again. A chain runs in Gram space. Float64 arithmetic 
 for rows whose weights need it. Queries are taken in blocks, so that matrices of pairs stay small.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from fluxkernels.triton_kernels.fixed_point.langevin import (
 )
 from fluxkernels.triton_kernels.fixed_point.points import extent_kernel, points_kernel
 from fluxkernels.triton_kernels.fixed_point.products import products_kernel
-from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, multiprocessors, on_device_of, wide
+from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, launch, multiprocessors, on_device_of, wide
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal
 
 # Pairs whose matrices are held at once: 64 MiB of products, and 20 bytes more per pair for derivatives.
@@ -89,9 +89,15 @@ def _products(
     span, splits = _splits(B, rows, columns, length, left.device)
     new = torch.zeros if splits > 1 else torch.empty
     products = new((B, rows, columns), dtype=torch.int64, device=left.device)
-    side = [words.stride()[i] for words, a in ((left, across[0]), (right, across[1])) for i in ((0, 2, 1) if a else (0, 1, 2))]
+    side = [
+        words.stride()[i]
+        for words, a in ((left, across[0]), (right, across[1]))
+        for i in ((0, 2, 1) if a else (0, 1, 2))
+    ]
     tiles = B * splits * -(-rows // ROWS) * -(-columns // COLUMNS)
-    products_kernel[(tiles,)](
+    launch(
+        products_kernel,
+        (tiles,),
         *(left, *side[:3], right, *side[3:], products, rows, columns, length, span, splits),
         LEFT_ACROSS=across[0],
         RIGHT_ACROSS=across[1],
@@ -125,18 +131,36 @@ class _Points:
         kind = {"CENTERED": centered, "MOVED": transition is not None, **_tile(max(N, M), width)}
         parts = min(EXTENTS, -(-max(N, M) // kind["ROWS"]))
         extents = torch.empty((B, 2, parts), dtype=torch.float32, device=device)
-        extent_kernel[(B * parts,)](*inputs, extents, N, M, D, parts, **kind)
+        launch(extent_kernel, (B * parts,), *inputs, extents, N, M, D, parts, **kind)
         self.left = torch.empty((B, N, width), dtype=torch.int32, device=device)
         self.right = torch.empty((B, M, width), dtype=torch.int32, device=device)
         self.exponents = torch.empty((B, 2), dtype=torch.int32, device=device)
         self.halves = torch.empty((B, M), dtype=torch.int64, device=device)
         self.valid = torch.empty((B, N), dtype=torch.float32, device=device)
         blocks = -(-N // kind["ROWS"]) - (-M // kind["ROWS"])
-        points_kernel[(B * blocks,)](
+        launch(
+            points_kernel,
+            (B * blocks,),
             *(*inputs, extents, parts, self.left, self.right, self.exponents, self.halves, self.valid),
             *(N, M, D, width),
             **kind,
         )
+
+
+class _Block(NamedTuple):
+    """Queries of some groups whose matrices of pairs are held at once.
+
+    Attributes:
+        points: words of all queries of the groups, and of their reference points.
+        rows: which of these queries are in the block.
+        x, refs, sigma2: the block itself.
+    """
+
+    points: _Points
+    rows: slice
+    x: Tensor
+    refs: Tensor
+    sigma2: Tensor
 
 
 class _Weights:
@@ -148,17 +172,14 @@ class _Weights:
 
     def __init__(
         self,
-        points: _Points,
-        rows: slice,
-        x: Tensor,
-        refs: Tensor,
-        sigma2: Tensor,
+        block: _Block,
         *,
         log_density: Tensor | None = None,
         transition: tuple[Tensor, Tensor] | None = None,
         words: bool = True,
         relative: bool = False,
     ) -> None:
+        points, rows, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
         device, width = x.device, _padded(M)
         products = _products(points.left[:, rows], points.right, N, M, points.left.shape[2])
@@ -176,7 +197,9 @@ class _Weights:
         ]
         tile, single = _tile(N, M, 512), _tile(1, M, 512)
         for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
-            weights_kernel[(B * -(-N // shape["ROWS"]),)](
+            launch(
+                weights_kernel,
+                (B * -(-N // shape["ROWS"]),),
                 *arguments,
                 MOVED=transition is not None,
                 KDE=log_density is not None,
@@ -188,18 +211,19 @@ class _Weights:
             )
 
 
-def _groups(B: int, N: int, M: int) -> Iterator[slice]:
-    """Cut into groups whose matrices of pairs are held at once; one group may still be too large."""
-    groups = max(1, MOST_PAIRS // (N * M))
-    for group in range(0, B, groups):
-        yield slice(group, min(group + groups, B))
-
-
-def _rows(N: int, M: int) -> Iterator[slice]:
-    """Cut the queries of a group into blocks whose matrices of pairs are held at once."""
-    rows = max(1, MOST_PAIRS // M)
-    for row in range(0, N, rows):
-        yield slice(row, min(row + rows, N))
+def _blocks(
+    x: Tensor, refs: Tensor, sigma2: Tensor, transition: tuple[Tensor, Tensor] | None = None
+) -> Iterator[tuple[tuple[slice, slice], _Block]]:
+    """Yield (groups and queries, block): several whole groups, or some queries of one."""
+    (B, N, _), M = x.shape, refs.shape[1]
+    groups, rows = max(1, MOST_PAIRS // (N * M)), max(1, MOST_PAIRS // M)
+    for start in range(0, B, groups):
+        group = slice(start, start + groups)
+        moves = transition and (transition[0][group], transition[1][group])
+        points = _Points(x[group], refs[group], transition=moves)
+        for row in range(0, N, rows):
+            at = group, slice(row, row + rows)
+            yield at, _Block(points, at[1], x[at], refs[group], sigma2[at])
 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,20 +231,17 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
     z, refs = _wide(z, refs)
     with on_device_of(z):
-        for group in _groups(B, N, M):
-            of_group = refs[group]
-            points = _Points(z[group], of_group)
-            for rows in _rows(N, M):
-                at, block = (group, rows), z[group, rows]
-                weights = _Weights(
-                    points, rows, block, of_group, sigma2[at], log_density=log_density[at], relative=True
-                )  # fmt: skip
-                sums = _products(weights.words, points.right, block.shape[1], D, M, across=(False, True))
-                kde_results_kernel[(block.shape[0] * block.shape[1],)](
-                    *(sums, points.exponents, weights.totals, weights.heaviest, *_strided(block, of_group)),
-                    *(shift[at], mean[at], block.shape[1], D),
-                    **_vector(D),
-                )
+        for at, block in _blocks(z, refs, sigma2):
+            weights = _Weights(block, log_density=log_density[at], relative=True)
+            B, N = weights.totals.shape
+            sums = _products(weights.words, block.points.right, N, D, M, across=(False, True))
+            launch(
+                kde_results_kernel,
+                (B * N,),
+                *(sums, block.points.exponents, weights.totals, weights.heaviest, *_strided(block.x, block.refs)),
+                *(shift[at], mean[at], N, D),
+                **_vector(D),
+            )
     return shift, mean, log_density
 
 
@@ -234,18 +255,16 @@ class _Moments:
 
     def __init__(
         self,
-        points: _Points,
+        block: _Block,
         weights: _Weights,
-        x: Tensor,
         field: Tensor,
-        refs: Tensor,
-        sigma2: Tensor,
         out: Tensor,
         *,
         added: Tensor,
         g_log_density: Tensor | None = None,
         g_sigma2: Tensor | None = None,
     ) -> None:
+        points, _, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
         device, width = x.device, weights.words.shape[2] or _padded(M)
         self.field = _Points(field, refs, centered=False)
@@ -256,7 +275,9 @@ class _Moments:
         self.sizes = torch.empty((B, N), dtype=torch.float32, device=device)
         residual = g_log_density is None
         g = sigma2 if g_log_density is None else g_log_density
-        moments_kernel[(B * N,)](
+        launch(
+            moments_kernel,
+            (B * N,),
             *(weights.logits, weights.totals, weights.heaviest, weights.least, along),
             *(self.field.exponents, self.field.valid, *_strided(sigma2, g)),
             *(self.words, self.scales, self.coefficients, self.sizes),
@@ -265,7 +286,9 @@ class _Moments:
             **_vector(M),
         )
         sums = _products(self.words, points.right, N, D, M, across=(False, True))
-        derivative_results_kernel[(B * N,)](
+        launch(
+            derivative_results_kernel,
+            (B * N,),
             *(sums, points.exponents, weights.totals, self.scales, weights.heaviest),
             *(*_strided(x, added, refs, sigma2, g), out, N, D),
             RESIDUAL=residual,
@@ -273,22 +296,36 @@ class _Moments:
         )
 
 
-def _gather(
-    out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moments, _Points, slice, Tensor] | None = None
-) -> None:
+def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moments, _Block] | None = None) -> None:
     """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and with `pull` also Σ_n c_nj (x_n - r_j)."""
     B, M, V = out.shape
     N, width = weights.words.shape[1:]
     sums = _products(weights.words, values.left, M, V, N, across=(True, True))
     words, of_points, of_coefficients, exponents_x, refs = weights.words, sums, weights.heaviest, values.exponents, out
     if pull is not None:
-        moments, points, rows, refs = pull
-        words, of_coefficients, exponents_x = moments.words, moments.sizes.new_empty(B, dtype=torch.int32), points.exponents
-        words_kernel[(B * N,)](
-            moments.coefficients, moments.sizes, words, of_coefficients, M, N, width, **_vector(M)
+        moments, block = pull
+        refs, points = block.refs, block.points
+        words, of_coefficients, exponents_x = (
+            moments.words,
+            moments.sizes.new_empty(B, dtype=torch.int32),
+            points.exponents,
         )
-        of_points = _products(words, points.left[:, rows], M, V, N, across=(True, True))
-    gathered_results_kernel[(B * M,)](
+        launch(
+            words_kernel,
+            (B * N,),
+            moments.coefficients,
+            moments.sizes,
+            words,
+            of_coefficients,
+            M,
+            N,
+            width,
+            **_vector(M),
+        )
+        of_points = _products(words, points.left[:, block.rows], M, V, N, across=(True, True))
+    launch(
+        gathered_results_kernel,
+        (B * M,),
         *(sums, values.exponents, weights.totals, values.valid, of_points, of_coefficients, words, exponents_x),
         *(*_strided(refs), out, N, M, V, width),
         BOTH=pull is not None,
@@ -299,116 +336,129 @@ def _gather(
 def kde_backward(
     g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (B, N, _), M = z.shape, refs.shape[1]
     g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
     g_refs = torch.zeros(refs.shape, dtype=torch.float64, device=z.device)
     refs_dtype = refs.dtype
     z, refs, g_shift, g_mean, g_log_density = _wide(z, refs, g_shift, g_mean, g_log_density)
     g_moved = g_mean + g_shift
     with on_device_of(z):
-        for group in _groups(B, N, M):
-            of_group = refs[group]
-            points = _Points(z[group], of_group)
-            for rows in _rows(N, M):
-                at = group, rows
-                weights = _Weights(points, rows, z[at], of_group, sigma2[at])
-                moments = _Moments(
-                    *(points, weights, z[at], g_moved[at], of_group, sigma2[at], g_z[at]),
-                    added=g_shift[at],
-                    g_log_density=g_log_density[at],
-                    g_sigma2=g_sigma2[at],
-                )
-                _gather(g_refs[group], weights, moments.field, (moments, points, rows, of_group))
+        for at, block in _blocks(z, refs, sigma2):
+            weights = _Weights(block)
+            given = {"added": g_shift[at], "g_log_density": g_log_density[at], "g_sigma2": g_sigma2[at]}
+            moments = _Moments(block, weights, g_moved[at], g_z[at], **given)
+            _gather(g_refs[at[0]], weights, moments.field, (moments, block))
     return g_z, g_refs.to(refs_dtype), g_sigma2
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
-    (B, N, _), M = z.shape, refs.shape[1]
     gradient = z.new_empty(z.shape)
     z, field, refs = _wide(z, field, refs)
     with on_device_of(z):
-        for group in _groups(B, N, M):
-            of_group = refs[group]
-            points = _Points(z[group], of_group)
-            for rows in _rows(N, M):
-                at = group, rows
-                weights = _Weights(points, rows, z[at], of_group, sigma2[at], words=False)
-                _Moments(
-                    *(points, weights, z[at], field[at], of_group, sigma2[at], gradient[at]), added=field[at]
-                )  # fmt: skip
+        for at, block in _blocks(z, refs, sigma2):
+            _Moments(block, _Weights(block, words=False), field[at], gradient[at], added=field[at])
     return gradient
 
 
-def _chain_in_gram_space(
-    x: Tensor,
-    refs: Tensor,
-    sigma2: Tensor,
-    tau: Tensor,
-    num_steps: int,
-    noise: Tensor | None,
-    seed: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
-    whole_pass: bool,
-) -> None:
+class _Chain(NamedTuple):
+    """Arguments of `langevin_chain` for some groups."""
+
+    x: Tensor
+    refs: Tensor
+    sigma2: Tensor
+    tau: Tensor
+    num_steps: int
+    noise: Tensor | None
+    seed: Tensor | None
+
+
+class _ChainPoints:
+    """Words of the points and noise of chains, and what the chains end with if there are no reference points.
+
+    Attributes:
+        left, right: words of [x0; noise; R] and of R.
+        noises: number of steps whose noise is in `left`.
+        tile: rows and block of a program.
+        exponents, valid, drifts: as `chain_points_kernel` writes them.
+    """
+
+    def __init__(self, chain: _Chain, x0_out: Tensor, kind: dict[str, Any]) -> None:
+        x, refs, sigma2, tau, num_steps, noise, _ = chain
+        (B, N, D), M = x.shape, refs.shape[1]
+        device, width = x.device, _padded(D)
+        whole_pass = kind["PASS"]
+        # The last step's noise is needed for the mean at its end only.
+        self.noises = num_steps if whole_pass else num_steps - 1
+        self.tile = _tile(max(N, M), width)
+        parts = min(EXTENTS, -(-max(N, M) // self.tile["ROWS"]))
+        self.blocks = -(-width // self.tile["BLOCK"])
+        tiles = self.blocks * (-(-N // self.tile["ROWS"]) - (-M // self.tile["ROWS"]))
+        extents = torch.empty((B, 4, parts), dtype=torch.float32, device=device)
+        launch(
+            chain_extent_kernel,
+            (B * parts,),
+            *(*_strided(x, refs), *_random(chain)[1:], extents, N, M, D, num_steps + whole_pass, parts),
+            SEEDED=noise is None,
+            **self.tile,
+        )
+        self.left = torch.empty((B, (1 + self.noises) * N + M, width), dtype=torch.int32, device=device)
+        self.right = torch.empty((B, M, width), dtype=torch.int32, device=device)
+        self.exponents = torch.empty((B, 2), dtype=torch.int32, device=device)
+        self.valid = torch.empty((B, N, self.blocks), dtype=torch.float32, device=device)
+        self.drifts = torch.empty((B, N, D), dtype=torch.float32, device=device)
+        launch(
+            chain_points_kernel,
+            (B * tiles,),
+            *(*_strided(x, refs, sigma2, tau), *_random(chain), extents, parts),
+            *(self.left, self.right, self.exponents, self.valid, x0_out, self.drifts),
+            *(N, M, D, width, num_steps, self.noises),
+            **kind,
+            **self.tile,
+        )
+
+
+def _random(chain: _Chain) -> tuple[Any, ...]:
+    """(seed, noise and its strides); `x` as a placeholder for one of them is never read."""
+    x, seed, noise = chain.x, chain.seed, chain.noise
+    return (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
+
+
+def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: bool) -> None:
     """Write (x0, m(x0) - x0, x_τ, m(x_τ) - x_τ); without `whole_pass` only x_τ, and the others are placeholders."""
+    x, refs, sigma2, tau, num_steps, noise, _ = chain
     (B, N, D), M = x.shape, refs.shape[1]
-    device, width, words = x.device, _padded(D), _padded(M)
-    noises = num_steps if whole_pass else num_steps - 1  # the last step's is needed for the mean at its end only
-    given = num_steps + whole_pass
-    # `x` as a placeholder for the seed or noise is never read.
-    random = (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
-    steps = _strided(x, refs, sigma2, tau)
-    kind: dict[str, Any] = {
-        "PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)
-    }  # fmt: skip
-    tile = _tile(max(N, M), width)
-    parts = min(EXTENTS, -(-max(N, M) // tile["ROWS"]))
-    extents = torch.empty((B, 4, parts), dtype=torch.float32, device=device)
-    chain_extent_kernel[(B * parts,)](
-        *(*_strided(x, refs), *random[1:], extents, N, M, D, given, parts), SEEDED=noise is None, **tile
-    )
-    blocks = -(-width // tile["BLOCK"])
-    tiles = blocks * (-(-N // tile["ROWS"]) - (-M // tile["ROWS"]))
-    height = (1 + noises) * N + M
-    left = torch.empty((B, height, width), dtype=torch.int32, device=device)
-    right = torch.empty((B, M, width), dtype=torch.int32, device=device)
-    exponents = torch.empty((B, 2), dtype=torch.int32, device=device)
-    valid = torch.empty((B, N, blocks), dtype=torch.float32, device=device)
-    drifts = torch.empty((B, N, D), dtype=torch.float32, device=device)
-    chain_points_kernel[(B * tiles,)](
-        *(*steps, *random, extents, parts, left, right, exponents, valid, results[0], drifts),
-        *(N, M, D, width, num_steps, noises),
-        **kind,
-        **tile,
-    )
-    products = _products(left, right, height, M, width)
-    gram = torch.empty((B, M, words), dtype=torch.int32, device=device)
-    combinations = torch.empty((B, 3, N, words), dtype=torch.int32, device=device)
+    device, width = x.device, _padded(M)
+    kind = {"PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)}
+    points = _ChainPoints(chain, results[0], kind)
+    products = _products(points.left, points.right, points.left.shape[1], M, points.left.shape[2])
+    gram = torch.empty((B, M, width), dtype=torch.int32, device=device)
+    combinations = torch.empty((B, 3 * N, width), dtype=torch.int32, device=device)
     heaviest = torch.empty((B, 2, N), dtype=torch.int32, device=device)
     sensitive = torch.empty((B, N), dtype=torch.int32, device=device)
-    chain_kernel[(B * -(-N // CHAINS),)](
-        *(products, exponents, *_strided(sigma2, tau), gram, combinations, heaviest, sensitive),
-        *(N, M, D, num_steps, noises, words),
+    block = min(128, width)
+    launch(
+        chain_kernel,
+        (B * -(-N // CHAINS),),
+        *(products, points.exponents, *_strided(sigma2, tau), gram, combinations, heaviest, sensitive),
+        *(N, M, D, num_steps, points.noises, width),
         PASS=whole_pass,
-        ROWS=CHAINS,
-        BLOCK=min(128, words),
-        COLUMNS=min(128, words),
-        DEPTH=DEPTH,
-        num_warps=8,
-        **OPTIONS,
+        **{"ROWS": CHAINS, "BLOCK": block, "COLUMNS": block, "DEPTH": DEPTH, "num_warps": 8, **OPTIONS},
     )
-    rows = 3 * N if whole_pass else N
-    sums = _products(combinations.view(B, 3 * N, words), right, rows, D, M, across=(False, True))
+    sums = _products(combinations, points.right, 3 * N if whole_pass else N, D, M, across=(False, True))
     vector = _vector(D)
-    chain_results_kernel[(B * N * -(-D // vector["BLOCK"]),)](
-        *(sums, exponents, drifts, valid, heaviest, *_strided(refs), *results, N, D, blocks),
+    launch(
+        chain_results_kernel,
+        (B * N * -(-D // vector["BLOCK"]),),
+        *(sums, points.exponents, points.drifts, points.valid, heaviest, *_strided(refs), *results, N, D),
+        points.blocks,
         PASS=whole_pass,
         **vector,
     )
-    points = torch.empty((B, N, D), dtype=torch.float64, device=device)
-    chain_repair_kernel[(B * N,)](
-        *(*steps, *random, sensitive, points, products.view(torch.float64), products.stride(0)),
-        *(*results, N, M, D, num_steps),
+    memory = torch.empty((B, N, D), dtype=torch.float64, device=device)
+    launch(
+        chain_repair_kernel,
+        (B * N,),
+        *(*_strided(x, refs, sigma2, tau), *_random(chain), sensitive),
+        *(memory, products.view(torch.float64), products.stride(0), *results, N, M, D, num_steps),
         **kind,
         **_vector(D, 256),
     )
@@ -435,12 +485,9 @@ def _in_gram_space(
     noise = None if noise is None else _wide(noise)[0]
     for start in range(0, B, groups):
         group = slice(start, start + groups)
-        _chain_in_gram_space(
-            *(x[group], refs[group], sigma2[group], tau[group], num_steps),
-            *(None if noise is None else noise[:, group], seed),
-            (x0[group], shift0[group], xt[group], shift_t[group]),
-            whole_pass,
-        )
+        of_group = None if noise is None else noise[:, group]
+        chain = _Chain(x[group], refs[group], sigma2[group], tau[group], num_steps, of_group, seed)
+        _chain_in_gram_space(chain, [result[group] for result in (x0, shift0, xt, shift_t)], whole_pass)
     return x0, shift0, xt, shift_t
 
 
@@ -491,15 +538,10 @@ def _transition(
     x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor, words: bool
 ) -> Iterator[tuple[slice, slice, _Weights]]:
     """Yield (groups, ends j, weights of the starts) block by block: the ends are queries, the means refs."""
-    (B, E, _), N = xt.shape, x0.shape[1]
-    variance = sigma2.unsqueeze(-1).expand(B, E)
+    variance = sigma2.unsqueeze(-1).expand(xt.shape[:2])
     x0, shift0, xt = _wide(x0, shift0, xt)
-    for group in _groups(B, E, N):
-        moves = shift0[group], tau[group]
-        points = _Points(xt[group], x0[group], transition=moves)
-        for ends in _rows(E, N):
-            at = group, ends
-            yield *at, _Weights(points, ends, xt[at], x0[group], variance[at], transition=moves, words=words)
+    for (group, ends), block in _blocks(xt, x0, variance, (shift0, tau)):
+        yield group, ends, _Weights(block, transition=(shift0[group], tau[group]), words=words)
 
 
 def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ exactly, wherever the origin is.
 
 # Names inside a kernel have Triton's types, which mypy does not know; kernels take many arguments.
 # mypy: ignore-errors
-# ruff: noqa: PLR0912, PLR0913, PLR0915
+# ruff: noqa: C901, PLR0912, PLR0913, PLR0915
 import triton
 import triton.language as tl
 
@@ -32,9 +32,7 @@ TOLERANCE = tl.constexpr(3e-7)
 
 
 @triton.jit
-def squared_distances(
-    x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED: tl.constexpr, DEPTH: tl.constexpr
-):
+def squared_distances(x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED: tl.constexpr, DEPTH: tl.constexpr):
     """|x - r_j|² of one query and a vector of reference points, from differences in float64."""
     total = tl.zeros([j.shape[0], DEPTH], tl.float64)
     for start in range(0, D, DEPTH):
@@ -189,8 +187,8 @@ def moments_kernel(
     V_j are the products `along` of a field with the reference points, l_j the logits, and bars are means under w. The
     cotangent of the logit of reference point j is w_j (V_j - V̄ + g). With RESIDUAL, the coefficient is
     w_j (V_j - V̄ + 2(l_j - l̄) + 2), since -a_j/σ² is 2 l_j up to a constant. Coefficients are `words` times
-    2^(scale - 30); without RESIDUAL, those divided by σ² go to `coefficients` `[B, N, M]` too, for the sum over queries,
-    and their largest magnitudes to `sizes`.
+    2^(scale - 30). Without RESIDUAL, those divided by σ² go to `coefficients` `[B, N, M]` too, for the sum over
+    queries, and their largest magnitudes to `sizes`.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
@@ -252,7 +250,8 @@ def moments_kernel(
 
 @triton.jit
 def words_kernel(coefficients, sizes, words, exponents, M, N, width, BLOCK: tl.constexpr):
-    """Coefficients `[B, N, M]` of one query as words `[B, N, width]` in one scale per group, whose exponents these are."""
+    """Coefficients `[B, N, M]` of one query as words `[B, N, width]`, in one scale per group, whose `exponents` these
+    are."""
     row = tl.program_id(0).to(tl.int64)
     b = row // N
     size = tl.zeros([BLOCK], tl.float32)

@@ -7,7 +7,7 @@ one product [x0; noise; R] Rᵀ, all steps on matrices of the size of L, and one
 
 # Names inside a kernel have Triton's types, which mypy does not know; kernels take many arguments.
 # mypy: ignore-errors
-# ruff: noqa: PLR0912, PLR0913, PLR0915
+# ruff: noqa: C901, PLR0912, PLR0913, PLR0915
 import triton
 import triton.language as tl
 
@@ -209,7 +209,7 @@ def chain_kernel(
     first = current + as_long(N) * width
     e_x, e_refs = tl.load(exponents + 2 * b), tl.load(exponents + 2 * b + 1)
     variance = tl.load(sigma2 + b * s_b).to(tl.float64)
-    pull, spread = step_sizes(variance, tl.load(tau + b * a_b).to(tl.float64), steps)
+    pull, _spread = step_sizes(variance, tl.load(tau + b * a_b).to(tl.float64), steps)
     p, s = fraction(pull)
     of_new = tl.floor(tl.minimum(pull * 4294967296.0, 4294967295.0)).to(tl.uint32)
     of_old = tl.floor(tl.minimum((1 - pull) * 4294967296.0, 4294967295.0)).to(tl.uint32)

@@ -1,4 +1,4 @@
-"""Kernels for many dimensions, which compute in float64 for every input dtype.
+"""Kernels for many dimensions of float64 points.
 
 Inner products with the reference points run on the matrix units, give the weights, and sums of reference points run on
 the matrix units again. A chain runs in Gram space. Queries are taken in blocks, so that matrices of pairs stay small.
@@ -13,7 +13,15 @@ from torch import Tensor
 from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
 from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
 from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
-from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, multiprocessors, on_device_of, triton_type, wide
+from fluxkernels.triton_kernels.launch import (
+    OPTIONS,
+    accumulator,
+    launch,
+    multiprocessors,
+    on_device_of,
+    triton_type,
+    wide,
+)
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal
 
 # Pairs in a matrix: 64 MiB in float64.
@@ -68,7 +76,7 @@ def _split(D: int, programs: int, device: torch.device) -> tuple[int, int]:
 def _blocks(B: int, N: int, M: int) -> Iterator[tuple[slice, slice]]:
     """Cut into groups and queries whose matrices of pairs are held at once."""
     groups = max(1, MOST_PAIRS // (min(N, 64) * M))
-    rows = max(64, MOST_PAIRS // (min(groups, B) * M))
+    rows = max(1, MOST_PAIRS // (min(groups, B) * M))
     for group in range(0, B, groups):
         for row in range(0, N, rows):
             yield slice(group, group + groups), slice(row, row + rows)
@@ -81,7 +89,9 @@ def _products(x: Tensor, refs: Tensor, centered: bool, transition: tuple[Tensor,
     span, splits = _split(D, B * tiles, x.device)
     products = torch.empty((B, splits, N + 1, M + 1), dtype=torch.float64, device=x.device)
     move, tau = transition or (refs, refs[:, 0, 0])
-    products_kernel[(B * splits * tiles,)](
+    launch(
+        products_kernel,
+        (B * splits * tiles,),
         *(part for t in (x, refs, move, tau) for part in (t, *t.stride())),
         *(products, N, M, D, span, splits),
         CENTERED=centered,
@@ -100,13 +110,15 @@ def _weights(
     weights = torch.empty((B, N, M), dtype=torch.float64, device=x.device)
     distances, log_density = torch.empty_like(weights), x.new_empty((B, N))
     move, tau = transition or (refs, refs[:, 0, 0])
-    weights_kernel[(B * N,)](
+    launch(
+        weights_kernel,
+        (B * N,),
         *(products, products.shape[1]),
         *(part for t in (x, refs, move, sigma2, tau) for part in (t, *t.stride())),
         *(weights, distances, log_density, N, M, D),
         MOVED=transition is not None,
         KDE=transition is None,
-        DEPTH=512,
+        DEPTH=64,
         **ROW,
     )
     return weights, distances, log_density
@@ -121,7 +133,9 @@ def _combine(
     mean = x.new_empty(x.shape) if of is None else out
     of_point, of_field, field = of or (coefficients, coefficients, x)
     sizes, tiles = _tiles(N, D)
-    combine_kernel[(B * tiles,)](
+    launch(
+        combine_kernel,
+        (B * tiles,),
         *(coefficients, of_point, of_field),
         *(part for t in (x, field, refs) for part in (t, *t.stride())),
         *(out, mean, N, M, D),
@@ -137,7 +151,9 @@ def _gather(weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Te
     V = values.shape[-1]
     coefficients, x, refs = pull or (weights, values, values)
     sizes, tiles = _tiles(M, V)
-    gather_kernel[(B * tiles,)](
+    launch(
+        gather_kernel,
+        (B * tiles,),
         *(weights, values, *values.stride(), coefficients, x, *x.stride(), refs, *refs.stride(), out, N, M, V),
         BOTH=pull is not None,
         **sizes,
@@ -165,7 +181,9 @@ def _moments(
     of_point, of_field, g_sigma2 = torch.empty((3, B, N), dtype=torch.float64, device=field.device)
     coefficients = torch.empty_like(weights)
     g = sigma2 if g_log_density is None else g_log_density
-    moments_kernel[(B * N,)](
+    launch(
+        moments_kernel,
+        (B * N,),
         *(weights, distances, along, along.shape[1], sigma2, *sigma2.stride(), g, *g.stride()),
         *(coefficients, of_point, of_field, g_sigma2, N, M, D),
         RESIDUAL=g_log_density is None,
@@ -245,19 +263,28 @@ def _chain_in_gram_space(
     tiles = ((1 + noises) * -(-N // sizes["ROWS"]) + -(-M // sizes["ROWS"])) * -(-M // sizes["COLUMNS"])
     span, splits = _split(D, B * tiles, x.device)
     parts = torch.empty((B, splits, (1 + noises) * N + M, M), dtype=torch.float64, device=x.device)
-    stack_kernel[(B * splits * tiles,)](
-        *(*inputs, *random, parts, N, M, D, noises, span, splits), DTYPE=triton_type(xt.dtype), **kind, **sizes
+    launch(
+        stack_kernel,
+        (B * splits * tiles,),
+        *(*inputs, *random, parts, N, M, D, noises, span, splits),
+        DTYPE=triton_type(xt.dtype),
+        **kind,
+        **sizes,
     )
     products = parts.sum(1) if splits > 1 else parts
     weights, coefficients, first_weights = torch.empty((3, B, N, M), dtype=torch.float64, device=x.device)
-    chain_kernel[(B * -(-N // CHAINS),)](
+    launch(
+        chain_kernel,
+        (B * -(-N // CHAINS),),
         *(products, sigma2, *sigma2.stride(), tau, *tau.stride(), weights, coefficients, first_weights),
         *(N, M, num_steps, noises),
         PASS=whole_pass,
         **_chain_tiles(M),
     )
     sizes = _rebuild_tiles(N, D, x.dtype)
-    rebuild_kernel[(B * -(-N // sizes["ROWS"]) * -(-D // sizes["COLUMNS"]),)](
+    launch(
+        rebuild_kernel,
+        (B * -(-N // sizes["ROWS"]) * -(-D // sizes["COLUMNS"]),),
         *(*inputs, tau, *tau.stride(), *random, weights, coefficients, first_weights),
         *(x0, shift0, xt, shift_t, N, M, D, num_steps),
         **kind,

@@ -13,17 +13,19 @@ CANCELED = tl.constexpr(1e-6)
 
 
 @triton.jit
-def distance(x, x_d, r, r_d, move, m_d, pull, D, MOVED: tl.constexpr, DEPTH: tl.constexpr):
-    """|x - r|² of one query and one reference point, from differences."""
-    total = tl.zeros([DEPTH], tl.float64)
+def squared_distances(x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED: tl.constexpr, DEPTH: tl.constexpr):
+    """|x - r_j|² of one query and a vector of reference points, from differences."""
+    total = tl.zeros([j.shape[0], DEPTH], tl.float64)
     for start in range(0, D, DEPTH):
         d = (start + tl.arange(0, DEPTH)).to(tl.int64)
-        ref = tl.load(r + d * r_d, mask=d < D, other=0.0).to(tl.float64)
+        inside = (j < M)[:, None] & (d < D)[None, :]
+        ref = tl.load(refs + j[:, None] * r_m + d[None, :] * r_d, mask=inside, other=0.0).to(tl.float64)
         if MOVED:
-            ref += pull * tl.load(move + d * m_d, mask=d < D, other=0.0).to(tl.float64)
-        difference = tl.load(x + d * x_d, mask=d < D, other=0.0).to(tl.float64) - ref
+            ref += pull * tl.load(move + j[:, None] * m_m + d[None, :] * m_d, mask=inside, other=0.0).to(tl.float64)
+        point = tl.load(x + d * x_d, mask=d < D, other=0.0).to(tl.float64)
+        difference = tl.where(inside, point[None, :] - ref, 0.0)
         total += difference * difference
-    return tl.sum(total, 0)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -55,8 +57,7 @@ def weights_kernel(
     square = tl.zeros([], tl.float64)
     for s in range(splits):
         square += tl.load(products + (s * (N + 1) + n) * width + M)
-    least = tl.full([], float("inf"), tl.float64)
-    total = tl.zeros([], tl.float64)
+    canceled = tl.zeros([], tl.int32)
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
         inner = tl.zeros([BLOCK], tl.float64)
@@ -65,21 +66,26 @@ def weights_kernel(
             inner += tl.load(products + (s * (N + 1) + n) * width + j, mask=j < M, other=0.0)
             norms += tl.load(products + (s * (N + 1) + N) * width + j, mask=j < M, other=0.0)
         a = norms - 2 * inner
-        a = tl.where(a < 0, 0.0, a)  # not tl.maximum, which loses NaN
-        near = ((a < norms * CANCELED) & (j < M)).to(tl.int32)
-        while tl.max(near, 0) > 0:
-            i = start + tl.argmax(near, 0)
-            exact = distance(
-                x, x_d, refs + i.to(tl.int64) * r_m, r_d, move + i.to(tl.int64) * m_m, m_d, pull, D, MOVED, DEPTH
-            )
-            a = tl.where(j == i, exact, a)
-            near = tl.where(j == i, 0, near)
-        a = tl.where(j < M, a, float("inf"))
-        tl.store(distances + row * M + j, a, mask=j < M)
+        near = (a < norms * CANCELED) & (j < M)
+        canceled += tl.sum(near.to(tl.int32), 0)
+        tl.store(distances + row * M + j, tl.where(near, -1.0, a), mask=j < M)
+    tl.debug_barrier()
+    if canceled > 0:
+        for start in range(0, M, 16):
+            j = (start + tl.arange(0, 16)).to(tl.int64)
+            near = tl.load(distances + row * M + j, mask=j < M, other=0.0) < 0
+            if tl.max(near.to(tl.int32), 0) > 0:
+                a = squared_distances(x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED, DEPTH)
+                tl.store(distances + row * M + j, a, mask=near)
+        tl.debug_barrier()
+    least = tl.full([], float("inf"), tl.float64)
+    total = tl.zeros([], tl.float64)
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        a = tl.load(distances + row * M + j, mask=j < M, other=float("inf"))
         lower = tl.minimum(least, tl.min(a, 0))
         total = total * tl.exp(0.5 * (lower - least) / variance) + tl.sum(tl.exp(0.5 * (lower - a) / variance), 0)
         least = lower
-    tl.debug_barrier()
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
         a = tl.load(distances + row * M + j, mask=j < M, other=float("inf"))
