@@ -17,58 +17,72 @@ from fluxkernels.triton_kernels.streaming import host as streaming
 from tests.support.census import Launch, MachineCode, classes, in_float64, recorded
 
 CAPABILITIES = (80, 89, 90, 100, 120)
+# Instructions per pair in each loop over tiles, by dimension and kernel.
+SWEEP, SECOND_LOOP = 12.5, 20.0
+BUDGETS: dict[int, dict[str, tuple[float, ...]]] = {
+    2: {
+        "kde_kernel": (SWEEP,),
+        "langevin_kernel": (SWEEP,),
+        "transition_ends_kernel": (SWEEP,),
+        "transition_average_kernel": (14.5,),
+        "transition_weights_kernel": (SWEEP, SECOND_LOOP),
+        "residual_kernel": (SWEEP, SECOND_LOOP),
+        "kde_backward_queries_kernel": (SWEEP, SECOND_LOOP),
+        "kde_backward_refs_kernel": (45.0,),
+    },
+    16: {"kde_kernel": (64.0,), "langevin_kernel": (70.0,), "transition_average_kernel": (90.0,)},
+}
 # Groups, and queries and reference points of each.
 GROUPS, POINTS = 2000, 256
 Layout = tuple[int, int]
 
 
 def launches(D: int, layout: Layout) -> list[Launch]:
-    """Launches of the ops whose kernels have budgets: without derivatives in 16 dimensions."""
+    """Launches of all kernels that have a budget."""
     with mock.patch.object(launch, "layouts", return_value=(layout,)), recorded() as found:
         x, per_query, per_group = torch.empty(GROUPS, POINTS, D), torch.empty(GROUPS, POINTS), torch.empty(GROUPS)
-        seed = torch.empty((), dtype=torch.int64)
-        ops: list[Callable[[], object]] = [
+        noise = torch.empty(4, GROUPS, POINTS, D)
+        ops: tuple[Callable[[], object], ...] = (
             lambda: streaming.kde(x, x, per_query),
-            lambda: streaming.flux_pass(x, x, per_group, per_group, 4, None, seed),
+            lambda: streaming.langevin_chain(x, x, per_group, per_group, 4, noise, None),
             lambda: streaming.transition_average(x, x, x, x, per_group, per_group),
             lambda: streaming.transition_weights(x, x, x, per_group, per_group),
             lambda: streaming.residual_gradient(x, x, x, per_query),
             lambda: streaming.kde_backward(x, x, per_query, x, x, per_query),
-        ]
-        for op in ops if D == 2 else ops[:3]:
+        )
+        for op in ops:
             op()
-    return found
+    return [each for each in found if each.kernel.__name__ in BUDGETS[D]]
 
 
-def cases() -> Iterator[tuple[Layout, Launch, int]]:
-    """Yield (layout, launch, compute capability) of each compilation."""
-    for D, layouts in ((2, launch.LAYOUTS[:2]), (16, launch.LAYOUTS[:1])):
-        for layout in layouts:
-            for each in launches(D, layout):
-                if each.arguments["COLUMNS"] == layout[0]:  # not a kernel that takes fewer queries
-                    for capability in CAPABILITIES:
-                        yield layout, each, capability
+def cases() -> Iterator[tuple[Launch, int]]:
+    """Yield (launch, compute capability) of each compilation."""
+    one_query, two_queries = launch.LAYOUTS[:2]
+    for each in (*launches(2, one_query), *launches(16, one_query)):
+        for capability in CAPABILITIES:
+            yield each, capability
+    for each in launches(2, two_queries):
+        yield each, 90
 
 
-def rows(layout: Layout, each: Launch, capability: int) -> Iterator[dict[str, object]]:
-    """Yield the counts of each loop over whole tiles, which are those with vector loads."""
+def rows(each: Launch, capability: int) -> Iterator[dict[str, object]]:
+    """Yield the counts of each loop over tiles, which are the loops with vector loads."""
     code = MachineCode(each.compiled(capability))
-    of_tiles = [loop for loop in code.loops if any(".128" in text for text in loop if "LDG" in text)]
-    columns, lanes = layout
-    threads = 32 * launch.warps(layout)
-    rows = each.arguments["ROWS"]
-    pairs = rows * (columns * lanes // threads)
-    for index, loop in enumerate(of_tiles):
+    of_tiles = [loop for loop in code.loops if any("LDG" in text and ".128" in text for text in loop)]
+    name, D = each.kernel.__name__, each.arguments["D"]
+    columns, lanes = each.arguments["COLUMNS"], each.arguments["LANES"]
+    pairs = each.arguments["ROWS"] * columns * lanes // (32 * each.options["num_warps"])
+    for budget, loop in zip(BUDGETS[D][name], of_tiles, strict=True):
         counts = classes(loop)
         yield {
-            "kernel": each.kernel.__name__,
-            "D": each.arguments["D"],
-            "layout": layout,
+            "kernel": name,
+            "D": D,
+            "layout": (columns, lanes),
             "capability": capability,
-            "loop": index,
+            "budget": budget,
+            "per_pair": round(len(loop) / pairs, 2),
             "pairs": pairs,
             "exponentials": counts["MUFU"],
-            "per_pair": round(len(loop) / pairs, 2),
             "exchanges": sum(counts[name] for name in ("SHFL", "BAR", "STS", "LDS")),
             "spills": sum(counts[name] for name in ("STL", "LDL")),
             "float64": sum(map(in_float64, code.instructions)),
@@ -77,8 +91,8 @@ def rows(layout: Layout, each: Launch, capability: int) -> Iterator[dict[str, ob
 
 def main() -> None:
     part, parts = map(int, sys.argv[1:] or (0, 1))
-    for case in list(cases())[part::parts]:
-        for row in rows(*case):
+    for each, capability in list(cases())[part::parts]:
+        for row in rows(each, capability):
             print(json.dumps(row), flush=True)
 
 
