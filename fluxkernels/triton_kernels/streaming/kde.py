@@ -119,8 +119,8 @@ def kde_backward_queries_kernel(
 
 
 @triton.jit
-def add_ref_cotangents(gradient, r, query, k, inside, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Add w v - c (r - z)/σ² of query k of a tuple of packed numbers."""
+def add_ref_cotangents(gradient, r, query, k, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Add w v - c (r - z)/σ² of query k of a tuple of packed numbers, which adds nothing if all of them are zero."""
     x, step, v = (), (), ()
     for d in tl.static_range(D):
         x = x + (query[k * WIDTH + d],)
@@ -138,7 +138,7 @@ def add_ref_cotangents(gradient, r, query, k, inside, D: tl.constexpr, WIDTH: tl
         difference = r[d] - x[d]
         e = e + (difference,)
         a = difference * difference if d == 0 else a + difference * difference
-    w = tl.exp2(tl.where(inside, a * scale - top, NO_LOGIT))
+    w = tl.exp2(a * scale - top)
     c = logit_cotangent(e, step, v, g, D) * precision
     summed = ()
     for d in tl.static_range(D):
@@ -165,11 +165,11 @@ def kde_backward_refs_kernel(
         queries = load_tile(at, ROWS * WIDTH, ACC)
         at += ROWS * LANES * WIDTH
         for k in tl.static_range(ROWS):
-            gradient = add_ref_cotangents(gradient, r, queries, k, True, D, WIDTH)
+            gradient = add_ref_cotangents(gradient, r, queries, k, D, WIDTH)
     for start in range(whole * (ROWS * LANES), N, LANES):
         exists = start + lane < N
         queries = load_points(base, (start + lane).to(tl.int64) * WIDTH, 1, exists, WIDTH, ACC)
-        gradient = add_ref_cotangents(gradient, r, queries, 0, exists, D, WIDTH)
+        gradient = add_ref_cotangents(gradient, r, queries, 0, D, WIDTH)
     result = ()
     for d in tl.static_range(D):
         result = result + (over_lanes(gradient[d], LANES),)

@@ -11,7 +11,6 @@ import triton.language as tl
 
 from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, one_minus_exp
 from fluxkernels.triton_kernels.streaming.tiles import (
-    NO_LOGIT,
     load_points,
     load_tile,
     moved_displacement,
@@ -104,13 +103,13 @@ def transition_ends_kernel(
 
 
 @triton.jit
-def add_values(result, point, move, scale, ends, k, inside, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
-    """Add the values of end k of a tuple of packed numbers, times their weight."""
+def add_values(result, point, move, scale, ends, k, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Add the values of end k of a tuple of packed numbers, times their weight: nothing if all of them are zero."""
     a = 0.0
     for d in tl.static_range(D):
         difference = (point[d] - ends[k * WIDTH + d]) + move[d]
         a = difference * difference if d == 0 else a + difference * difference
-    w = tl.exp2(tl.where(inside, a * -scale - ends[k * WIDTH + D], NO_LOGIT))
+    w = tl.exp2(a * -scale - ends[k * WIDTH + D])
     summed = ()
     for u in tl.static_range(COUNT):
         summed = summed + (result[u] + w * ends[k * WIDTH + D + 1 + u],)
@@ -142,11 +141,11 @@ def transition_average_kernel(
         ends = load_tile(at, ROWS * WIDTH, ACC)
         at += ROWS * LANES * WIDTH
         for k in tl.static_range(ROWS):
-            result = add_values(result, point, move, scale, ends, k, True, D, COUNT, WIDTH)
+            result = add_values(result, point, move, scale, ends, k, D, COUNT, WIDTH)
     for start in range(whole * (ROWS * LANES), E, LANES):
         exists = start + lane < E
         ends = load_points(base, (start + lane).to(tl.int64) * WIDTH, 1, exists, WIDTH, ACC)
-        result = add_values(result, point, move, scale, ends, 0, exists, D, COUNT, WIDTH)
+        result = add_values(result, point, move, scale, ends, 0, D, COUNT, WIDTH)
     for u in tl.static_range(COUNT):
         column = tl.zeros_like(i) + chunk * COUNT + u
         value = over_lanes(result[u], LANES).to(average.dtype.element_ty)
