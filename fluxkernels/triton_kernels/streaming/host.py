@@ -191,7 +191,7 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
     chunks = -(-V // count)
     width = packed_width(transition_average_kernel, D, x0.dtype, count)
     packed = _aligned((B, chunks, E, width), x0, wide(x0.dtype))
-    columns = {"COUNT": count, "WIDTH": width}
+    columns: dict[str, Any] = {"COUNT": count, "WIDTH": width}
     with on_device_of(x0):
         starts = [*_group(x0), *_group(shift0)]
         into = [packed, *packed.stride()[:2]]
