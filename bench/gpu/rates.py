@@ -13,6 +13,7 @@ from bench.workloads import Workload
 from tests.support.ops import NUM_STEPS
 
 ROUNDS = 512
+DIGIT_PRODUCTS = 13  # of a product of points in many dimensions
 
 
 @triton.jit
@@ -41,8 +42,8 @@ def multiply_adds_kernel(out: Any, ROUNDS: tl.constexpr, BLOCK: tl.constexpr) ->
 def measure() -> dict[str, float]:
     """Best rates per second.
 
-    `exponentials` and `multiply_adds` in float32, `product`, `product_tf32` and `product64` for multiply-adds of a
-    matrix product in float32, tf32 and float64, `bytes` read and written.
+    `exponentials` and `multiply_adds` in float32, `product`, `product64` and `product_int8` for multiply-adds of a
+    matrix product in float32, float64 and 8-bit integers, `bytes` read and written.
     """
     programs, block = 32 * torch.cuda.get_device_properties(0).multi_processor_count, 1024
     out = torch.empty(programs * block, device="cuda")
@@ -60,16 +61,11 @@ def measure() -> dict[str, float]:
         ),
     }
     n = 4096
-    usual = torch.get_float32_matmul_precision()
-    for name, dtype, precision in (
-        ("product", torch.float32, "highest"),
-        ("product_tf32", torch.float32, "high"),
-        ("product64", torch.float64, "highest"),
-    ):
-        torch.set_float32_matmul_precision(precision)
+    for name, dtype in (("product", torch.float32), ("product64", torch.float64)):
         a = torch.randn(n, n, device="cuda", dtype=dtype)
         found[name] = per_second(n**3, lambda a=a: a @ a)  # type: ignore[misc]
-    torch.set_float32_matmul_precision(usual)
+    digits = torch.ones(n, n, device="cuda", dtype=torch.int8)
+    found["product_int8"] = per_second(n**3, lambda: torch._int_mm(digits, digits.mT))
     big = torch.randn(2**28, device="cuda")  # 1 GiB, far above any cache
     target = torch.empty_like(big)
     found["bytes"] = per_second(2 * big.numel() * big.element_size(), lambda: target.copy_(big))
@@ -85,8 +81,8 @@ def model_seconds(rates: dict[str, float], task: Task, workload: Workload) -> fl
     """Least time of a pass or a score: exponentials and multiply-adds at these rates, or bytes if they take longer.
 
     The values of a pass's transition have D coordinates too. Above 16 dimensions the multiply-adds are those of
-    products in float32, or of three in tf32 for each, whichever takes less: a score has two, the pass the stacked
-    product and three rebuilt points, and the transition's two.
+    thirteen products of 8-bit digits for each product of points: a score has two, the pass the stacked product and
+    three rebuilt points, and the transition's two.
     """
     D, queries, refs = workload.dimensions, workload.queries, workload.refs
     if D <= 16:
@@ -94,7 +90,7 @@ def model_seconds(rates: dict[str, float], task: Task, workload: Workload) -> fl
         arithmetic = pairs(task, workload) * per_pair
     else:
         products = (1 + NUM_STEPS) + refs / queries + 3 + 2 if task == PASS else 2.0
-        arithmetic = products * workload.pairs * D / max(rates["product"], rates["product_tf32"] / 3)
+        arithmetic = products * workload.pairs * D / (rates["product_int8"] / DIGIT_PRODUCTS)
     # Queries and reference points read once, results written once: one array for the score, five for the pass.
     numbers = workload.groups * D * (queries * (6 if task == PASS else 2) + refs)
     return max(arithmetic, 4 * numbers / rates["bytes"])

@@ -28,7 +28,7 @@ from bench.workloads import CIFAR, TOY
 
 MACHINE = dict.fromkeys(("driver", "cuda", "triton", "system", "python", "torch", "threads"), "0") | {"card": "A Card"}
 LATE = 1e18
-RATES = {"exponentials": 4e12, "multiply_adds": 3e13, "product": 3e13, "product_tf32": 2e14, "bytes": 4e12}
+RATES = {"exponentials": 4e12, "multiply_adds": 3e13, "product": 3e13, "product_int8": 9e14, "bytes": 4e12}
 
 
 @pytest.fixture
@@ -184,10 +184,11 @@ def test_contenders_after_the_card_is_lost_are_not_blamed(card: None, monkeypatc
         measured(monkeypatch, **{OURS: work_of(RuntimeError("an illegal memory access")), "plain PyTorch": work_of()})
 
 
-def test_above_16_dimensions_the_prediction_takes_the_faster_products() -> None:
-    slow = RATES | {"product_tf32": 3e13}
-    assert rates.model_seconds(RATES, SCORE, CIFAR) < rates.model_seconds(slow, SCORE, CIFAR)
-    assert rates.model_seconds(slow | {"product_tf32": 1.0}, PASS, CIFAR) == rates.model_seconds(slow, PASS, CIFAR)
+def test_above_16_dimensions_the_prediction_is_that_of_digit_products() -> None:
+    slow = RATES | {"product_int8": 9e13}
+    seconds = rates.model_seconds(slow, SCORE, CIFAR)
+    assert seconds == pytest.approx(13 * 2 * CIFAR.pairs * CIFAR.dimensions / 9e13)
+    assert rates.model_seconds(slow, PASS, CIFAR) > rates.model_seconds(RATES, PASS, CIFAR)
     assert rates.model_seconds(slow, PASS, TOY) == rates.model_seconds(RATES, PASS, TOY)
 
 

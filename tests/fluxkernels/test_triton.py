@@ -4,6 +4,8 @@ The interpreter needs an environment variable before the kernels are imported, s
 """
 
 import importlib.util
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -28,16 +30,39 @@ def test_every_case_against_the_formulas_in_float64() -> None:
     assert wrong == {}
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@cache
+def compilations(capability: int) -> list[dict[str, Any]]:
+    return run_in_parts("tests.programs.compiled", capability, TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
-    """Almost nothing spills, shared memory suffices, and all products are in float64."""
-    rows = run_in_parts("tests.programs.compiled", capability, TRITON_INTERPRET="0")
+    """Almost nothing spills, shared memory suffices, and products have the type of their package."""
+    rows = compilations(capability)
     assert {row["kernel"] for row in rows} >= {"kde_kernel", "langevin_kernel", "products_kernel", "chain_kernel"}
-    largest = {80: 163, 90: 227}[capability] * 1024
+    largest = {80: 163, 90: 227, 100: 227, 120: 99}[capability] * 1024
     # Bytes per thread: every release of the assembler spills a few words.
-    assert [row for row in rows if row["spills"] > 64 or row["shared"] > largest] == []
-    in_products = {row["kernel"]: row["products"] for row in rows if row["products"]}
-    assert set(in_products) == {
-        "products_kernel", "combine_kernel", "gather_kernel", "stack_kernel", "chain_kernel", "rebuild_kernel"
-    }  # fmt: skip
-    assert all(types == ["f64"] for types in in_products.values())
+    assert [row for row in rows if row["stack"] > 64 or row["shared"] > largest] == []
+    in_products = {(row["package"], row["kernel"]): row["products"] for row in rows if row["products"]}
+    float64 = {"gram": ["f64"]} if capability != 120 else {}  # sm_120 has no matrix units for float64
+    assert set(in_products) >= {(package, name) for package in float64 for name in ("products_kernel", "chain_kernel")}
+    assert in_products["fixed_point", "products_kernel"] == in_products["fixed_point", "chain_kernel"] == ["s8"]
+    assert all(types == {"fixed_point": ["s8"], **float64}[package] for (package, _), types in in_products.items())
+
+
+# Kernels of float32 points that compute in float64 in a loop: over coordinates (conversion to words, results, and the
+# one squared distance that a query needs), or for rows that are repaired.
+PER_COORDINATE = {
+    "extent_kernel", "points_kernel", "chain_extent_kernel", "chain_points_kernel",
+    "kde_results_kernel", "derivative_results_kernel", "gathered_results_kernel", "chain_results_kernel",
+}  # fmt: skip
+REPAIR = {"weights_kernel", "moments_kernel", "chain_repair_kernel"}
+
+
+def test_float32_pairs_cost_no_float64() -> None:
+    rows = compilations(90)
+    of_float32 = [row for row in rows if row["package"] in ("streaming", "fixed_point")]
+    of_float32 = [row for row in of_float32 if "torch.float64" not in row["dtypes"] or row["package"] == "fixed_point"]
+    found = {row["kernel"] for row in of_float32 if row["float64 in loops"]}
+    assert found <= PER_COORDINATE | REPAIR
+    assert {"products_kernel", "chain_kernel", "words_kernel"} <= {row["kernel"] for row in of_float32} - found

@@ -18,6 +18,8 @@ class Case:
         duplicates: each reference point (and query) occurs this often.
         far: distance of the queries from the cloud of reference points, in units of its spread.
         outlier: distance of the first reference point from the others, in units of their spread.
+        clusters: standard deviation of four clusters, whose centers have the given spread, or 0 for no clusters.
+        pixels: whether the reference points are whole numbers from 0 to 255.
         tau: horizon of the chain and the transition.
         drawn_as: the first name of a renamed case; its numbers come from that name.
     """
@@ -32,6 +34,8 @@ class Case:
     duplicates: int = 1
     far: float = 0.0
     outlier: float = 0.0
+    clusters: float = 0.0
+    pixels: bool = False
     tau: float = 1.0
     drawn_as: str | None = None
 
@@ -42,6 +46,10 @@ class Case:
         refs = self.offset + self.spread * rng.standard_normal((self.M, self.D))
         refs = np.repeat(refs, self.duplicates, axis=0)[: self.M]
         refs[0] += self.outlier * self.spread
+        if self.clusters:
+            refs = refs[np.arange(self.M) % 4] + self.clusters * rng.standard_normal(refs.shape)
+        if self.pixels:
+            refs = np.clip(np.round(127 + 64 * refs), 0, 255)
         # As in training: the queries are noised reference points.
         z = (
             refs[np.arange(self.N) % self.M]
@@ -101,6 +109,16 @@ CASES = [
     ),
     Case("windows, one far outlier", M=300, outlier=1e4, sigma2=0.1),
     Case("windows, one far outlier, tau = 4", M=300, outlier=1e4, sigma2=0.1, tau=4.0),
+    # Triton's kernels for many dimensions round coordinates to 31 bits of the largest one.
+    *(
+        Case(f"clusters of size {s}, D = 40", N=9, M=40, D=40, clusters=s, spread=10.0, sigma2=s * s)
+        for s in (0.1, 1e-3)
+    ),
+    Case("clusters of size 0.01, one far outlier, D = 20", N=9, M=33, D=20, clusters=0.01, outlier=1e3, sigma2=1e-4),
+    Case("an outlier as first point, D = 30", N=9, M=33, D=30, outlier=100.0, sigma2=9.0),
+    Case("duplicates, sigma2 = 9, D = 20", N=10, M=40, D=20, duplicates=4, sigma2=9.0),
+    Case("pixels, D = 48", N=9, M=33, D=48, pixels=True, sigma2=2500.0),
+    Case("pixels, sigma2 = 1, D = 48", N=9, M=33, D=48, pixels=True, sigma2=1.0),
     Case("all reference points equal", M=100, spread=0.0, offset=1.0, drawn_as="all centres equal"),
     Case(
         "all reference points but one equal",

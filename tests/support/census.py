@@ -81,13 +81,15 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 class MachineCode:
-    """Instructions of a compiled kernel with their addresses."""
+    """Instructions of a compiled kernel with their addresses; `usage` of registers and stack, in bytes, by a thread."""
 
     def __init__(self, compiled: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "kernel.cubin")
             file.write_bytes(compiled.asm["cubin"])
             done = subprocess.run([DISASSEMBLER, "-sass", file], capture_output=True, text=True, check=True)
+            used = subprocess.run([DISASSEMBLER, "-res-usage", file], capture_output=True, text=True, check=True)
+        self.usage = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", used.stdout)}
         found = re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);", done.stdout, re.MULTILINE)
         self.addresses = [int(address, 16) for address, _ in found]
         self.instructions = [text.strip() for _, text in found]

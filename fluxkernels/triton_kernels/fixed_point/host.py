@@ -238,8 +238,8 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor
             launch(
                 kde_results_kernel,
                 (B * N,),
-                *(sums, block.points.exponents, weights.totals, weights.heaviest, *_strided(block.x, block.refs)),
-                *(shift[at], mean[at], N, D),
+                *(sums, block.points.exponents, weights.logits, weights.totals, weights.heaviest),
+                *(*_strided(block.x, block.refs, block.sigma2), shift[at], mean[at], N, block.refs.shape[1], D),
                 **_vector(D),
             )
     return shift, mean, log_density
@@ -279,7 +279,7 @@ class _Moments:
             moments_kernel,
             (B * N,),
             *(weights.logits, weights.totals, weights.heaviest, weights.least, along),
-            *(self.field.exponents, self.field.valid, *_strided(sigma2, g)),
+            *(points.exponents, self.field.exponents, self.field.valid, *_strided(field, refs, sigma2, g)),
             *(self.words, self.scales, self.coefficients, self.sizes),
             *(self.sizes if g_sigma2 is None else g_sigma2, N, M, D, width),
             RESIDUAL=residual,
@@ -289,8 +289,8 @@ class _Moments:
         launch(
             derivative_results_kernel,
             (B * N,),
-            *(sums, points.exponents, weights.totals, self.scales, weights.heaviest),
-            *(*_strided(x, added, refs, sigma2, g), out, N, D),
+            *(sums, points.exponents, self.coefficients, weights.totals, self.scales, weights.heaviest),
+            *(*_strided(x, added, refs, sigma2, g), out, N, M, D),
             RESIDUAL=residual,
             **_vector(D),
         )
@@ -301,22 +301,29 @@ def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moment
     B, M, V = out.shape
     N, width = weights.words.shape[1:]
     sums = _products(weights.words, values.left, M, V, N, across=(True, True))
-    words, of_points, of_coefficients, exponents_x, refs = weights.words, sums, weights.heaviest, values.exponents, out
+    # Without `pull`, placeholders that are never read.
+    of_points, words, coefficients, exponents, exponents_x = (
+        sums,
+        weights.words,
+        sums,
+        values.exponents,
+        values.exponents,
+    )
+    x = refs = out
+    sigma2 = weights.totals
     if pull is not None:
         moments, block = pull
-        refs, points = block.refs, block.points
-        words, of_coefficients, exponents_x = (
-            moments.words,
-            moments.sizes.new_empty(B, dtype=torch.int32),
-            points.exponents,
-        )
+        points, _, x, refs, sigma2 = block
+        words, coefficients, exponents_x = moments.words, moments.coefficients, points.exponents
+        exponents = torch.empty(B, dtype=torch.int32, device=out.device)
         launch(
             words_kernel,
             (B * N,),
-            moments.coefficients,
+            coefficients,
             moments.sizes,
+            weights.heaviest,
             words,
-            of_coefficients,
+            exponents,
             M,
             N,
             width,
@@ -326,8 +333,9 @@ def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moment
     launch(
         gathered_results_kernel,
         (B * M,),
-        *(sums, values.exponents, weights.totals, values.valid, of_points, of_coefficients, words, exponents_x),
-        *(*_strided(refs), out, N, M, V, width),
+        *(sums, values.exponents, weights.totals, values.valid, of_points, exponents, words, coefficients),
+        *(weights.heaviest, exponents_x),
+        *(*_strided(x, refs, sigma2), out, N, M, V, width),
         BOTH=pull is not None,
         **_vector(max(N, V)),
     )

@@ -29,6 +29,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
 # Largest effect of rounded coordinates on a weight; above it the weights of a row are computed in float64.
 TOLERANCE = tl.constexpr(3e-7)
+# Rounding of coordinates in units of σ, above which sums of points with coefficients are float64 sums of differences.
+COARSE = tl.constexpr(1e-7)
 
 
 @triton.jit
@@ -176,8 +178,32 @@ def weights_kernel(
 
 
 @triton.jit
+def too_coarse(e, variance, total):
+    """Whether words of 2^e are too coarse for sums that are relative to the heaviest point, of queries with some total
+    weight: in clusters that are tight and far apart."""
+    # Coefficients of derivatives are weights times logits, at most about 40 times a weight that counts.
+    others = tl.minimum(40 * (total - 1), 1.0)
+    return 0.3 * power_of_two(e - 30) * others > COARSE * tl.sqrt(variance)
+
+
+@triton.jit
+def products_of_differences(products, unit, vector, v_d, refs, r_m, r_d, h, M, D):
+    """Store the products of a vector with r_j - r_h, from float64 differences, in units of `products`."""
+    for start in range(0, M, 16):
+        j = start + tl.arange(0, 16)
+        total = tl.zeros([16, 64], tl.float64)
+        for first in range(0, D, 64):
+            d = first + tl.arange(0, 64)
+            base = load_row(refs + h.to(tl.int64) * r_m, d, r_d, D)
+            difference = load_tile(refs, j, r_m, M, d, r_d, D) - base[None, :]
+            total += load_row(vector, d, v_d, D)[None, :] * difference
+        tl.store(products + j, tl.floor(tl.sum(total, 1) / unit + 0.5).to(tl.int64), mask=j < M)
+
+
+@triton.jit
 def moments_kernel(
-    logits, totals, heaviest, least, along, exponents, valid_field, sigma2, s_b, s_n, g_log_density, g_b, g_n,
+    logits, totals, heaviest, least, along, exponents_x, exponents, valid_field,
+    field, f_b, f_n, f_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n, g_log_density, g_b, g_n,
     words, scales, coefficients, sizes, g_sigma2,
     N, M, D, width,
     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -195,9 +221,16 @@ def moments_kernel(
     along += row * M
     variance = tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64)
     h = tl.load(heaviest + row)
+    exact_unit = power_of_two(tl.load(exponents + 2 * b) + tl.load(exponents + 2 * b + 1) - 44)
+    unit = exact_unit.to(tl.float32)
+    total = tl.load(totals + row)
+    inverse = 1 / total
+    if too_coarse(tl.load(exponents_x + 2 * b + 1), variance, total.to(tl.float64)):
+        products_of_differences(
+            along, exact_unit, field + b * f_b + n * f_n, f_d, refs + b * r_b, r_m, r_d, h, M, D
+        )  # fmt: skip
+        tl.debug_barrier()
     top = tl.load(along + h)
-    unit = power_of_two(tl.load(exponents + 2 * b) + tl.load(exponents + 2 * b + 1) - 44).to(tl.float32)
-    inverse = 1 / tl.load(totals + row)
     g = tl.full([], 2.0, tl.float32)
     if not RESIDUAL:
         g = tl.load(g_log_density + b * g_b + n * g_n).to(tl.float32)
@@ -249,9 +282,9 @@ def moments_kernel(
 
 
 @triton.jit
-def words_kernel(coefficients, sizes, words, exponents, M, N, width, BLOCK: tl.constexpr):
+def words_kernel(coefficients, sizes, heaviest, words, exponents, M, N, width, BLOCK: tl.constexpr):
     """Coefficients `[B, N, M]` of one query as words `[B, N, width]`, in one scale per group, whose `exponents` these
-    are."""
+    are; zero for the heaviest reference point."""
     row = tl.program_id(0).to(tl.int64)
     b = row // N
     size = tl.zeros([BLOCK], tl.float32)
@@ -264,30 +297,49 @@ def words_kernel(coefficients, sizes, words, exponents, M, N, width, BLOCK: tl.c
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         c = tl.load(coefficients + row * M + j, mask=j < M, other=0.0)
-        word = tl.where(not_finite(c), 0, nearest_word(c * scale))
+        word = tl.where(not_finite(c) | (j == tl.load(heaviest + row)), 0, nearest_word(c * scale))
         tl.store(words + row * width + j, digits(word), mask=j < width)
     if row % N == 0:
         tl.store(exponents + b, e)
 
 
 @triton.jit
+def sum_of_differences(coefficients, c_stride, points, p_n, p_d, count, base, d, D, LOGITS: tl.constexpr):
+    """Σ_n c_n (point_n - base) in float64, over `count` points; with LOGITS, of the weights 2^c."""
+    total = tl.zeros(base.shape, tl.float64)
+    for start in range(0, count, 16):
+        n = start + tl.arange(0, 16)
+        c = tl.load(coefficients + n.to(tl.int64) * c_stride, mask=n < count, other=0.0)
+        if LOGITS:
+            c = tl.where(n < count, tl.exp2(c), 0.0)
+        difference = load_tile(points, n, p_n, count, d, p_d, D) - base[None, :]
+        total += tl.sum(c.to(tl.float64)[:, None] * difference, 0)
+    return total
+
+
+@triton.jit
 def kde_results_kernel(
-    sums, exponents, totals, heaviest, x, x_b, x_n, x_d, refs, r_b, r_m, r_d,
+    sums, exponents, logits, totals, heaviest, x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
     shift, mean,
-    N, D,
+    N, M, D,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """m - x and m of one query from its sums Σ_j c_j r_j, with coefficients relative to the heaviest point."""
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
     h = tl.load(heaviest + row).to(tl.int64)
-    unit = power_of_two(tl.load(exponents + 2 * b + 1) - 44)
-    invalid = (tl.load(totals + row) * 0).to(tl.float64)
+    refs += b * r_b
+    e = tl.load(exponents + 2 * b + 1)
+    unit = power_of_two(e - 44)
+    total = tl.load(totals + row).to(tl.float64)
+    coarse = too_coarse(e, tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64), total)
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         at = row * D + d
-        ref = load_row(refs + b * r_b + h * r_m, d, r_d, D)
-        beyond = tl.load(sums + at, mask=d < D, other=0).to(tl.float64) * unit + invalid
+        ref = load_row(refs + h * r_m, d, r_d, D)
+        beyond = tl.load(sums + at, mask=d < D, other=0).to(tl.float64) * unit + total * 0
+        if coarse:
+            beyond = sum_of_differences(logits + row * M, 1, refs, r_m, r_d, M, ref, d, D, True) / total
         point = load_row(x + b * x_b + n * x_n, d, x_d, D)
         tl.store(shift + at, rounded((ref - point) + beyond, shift.dtype.element_ty), mask=d < D)
         tl.store(mean + at, rounded(ref + beyond, mean.dtype.element_ty), mask=d < D)
@@ -295,10 +347,10 @@ def kde_results_kernel(
 
 @triton.jit
 def derivative_results_kernel(
-    sums, exponents, totals, scales, heaviest,
+    sums, exponents, coefficients, totals, scales, heaviest,
     x, x_b, x_n, x_d, field, f_b, f_n, f_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n, g_log_density, g_b, g_n,
     out,
-    N, D,
+    N, M, D,
     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(Σ_j c_j r_j + g (r_h - x))/σ² - field of one query; with RESIDUAL, g is 2 and the whole is divided by σ²."""
@@ -306,16 +358,25 @@ def derivative_results_kernel(
     b, n = row // N, row % N
     h = tl.load(heaviest + row).to(tl.int64)
     variance = tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64)
-    unit = power_of_two(tl.load(exponents + 2 * b + 1) - 44) * tl.load(scales + row)
+    refs += b * r_b
+    e = tl.load(exponents + 2 * b + 1)
+    unit = power_of_two(e - 44) * tl.load(scales + row)
+    total_weight = tl.load(totals + row).to(tl.float64)
+    coarse = too_coarse(e, variance, total_weight)
     g = tl.full([], 2.0, tl.float64)
     if not RESIDUAL:
         g = tl.load(g_log_density + b * g_b + n * g_n).to(tl.float64)
-    g += (tl.load(totals + row) * 0).to(tl.float64)
+    g += total_weight * 0
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)
         at = row * D + d
-        difference = load_row(refs + b * r_b + h * r_m, d, r_d, D) - load_row(x + b * x_b + n * x_n, d, x_d, D)
-        total = tl.load(sums + at, mask=d < D, other=0).to(tl.float64) * unit + g * difference
+        ref = load_row(refs + h * r_m, d, r_d, D)
+        total = tl.load(sums + at, mask=d < D, other=0).to(tl.float64) * unit
+        if coarse:
+            total = sum_of_differences(coefficients + row * M, 1, refs, r_m, r_d, M, ref, d, D, False)
+            if not RESIDUAL:  # they are divided by σ² already
+                total *= variance
+        total += g * (ref - load_row(x + b * x_b + n * x_n, d, x_d, D))
         along = load_row(field + b * f_b + n * f_n, d, f_d, D)
         if RESIDUAL:
             total = (total / variance - along) / variance
@@ -326,7 +387,8 @@ def derivative_results_kernel(
 
 @triton.jit
 def gathered_results_kernel(
-    sums, exponents, totals, valid, of_points, of_coefficients, words, exponents_x, refs, r_b, r_m, r_d,
+    sums, exponents, totals, valid, of_points, of_coefficients, words, coefficients, heaviest, exponents_x,
+    x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
     out,
     N, M, V, width,
     BOTH: tl.constexpr, BLOCK: tl.constexpr,
@@ -339,6 +401,7 @@ def gathered_results_kernel(
     b, j = row // M, row % M
     invalid = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.int64)
+    coarse = tl.zeros([], tl.int32)
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
         invalid += tl.load(totals + b * N + n, mask=n < N, other=0.0) * 0
@@ -346,6 +409,9 @@ def gathered_results_kernel(
         if BOTH:
             word = tl.load(words + (b * N + n) * width + j, mask=n < N, other=0)
             total += ((word ^ 0x00808080) - 0x00808080).to(tl.int64)
+            weight = tl.load(totals + b * N + n, mask=n < N, other=1.0).to(tl.float64)
+            variance = tl.load(sigma2 + b * s_b + n * s_n, mask=n < N, other=1.0).to(tl.float64)
+            coarse += tl.sum(too_coarse(tl.load(exponents_x + 2 * b), variance, weight).to(tl.int32), 0)
     nothing = tl.sum(invalid, 0).to(tl.float64)
     unit = power_of_two(tl.load(exponents + 2 * b) - 44)
     for start in range(0, V, BLOCK):
@@ -354,9 +420,22 @@ def gathered_results_kernel(
         value = tl.load(sums + at, mask=d < V, other=0).to(tl.float64) * unit + nothing
         if BOTH:
             e = tl.load(of_coefficients + b)
-            value += tl.load(of_points + at, mask=d < V, other=0).to(tl.float64) * power_of_two(
-                e + tl.load(exponents_x + 2 * b) - 44
+            unit_x = power_of_two(e + tl.load(exponents_x + 2 * b) - 44)
+            pulled = tl.load(of_points + at, mask=d < V, other=0).to(tl.float64) * unit_x
+            ref = load_row(refs + b * r_b + j * r_m, d, r_d, V)
+            pulled -= (ref - load_row(refs + b * r_b, d, r_d, V)) * (
+                tl.sum(total, 0).to(tl.float64) * power_of_two(e - 30)
             )
-            centered = load_row(refs + b * r_b + j * r_m, d, r_d, V) - load_row(refs + b * r_b, d, r_d, V)
-            value -= centered * (tl.sum(total, 0).to(tl.float64) * power_of_two(e - 30))
+            of_group = coefficients + b * N * M + j
+            if coarse > 0:
+                pulled = sum_of_differences(of_group, M, x + b * x_b, x_n, x_d, N, ref, d, V, False)
+            else:  # queries whose heaviest point this is have no words for it
+                for first in range(0, N, 16):
+                    n = first + tl.arange(0, 16)
+                    mine = tl.load(heaviest + b * N + n, mask=n < N, other=-1) == j
+                    if tl.max(mine.to(tl.int32), 0) > 0:
+                        c = tl.load(of_group + n.to(tl.int64) * M, mask=mine, other=0.0).to(tl.float64)
+                        point = load_tile(x + b * x_b, n, x_n, N, d, x_d, V)
+                        pulled += tl.sum(c[:, None] * (point - ref[None, :]), 0)
+            value += pulled
         tl.store(out + at, tl.load(out + at, mask=d < V, other=0.0) + value, mask=d < V)
