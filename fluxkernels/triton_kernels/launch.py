@@ -106,13 +106,13 @@ def _nothing_compiled() -> Iterator[None]:
         runtime.jit_cache_hook = others
 
 
-@cache
 def warps(layout: tuple[int, int]) -> int:
     """Warps of a program of streaming/ in an entry of LAYOUTS."""
     columns, lanes = layout
     return min(columns, 128) * lanes // 32
 
 
+@cache
 def rows(values_per_row: int, dtype: torch.dtype) -> int:
     """Rows of a tile: a thread keeps the values of all rows in registers."""
     registers = values_per_row * (3 if dtype == torch.float64 else 1)  # two per number, and temporaries
