@@ -23,6 +23,7 @@ MOST_STREAMED = 16
 
 KERNELS = (normal_kernel, *streaming.KERNELS, *fixed_point.KERNELS, *gram.KERNELS)
 
+
 def _by_points(name: str) -> Callable[..., Any]:
     """The kernel `name` of the package that suits the dimension and dtype of the first argument."""
     few, many, in_float64 = (getattr(package, name) for package in (streaming, fixed_point, gram))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, lru_cache
@@ -66,6 +67,10 @@ def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(t.device)
 
 
+# Triton has one hook for all threads.
+_CAPTURE = threading.Lock()
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel on the current device.
 
@@ -77,7 +82,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             permit that, and the capture would fail. It stays valid if the kernel is not launched.
     """
     if not INTERPRETED and torch.cuda.is_current_stream_capturing():
-        with _nothing_compiled():
+        with _CAPTURE, _nothing_compiled():
             kernel[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants)

@@ -1,4 +1,4 @@
-"""Functions of numbers that the kernels of streaming/ and gram/ use."""
+"""Functions of numbers that kernels of all packages use."""
 
 # Names inside a kernel have Triton's types, which mypy does not know.
 # mypy: ignore-errors

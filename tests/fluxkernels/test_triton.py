@@ -35,12 +35,12 @@ def compilations(capability: int) -> list[dict[str, Any]]:
     return run_in_parts("tests.programs.compiled", capability, TRITON_INTERPRET="0")
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("capability", [90, 100, 120])
 def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
     """Almost nothing spills, shared memory suffices, and products have the type of their package."""
     rows = compilations(capability)
     assert {row["kernel"] for row in rows} >= {"kde_kernel", "langevin_kernel", "products_kernel", "chain_kernel"}
-    largest = {80: 163, 90: 227, 100: 227, 120: 99}[capability] * 1024
+    largest = {90: 227, 100: 227, 120: 99}[capability] * 1024
     # Bytes per thread: every release of the assembler spills a few words.
     assert [row for row in rows if row["stack"] > 64 or row["shared"] > largest] == []
     in_products = {(row["package"], row["kernel"]): row["products"] for row in rows if row["products"]}

@@ -116,6 +116,7 @@ CASES = [
     ),
     Case("clusters of size 0.01, one far outlier, D = 20", N=9, M=33, D=20, clusters=0.01, outlier=1e3, sigma2=1e-4),
     Case("an outlier as first point, D = 30", N=9, M=33, D=30, outlier=100.0, sigma2=9.0),
+    Case("a far outlier as first point, D = 20", N=9, M=33, D=20, outlier=1e3, sigma2=0.3, tau=0.5),
     Case("duplicates, sigma2 = 9, D = 20", N=10, M=40, D=20, duplicates=4, sigma2=9.0),
     Case("pixels, D = 48", N=9, M=33, D=48, pixels=True, sigma2=2500.0),
     Case("pixels, sigma2 = 1, D = 48", N=9, M=33, D=48, pixels=True, sigma2=1.0),

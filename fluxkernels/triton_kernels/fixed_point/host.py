@@ -31,10 +31,14 @@ from fluxkernels.triton_kernels.fixed_point.products import products_kernel
 from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, launch, multiprocessors, on_device_of, wide
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal
 
-# Pairs whose matrices are held at once: 64 MiB of products, and 20 bytes more per pair for derivatives.
+# Pairs of one group whose matrices are held at once: 64 MiB of products, and 20 bytes more per pair for derivatives.
 MOST_PAIRS = 2**23
-# Products of a chain in Gram space that are held at once: 512 MiB.
-MOST_PRODUCTS = 2**26
+# The same for groups that are held whole: four times as many launches would take longer than the work of small groups.
+MOST_GROUPED_PAIRS = 2**25
+# Products of chains in Gram space that are held at once: 1 GiB.
+MOST_PRODUCTS = 2**27
+# Words of points of chains that are held at once: 2 GiB.
+MOST_WORDS = 2**29
 # Reference points up to which a chain runs in Gram space, where a step costs M² per query instead of M·D.
 MOST_REFS = 1024
 # Dimensions up to which sums of products of words fit in 64 bits.
@@ -167,7 +171,7 @@ class _Weights:
     """Softmax weights of a block of queries, from exact products.
 
     Attributes:
-        logits, totals, heaviest, least, words: as `weights_kernel` writes them.
+        logits, words, scales, totals, heaviest, least: as `weights_kernel` writes them.
     """
 
     def __init__(
@@ -187,12 +191,12 @@ class _Weights:
         self.words = torch.empty((B, N, width if words else 0), dtype=torch.int32, device=device)
         self.totals = torch.empty((B, N), dtype=torch.float32, device=device)
         self.heaviest, sensitive = torch.empty((2, B, N), dtype=torch.int32, device=device)
-        self.least = torch.empty((B, N), dtype=torch.float64, device=device)
+        self.least, self.scales = torch.empty((2, B, N), dtype=torch.float64, device=device)
         move, tau = transition or (refs, refs[:, 0, 0])
         arguments = [
             *(products, points.halves, points.exponents, points.valid[:, rows].contiguous()),
             *_strided(x, refs, move, sigma2, tau),
-            *(self.logits, self.words, self.totals, self.heaviest, self.least),
+            *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.least),
             *(self.totals if log_density is None else log_density, sensitive, N, M, D, width),
         ]
         tile, single = _tile(N, M, 512), _tile(1, M, 512)
@@ -215,8 +219,9 @@ def _blocks(
     x: Tensor, refs: Tensor, sigma2: Tensor, transition: tuple[Tensor, Tensor] | None = None
 ) -> Iterator[tuple[tuple[slice, slice], _Block]]:
     """Yield (groups and queries, block): several whole groups, or some queries of one."""
-    (B, N, _), M = x.shape, refs.shape[1]
-    groups, rows = max(1, MOST_PAIRS // (N * M)), max(1, MOST_PAIRS // M)
+    (B, N, D), M = x.shape, refs.shape[1]
+    groups = min(B, max(1, min(MOST_GROUPED_PAIRS // (N * M), MOST_WORDS // ((N + M) * D))))
+    rows = N if groups > 1 else max(1, min(MOST_PAIRS // M, MOST_WORDS // (8 * D)))
     for start in range(0, B, groups):
         group = slice(start, start + groups)
         moves = transition and (transition[0][group], transition[1][group])
@@ -238,7 +243,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor
             launch(
                 kde_results_kernel,
                 (B * N,),
-                *(sums, block.points.exponents, weights.logits, weights.totals, weights.heaviest),
+                *(sums, block.points.exponents, weights.logits, weights.scales, weights.totals, weights.heaviest),
                 *(*_strided(block.x, block.refs, block.sigma2), shift[at], mean[at], N, block.refs.shape[1], D),
                 **_vector(D),
             )
@@ -337,7 +342,7 @@ def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moment
         *(weights.heaviest, exponents_x),
         *(*_strided(x, refs, sigma2), out, N, M, V, width),
         BOTH=pull is not None,
-        **_vector(max(N, V)),
+        **_vector(max(N, V), 256),
     )
 
 
@@ -377,6 +382,7 @@ class _Chain(NamedTuple):
     num_steps: int
     noise: Tensor | None
     seed: Tensor | None
+    first_group: int
 
 
 class _ChainPoints:
@@ -390,7 +396,7 @@ class _ChainPoints:
     """
 
     def __init__(self, chain: _Chain, x0_out: Tensor, kind: dict[str, Any]) -> None:
-        x, refs, sigma2, tau, num_steps, noise, _ = chain
+        x, refs, sigma2, tau, num_steps, noise, _, first_group = chain
         (B, N, D), M = x.shape, refs.shape[1]
         device, width = x.device, _padded(D)
         whole_pass = kind["PASS"]
@@ -412,13 +418,13 @@ class _ChainPoints:
         self.right = torch.empty((B, M, width), dtype=torch.int32, device=device)
         self.exponents = torch.empty((B, 2), dtype=torch.int32, device=device)
         self.valid = torch.empty((B, N, self.blocks), dtype=torch.float32, device=device)
-        self.drifts = torch.empty((B, N, D), dtype=torch.float32, device=device)
+        self.drifts = torch.empty((B, N, D), dtype=torch.float64, device=device)
         launch(
             chain_points_kernel,
             (B * tiles,),
             *(*_strided(x, refs, sigma2, tau), *_random(chain), extents, parts),
             *(self.left, self.right, self.exponents, self.valid, x0_out, self.drifts),
-            *(N, M, D, width, num_steps, self.noises),
+            *(N, M, D, width, num_steps, self.noises, first_group),
             **kind,
             **self.tile,
         )
@@ -432,7 +438,7 @@ def _random(chain: _Chain) -> tuple[Any, ...]:
 
 def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: bool) -> None:
     """Write (x0, m(x0) - x0, x_τ, m(x_τ) - x_τ); without `whole_pass` only x_τ, and the others are placeholders."""
-    x, refs, sigma2, tau, num_steps, noise, _ = chain
+    x, refs, sigma2, tau, num_steps, noise, _, first_group = chain
     (B, N, D), M = x.shape, refs.shape[1]
     device, width = x.device, _padded(M)
     kind = {"PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)}
@@ -466,7 +472,7 @@ def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: b
         chain_repair_kernel,
         (B * N,),
         *(*_strided(x, refs, sigma2, tau), *_random(chain), sensitive),
-        *(memory, products.view(torch.float64), products.stride(0), *results, N, M, D, num_steps),
+        *(memory, products.view(torch.float64), products.stride(0), *results, N, M, D, num_steps, first_group),
         **kind,
         **_vector(D, 256),
     )
@@ -482,9 +488,11 @@ def _in_gram_space(
     seed: Tensor | None,
     whole_pass: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-    """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ), or None where one group has too many products to hold."""
-    (B, N, _), M = x.shape, refs.shape[1]
-    groups = MOST_PRODUCTS // (((1 + num_steps) * N + M) * M)
+    """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ), or None where one group has too many products or words to hold."""
+    (B, N, D), M = x.shape, refs.shape[1]
+    height = (1 + num_steps) * N + M
+    # Words of the points, and three sums, a drift and memory for repair per query.
+    groups = min(MOST_PRODUCTS // (height * M), MOST_WORDS // ((height + 10 * N) * D))
     if M > MOST_REFS or groups == 0:
         return None
     xt = x.new_empty(x.shape)
@@ -494,7 +502,7 @@ def _in_gram_space(
     for start in range(0, B, groups):
         group = slice(start, start + groups)
         of_group = None if noise is None else noise[:, group]
-        chain = _Chain(x[group], refs[group], sigma2[group], tau[group], num_steps, of_group, seed)
+        chain = _Chain(x[group], refs[group], sigma2[group], tau[group], num_steps, of_group, seed, start)
         _chain_in_gram_space(chain, [result[group] for result in (x0, shift0, xt, shift_t)], whole_pass)
     return x0, shift0, xt, shift_t
 

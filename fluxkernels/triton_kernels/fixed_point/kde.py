@@ -15,6 +15,7 @@ import triton.language as tl
 from fluxkernels.triton_kernels.fixed_point.numbers import (
     LOWEST,
     ONE,
+    as_long,
     digits,
     exponent_above,
     nearest_word,
@@ -50,10 +51,10 @@ def rounding_of_logits(e_x, e_refs, distance, D, variance):
     """Estimated error of a difference of logits if both points of a pair are `distance` apart, for exponents e.
 
     Coordinates are rounded by 2^(e-31) at most, 0.3·2^(e-30) on average, in directions that do not depend on those of
-    differences of points; products are rounded to a few units.
+    differences of points. The digits that products leave out are 30 units per dimension on average, of random sign.
     """
     coordinates = 0.6 * (power_of_two(e_x - 30) + power_of_two(e_refs - 30)) * distance
-    units = 4 * tl.sqrt(tl.zeros([], tl.float64) + D) * power_of_two(e_x + e_refs - 44)
+    units = 44 * tl.sqrt(tl.zeros([], tl.float64) + D) * power_of_two(e_x + e_refs - 44)
     return (coordinates + units) / variance
 
 
@@ -61,7 +62,7 @@ def rounding_of_logits(e_x, e_refs, distance, D, variance):
 def weights_kernel(
     products, halves, exponents, valid_queries,
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, move, m_b, m_m, m_d, sigma2, s_b, s_n, tau, a_b,
-    logits, words, totals, heaviest, least, log_density, sensitive,
+    logits, words, scales, totals, heaviest, least, log_density, sensitive,
     N, M, D, width,
     MOVED: tl.constexpr, KDE: tl.constexpr, WORDS: tl.constexpr, RELATIVE: tl.constexpr, REPAIR: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
@@ -71,7 +72,7 @@ def weights_kernel(
     `logits` `[B, N, M]` are in powers of two, relative to that of the heaviest reference point; `totals` the sums of
     the weights 2^logit (NaN where a point is not finite); `least` is the squared distance to the heaviest point. With
     WORDS, normalized weights go to `words` `[B, N, width]` too; with RELATIVE, as coefficients relative to the heaviest
-    point.
+    point, and `scales` is 1 over the sum of the words of all weights: equal weights are rounded in the same direction.
 
     With MOVED, reference points are the means of a transition, and the variance is σ²(1-e^{-2τ}), at least rounding:
     τ = 0 then gives the limit. `sensitive` `[B, N]` are the queries that REPAIR (with one row) computes again; it uses
@@ -93,6 +94,8 @@ def weights_kernel(
     move += b * m_b
     variance = tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64)
     pull = pull_of(tau + b * a_b, MOVED)
+    # Minima and maxima would lose NaN.
+    valid = tl.load(valid_queries + row) + (variance * 0 + pull * 0).to(tl.float32)
     if MOVED:
         # At least 1e-290, whose inverse is finite.
         rest_of_time = tl.maximum(one_minus_exp(2 * tl.load(tau + b * a_b).to(tl.float64)), 4.930380657631324e-32)
@@ -101,7 +104,6 @@ def weights_kernel(
     # Logits per unit of a product, or per squared distance.
     unit = tl.minimum(power_of_two(e_x + e_refs - 44) * LOG2_E / variance, 1e38).to(tl.float32)[:, None]
     per_square = ((1 / variance) * (0.5 * LOG2_E))[:, None]
-    valid = tl.load(valid_queries + row)
 
     # The heaviest reference point; its logit is 0, as are those of others as near.
     nearest = tl.full([ROWS], float("inf"), tl.float64)
@@ -120,7 +122,6 @@ def weights_kernel(
             half = tl.load(halves + j, mask=j < M, other=0)
             u = tl.load(products + j[None, :], mask=(j < M)[None, :], other=0) - half[None, :]
             top = tl.maximum(top, tl.max(tl.where((j < M)[None, :], u, LOWEST), 1))
-            valid += tl.sum(tl.where(half == -LOWEST, float("nan"), 0.0), 0)
 
     h = tl.full([ROWS], 2**31 - 1, tl.int32)
     heavy = tl.zeros([ROWS], tl.float32)
@@ -129,11 +130,13 @@ def weights_kernel(
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
         inside = (j < M)[None, :]
+        half = tl.load(halves + j, mask=j < M, other=0)
+        valid += tl.sum(tl.where(half == -LOWEST, float("nan"), 0.0), 0)
         if REPAIR:
             a = tl.load(products + j[None, :], mask=inside, other=0).to(tl.float64, bitcast=True)
             logit = tl.minimum((nearest[:, None] - a) * per_square, 0.0).to(tl.float32)
         else:
-            u = tl.load(products + j[None, :], mask=inside, other=0) - tl.load(halves + j, mask=j < M, other=0)[None, :]
+            u = tl.load(products + j[None, :], mask=inside, other=0) - half[None, :]
             logit = (u - top[:, None]).to(tl.float32) * unit
         logit = tl.where(inside, logit, float("-inf"))
         tl.store(logits + j[None, :], logit, mask=inside & known[:, None])
@@ -173,6 +176,9 @@ def weights_kernel(
             word = tl.where(other, nearest_word(tl.exp2(logit) * scale), 0)
             used += tl.sum(word, 1)
             tl.store(words + j[None, :], digits(word), mask=(j < width)[None, :] & other & known[:, None])
+        if RELATIVE:
+            whole = (used + nearest_word(scale.reshape(ROWS))).to(tl.float64)
+            tl.store(scales + row, power_of_two(as_long(30)) / whole, mask=known)
         word = digits(-used if RELATIVE else -(used - ONE))
         tl.store(words + h[:, None], word[:, None], mask=known[:, None])
 
@@ -307,8 +313,8 @@ def words_kernel(coefficients, sizes, heaviest, words, exponents, M, N, width, B
 def sum_of_differences(coefficients, c_stride, points, p_n, p_d, count, base, d, D, LOGITS: tl.constexpr):
     """Σ_n c_n (point_n - base) in float64, over `count` points; with LOGITS, of the weights 2^c."""
     total = tl.zeros(base.shape, tl.float64)
-    for start in range(0, count, 16):
-        n = start + tl.arange(0, 16)
+    for start in range(0, count, 4):
+        n = start + tl.arange(0, 4)
         c = tl.load(coefficients + n.to(tl.int64) * c_stride, mask=n < count, other=0.0)
         if LOGITS:
             c = tl.where(n < count, tl.exp2(c), 0.0)
@@ -319,7 +325,7 @@ def sum_of_differences(coefficients, c_stride, points, p_n, p_d, count, base, d,
 
 @triton.jit
 def kde_results_kernel(
-    sums, exponents, logits, totals, heaviest, x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
+    sums, exponents, logits, scales, totals, heaviest, x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
     shift, mean,
     N, M, D,
     BLOCK: tl.constexpr,
@@ -330,7 +336,7 @@ def kde_results_kernel(
     h = tl.load(heaviest + row).to(tl.int64)
     refs += b * r_b
     e = tl.load(exponents + 2 * b + 1)
-    unit = power_of_two(e - 44)
+    unit = power_of_two(e - 44) * tl.load(scales + row)
     total = tl.load(totals + row).to(tl.float64)
     coarse = too_coarse(e, tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64), total)
     for start in range(0, D, BLOCK):

@@ -87,20 +87,21 @@ def chain_extent_kernel(
     tl.store(extents + 3 * parts, tl.sum(tl.sum(bad, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_group"])
 def chain_points_kernel(
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, tau, a_b,
     seed, noise, noise_k, noise_b, noise_n, noise_d,
     extents, parts,
     left, right, exponents, valid, x0_out, drifts,
-    N, M, D, width, steps, noises,
+    N, M, D, width, steps, noises, first_group,
     PASS: tl.constexpr, SEEDED: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Words of `left` [x0; noise; R] `[B, (1 + noises)·N + M, width]` and of `right` R, a tile of points per program.
 
     Noise is multiplied by its step size. With PASS, x0 is x + σ n0, rounded, and goes to `x0_out`. `drifts` `[B, N, D]`
-    has the end of the chain without the reference points, about the origin. A query's program makes all of its noise.
+    has the end of the chain without the reference points, about the origin. A query's program makes all of its noise,
+    which depends on its place among all groups: the first one here is `first_group`.
     """
     across = tl.cdiv(width, BLOCK)
     blocks_x = tl.cdiv(N, ROWS)
@@ -131,22 +132,24 @@ def chain_points_kernel(
         at = (b * N + n)[:, None] * D + d[None, :]
         point = load_tile(x, n, x_n, N, d, x_d, D)
         if PASS:
-            xi = noise_tile(noise, noise_k, noise_n, noise_d, seed, START, 0, 0, b, n, d, N, D, SEEDED, WHOLE, ACC)
+            xi = noise_tile(
+                noise, noise_k, noise_n, noise_d, seed, START, 0, 0, first_group + b, n, d, N, D, SEEDED, WHOLE, ACC
+            )
             start = rounded(point + tl.sqrt(variance) * xi, x0_out.dtype.element_ty)
             tl.store(x0_out + at, start, mask=inside)
             point = start.to(tl.float64)
         point = centered(point, n, N, origin)
-        bad = (point - point).to(tl.float32)
         store_words(left, n, N, d, width, point, e_left)
         for k in range(steps):
             xi = noise_tile(
-                noise, noise_k, noise_n, noise_d, seed, CHAIN, k, k + PASS, b, n, d, N, D, SEEDED, WHOLE, ACC
+                noise, noise_k, noise_n, noise_d, seed, CHAIN, k, k + PASS, first_group + b, n, d, N, D,
+                SEEDED, WHOLE, ACC,
             )  # fmt: skip
             if k < noises:
                 store_words(left + (1 + k) * as_long(N) * width, n, N, d, width, spread * xi, e_left)
-            bad += (xi - xi).to(tl.float32)
             point = point - pull * point + spread * xi
-        tl.store(drifts + at, point.to(tl.float32), mask=inside)
+        tl.store(drifts + at, point, mask=inside)
+        bad = (point - point).to(tl.float32)  # also of noise and step sizes that are not finite
         invalid = tl.sum(bad, 1) + sum_of(extents + 3 * parts, parts, 128)
         tl.store(valid + (b * N + n) * across + program % across, invalid, mask=n < N)
     else:
@@ -237,7 +240,7 @@ def chain_kernel(
     between = 2 * radius * power_of_two(e_x - 30) + (2 * radius + tl.sqrt(variance * dimensions)) * power_of_two(
         e_refs - 30
     )
-    error = (0.3 * between + (4 * tl.sqrt(dimensions) + 0.3 * power_of_two(dropped)) * unit) / variance
+    error = (0.3 * between + (44 * tl.sqrt(dimensions) + 0.3 * power_of_two(dropped)) * unit) / variance
     error = tl.minimum(error, 1e30).to(tl.float32)
     worst = tl.zeros([ROWS], tl.float32)
 
@@ -353,7 +356,7 @@ def chain_results_kernel(
     nothing = invalid.to(tl.float64)
     at = row * D + d
     sums += (b * (3 * N if PASS else N) + n) * D + d
-    drift = tl.load(drifts + at, mask=inside, other=0.0).to(tl.float64) + nothing
+    drift = tl.load(drifts + at, mask=inside, other=0.0) + nothing
     of_refs = tl.load(sums, mask=inside, other=0).to(tl.float64) * unit
     end = rounded(load_row(refs, d, r_d, D) + (drift + of_refs), xt_out.dtype.element_ty)
     tl.store(xt_out + at, end, mask=inside)
@@ -370,13 +373,13 @@ def chain_results_kernel(
         tl.store(shift0_out + at, rounded(shift, shift0_out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_group"])
 def chain_repair_kernel(
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, tau, a_b,
     seed, noise, noise_k, noise_b, noise_n, noise_d,
     sensitive, points, weights, weights_b,
     x0_out, shift0_out, xt_out, shift_t_out,
-    N, M, D, steps,
+    N, M, D, steps, first_group,
     PASS: tl.constexpr, SEEDED: tl.constexpr, WHOLE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chain again in float64, from differences of coordinates, if it is one of the `sensitive` ones.
@@ -399,7 +402,9 @@ def chain_repair_kernel(
         d = start + tl.arange(0, BLOCK)
         point = load_row(x, d, x_d, D)
         if PASS:
-            xi = noise_tile(noise, noise_k, noise_n, noise_d, seed, START, 0, 0, b, one, d, N, D, SEEDED, WHOLE, ACC)
+            xi = noise_tile(
+                noise, noise_k, noise_n, noise_d, seed, START, 0, 0, first_group + b, one, d, N, D, SEEDED, WHOLE, ACC
+            )
             point += tl.sqrt(variance) * tl.sum(xi, 0)
             point = rounded(point, x0_out.dtype.element_ty).to(tl.float64)
         tl.store(points + d, point, mask=d < D)
@@ -415,17 +420,18 @@ def chain_repair_kernel(
         total = tl.zeros([], tl.float64)
         for start in range(0, M, 128):
             j = start + tl.arange(0, 128)
-            a = tl.load(weights + j, mask=j < M, other=float("inf"))
-            w = tl.exp(tl.minimum((nearest - a) * (0.5 / variance), 0.0))
+            a = tl.load(weights + j, mask=j < M, other=0.0)
+            # A minimum would lose NaN.
+            w = tl.exp(tl.where(a > nearest, (nearest - a) * (0.5 / variance), a * 0))
             tl.store(weights + j, w, mask=j < M)
-            total += tl.sum(w, 0)
+            total += tl.sum(tl.where(j < M, w, 0.0), 0)
         tl.debug_barrier()
         for start in range(0, D, BLOCK):
             d = start + tl.arange(0, BLOCK)
             point = load_row(points, d, 1, D)
             shift = tl.zeros([BLOCK], tl.float64)
-            for first in range(0, M, 16):
-                j = first + tl.arange(0, 16)
+            for first in range(0, M, 4):
+                j = first + tl.arange(0, 4)
                 w = tl.load(weights + j, mask=j < M, other=0.0)
                 ref = load_tile(refs, j, r_m, M, d, r_d, D)
                 shift += tl.sum(w[:, None] * (ref - point[None, :]), 0)
@@ -438,7 +444,8 @@ def chain_repair_kernel(
                     tl.store(shift_t_out + at, rounded(shift, shift_t_out.dtype.element_ty), mask=d < D)
             if k < steps:
                 xi = noise_tile(
-                    noise, noise_k, noise_n, noise_d, seed, CHAIN, k, k + PASS, b, one, d, N, D, SEEDED, WHOLE, ACC
+                    noise, noise_k, noise_n, noise_d, seed, CHAIN, k, k + PASS, first_group + b, one, d, N, D,
+                    SEEDED, WHOLE, ACC,
                 )  # fmt: skip
                 point += pull * shift + spread * tl.sum(xi, 0)
                 if k == steps - 1:  # the mean at the end is that of the rounded end
