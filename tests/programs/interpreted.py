@@ -239,7 +239,8 @@ def checks() -> Iterator[tuple[str, torch.dtype, float, Callable[[], dict[str, f
     yield "a chain by steps", torch.float64, 1e-9, patched(many, gram, torch.float64, MOST_PRODUCTS=16)
     yield "blocks of queries", torch.float32, 1e-6, patched(many, fixed_point, MOST_PAIRS=800)
     yield "blocks of queries", torch.float64, 1e-9, patched(many, gram, torch.float64, MOST_PAIRS=800)
-    yield "split products", torch.float32, 1e-6, patched(many, fixed_point, LONGEST=64)
+    parts = Case("parts", N=5, M=70, D=140, sigma2=50.0)
+    yield "split products", torch.float32, 1e-6, patched(parts, fixed_point, LONGEST=64)
     yield "groups", torch.float32, 0.5, of_groups
 
 
