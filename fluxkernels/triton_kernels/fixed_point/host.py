@@ -474,7 +474,7 @@ def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: b
         *(*_strided(x, refs, sigma2, tau), *_random(chain), sensitive),
         *(memory, products.view(torch.float64), products.stride(0), *results, N, M, D, num_steps, first_group),
         **kind,
-        **_vector(D, 256),
+        **(_vector(D, 256) | {"num_warps": 4}),  # tiles of 64 reference points
     )
 
 
