@@ -185,8 +185,10 @@ def weights_kernel(
 
 @triton.jit
 def too_coarse(e, variance, total):
-    """Whether words of 2^e are too coarse for sums that are relative to the heaviest point, of queries with some total
-    weight: in clusters that are tight and far apart."""
+    """Return whether words of 2^e are too coarse for sums relative to the heaviest point: in tight clusters far apart.
+
+    `total` is the weight of all reference points in units of that of the heaviest.
+    """
     # Coefficients of derivatives are weights times logits, at most about 40 times a weight that counts.
     others = tl.minimum(40 * (total - 1), 1.0)
     return 0.3 * power_of_two(e - 30) * others > COARSE * tl.sqrt(variance)
