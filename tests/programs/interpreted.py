@@ -45,8 +45,7 @@ def limit(case: Case, dtype: torch.dtype) -> float:
         # In many dimensions distances come from inner products, and lose digits if |x|² is much larger than σ².
         return 1e-9 if case.D > triton_kernels.MOST_STREAMED else 1e-11
     if case.D > triton_kernels.MOST_STREAMED:
-        # A weight of e^-20 has the rounding of its logit.
-        return 1e-5 if case.clusters and case.outlier else 1e-6
+        return 1e-6
     # Far from the origin, or for extreme σ, the rounding of float32 coordinates themselves dominates the error.
     hard = case.offset or case.far or case.outlier or case.sigma2 < 1e-3 or case.sigma2 > 1000
     return 1e-4 if hard else 1e-5
