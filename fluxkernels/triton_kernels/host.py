@@ -15,13 +15,10 @@ from fluxkernels.implementation import Kernels
 from fluxkernels.triton_kernels.fixed_point import host as fixed_point
 from fluxkernels.triton_kernels.gram import host as gram
 from fluxkernels.triton_kernels.philox import normal as normal
-from fluxkernels.triton_kernels.philox import normal_kernel
 from fluxkernels.triton_kernels.streaming import host as streaming
 
 # A thread of `streaming` keeps a point in registers.
 MOST_STREAMED = 16
-
-KERNELS = (normal_kernel, *streaming.KERNELS, *fixed_point.KERNELS, *gram.KERNELS)
 
 
 def _by_points(name: str) -> Callable[..., Any]:

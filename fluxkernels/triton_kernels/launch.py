@@ -43,6 +43,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """Convert half precision to float32: products of it do not compile with every release of Triton."""
+    return [t.to(wide(t.dtype)) for t in tensors]
+
+
+def strided(*tensors: Tensor) -> list[Any]:
+    """Arguments of a kernel: each tensor, followed by its strides."""
+    return [part for t in tensors for part in (t, *t.stride())]
+
+
+def random_arguments(x: Tensor, noise: Tensor | None, seed: Tensor | None) -> list[Any]:
+    """(seed, noise and its strides), where `x` is a placeholder for one of them that is never read."""
+    return [x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride()))]
+
+
 @cache
 def accumulator(dtype: torch.dtype) -> Any:
     """Triton type that a kernel computes in."""

@@ -28,8 +28,17 @@ from fluxkernels.triton_kernels.fixed_point.langevin import (
 )
 from fluxkernels.triton_kernels.fixed_point.points import extent_kernel, points_kernel
 from fluxkernels.triton_kernels.fixed_point.products import products_kernel
-from fluxkernels.triton_kernels.launch import OPTIONS, accumulator, launch, multiprocessors, on_device_of, wide
-from fluxkernels.triton_kernels.philox import CHAIN, START, normal
+from fluxkernels.triton_kernels.launch import (
+    OPTIONS,
+    accumulator,
+    launch,
+    multiprocessors,
+    on_device_of,
+    random_arguments,
+    strided,
+    widened,
+)
+from fluxkernels.triton_kernels.steps import chain_by_steps, pass_by_steps
 
 # Pairs of one group whose matrices are held at once: 64 MiB of products, and 20 bytes more per pair for derivatives.
 MOST_PAIRS = 2**23
@@ -50,11 +59,6 @@ MOST_SPLITS = 8
 EXTENTS = 128  # partial maxima per group
 
 
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """Convert half precision to float32, which has their numbers."""
-    return [t.to(wide(t.dtype)) for t in tensors]
-
-
 def _padded(length: int) -> int:
     """Length of a row of words: whole tiles of the product."""
     return -(-length // DEPTH) * DEPTH
@@ -70,10 +74,6 @@ def _tile(rows: int, length: int, numbers: int = 1024) -> dict[str, int]:
     """Rows, block and warps of a program with a tile of `numbers` of `rows` points."""
     block = max(32, min(numbers, 1 << (length - 1).bit_length()))
     return {"ROWS": min(numbers // block, 1 << (rows - 1).bit_length()), "BLOCK": block, "num_warps": 4, **OPTIONS}
-
-
-def _strided(*tensors: Tensor) -> list[Any]:
-    return [part for t in tensors for part in (t, *t.stride())]
 
 
 def _splits(B: int, rows: int, columns: int, length: int, device: torch.device) -> tuple[int, int]:
@@ -131,7 +131,7 @@ class _Points:
         (B, N, D), M = x.shape, refs.shape[1]
         device, width = x.device, _padded(D)
         move, tau = transition or (refs, refs[:, 0, 0])
-        inputs = _strided(x, refs, move, tau)
+        inputs = strided(x, refs, move, tau)
         kind = {"CENTERED": centered, "MOVED": transition is not None, **_tile(max(N, M), width)}
         parts = min(EXTENTS, -(-max(N, M) // kind["ROWS"]))
         extents = torch.empty((B, 2, parts), dtype=torch.float32, device=device)
@@ -188,14 +188,14 @@ class _Weights:
         device, width = x.device, _padded(M)
         products = _products(points.left[:, rows], points.right, N, M, points.left.shape[2])
         self.logits = torch.empty((B, N, M), dtype=torch.float32, device=device)
-        self.words = torch.empty((B, N, width if words else 0), dtype=torch.int32, device=device)
+        self.words = torch.empty((B, N, width), dtype=torch.int32, device=device)
         self.totals = torch.empty((B, N), dtype=torch.float32, device=device)
         self.heaviest, sensitive = torch.empty((2, B, N), dtype=torch.int32, device=device)
         self.least, self.scales = torch.empty((2, B, N), dtype=torch.float64, device=device)
         move, tau = transition or (refs, refs[:, 0, 0])
         arguments = [
             *(products, points.halves, points.exponents, points.valid[:, rows].contiguous()),
-            *_strided(x, refs, move, sigma2, tau),
+            *strided(x, refs, move, sigma2, tau),
             *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.least),
             *(self.totals if log_density is None else log_density, sensitive, N, M, D, width),
         ]
@@ -234,7 +234,7 @@ def _blocks(
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, D), M = z.shape, refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
-    z, refs = _wide(z, refs)
+    z, refs = widened(z, refs)
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block, log_density=log_density[at], relative=True)
@@ -244,7 +244,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor
                 kde_results_kernel,
                 (B * N,),
                 *(sums, block.points.exponents, weights.logits, weights.scales, weights.totals, weights.heaviest),
-                *(*_strided(block.x, block.refs, block.sigma2), shift[at], mean[at], N, block.refs.shape[1], D),
+                *(*strided(block.x, block.refs, block.sigma2), shift[at], mean[at], N, block.refs.shape[1], D),
                 **_vector(D),
             )
     return shift, mean, log_density
@@ -271,7 +271,7 @@ class _Moments:
     ) -> None:
         points, _, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
-        device, width = x.device, weights.words.shape[2] or _padded(M)
+        device, width = x.device, weights.words.shape[2]
         self.field = _Points(field, refs, centered=False)
         along = _products(self.field.left, self.field.right, N, M, self.field.left.shape[2])
         self.words = torch.empty((B, N, width), dtype=torch.int32, device=device)
@@ -284,7 +284,7 @@ class _Moments:
             moments_kernel,
             (B * N,),
             *(weights.logits, weights.totals, weights.heaviest, weights.least, along),
-            *(points.exponents, self.field.exponents, self.field.valid, *_strided(field, refs, sigma2, g)),
+            *(points.exponents, self.field.exponents, self.field.valid, *strided(field, refs, sigma2, g)),
             *(self.words, self.scales, self.coefficients, self.sizes),
             *(self.sizes if g_sigma2 is None else g_sigma2, N, M, D, width),
             RESIDUAL=residual,
@@ -295,7 +295,7 @@ class _Moments:
             derivative_results_kernel,
             (B * N,),
             *(sums, points.exponents, self.coefficients, weights.totals, self.scales, weights.heaviest),
-            *(*_strided(x, added, refs, sigma2, g), out, N, M, D),
+            *(*strided(x, added, refs, sigma2, g), out, N, M, D),
             RESIDUAL=residual,
             **_vector(D),
         )
@@ -340,7 +340,7 @@ def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moment
         (B * M,),
         *(sums, values.exponents, weights.totals, values.valid, of_points, exponents, words, coefficients),
         *(weights.heaviest, exponents_x),
-        *(*_strided(x, refs, sigma2), out, N, M, V, width),
+        *(*strided(x, refs, sigma2), out, N, M, V, width),
         BOTH=pull is not None,
         **_vector(max(N, V), 256),
     )
@@ -352,7 +352,7 @@ def kde_backward(
     g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
     g_refs = torch.zeros(refs.shape, dtype=torch.float64, device=z.device)
     refs_dtype = refs.dtype
-    z, refs, g_shift, g_mean, g_log_density = _wide(z, refs, g_shift, g_mean, g_log_density)
+    z, refs, g_shift, g_mean, g_log_density = widened(z, refs, g_shift, g_mean, g_log_density)
     g_moved = g_mean + g_shift
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
@@ -365,7 +365,7 @@ def kde_backward(
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
     gradient = z.new_empty(z.shape)
-    z, field, refs = _wide(z, field, refs)
+    z, field, refs = widened(z, field, refs)
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             _Moments(block, _Weights(block, words=False), field[at], gradient[at], added=field[at])
@@ -391,28 +391,37 @@ class _ChainPoints:
     Attributes:
         left, right: words of [x0; noise; R] and of R.
         noises: number of steps whose noise is in `left`.
-        tile: rows and block of a program.
+        blocks: blocks of a row, each with an entry in `valid`.
         exponents, valid, drifts: as `chain_points_kernel` writes them.
     """
 
     def __init__(self, chain: _Chain, x0_out: Tensor, kind: dict[str, Any]) -> None:
-        x, refs, sigma2, tau, num_steps, noise, _, first_group = chain
+        x, refs, sigma2, tau, num_steps, noise, seed, first_group = chain
         (B, N, D), M = x.shape, refs.shape[1]
         device, width = x.device, _padded(D)
         whole_pass = kind["PASS"]
         # The last step's noise is needed for the mean at its end only.
         self.noises = num_steps if whole_pass else num_steps - 1
-        self.tile = _tile(max(N, M), width)
-        parts = min(EXTENTS, -(-max(N, M) // self.tile["ROWS"]))
-        self.blocks = -(-width // self.tile["BLOCK"])
-        tiles = self.blocks * (-(-N // self.tile["ROWS"]) - (-M // self.tile["ROWS"]))
+        tile = _tile(max(N, M), width)
+        parts = min(EXTENTS, -(-max(N, M) // tile["ROWS"]))
+        self.blocks = -(-width // tile["BLOCK"])
+        tiles = self.blocks * (-(-N // tile["ROWS"]) - (-M // tile["ROWS"]))
         extents = torch.empty((B, 4, parts), dtype=torch.float32, device=device)
         launch(
             chain_extent_kernel,
             (B * parts,),
-            *(*_strided(x, refs), *_random(chain)[1:], extents, N, M, D, num_steps + whole_pass, parts),
+            *(
+                *strided(x, refs),
+                *random_arguments(x, noise, seed)[1:],
+                extents,
+                N,
+                M,
+                D,
+                num_steps + whole_pass,
+                parts,
+            ),
             SEEDED=noise is None,
-            **self.tile,
+            **tile,
         )
         self.left = torch.empty((B, (1 + self.noises) * N + M, width), dtype=torch.int32, device=device)
         self.right = torch.empty((B, M, width), dtype=torch.int32, device=device)
@@ -422,23 +431,17 @@ class _ChainPoints:
         launch(
             chain_points_kernel,
             (B * tiles,),
-            *(*_strided(x, refs, sigma2, tau), *_random(chain), extents, parts),
+            *(*strided(x, refs, sigma2, tau), *random_arguments(x, noise, seed), extents, parts),
             *(self.left, self.right, self.exponents, self.valid, x0_out, self.drifts),
             *(N, M, D, width, num_steps, self.noises, first_group),
             **kind,
-            **self.tile,
+            **tile,
         )
-
-
-def _random(chain: _Chain) -> tuple[Any, ...]:
-    """(seed, noise and its strides); `x` as a placeholder for one of them is never read."""
-    x, seed, noise = chain.x, chain.seed, chain.noise
-    return (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
 
 
 def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: bool) -> None:
     """Write (x0, m(x0) - x0, x_τ, m(x_τ) - x_τ); without `whole_pass` only x_τ, and the others are placeholders."""
-    x, refs, sigma2, tau, num_steps, noise, _, first_group = chain
+    x, refs, sigma2, tau, num_steps, noise, seed, first_group = chain
     (B, N, D), M = x.shape, refs.shape[1]
     device, width = x.device, _padded(M)
     kind = {"PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)}
@@ -452,7 +455,7 @@ def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: b
     launch(
         chain_kernel,
         (B * -(-N // CHAINS),),
-        *(products, points.exponents, *_strided(sigma2, tau), gram, combinations, heaviest, sensitive),
+        *(products, points.exponents, *strided(sigma2, tau), gram, combinations, heaviest, sensitive),
         *(N, M, D, num_steps, points.noises, width),
         PASS=whole_pass,
         **{"ROWS": CHAINS, "BLOCK": block, "COLUMNS": block, "DEPTH": DEPTH, "num_warps": 8, **OPTIONS},
@@ -462,7 +465,7 @@ def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: b
     launch(
         chain_results_kernel,
         (B * N * -(-D // vector["BLOCK"]),),
-        *(sums, points.exponents, points.drifts, points.valid, heaviest, *_strided(refs), *results, N, D),
+        *(sums, points.exponents, points.drifts, points.valid, heaviest, *strided(refs), *results, N, D),
         points.blocks,
         PASS=whole_pass,
         **vector,
@@ -471,7 +474,7 @@ def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: b
     launch(
         chain_repair_kernel,
         (B * N,),
-        *(*_strided(x, refs, sigma2, tau), *_random(chain), sensitive),
+        *(*strided(x, refs, sigma2, tau), *random_arguments(x, noise, seed), sensitive),
         *(memory, products.view(torch.float64), products.stride(0), *results, N, M, D, num_steps, first_group),
         **kind,
         **(_vector(D, 256) | {"num_warps": 4}),  # tiles of 64 reference points
@@ -497,8 +500,8 @@ def _in_gram_space(
         return None
     xt = x.new_empty(x.shape)
     x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
-    x, refs = _wide(x, refs)
-    noise = None if noise is None else _wide(noise)[0]
+    x, refs = widened(x, refs)
+    noise = None if noise is None else widened(noise)[0]
     for start in range(0, B, groups):
         group = slice(start, start + groups)
         of_group = None if noise is None else noise[:, group]
@@ -507,47 +510,20 @@ def _in_gram_space(
     return x0, shift0, xt, shift_t
 
 
-def _chain_by_steps(
-    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(m(x0) - x0, x_τ) by one kernel density estimate per step, for problems too large for Gram space."""
-    if noise is None:
-        assert seed is not None
-        noise = normal(seed, (num_steps, *x0.shape), CHAIN.value, wide(x0.dtype))
-    variance = sigma2.unsqueeze(-1).expand(x0.shape[:2])
-    h = (tau.double() / num_steps).view(-1, 1, 1)
-    pull, spread = -torch.expm1(-h), (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
-    x = x0.double()
-    first = shift = kde(x, refs, variance)[0]
-    for k in range(num_steps):
-        if k > 0:
-            shift = kde(x, refs, variance)[0]
-        x = x + pull * shift + spread * noise[k]
-    return first.to(x0.dtype), x.to(x0.dtype)
-
-
 def langevin_chain(
     x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> Tensor:
     with on_device_of(x0):
         found = _in_gram_space(x0, refs, sigma2, tau, num_steps, noise, seed, False)
-        return found[2] if found else _chain_by_steps(x0, refs, sigma2, tau, num_steps, noise, seed)[1]
+        return found[2] if found else chain_by_steps(kde, x0, refs, sigma2, tau, num_steps, noise, seed)[1]
 
 
 def flux_pass(
     x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with on_device_of(x):
-        if found := _in_gram_space(x, refs, sigma2, tau, num_steps, noise, seed, True):
-            return found
-        if noise is None:
-            assert seed is not None
-            start, rest = normal(seed, (1, *x.shape), START.value, wide(x.dtype))[0], None
-        else:
-            start, rest = noise[0], noise[1:]
-        x0 = (x.double() + sigma2.view(-1, 1, 1).double().sqrt() * start).to(x.dtype)
-        shift0, xt = _chain_by_steps(x0, refs, sigma2, tau, num_steps, rest, seed)
-        return x0, shift0, xt, kde(xt, refs, sigma2.unsqueeze(-1).expand(x.shape[:2]))[0]
+        found = _in_gram_space(x, refs, sigma2, tau, num_steps, noise, seed, True)
+        return found or pass_by_steps(kde, x, refs, sigma2, tau, num_steps, noise, seed)
 
 
 def _transition(
@@ -555,7 +531,7 @@ def _transition(
 ) -> Iterator[tuple[slice, slice, _Weights]]:
     """Yield (groups, ends j, weights of the starts) block by block: the ends are queries, the means refs."""
     variance = sigma2.unsqueeze(-1).expand(xt.shape[:2])
-    x0, shift0, xt = _wide(x0, shift0, xt)
+    x0, shift0, xt = widened(x0, shift0, xt)
     for (group, ends), block in _blocks(xt, x0, variance, (shift0, tau)):
         yield group, ends, _Weights(block, transition=(shift0[group], tau[group]), words=words)
 
@@ -572,24 +548,6 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
     average = torch.zeros((*x0.shape[:2], values.shape[-1]), dtype=torch.float64, device=x0.device)
     with on_device_of(x0):
         for group, ends, found in _transition(x0, shift0, xt, sigma2, tau, True):
-            (of_ends,) = _wide(values[group, ends])
+            (of_ends,) = widened(values[group, ends])
             _gather(average[group], found, _Points(of_ends, of_ends, centered=False))
     return average.to(values.dtype)
-
-
-KERNELS = (
-    extent_kernel,
-    points_kernel,
-    products_kernel,
-    weights_kernel,
-    moments_kernel,
-    words_kernel,
-    kde_results_kernel,
-    derivative_results_kernel,
-    gathered_results_kernel,
-    chain_extent_kernel,
-    chain_points_kernel,
-    chain_kernel,
-    chain_results_kernel,
-    chain_repair_kernel,
-)

@@ -12,6 +12,7 @@ exactly, wherever the origin is.
 import triton
 import triton.language as tl
 
+from fluxkernels.triton_kernels.differences import load_refs, load_row, load_tile, squared_distances
 from fluxkernels.triton_kernels.fixed_point.numbers import (
     LOWEST,
     ONE,
@@ -22,8 +23,9 @@ from fluxkernels.triton_kernels.fixed_point.numbers import (
     not_finite,
     power_of_two,
     power_of_two_single,
+    word_of,
 )
-from fluxkernels.triton_kernels.fixed_point.points import load_refs, load_row, load_tile, pull_of
+from fluxkernels.triton_kernels.fixed_point.points import pull_of
 from fluxkernels.triton_kernels.scalars import normalized_log_density, one_minus_exp, rounded
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -32,18 +34,6 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 TOLERANCE = tl.constexpr(3e-7)
 # Rounding of coordinates in units of σ, above which sums of points with coefficients are float64 sums of differences.
 COARSE = tl.constexpr(1e-7)
-
-
-@triton.jit
-def squared_distances(x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED: tl.constexpr, DEPTH: tl.constexpr):
-    """|x - r_j|² of one query and a vector of reference points, from differences in float64."""
-    total = tl.zeros([j.shape[0], DEPTH], tl.float64)
-    for start in range(0, D, DEPTH):
-        d = start + tl.arange(0, DEPTH)
-        ref = load_refs(refs, r_m, r_d, move, m_m, m_d, pull, j, M, d, D, MOVED)
-        difference = tl.where((j < M)[:, None], load_row(x, d, x_d, D)[None, :] - ref, 0.0)
-        total += difference * difference
-    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -416,7 +406,7 @@ def gathered_results_kernel(
         invalid += tl.load(valid + b * N + n, mask=n < N, other=0.0)
         if BOTH:
             word = tl.load(words + (b * N + n) * width + j, mask=n < N, other=0)
-            total += ((word ^ 0x00808080) - 0x00808080).to(tl.int64)
+            total += word_of(word).to(tl.int64)
             weight = tl.load(totals + b * N + n, mask=n < N, other=1.0).to(tl.float64)
             variance = tl.load(sigma2 + b * s_b + n * s_n, mask=n < N, other=1.0).to(tl.float64)
             coarse += tl.sum(too_coarse(tl.load(exponents_x + 2 * b), variance, weight).to(tl.int32), 0)

@@ -11,7 +11,8 @@ one product [x0; noise; R] Rᵀ, all steps on matrices of the size of L, and one
 import triton
 import triton.language as tl
 
-from fluxkernels.triton_kernels.fixed_point.kde import LOG2_E, TOLERANCE, squared_distances
+from fluxkernels.triton_kernels.differences import load_row, load_tile, squared_distances
+from fluxkernels.triton_kernels.fixed_point.kde import LOG2_E, TOLERANCE
 from fluxkernels.triton_kernels.fixed_point.numbers import (
     LOWEST,
     ONE,
@@ -24,8 +25,9 @@ from fluxkernels.triton_kernels.fixed_point.numbers import (
     power_of_two,
     sum_of,
     total_of,
+    word_of,
 )
-from fluxkernels.triton_kernels.fixed_point.points import centered, finite_extent, load_row, load_tile, store_words
+from fluxkernels.triton_kernels.fixed_point.points import centered, finite_extent, store_words
 from fluxkernels.triton_kernels.philox import CHAIN, START, normal_tile
 from fluxkernels.triton_kernels.scalars import rounded, step_sizes
 
@@ -287,8 +289,7 @@ def chain_kernel(
             if k < steps:
                 c = tl.zeros([ROWS, BLOCK], tl.int32)
                 if k > 0:
-                    c = tl.load(drift[:, None] + j[None, :], mask=at, other=0)
-                    c = (c ^ 0x00808080) - 0x00808080
+                    c = word_of(tl.load(drift[:, None] + j[None, :], mask=at, other=0))
                 c = toward(c, word, of_old, of_new)
                 tl.store(drift[:, None] + j[None, :], digits(c), mask=at)
         tl.store(current + h, digits(-used), mask=known)
@@ -300,7 +301,7 @@ def chain_kernel(
         if k < steps:
             c = tl.zeros([ROWS], tl.int32)
             if k > 0:
-                c = (tl.load(drift + h) ^ 0x00808080) - 0x00808080
+                c = word_of(tl.load(drift + h))
             c = toward(c, -(used - ONE), of_old, of_new)
             tl.store(drift + h, digits(c), mask=known)
         # Other threads of this program read what was stored.

@@ -99,6 +99,12 @@ def digits(word):
 
 
 @triton.jit
+def word_of(four):
+    """The word that has these digits."""
+    return (four ^ 0x00808080) - 0x00808080
+
+
+@triton.jit
 def total_of(s0, s1, s2, s3, s4):
     """The int64 that the sums of products of digits stand for."""
     high = (s0.to(tl.int64) << 32) + (s1.to(tl.int64) << 24) + (s2.to(tl.int64) << 16)

@@ -10,6 +10,7 @@ memory.
 import triton
 import triton.language as tl
 
+from fluxkernels.triton_kernels.differences import load_refs, load_row, load_tile
 from fluxkernels.triton_kernels.fixed_point.numbers import (
     LOWEST,
     digits,
@@ -20,28 +21,6 @@ from fluxkernels.triton_kernels.fixed_point.numbers import (
     power_of_two,
 )
 from fluxkernels.triton_kernels.scalars import one_minus_exp
-
-
-@triton.jit
-def load_row(pointer, d, stride_d, D):
-    """Coordinates d of one point, as float64; zero from D on."""
-    return tl.load(pointer + d.to(tl.int64) * stride_d, mask=d < D, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def load_tile(pointer, rows, stride_n, count, d, stride_d, D):
-    """Coordinates d of some points, `[rows, d]` as float64; zero for rows from `count` and coordinates from D on."""
-    at = rows.to(tl.int64)[:, None] * stride_n + d.to(tl.int64)[None, :] * stride_d
-    return tl.load(pointer + at, mask=(rows < count)[:, None] & (d < D)[None, :], other=0.0).to(tl.float64)
-
-
-@triton.jit
-def load_refs(refs, r_m, r_d, move, m_m, m_d, pull, rows, M, d, D, MOVED: tl.constexpr):
-    """Coordinates d of reference points; with MOVED, of r + pull·move."""
-    value = load_tile(refs, rows, r_m, M, d, r_d, D)
-    if MOVED:
-        value += pull * load_tile(move, rows, m_m, M, d, m_d, D)
-    return value
 
 
 @triton.jit

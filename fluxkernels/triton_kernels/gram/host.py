@@ -19,10 +19,12 @@ from fluxkernels.triton_kernels.launch import (
     launch,
     multiprocessors,
     on_device_of,
+    random_arguments,
+    strided,
     triton_type,
-    wide,
+    widened,
 )
-from fluxkernels.triton_kernels.philox import CHAIN, START, normal
+from fluxkernels.triton_kernels.steps import chain_by_steps, pass_by_steps
 
 # Pairs in a matrix: 64 MiB in float64.
 MOST_PAIRS = 2**23
@@ -34,11 +36,6 @@ CHAINS = 16  # chains that one program runs together
 DEPTH = 16  # numbers that a product sums between two loads
 # Options of kernels whose program has one row of a matrix of pairs.
 ROW = {"BLOCK": 1024, "num_warps": 4, **OPTIONS}
-
-
-def _wide(*tensors: Tensor) -> list[Tensor]:
-    """Convert half precision to float32: its products do not compile with every release of Triton."""
-    return [t.to(wide(t.dtype)) for t in tensors]
 
 
 def _tile(count: int, most: int = 64) -> int:
@@ -93,7 +90,7 @@ def _products(x: Tensor, refs: Tensor, centered: bool, transition: tuple[Tensor,
     launch(
         products_kernel,
         (B * splits * tiles,),
-        *(part for t in (x, refs, move, tau) for part in (t, *t.stride())),
+        *strided(x, refs, move, tau),
         *(products, N, M, D, span, splits),
         CENTERED=centered,
         MOVED=transition is not None,
@@ -115,7 +112,7 @@ def _weights(
         weights_kernel,
         (B * N,),
         *(products, products.shape[1]),
-        *(part for t in (x, refs, move, sigma2, tau) for part in (t, *t.stride())),
+        *strided(x, refs, move, sigma2, tau),
         *(weights, distances, log_density, N, M, D),
         MOVED=transition is not None,
         KDE=transition is None,
@@ -138,7 +135,7 @@ def _combine(
         combine_kernel,
         (B * tiles,),
         *(coefficients, of_point, of_field),
-        *(part for t in (x, field, refs) for part in (t, *t.stride())),
+        *strided(x, field, refs),
         *(out, mean, N, M, D),
         KDE=of is None,
         **sizes,
@@ -164,7 +161,7 @@ def _gather(weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Te
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, _), M = z.shape, refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
-    z, refs = _wide(z, refs)
+    z, refs = widened(z, refs)
     with on_device_of(z):
         for group, rows in _blocks(B, N, M):
             block = z[group, rows]
@@ -201,7 +198,7 @@ def kde_backward(
     g_refs = torch.zeros(refs.shape, dtype=torch.float64, device=z.device)
     g_mean = g_mean.double() + g_shift
     refs_dtype = refs.dtype
-    z, refs, g_shift, g_log_density = _wide(z, refs, g_shift, g_log_density)
+    z, refs, g_shift, g_log_density = widened(z, refs, g_shift, g_log_density)
     with on_device_of(z):
         for group, rows in _blocks(B, N, M):
             at, of_group = (group, rows), refs[group]
@@ -217,7 +214,7 @@ def kde_backward(
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
     (B, N, _), M = z.shape, refs.shape[1]
     gradient = z.new_empty(z.shape)
-    z, field, refs = _wide(z, field, refs)
+    z, field, refs = widened(z, field, refs)
     with on_device_of(z):
         for group, rows in _blocks(B, N, M):
             at, of_group = (group, rows), refs[group]
@@ -252,11 +249,10 @@ def _chain_in_gram_space(
     noises = _noises(num_steps, whole_pass)
     xt = x.new_empty(x.shape)
     x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
-    x, refs = _wide(x, refs)
-    noise = None if noise is None else _wide(noise)[0]
-    # `x` as a placeholder for the seed or noise is never read.
-    random = (x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride())))
-    inputs = [part for t in (x, refs, sigma2) for part in (t, *t.stride())]
+    x, refs = widened(x, refs)
+    noise = None if noise is None else widened(noise)[0]
+    random = random_arguments(x, noise, seed)
+    inputs = strided(x, refs, sigma2)
     kind: dict[str, Any] = {
         "PASS": whole_pass, "SEEDED": noise is None, "WHOLE": D % 4 == 0, "ACC": accumulator(x.dtype)
     }  # fmt: skip
@@ -294,32 +290,13 @@ def _chain_in_gram_space(
     return x0, shift0, xt, shift_t
 
 
-def _chain_by_steps(
-    x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(m(x0) - x0, x_τ) by one kernel density estimate per step, for problems too large for Gram space."""
-    if noise is None:
-        assert seed is not None
-        noise = normal(seed, (num_steps, *x0.shape), CHAIN.value, wide(x0.dtype))
-    variance = sigma2.unsqueeze(-1).expand(x0.shape[:2])
-    h = (tau.double() / num_steps).view(-1, 1, 1)
-    pull, spread = -torch.expm1(-h), (sigma2.view(-1, 1, 1) * -torch.expm1(-2 * h)).sqrt()
-    x = x0.double()
-    first = shift = kde(x, refs, variance)[0]
-    for k in range(num_steps):
-        if k > 0:
-            shift = kde(x, refs, variance)[0]
-        x = x + pull * shift + spread * noise[k]
-    return first.to(x0.dtype), x.to(x0.dtype)
-
-
 def langevin_chain(
     x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> Tensor:
     with on_device_of(x0):
         if _gram_space_pays(x0, refs, num_steps, False):
             return _chain_in_gram_space(x0, refs, sigma2, tau, num_steps, noise, seed, False)[2]
-        return _chain_by_steps(x0, refs, sigma2, tau, num_steps, noise, seed)[1]
+        return chain_by_steps(kde, x0, refs, sigma2, tau, num_steps, noise, seed)[1]
 
 
 def flux_pass(
@@ -328,14 +305,7 @@ def flux_pass(
     with on_device_of(x):
         if _gram_space_pays(x, refs, num_steps, True):
             return _chain_in_gram_space(x, refs, sigma2, tau, num_steps, noise, seed, True)
-        if noise is None:
-            assert seed is not None
-            start, rest = normal(seed, (1, *x.shape), START.value, wide(x.dtype))[0], None
-        else:
-            start, rest = noise[0], noise[1:]
-        x0 = (x.double() + sigma2.view(-1, 1, 1).double().sqrt() * start).to(x.dtype)
-        shift0, xt = _chain_by_steps(x0, refs, sigma2, tau, num_steps, rest, seed)
-        return x0, shift0, xt, kde(xt, refs, sigma2.unsqueeze(-1).expand(x.shape[:2]))[0]
+        return pass_by_steps(kde, x, refs, sigma2, tau, num_steps, noise, seed)
 
 
 def _transition(
@@ -344,7 +314,7 @@ def _transition(
     """Yield (groups, ends j, weights `[groups, ends, N]`) block by block: the ends are queries, the means refs."""
     (B, E, _), N = xt.shape, x0.shape[1]
     variance = sigma2.unsqueeze(-1).expand(B, E)
-    x0, shift0, xt = _wide(x0, shift0, xt)
+    x0, shift0, xt = widened(x0, shift0, xt)
     for group, ends in _blocks(B, E, N):
         moves = shift0[group], tau[group]
         yield group, ends, _weights(xt[group, ends], x0[group], variance[group, ends], moves)[0]
@@ -362,18 +332,6 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
     average = torch.zeros((*x0.shape[:2], values.shape[-1]), dtype=torch.float64, device=x0.device)
     with on_device_of(x0):
         for group, ends, weights in _transition(x0, shift0, xt, sigma2, tau):
-            (of_ends,) = _wide(values[group, ends])
+            (of_ends,) = widened(values[group, ends])
             _gather(weights, of_ends, average[group])
     return average.to(values.dtype)
-
-
-KERNELS = (
-    products_kernel,
-    weights_kernel,
-    moments_kernel,
-    combine_kernel,
-    gather_kernel,
-    stack_kernel,
-    chain_kernel,
-    rebuild_kernel,
-)

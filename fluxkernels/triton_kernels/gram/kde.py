@@ -6,26 +6,11 @@
 import triton
 import triton.language as tl
 
+from fluxkernels.triton_kernels.differences import squared_distances
 from fluxkernels.triton_kernels.scalars import normalized_log_density, one_minus_exp, rounded
 
 # Fraction of |x|² + |r|² below which a distance is computed again, as the sum of squared differences.
 CANCELED = tl.constexpr(1e-6)
-
-
-@triton.jit
-def squared_distances(x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED: tl.constexpr, DEPTH: tl.constexpr):
-    """|x - r_j|² of one query and a vector of reference points, from differences."""
-    total = tl.zeros([j.shape[0], DEPTH], tl.float64)
-    for start in range(0, D, DEPTH):
-        d = (start + tl.arange(0, DEPTH)).to(tl.int64)
-        inside = (j < M)[:, None] & (d < D)[None, :]
-        ref = tl.load(refs + j[:, None] * r_m + d[None, :] * r_d, mask=inside, other=0.0).to(tl.float64)
-        if MOVED:
-            ref += pull * tl.load(move + j[:, None] * m_m + d[None, :] * m_d, mask=inside, other=0.0).to(tl.float64)
-        point = tl.load(x + d * x_d, mask=d < D, other=0.0).to(tl.float64)
-        difference = tl.where(inside, point[None, :] - ref, 0.0)
-        total += difference * difference
-    return tl.sum(total, 1)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxkernels.triton_kernels.launch import launch_streaming, on_device_of, rows, wide
+from fluxkernels.triton_kernels.launch import launch_streaming, on_device_of, random_arguments, rows, strided, wide
 from fluxkernels.triton_kernels.streaming.kde import (
     kde_backward_queries_kernel,
     kde_backward_refs_kernel,
@@ -48,7 +48,6 @@ _VALUES_PER_ROW: tuple[tuple[Any, Callable[[int, int], int]], ...] = (
     (transition_ends_kernel, lambda D, count: D),
     (transition_average_kernel, lambda D, count: (D + 1 + count) // 2),
 )
-KERNELS = tuple(kernel for kernel, _ in _VALUES_PER_ROW)
 
 
 def values_per_row(kernel: Any, D: int, count: int = 0) -> int:
@@ -102,16 +101,11 @@ def _group(t: Tensor) -> tuple[Tensor, int]:
     return t, t.stride(0)
 
 
-def _strided(*tensors: Tensor) -> list[Any]:
-    """Each tensor, followed by its strides."""
-    return [part for t in tensors for part in (t, *t.stride())]
-
-
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N, M = z.shape[1], refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
     with on_device_of(z):
-        inputs = [*_strided(z), *_group(refs), *_strided(sigma2)]
+        inputs = [*strided(z), *_group(refs), *strided(sigma2)]
         _launch(kde_kernel, [*inputs, shift, mean, log_density, N, M], z, N, M)
     return shift, mean, log_density
 
@@ -125,7 +119,7 @@ def kde_backward(
     packed = _group(_aligned((B, N, width), z, wide(z.dtype)))
     with on_device_of(z):
         streamed = _group(refs)
-        inputs = [*_strided(z), *streamed, *_strided(sigma2, g_shift, g_mean, g_log_density)]
+        inputs = [*strided(z), *streamed, *strided(sigma2, g_shift, g_mean, g_log_density)]
         _launch(kde_backward_queries_kernel, [*inputs, g_z, g_sigma2, *packed, N, M], z, N, M, WIDTH=width)
         _launch(kde_backward_refs_kernel, [*streamed, *packed, g_refs, N, M], z, M, N, WIDTH=width)
     return g_z, g_refs, g_sigma2
@@ -135,7 +129,7 @@ def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) ->
     N, M = z.shape[1], refs.shape[1]
     gradient = z.new_empty(z.shape)
     with on_device_of(z):
-        inputs = [*_strided(z, field), *_group(refs), *_strided(sigma2)]
+        inputs = [*strided(z, field), *_group(refs), *strided(sigma2)]
         _launch(residual_kernel, [*inputs, gradient, N, M], z, N, M)
     return gradient
 
@@ -154,10 +148,9 @@ def _langevin(
     N, M = x.shape[1], refs.shape[1]
     xt = x.new_empty(x.shape)
     x0, shift0, shift_t = (x.new_empty(x.shape) for _ in range(3)) if whole_pass else (xt, xt, xt)
-    # `x` as a placeholder for the seed or noise is never read.
-    random = [x if seed is None else seed, *((x, 0, 0, 0, 0) if noise is None else (noise, *noise.stride()))]
+    random = random_arguments(x, noise, seed)
     with on_device_of(x):
-        inputs = [*_strided(x), *_group(refs), *_strided(sigma2, tau)]
+        inputs = [*strided(x), *_group(refs), *strided(sigma2, tau)]
         arguments = [*inputs, *random, x0, shift0, xt, shift_t, N, M, num_steps]
         _launch(langevin_kernel, arguments, x, N, M, PASS=whole_pass, SEEDED=noise is None)
     return x0, shift0, xt, shift_t
@@ -179,7 +172,7 @@ def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, t
     N, E = x0.shape[1], xt.shape[1]
     weights = x0.new_empty((*x0.shape[:2], E))
     with on_device_of(x0):
-        inputs = [*_group(x0), *_group(shift0), *_strided(xt, sigma2, tau)]
+        inputs = [*_group(x0), *_group(shift0), *strided(xt, sigma2, tau)]
         _launch(transition_weights_kernel, [*inputs, weights, N, E], x0, E, N)
     return weights
 
@@ -195,8 +188,8 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
     with on_device_of(x0):
         starts = [*_group(x0), *_group(shift0)]
         into = [packed, *packed.stride()[:2]]
-        inputs = [*starts, *_strided(xt, values, sigma2, tau)]
+        inputs = [*starts, *strided(xt, values, sigma2, tau)]
         _launch(transition_ends_kernel, [*inputs, *into, N, E, V], x0, E, N, **columns)
-        inputs = [*starts, *_strided(sigma2, tau)]
+        inputs = [*starts, *strided(sigma2, tau)]
         _launch(transition_average_kernel, [*inputs, *into, average, N, E, V], x0, N, E, (chunks,), **columns)
     return average
