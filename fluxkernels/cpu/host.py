@@ -53,7 +53,7 @@ def _shape(queries: Tensor, refs: Tensor) -> tuple[int, int, int, int]:
 
 def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
     """`fluxkernels.philox.normal`."""
-    numbers = torch.empty(shape, dtype=torch.float64)
+    numbers = torch.empty(shape, dtype=torch.float64, device="cpu")
     elements = math.prod(shape[1:])
     _kernels.normals(int(seed) % 2**64, stream, shape[0], 0, elements, torch.get_num_threads(), numbers.data_ptr())
     return numbers.to(dtype)

@@ -121,7 +121,7 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, *, epsilon: float = 0.05, iteratio
     # geomloss: one iteration at the diameter, those of the descent, one at blur.
     scaling = (blur / diameter) ** (1 / (iterations - 2.5)) if diameter > blur else 0.5
     loss = SamplesLoss("sinkhorn", p=2, blur=blur, diameter=max(diameter, blur), scaling=scaling, backend="tensorized")
-    # geomloss leaves gradients enabled, whatever they were before.
-    with torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled()):
+    # geomloss makes its weights on the default device, and leaves gradients enabled, whatever they were before.
+    with x.device, torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled()):
         found: Tensor = loss(x, y)
     return found

@@ -1,6 +1,7 @@
 """Noise levels: distributions of σ in training, and the learned affine map of log σ."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,19 @@ class LogNormalNoise:
             raise ValueError(f"LogNormalNoise: mean and std must be finite and std positive, got {mean} and {std}")
         self.mean, self.std = mean, std
 
-    def sample(self, shape: tuple[int, ...] = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw σ of that shape, float32 on the CPU."""
-        return (self.mean + self.std * torch.randn(shape, generator=generator)).exp()
+    def sample(
+        self,
+        shape: tuple[int, ...] = (),
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw σ of that shape, float32, on `device`; None takes that of the generator, or the CPU without one."""
+        return (self.mean + self.std * torch.randn(shape, **_source(generator, device))).exp()
+
+    def quantile(self, uniform: Tensor) -> Tensor:
+        """Return σ with P(σ' ≤ σ) = uniform, elementwise."""
+        return (self.mean + self.std * torch.special.ndtri(uniform)).exp()
 
 
 class LogUniformNoise:
@@ -37,9 +48,26 @@ class LogUniformNoise:
         check_sigma_range("LogUniformNoise", sigma_min, sigma_max)
         self.low, self.high = math.log(sigma_min), math.log(sigma_max)
 
-    def sample(self, shape: tuple[int, ...] = (), *, generator: torch.Generator | None = None) -> Tensor:
-        """Draw σ of that shape, float32 on the CPU."""
-        return (self.low + (self.high - self.low) * torch.rand(shape, generator=generator)).exp()
+    def sample(
+        self,
+        shape: tuple[int, ...] = (),
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Draw σ of that shape, float32, on `device`; None takes that of the generator, or the CPU without one."""
+        return (self.low + (self.high - self.low) * torch.rand(shape, **_source(generator, device))).exp()
+
+    def quantile(self, uniform: Tensor) -> Tensor:
+        """Return σ with P(σ' ≤ σ) = uniform, elementwise."""
+        return (self.low + (self.high - self.low) * uniform).exp()
+
+
+def _source(generator: torch.Generator | None, device: torch.device | str | None) -> dict[str, Any]:
+    """Arguments of a random function of PyTorch, whose own default is the default device."""
+    if device is None:
+        device = "cpu" if generator is None else generator.device
+    return {"generator": generator, "device": device, "dtype": torch.float32}
 
 
 class LinearInLogSigma(nn.Module):

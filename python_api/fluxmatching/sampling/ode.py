@@ -120,7 +120,9 @@ def integrate(
         raise TypeError(f"{function}: solver must be an ODESolver, got {solver!r}")
     rtol, atol = float(solver.rtol), float(solver.atol)
     try:
-        from torchdiffeq import odeint
+        # Its tableaus are tensors that are made at the import, for good.
+        with torch.device("cpu"):
+            from torchdiffeq import odeint
     except ImportError as error:
         raise ImportError(f"fluxmatching.{function} needs torchdiffeq: pip install torchdiffeq") from error
     first = state if isinstance(state, Tensor) else state[0]

@@ -15,7 +15,7 @@ def exponential_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: fl
     """Return `[num_steps + 1]` noise levels from sigma_max to sigma_min with equal ratios, float64 (Algorithm 3)."""
     check_num_steps("exponential_schedule", num_steps)
     check_sigma_range("exponential_schedule", sigma_min, sigma_max)
-    return torch.linspace(math.log(sigma_max), math.log(sigma_min), num_steps + 1, dtype=torch.float64).exp()
+    return _linspace(math.log(sigma_max), math.log(sigma_min), num_steps + 1).exp()
 
 
 def karras_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -26,8 +26,13 @@ def karras_schedule(num_steps: int, sigma_min: float = 0.002, sigma_max: float =
     check_num_steps("karras_schedule", num_steps)
     check_sigma_range("karras_schedule", sigma_min, sigma_max)
     rho = check_positive("karras_schedule", "rho", rho)
-    powers = torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps, dtype=torch.float64)
-    return torch.cat([powers**rho, torch.zeros(1, dtype=torch.float64)])
+    powers = _linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), num_steps)
+    return torch.cat([powers**rho, powers.new_zeros(1)])
+
+
+def _linspace(start: float, end: float, count: int) -> Tensor:
+    # On the CPU wherever the samples are: a sampler reads the levels as numbers.
+    return torch.linspace(start, end, count, dtype=torch.float64, device="cpu")
 
 
 def check_levels(function: str, x: Tensor, sigmas: Tensor) -> list[float]:

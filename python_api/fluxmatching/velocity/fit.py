@@ -92,7 +92,8 @@ def flux_velocity(
     unit = genes.spread[SPLICED, genes.fitted] if options.scale else np.ones(genes.fitted.sum(), dtype=np.float32)
     cells = _Cells(adata.layers[ukey], adata.layers[xkey], np.flatnonzero(genes.fitted), unit)
 
-    field = SplicingField(len(cells.genes)).to(device)
+    with device:  # not the default device
+        field = SplicingField(len(cells.genes))
     if options.circulation is not None:
         means = torch.from_numpy(genes.mean[:, genes.fitted] / unit)
         field.circulate(means.T.to(device), options.circulation)
@@ -233,7 +234,9 @@ def _train(field: SplicingField, cells: _Cells, options: VelocityOptions) -> Non
         iterations, batch_size, lr=options.lr, optimizer="adam", ema=0.0, clip=None, seed=options.seed,
         progress=options.progress,
     )  # fmt: skip
-    Trainer(field, loss, cells, training).run()
+    # Adam counts its steps on the default device, and waits for it where that is a GPU.
+    with torch.device("cpu"):
+        Trainer(field, loss, cells, training).run()
 
 
 def _evaluate(field: SplicingField, cells: _Cells, genes: int) -> list[np.ndarray]:
@@ -241,7 +244,7 @@ def _evaluate(field: SplicingField, cells: _Cells, genes: int) -> list[np.ndarra
     found = [np.full((len(cells), genes), np.nan, dtype=np.float32) for _ in range(3)]
     device = field.a.device
     with torch.no_grad():
-        for rows in torch.arange(len(cells)).split(1024):
+        for rows in torch.arange(len(cells), device="cpu").split(1024):
             x = cells[rows].to(device)
             velocity = field(x)
             parts = velocity[..., SPLICED], velocity[..., UNSPLICED], field.transcription(x)
