@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.baselines import BACKENDS, PUBLISHED
 from bench.measuring import describe
 from bench.workloads import CELEBA, CIFAR, GENES, MANY, SPRINGS, TOY, Workload
-from fluxmatching import Draws, FluxOptions, flux_matching_loss
+from fluxmatching import Draws, FluxOptions, UniformHorizon, flux_matching_loss
 from tests.support import published
 from tests.support.ops import NUM_STEPS
 
@@ -42,7 +42,7 @@ def exact(workload: Workload) -> bool:
 
 def ours(backend: str, workload: Workload) -> Step:
     divergence = "exact" if exact(workload) else "hutchinson"
-    options = FluxOptions(divergence=divergence, grouped=workload.groups > 1, backend=backend)
+    options = FluxOptions(horizon=UniformHorizon(), divergence=divergence, grouped=workload.groups > 1, backend=backend)
     sigma = math.sqrt(workload.sigma2)
 
     def step(field: nn.Module, x: Tensor, refs: Tensor | None, draws: Draws) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fluxkernels.devices import on_device
 
-CHAIN, START, PROBE, HORIZON, ENDPOINTS, MIXING = range(6)
+CHAIN, START, PROBE, HORIZON, ENDPOINTS, MIXING, NOISE_LEVEL = range(7)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

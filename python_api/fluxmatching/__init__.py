@@ -18,6 +18,7 @@ from fluxmatching.losses.mixing import mixing_loss, sinkhorn_divergence
 from fluxmatching.losses.modules import DenoisingScoreMatching, FluxMatching, NoiseAnnealedFluxMatching
 from fluxmatching.losses.noise_levels import LogNormalNoise, LogUniformNoise
 from fluxmatching.losses.options import FluxOptions
+from fluxmatching.losses.reference_set import ReferenceSet
 from fluxmatching.losses.target import FluxTarget, flux_target
 from fluxmatching.sampling.langevin import unadjusted_langevin
 from fluxmatching.sampling.likelihood import bits_per_dim, log_likelihood
@@ -42,6 +43,7 @@ __all__ = [
     "LossNormalizer",
     "NoiseAnnealedFluxMatching",
     "ODESolver",
+    "ReferenceSet",
     "Trainer",
     "TrainingError",
     "TrainingOptions",

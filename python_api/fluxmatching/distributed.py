@@ -1,14 +1,15 @@
-"""Collectives of torch.distributed that the losses and the trainer need."""
+"""Collectives of torch.distributed that the method itself needs; engines average gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from fluxkernels import philox
+from fluxkernels.checks import can_check_values
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -17,12 +18,45 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
 
 
-def all_gather_samples(x: Tensor) -> Tensor:
-    """Concatenate x of all processes in the order of their ranks; all must have the same shape."""
+def all_gather_samples(function: str, x: Tensor) -> Tensor:
+    """Concatenate x of all processes in the order of their ranks.
+
+    Raises:
+        ValueError: in every process, before any data travel, if shapes or dtypes differ between processes.
+    """
     _, size = rank_and_size()
+    _check_same_layout(function, "x", x)
     whole = x.new_empty((size * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole
+
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_MAX_DIMENSIONS = 16
+
+
+def _check_same_layout(function: str, name: str, x: Tensor) -> None:
+    """Compare shapes and dtypes on the host, so that no GPU waits."""
+    own = [_DTYPES.index(x.dtype), x.ndim, *x.shape, *[0] * (_MAX_DIMENSIONS - x.ndim)]
+    mine = torch.tensor(own, dtype=torch.int64, device="cpu")
+    layouts = [torch.empty_like(mine) for _ in range(rank_and_size()[1])]
+    dist.all_gather(layouts, mine, group=_host_group(dist.group.WORLD))
+    if any(not torch.equal(layout, mine) for layout in layouts):
+        found = "; ".join(
+            f"rank {rank} {row[2 : 2 + row[1]]} {_DTYPES[row[0]]}"
+            for rank, row in enumerate(layout.tolist() for layout in layouts)
+        )
+        raise ValueError(
+            f"{function}: {name} must have the same shape and dtype in all processes to be gathered, got {found}"
+        )
+
+
+@lru_cache(maxsize=1)
+def _host_group(world: object) -> dist.ProcessGroup | None:
+    """Return a group that sends CPU tensors: the default one if it can. `world` renews it after a restart."""
+    if dist.get_backend() == "gloo" or "cpu:" in str(dist.get_backend_config()):
+        return None
+    return dist.new_group(backend="gloo")
 
 
 def shared_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -33,8 +67,17 @@ def shared_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
     return key
 
 
+def rank_seed(key: Tensor, rank: int) -> Tensor:
+    """Return the seed of a process that draws its own numbers from a shared one; rank 0 keeps it."""
+    # Odd and large, so that seeds of processes do not meet those of other iterations.
+    step = rank * 0x9E3779B97F4A7C15 % 2**64
+    return key + (step - 2**64 if step >= 2**63 else step)
+
+
 def check_shared(function: str, name: str, value: Tensor) -> None:
-    """Raise ValueError in all processes unless all of them have the same value."""
+    """Raise ValueError in all processes unless all of them have the same value; not checked on an accelerator."""
+    if not can_check_values(value):
+        return
     least, most = value.clone(), value.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -43,20 +86,6 @@ def check_shared(function: str, name: str, value: Tensor) -> None:
             f"{function}: {name} must be the same in all processes, got values from {least.min().item():.6g} to "
             f"{most.max().item():.6g}; draw it from a seed that they share"
         )
-
-
-def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace every gradient by its mean over processes, in one message; a missing gradient counts as zero."""
-    _, size = rank_and_size()
-    trained = [p for p in parameters if p.requires_grad]
-    for p in trained:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
-    dist.all_reduce(flat)
-    flat /= size
-    for p, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-        p.grad = part.view_as(p)
 
 
 class JointMinibatch:
@@ -83,7 +112,7 @@ class JointMinibatch:
         if self.size == 1:
             return x, seed
         check_shared(function, "sigma", sigma)
-        return all_gather_samples(x), shared_seed(seed, x.device)
+        return all_gather_samples(function, x), shared_seed(seed, x.device)
 
     def own_endpoints(self, x: Tensor, endpoints: Tensor | None) -> Tensor | None:
         """Return the indices of `endpoints` (None: of all samples of x) that this process differentiates; None: all."""

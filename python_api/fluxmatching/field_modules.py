@@ -7,14 +7,15 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
 from types import CodeType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -99,14 +100,41 @@ def check_samples_are_independent(function: str, field: Callable[..., Any]) -> N
                 )
 
 
-@contextmanager
-def parameters_at_rest(field: Callable[..., Any]) -> Iterator[None]:
-    """Freeze the field's parameters inside the block: a derivative in z then stores no activations for theirs."""
-    trained = [p for network in networks_of(field) for p in network.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+class DetachedParameters(TorchFunctionMode):
+    """Treat parameters as constants inside the block, in this thread only.
+
+    A derivative in z then stores no activations for gradients of parameters. Every function of PyTorch that is called
+    in the block receives detached parameters; the parameters themselves, which other threads may be training, stay as
+    they are. Derivatives inside the block are taken with `pull_back`.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS:
+            return func(*args, **(kwargs or {}))
+        return func(*map(_detached, args), **{name: _detached(value) for name, value in (kwargs or {}).items()})
+
+
+# Attributes of a tensor, which are read far more often than functions are called.
+_READS = {getattr(torch.Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad")}
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return value.detach() if value.requires_grad else value
+    if type(value) in (list, tuple):
+        return type(value)(map(_detached, value))
+    return value
+
+
+def pull_back(
+    f: Tensor, z: Tensor, cotangent: Tensor, *, retain_graph: bool = False, create_graph: bool = False
+) -> Tensor:
+    """Return J_fᵀ cotangent, zero where f does not depend on z; `torch.autograd.grad` for use in `DetachedParameters`.
+
+    The mode is not active inside of `torch.autograd.grad`, which is a function like others. Layers that are computed
+    a second time in the backward pass (activation checkpointing) would then differ from their first time.
+    """
+    (gradient,) = torch.autograd.graph._engine_run_backward(
+        (f,), (cotangent,), retain_graph or create_graph, create_graph, (z,), True, accumulate_grad=False
+    )
+    return torch.zeros_like(z) if gradient is None else gradient

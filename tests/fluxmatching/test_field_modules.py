@@ -1,15 +1,18 @@
 """Networks inside of a field: found, without parameter gradients at the end of a chain, refused with batch norm."""
 
+import threading
+from collections.abc import Callable
 from functools import partial
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fluxmatching import Draws, LossNormalizer
-from fluxmatching.field_modules import _reachable_from, networks_of, parameters_at_rest
+from fluxmatching import Draws, LossNormalizer, ODESolver, log_likelihood
+from fluxmatching.field_modules import DetachedParameters, _reachable_from, networks_of
 from tests.support.losses import annealed_loss, flux_loss, target_of
 
 F64 = torch.float64
@@ -89,24 +92,49 @@ def test_nothing_is_kept_for_gradients_of_parameters(second_derivatives: str) ->
     assert len(wanted) == 4
 
 
-def test_at_rest_saves_memory_and_ends_with_the_block() -> None:
+def test_detached_parameters_save_memory_until_the_block_ends() -> None:
     net, z = mlp(), torch.randn(100, 2, dtype=F64, requires_grad=True)
-    net[0].weight.requires_grad_(False)
 
-    def kept() -> int:
+    def stored() -> int:
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()), lambda _: None):
             net(z)
         return sum(sizes)
 
-    before = kept()
-    with parameters_at_rest(net):
-        assert not any(p.requires_grad for p in net.parameters())
-        assert kept() < before
-    assert kept() == before
-    with pytest.raises(ZeroDivisionError), parameters_at_rest(net):
+    before = stored()
+    with DetachedParameters():
+        assert stored() < before
+        assert all(p.requires_grad for p in net.parameters())
+    assert stored() == before
+    with pytest.raises(ZeroDivisionError), DetachedParameters():
         _ = 1 / 0
-    assert [p.requires_grad for p in net.parameters()] == [False, True, True, True]
+    assert stored() == before
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(4, 4),
+        nn.LSTM(4, 4),
+        nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True),
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.Sequential(nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 2, 3, padding=1), nn.GroupNorm(1, 2)),
+    ],
+)
+def test_no_kind_of_layer_reaches_its_parameters(layer: nn.Module) -> None:
+    z = torch.randn(3, 5, 4).requires_grad_() if not isinstance(layer, nn.Sequential) else torch.randn(3, 4)
+    z.requires_grad_()
+    with DetachedParameters():
+        out = layer(z)
+    out = out[0] if isinstance(out, tuple) else out
+    found: set[Any] = set()
+    waiting = [out.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [other for other, _ in node.next_functions]
+    assert [node.variable is z for node in found if hasattr(node, "variable")] == [True]
 
 
 @pytest.mark.parametrize("second_derivatives", ["double_backward", "forward_over_reverse", "finite_difference"])
@@ -155,6 +183,93 @@ def test_activations_may_be_checkpointed(second_derivatives: str) -> None:
         gradients.append(torch.autograd.grad(loss.mean(), list(net.parameters())))
     assert torch.equal(*losses)
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+class Watched(nn.Module):
+    """A network that lets another thread look at everything of the user's while it is evaluated."""
+
+    def __init__(self, look: Callable[[], None], dropout: float) -> None:
+        super().__init__()
+        self.net, self.look = mlp(nn.Dropout(dropout)), look
+
+    def forward(self, z: Tensor, sigma: Tensor | None = None) -> Tensor:
+        thread = threading.Thread(target=self.look)
+        thread.start()
+        thread.join()
+        return self.net(z)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda field, x: flux_loss(field, x, 0.7, seed=1, second_derivatives="double_backward").mean(),
+        lambda field, x: flux_loss(field, x, 0.7, seed=1, second_derivatives="finite_difference").mean(),
+        lambda field, x: flux_loss(field, x, 0.7, seed=1, second_derivatives="forward_over_reverse").mean(),
+        lambda field, x: log_likelihood(field, x, sigma_min=0.1, sigma_max=0.2, solver=ODESolver(rtol=0.1, atol=0.1)),
+    ],
+)
+def test_another_thread_sees_nothing_change(call: Callable[..., Tensor], dropout: float) -> None:
+    """Neither flags nor modes of the network; it can train it meanwhile, and its random numbers do not repeat."""
+    seen: list[Tensor] = []
+
+    def look() -> None:
+        assert all(p.requires_grad for p in field.parameters())
+        assert field.training
+        assert torch.is_grad_enabled()
+        found = torch.autograd.grad(field.net(torch.ones(1, 2, dtype=F64)).sum(), list(field.parameters()))
+        assert all(gradient.abs().sum() > 0 for gradient in found[2:])
+        seen.append(torch.rand(()))
+
+    field = Watched(look, dropout)
+    call(field, torch.randn(8, 2, dtype=F64))
+    assert len(seen) >= 2
+    assert len(torch.stack(seen).unique()) == len(seen)
+
+
+def test_both_sides_of_a_difference_go_through_the_network_at_once() -> None:
+    """Unless it draws random numbers, by a layer or by a function."""
+    sizes: list[int] = []
+
+    def counted(z: Tensor) -> Tensor:
+        sizes.append(len(z))
+        return net(z)
+
+    for middle, expected in (
+        ([], [16]), ([nn.Dropout(0.5)], [8, 8]), ([nn.Dropout(0.0)], [16]), ([nn.Dropout(0.5).eval()], [16]),
+        ([Noisy()], [16, 8, 8]),
+    ):  # fmt: skip
+        sizes.clear()
+        net = mlp(*middle)
+        target_of(counted, torch.randn(8, 2, dtype=F64), 0.7, seed=1, second_derivatives="finite_difference")
+        assert sizes == expected, middle
+
+
+class Noisy(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.rand_like(z) + torch.nn.functional.dropout(z, 0.3)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.5), nn.AlphaDropout(0.3), Noisy()])
+def test_a_finite_difference_has_the_same_random_numbers_on_both_sides(layer: nn.Module) -> None:
+    """The exact derivative with the same numbers; a difference of masks would be a thousand times larger."""
+    net, x = mlp(layer), torch.randn(8, 2, dtype=F64)
+    torch.manual_seed(3)
+    if isinstance(layer, Noisy):  # the call for both sides at once has drawn before it is repeated
+        layer(torch.empty(16, 16, dtype=F64))
+    exact = target_of(net, x, 0.7, seed=1, second_derivatives="double_backward").target
+    torch.manual_seed(3)
+    difference = target_of(net, x, 0.7, seed=1, second_derivatives="finite_difference").target
+    torch.testing.assert_close(difference, exact, rtol=1e-3, atol=1e-4)
+
+
+def test_random_numbers_that_cannot_be_drawn_again_are_refused() -> None:
+    net, x = mlp(nn.RReLU()), torch.randn(8, 2, dtype=F64)
+    with pytest.raises(
+        NotImplementedError, match=r"aten\.rrelu_with_noise.*'double_backward', put the field into eval"
+    ):
+        target_of(net, x, 0.7, second_derivatives="finite_difference")
+    assert target_of(net.eval(), x, 0.7, second_derivatives="finite_difference").target.isfinite().all()
 
 
 @pytest.mark.parametrize("second_derivatives", ["double_backward", "finite_difference"])

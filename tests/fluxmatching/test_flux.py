@@ -100,6 +100,7 @@ def test_whole_target_against_the_published_algorithm(second_derivatives: str, b
     field = smooth_field(3)
     x0, score, target = published_gradient(field, x, refs, sigma2, draws)
     options: dict[str, Any] = {
+        "horizon": UniformHorizon(),
         "refs": refs,
         "divergence": "exact",
         "second_derivatives": second_derivatives,
@@ -124,7 +125,8 @@ def test_single_chain_against_autograd_through_the_chain(backend: str) -> None:
     (pathwise,) = torch.autograd.grad(
         published.residual(field, lambda z: published.kde_score(z, x, sigma2), xt)[0].sum(), x0
     )
-    got = target_of(field, x, sigma2**0.5, estimator="single_chain", divergence="exact", draws=draws)
+    options: dict[str, Any] = {"estimator": "single_chain", "divergence": "exact", "horizon": UniformHorizon()}
+    got = target_of(field, x, sigma2**0.5, draws=draws, **options)
     torch.testing.assert_close(got.target, 4 * pathwise, rtol=1e-9, atol=1e-10)
 
 

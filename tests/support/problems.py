@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fluxkernels as fk
-from fluxmatching import Draws, FluxOptions, flux_matching_loss
+from fluxmatching import Draws, FluxOptions, UniformHorizon, flux_matching_loss
 
 F64 = torch.float64
 METHODS = [
@@ -66,7 +66,7 @@ def gaussian(U: Tensor, *, batches: int = 40, **options: Any) -> tuple[float, fl
     x, refs = torch.zeros(512, D, dtype=F64), torch.zeros(1, D, dtype=F64)
 
     def loss(draws: Draws) -> Tensor:
-        chosen = FluxOptions(**options)
+        chosen = FluxOptions(horizon=UniformHorizon(), **options)
         return flux_matching_loss(lambda z: -z / sigma**2 + z @ U.T, x, sigma, chosen, refs=refs, draws=draws)
 
     return estimate(batches, loss)
@@ -77,7 +77,7 @@ def mixture(*, violating: bool, batches: int = 64, **options: Any) -> tuple[floa
     field, means, sigma2 = mixture_fields(violating)
 
     def loss(draws: Draws) -> Tensor:
-        x, chosen = means[torch.randint(3, (256,))], FluxOptions(**options)
+        x, chosen = means[torch.randint(3, (256,))], FluxOptions(horizon=UniformHorizon(), **options)
         return flux_matching_loss(field, x, math.sqrt(sigma2), chosen, refs=means, draws=draws)
 
     return estimate(batches, loss)

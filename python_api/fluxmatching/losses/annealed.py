@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fluxkernels.checks import as_number_tensor, check_tensor
+from fluxmatching.engines import without_engine
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.noise_levels import LinearInLogSigma
@@ -51,7 +52,7 @@ class AnnealedTerms:
     Attributes:
         total: Eq. 11, plus Eq. 51 if the horizon is learned, `[N]`.
         flux: the Flux Matching loss alone, detached, `[N]`.
-        tau: the horizon that was drawn, `[]`.
+        tau: the horizon that was drawn, `[]` or `[strata]`.
         sigma: σ, `[]`.
     """
 
@@ -115,11 +116,13 @@ def annealed_terms(
             f"{function}: second_derivatives='closed_form' is for fields f(z) without a noise level; give one that "
             f"holds its own σ to flux_matching_loss"
         )
-    at_level: Field = lambda z: field(z, level)  # noqa: E731
+    inner = without_engine(function, field)
+    at_level: Field = lambda z: inner(z, level)  # noqa: E731
     target = flux_target(at_level, x, level, options, refs=refs, draws=draws, seed=seed)
-    flux = target.loss(at_level)
+    flux = target.loss(lambda z: field(z, level))
     total = normalizer(flux, level)
     if options.horizon is not None and options.horizon.learned:
         relative = flux.detach() * (-normalizer.log_scale(level).detach()).exp()
-        total = total + options.horizon.fit_loss(target.tau, relative, level)
+        tau = target.tau if options.strata == 1 else target.tau.repeat_interleave(len(flux) // options.strata)
+        total = total + options.horizon.fit_loss(tau, relative, level)
     return AnnealedTerms(total, flux.detach(), target.tau, level)

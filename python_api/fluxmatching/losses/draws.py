@@ -18,7 +18,7 @@ class Draws:
     """Random numbers of a loss. Those that are None are drawn.
 
     Attributes:
-        tau: dimensionless horizon τ, shape `[]`, or `[G]` (one per group) in a grouped loss.
+        tau: dimensionless horizon τ, shape `[]`, or `[G]` (one per group) in a grouped loss, or `[strata]`.
         start: n0 of x0 = x + σ n0, standard normal, shape of x.
         chain: ξ of the Langevin chain, standard normal, `[num_steps, *x.shape]`.
         probe: ε of Hutchinson's trace estimator, signs ±1, shape of x.
@@ -32,7 +32,7 @@ class Draws:
     probe: Tensor | None = None
     endpoints: Tensor | None = None
 
-    def check(self, x: Tensor, horizon: Horizon, grouping: Grouping) -> None:
+    def check(self, x: Tensor, horizon: Horizon, grouping: Grouping, strata: int = 1) -> None:
         """Raise ValueError or TypeError, naming the part, if one does not fit the minibatch x or the horizon."""
         function = grouping.function
         for name in ("start", "probe"):
@@ -51,7 +51,8 @@ class Draws:
             self._check_endpoints(function, self.endpoints, len(x))
         if self.tau is not None:
             check_tensor(function, "draws.tau", self.tau)
-            grouping.check_number("draws.tau", self.tau)
+            if list(self.tau.shape) != [strata] or strata == 1:
+                grouping.check_number("draws.tau", self.tau)
             if can_check_values(self.tau) and not ((self.tau >= 0) & (self.tau <= horizon.tau_max)).all():
                 raise ValueError(f"{function}: draws.tau must lie in [0, tau_max = {horizon.tau_max}], got {self.tau}")
 
@@ -92,8 +93,8 @@ class Draws:
         if seed is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             if "tau" in missing:
-                uniform = torch.rand((), dtype=dtype, device=x.device)
-                parts["tau"] = request.horizon.quantile(uniform, request.sigma)
+                uniform = torch.rand(request.strata, dtype=dtype, device=x.device)
+                parts["tau"] = request.tau(uniform)
             if "probe" in missing:
                 parts["probe"] = torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
         return replace(self, **parts), key if len(absent) == 2 else None
@@ -137,6 +138,7 @@ class DrawRequest:
         num_endpoints: how many endpoints are differentiated; None for all.
         needs_probe: whether the divergence is estimated with a probe.
         runs_chain_twice: whether the chain's noise must be reproducible, from a seed or stored.
+        strata: number of τ.
     """
 
     x: Tensor
@@ -147,6 +149,14 @@ class DrawRequest:
     num_endpoints: int | None = None
     needs_probe: bool = True
     runs_chain_twice: bool = False
+    strata: int = 1
+
+    def tau(self, uniform: Tensor) -> Tensor:
+        """Convert uniform numbers `[strata]` to τ, one from each of as many equally probable intervals."""
+        if self.strata == 1:
+            return self.horizon.quantile(uniform[0], self.sigma)
+        first = torch.arange(self.strata, dtype=uniform.dtype, device=uniform.device)
+        return self.horizon.quantile((first + uniform) / self.strata, self.sigma)
 
 
 @dataclass(frozen=True)
@@ -166,9 +176,8 @@ class _SeededDraws:
         return torch.stack([grouping.from_points(n).to(x.dtype) for n in numbers])
 
     def tau(self) -> Tensor:
-        """τ, `[]`."""
-        uniform = philox.uniform(self.key, (1,), philox.HORIZON, self._dtype)[0]
-        return self.request.horizon.quantile(uniform, self.request.sigma)
+        """τ, `[]` or `[strata]`."""
+        return self.request.tau(philox.uniform(self.key, (1, self.request.strata), philox.HORIZON, self._dtype)[0])
 
     def start(self) -> Tensor:
         """n0, shape of x."""

@@ -1,20 +1,38 @@
-"""Losses as modules: each holds the field and returns a mean loss and a dictionary to log."""
+"""Losses as modules: what an optimizer or a training engine wraps.
+
+A module holds the field, its noise levels and everything else that is learned. `forward(x, seed=...)` returns the mean
+loss and a dictionary to log. One call and one backward pass make a training step, so every engine can wrap it:
+DistributedDataParallel, FSDP, Fabric, Lightning, Accelerate. Inside, the field is called unwrapped.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from fluxkernels import philox
+from fluxkernels.checks import check_seed, check_tensor
+from fluxmatching.distributed import rank_and_size, rank_seed, shared_seed
 from fluxmatching.field_modules import networks_of
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
-from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
+from fluxmatching.losses.noise_levels import LogNormalNoise
 from fluxmatching.losses.options import FluxOptions, check_options
+from fluxmatching.losses.reference_set import ReferenceSet
 from fluxmatching.losses.target import flux_target
 
 Logged = dict[str, Tensor]
+
+
+class NoiseLevels(Protocol):
+    """Distribution of σ, such as `LogNormalNoise` and `LogUniformNoise`."""
+
+    def quantile(self, uniform: Tensor, /) -> Tensor:
+        """Return σ with P(σ' ≤ σ) = uniform, elementwise."""
 
 
 class LossModule(nn.Module):
@@ -23,12 +41,21 @@ class LossModule(nn.Module):
     Args:
         field: a module, or a function without parameters.
         horizon: horizon of the options, or None.
+        refs: reference points, see `ReferenceSet`.
+        gather_across_ranks: whether all processes share the random numbers of a seed. Otherwise each process draws
+            its own from it.
 
     Raises:
         TypeError: the field is a function that uses a network; its parameters would not be registered.
     """
 
-    def __init__(self, field: Callable[..., Tensor], horizon: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        field: Callable[..., Tensor],
+        horizon: nn.Module | None = None,
+        refs: Tensor | int | None = None,
+        gather_across_ranks: bool = False,
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if not callable(field):
@@ -40,6 +67,19 @@ class LossModule(nn.Module):
             )
         self.field = field
         self.horizon = horizon
+        self.refs = ReferenceSet(refs)
+        self.gather_across_ranks = gather_across_ranks
+
+    def key(self, x: Tensor, seed: int | Tensor | None) -> Tensor:
+        """Return the seed of this call, an int64 tensor `[]`; None draws one from torch's generator."""
+        name = type(self).__name__
+        check_tensor(name, "x", x)
+        check_seed(name, seed)
+        rank, processes = rank_and_size()
+        if self.gather_across_ranks and processes > 1:
+            return shared_seed(seed, x.device)
+        key = philox.as_seed(seed, x.device)
+        return key if seed is None else rank_seed(key, rank)
 
 
 class FluxMatching(LossModule):
@@ -47,95 +87,149 @@ class FluxMatching(LossModule):
 
     Args:
         field: f(z), a module or function.
+        sigma: σ > 0 in units of x; grouped: or one per group, `[G]`.
         options: see `FluxOptions`; no learned horizon, which needs a normalized loss.
+        refs: reference points, see `ReferenceSet`; default: the minibatch.
     """
 
     field: Field
+    sigma: float | Tensor
 
-    def __init__(self, field: Field, options: FluxOptions = FluxOptions()) -> None:
+    def __init__(
+        self,
+        field: Field,
+        sigma: float | Tensor,
+        options: FluxOptions = FluxOptions(),
+        *,
+        refs: Tensor | int | None = None,
+    ) -> None:
         check_options("FluxMatching", options, FluxOptions)
         if options.horizon is not None and options.horizon.learned:
             raise ValueError("FluxMatching: a learned horizon needs NoiseAnnealedFluxMatching, which normalizes")
-        super().__init__(field, options.horizon)
+        super().__init__(field, options.horizon, refs, options.gather_across_ranks)
+        _keep_sigma(self, sigma)
         self.options = options
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: float | Tensor,
-        *,
-        refs: Tensor | None = None,
-        draws: Draws | None = None,
-        seed: int | Tensor | None = None,
-    ) -> tuple[Tensor, Logged]:
-        """Return the mean loss `[]` and {"loss", "tau"}. Arguments as in `flux_matching_loss`."""
-        target = flux_target(self.field, x, sigma, self.options, refs=refs, draws=draws, seed=seed)
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
+        """Return the mean loss `[]` and {"loss", "tau"}.
+
+        Args:
+            x: clean minibatch, `[N, *event]`, float32 or float64; grouped: `[N, G, D]`.
+            seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
+        """
+        key = self.key(x, seed)
+        target = flux_target(self.field, x, self.sigma, self.options, refs=self.refs(x), seed=key)
         loss = target.loss(self.field).mean()
         return loss, {"loss": loss.detach(), "tau": target.tau}
 
 
 class NoiseAnnealedFluxMatching(LossModule):
-    """Noise-annealed Flux Matching, `noise_annealed_flux_loss` as a module.
+    """Noise-annealed Flux Matching, `noise_annealed_flux_loss` as a module with one random σ per minibatch.
 
     Args:
         field: f(z, σ), a module or function.
+        noise: distribution of σ; default: that of EDM, `LogNormalNoise()`.
         options: see `FluxOptions`. A learned horizon becomes a submodule.
         normalizer: s_η; None makes a `LossNormalizer`.
+        refs: reference points, see `ReferenceSet`; default: the minibatch.
     """
 
     field: NoisyField
 
     def __init__(
-        self, field: NoisyField, options: FluxOptions = FluxOptions(), *, normalizer: LossNormalizer | None = None
+        self,
+        field: NoisyField,
+        noise: NoiseLevels | None = None,
+        options: FluxOptions = FluxOptions(),
+        *,
+        normalizer: LossNormalizer | None = None,
+        refs: Tensor | int | None = None,
     ) -> None:
         check_options("NoiseAnnealedFluxMatching", options, FluxOptions)
-        super().__init__(field, options.horizon)
+        super().__init__(field, options.horizon, refs, options.gather_across_ranks)
+        self.noise = _check_noise("NoiseAnnealedFluxMatching", LogNormalNoise() if noise is None else noise)
         self.normalizer = LossNormalizer() if normalizer is None else normalizer
         self.options = options
 
-    def forward(
-        self,
-        x: Tensor,
-        sigma: float | Tensor,
-        *,
-        refs: Tensor | None = None,
-        draws: Draws | None = None,
-        seed: int | Tensor | None = None,
-    ) -> tuple[Tensor, Logged]:
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
         """Return the mean loss `[]` and {"loss", "flux", "tau", "sigma"}, flux the mean of ℓ before normalization.
 
-        Arguments as in `noise_annealed_flux_loss`.
+        Args:
+            x: clean minibatch, `[N, *event]`, float32 or float64.
+            seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
         """
-        terms = annealed_terms(self.field, x, sigma, self.normalizer, self.options, refs=refs, draws=draws, seed=seed)
+        key = self.key(x, seed)
+        sigma = draw_sigma(self.noise, key, x)
+        terms = annealed_terms(self.field, x, sigma, self.normalizer, self.options, refs=self.refs(x), seed=key)
         loss = terms.total.mean()
-        logged = {"loss": loss.detach(), "flux": terms.flux.mean(), "tau": terms.tau, "sigma": terms.sigma.detach()}
-        return loss, logged
+        return loss, {"loss": loss.detach(), "flux": terms.flux.mean(), "tau": terms.tau, "sigma": sigma}
 
 
 class DenoisingScoreMatching(LossModule):
-    """Denoising score matching, `dsm_loss` as a module.
+    """Denoising score matching, `dsm_loss` as a module, at one noise level or over a distribution of them.
 
     Args:
-        field: f(z), a module or function.
+        field: f(z) at one noise level, f(z, σ) over a distribution; a module or function.
+        noise: σ > 0, or its distribution.
         options: see `DSMOptions`.
+        normalizer: s_η(σ), which weights the noise levels; None leaves the weights of `DSMOptions.form`.
+        sigma_per_sample: whether every sample has a σ of its own; False draws one per minibatch, as Flux Matching does.
+        refs: reference points of the stable target, see `ReferenceSet`; default: the minibatch.
     """
 
-    field: Field
-
-    def __init__(self, field: Field, options: DSMOptions = DSMOptions()) -> None:
-        check_options("DenoisingScoreMatching", options, DSMOptions)
-        super().__init__(field)
-        self.options = options
-
-    def forward(
+    def __init__(
         self,
-        x: Tensor,
-        sigma: float | Tensor,
+        field: Callable[..., Tensor],
+        noise: float | Tensor | NoiseLevels,
+        options: DSMOptions = DSMOptions(),
         *,
-        refs: Tensor | None = None,
-        draws: Draws | None = None,
-        seed: int | Tensor | None = None,
-    ) -> tuple[Tensor, Logged]:
-        """Return the mean loss `[]` and {"loss"}. Arguments as in `dsm_loss`."""
-        loss = dsm_loss(self.field, x, sigma, self.options, refs=refs, draws=draws, seed=seed).mean()
-        return loss, {"loss": loss.detach()}
+        normalizer: LossNormalizer | None = None,
+        sigma_per_sample: bool = True,
+        refs: Tensor | int | None = None,
+    ) -> None:
+        check_options("DenoisingScoreMatching", options, DSMOptions)
+        super().__init__(field, refs=refs)
+        self.noise = None if isinstance(noise, (int, float, Tensor)) else _check_noise("DenoisingScoreMatching", noise)
+        if self.noise is None:
+            _keep_sigma(self, noise)
+        self.normalizer, self.sigma_per_sample, self.options = normalizer, sigma_per_sample, options
+
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
+        """Return the mean loss `[]` and {"loss", "dsm", "sigma"}, dsm before normalization, sigma the mean σ.
+
+        Args:
+            x: clean minibatch, `[N, *event]`.
+            seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
+        """
+        key = self.key(x, seed)
+        if self.noise is None:
+            field, sigma = self.field, torch.as_tensor(self.sigma, device=x.device, dtype=x.dtype)
+        else:
+            sigma = draw_sigma(self.noise, key, x, per_sample=self.sigma_per_sample)
+            field = lambda z: self.field(z, sigma)  # noqa: E731
+        values = dsm_loss(field, x, sigma, self.options, refs=self.refs(x), seed=key)
+        loss = (values if self.normalizer is None else self.normalizer(values, sigma)).mean()
+        return loss, {"loss": loss.detach(), "dsm": values.detach().mean(), "sigma": sigma.mean()}
+
+
+def draw_sigma(noise: NoiseLevels, key: Tensor, x: Tensor, *, per_sample: bool = False) -> Tensor:
+    """Draw σ from a seed, on the device of x: `[]`, or `[N]` with one per sample."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    uniform = philox.uniform(key, (1, len(x) if per_sample else 1), philox.NOISE_LEVEL, dtype)[0]
+    return noise.quantile(uniform if per_sample else uniform[0])
+
+
+def _check_noise(name: str, noise: NoiseLevels) -> NoiseLevels:
+    if not callable(getattr(noise, "quantile", None)):
+        raise TypeError(
+            f"{name}: noise must be a distribution of σ with a method quantile, such as LogNormalNoise(), got {noise!r}"
+        )
+    return noise
+
+
+def _keep_sigma(module: nn.Module, sigma: object) -> None:
+    """Keep a fixed σ; a tensor as a buffer, so that it moves with the module."""
+    if isinstance(sigma, Tensor):
+        module.register_buffer("sigma", sigma.detach(), persistent=False)
+    else:
+        module.sigma = sigma  # type: ignore[assignment]

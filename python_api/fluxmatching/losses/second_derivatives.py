@@ -5,9 +5,9 @@ a directional derivative of one vector-Jacobian product. Four methods compute it
 
 - "double_backward": reverse mode twice. Exact; needs a network that can be differentiated twice.
 - "forward_over_reverse": forward mode over reverse mode (`torch.func`). Exact; needs forward-mode rules for every op.
-- "finite_difference": central difference of two ordinary backward passes. Needs first derivatives only. Both use the
-  same dropout mask, except inside `torch.compile`. The step depends on the network's precision; see
-  `finite_difference_step`.
+- "finite_difference": central difference of two ordinary backward passes. Needs first derivatives only. Both sides go
+  through the network in one call, or, where it draws random numbers, in two calls with the same numbers. The step
+  depends on the network's precision; see `finite_difference_step`.
 - "closed_form": the field's own method `endpoint_gradient`; see `ClosedForm`. Takes no derivative.
 """
 
@@ -20,8 +20,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fluxmatching.field_modules import is_compiled, networks_of, parameters_at_rest
+from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, pull_back
 from fluxmatching.fields import Field, call_field
+from fluxmatching.randomness import SharedRandomNumbers, generator_states, has_active_dropout
 
 # The annotations of torch allow for has_aux, and so for results of two or three parts.
 _jvp: Any = torch.func.jvp
@@ -146,7 +147,7 @@ def _differentiated(
     }[method]
     try:
         # A compiled graph stores only what it needs.
-        with nullcontext() if torch.compiler.is_compiling() else parameters_at_rest(field):
+        with nullcontext() if torch.compiler.is_compiling() else DetachedParameters():
             return derivative(field, z, score, probes, scale)
     except (RuntimeError, NotImplementedError) as error:
         if (explained := _explained(error, method)) is None:
@@ -168,11 +169,6 @@ def _explained(error: Exception, method: str) -> Exception | None:
     return None
 
 
-def _or_zeros(gradient: Tensor | None, z: Tensor) -> Tensor:
-    """Return zeros for the missing gradient of a field that does not depend on z."""
-    return torch.zeros_like(z) if gradient is None else gradient
-
-
 def _double_backward(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
@@ -186,10 +182,9 @@ def _double_backward(
             return torch.zeros_like(z), f
         total = (f * score).sum()
         for probe in probes:
-            (pulled,) = torch.autograd.grad(f, z, probe, create_graph=True, allow_unused=True)
-            total = total + (_or_zeros(pulled, z) * probe).sum()
-        (gradient,) = torch.autograd.grad(total, z, allow_unused=True)
-    return _or_zeros(gradient, z).detach(), f
+            total = total + (pull_back(f, z, probe, create_graph=True) * probe).sum()
+        gradient = pull_back(total, z, torch.ones_like(total))
+    return gradient.detach(), f
 
 
 def _forward_over_reverse(
@@ -210,27 +205,57 @@ def _finite_difference(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
     step = finite_difference_step(field, z, scale)
-
-    def pulled(point: Tensor, cotangent: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            point = point.requires_grad_()
-            f = call_field(field, point.clone())  # some networks begin with an operation in place
-            if not f.requires_grad:
-                return torch.zeros_like(z), f
-            (gradient,) = torch.autograd.grad(f, point, cotangent, allow_unused=True)
-        return _or_zeros(gradient, z), f.detach()
-
     gradient, value, count, moving = torch.zeros_like(z), torch.zeros_like(z), 0, score
     for probe in probes:
-        # Both evaluations use the same dropout mask: a difference of masks over a small step would be noise.
-        state = _random_state(z.device)
-        forward, f_forward = pulled(z + step * probe, probe + step * moving)
-        _set_random_state(z.device, state)
-        backward, f_backward = pulled(z - step * probe, probe - step * moving)
+        points, cotangents = (z + step * probe, z - step * probe), (probe + step * moving, probe - step * moving)
+        (forward, f_forward), (backward, f_backward) = _pull_back_both(field, points, cotangents)
         gradient = gradient + (forward - backward) / (2 * step)
         value, count = value + f_forward + f_backward, count + 2
         moving = torch.zeros_like(score)
     return gradient, value / count
+
+
+Pulled = tuple[Tensor, Tensor]
+
+
+def _pull_back_both(
+    field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]
+) -> tuple[Pulled, Pulled]:
+    """Return (J_fᵀ v, f) on both sides of a difference, with the same random numbers on both.
+
+    One call for both sides takes half as many launches; but dropout then draws a mask for each side, and a difference
+    of masks over a small step would be noise. So a field that draws random numbers is called twice.
+    """
+    device = points[0].device
+    if not any(has_active_dropout(network) for network in networks_of(field)):
+        before = generator_states(device)
+        gradient, f = _pull_back(field, torch.cat(points), torch.cat(cotangents))
+        after = generator_states(device)
+        if before is None or after is None or all(map(torch.equal, before, after)):
+            rows = len(points[0])
+            return (gradient[:rows], f[:rows]), (gradient[rows:], f[rows:])
+    if is_compiled(field):
+        raise NotImplementedError(
+            "the field is compiled and draws random numbers, which differ between the two sides of a finite "
+            "difference; call eval(), or give the loss the field before torch.compile"
+        )
+    numbers = SharedRandomNumbers()
+    with numbers.recorded():
+        first = _pull_back(field, points[0], cotangents[0])
+    with numbers.replayed():
+        second = _pull_back(field, points[1], cotangents[1])
+    return first, second
+
+
+def _pull_back(field: Field, z: Tensor, cotangent: Tensor) -> Pulled:
+    """Return (J_f(z)ᵀ cotangent, f(z)), detached."""
+    with torch.enable_grad():
+        z = z.requires_grad_()
+        f = call_field(field, z.clone())  # some networks begin with an operation in place
+        if not f.requires_grad:
+            return torch.zeros_like(z), f
+        gradient = pull_back(f, z, cotangent)
+    return gradient.detach(), f.detach()
 
 
 def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor:
@@ -247,22 +272,3 @@ def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Te
     step = torch.as_tensor((RELATIVE_STEP_HALF if half else RELATIVE_STEP) * scale, dtype=z.dtype, device=z.device)
     # A power of two: z ± step ε is then exact even where z is far from the origin, as ε has components 0 and ±1.
     return torch.exp2(torch.log2(step).round())
-
-
-def _random_state(device: torch.device) -> Tensor | None:
-    if torch.compiler.is_compiling():  # a compiled graph cannot replay random numbers
-        return None
-    if device.type == "cuda":
-        return torch.cuda.get_rng_state(device)
-    return torch.mps.get_rng_state() if device.type == "mps" else torch.get_rng_state()
-
-
-def _set_random_state(device: torch.device, state: Tensor | None) -> None:
-    if state is None:
-        return
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif device.type == "mps":
-        torch.mps.set_rng_state(state)
-    else:
-        torch.set_rng_state(state)

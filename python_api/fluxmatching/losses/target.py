@@ -11,11 +11,12 @@ from torch import Tensor
 from fluxkernels import FluxPass, flux_pass, langevin_chain, residual_gradient
 from fluxkernels.checks import check_seed, check_tensor
 from fluxmatching.distributed import JointMinibatch
+from fluxmatching.engines import check_differentiable_twice, without_engine
 from fluxmatching.field_modules import check_samples_are_independent
 from fluxmatching.fields import Field, call_field
 from fluxmatching.losses.draws import DrawRequest, Draws
 from fluxmatching.losses.grouping import Grouping
-from fluxmatching.losses.horizons import Horizon, UniformHorizon
+from fluxmatching.losses.horizons import DEFAULT_HORIZON, Horizon
 from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
 from fluxmatching.losses.second_derivatives import endpoint_gradient
 
@@ -28,7 +29,7 @@ class FluxTarget:
         x0: starts of the chains, `[N, *event]`.
         score: s(x0), shape of x0.
         target: q̂, shape of x0.
-        tau: the horizon that was drawn, `[]`, or `[G]` in a grouped loss.
+        tau: the horizon that was drawn, `[]`, or `[G]` in a grouped loss, or `[strata]`.
     """
 
     x0: Tensor
@@ -62,7 +63,7 @@ def flux_target(
     """
     batch = _prepare(field, x, sigma, options, refs=refs, draws=draws, seed=seed)
     chains = _run_chains(batch)
-    gradient = _differentiate_endpoints(field, batch, chains)
+    gradient = _differentiate_endpoints(without_engine("flux_matching_loss", field), batch, chains)
     return _average_over_chains(batch, chains, gradient)
 
 
@@ -96,6 +97,15 @@ class _Minibatch:
         assert self.draws.tau is not None
         return self.draws.tau
 
+    def to_strata(self, points: Tensor) -> Tensor:
+        """Return points `[..., N, D]` as `[..., strata, N / strata, D]` where there are several strata."""
+        strata = self.options.strata
+        return points if strata == 1 else points.unflatten(-2, (strata, -1))
+
+    def from_strata(self, points: Tensor) -> Tensor:
+        """Return points `[strata, N / strata, D]` as `[N, D]`."""
+        return points if self.options.strata == 1 else points.flatten(0, 1)
+
 
 def _prepare(
     field: Field,
@@ -115,14 +125,16 @@ def _prepare(
     if draws is not None and not isinstance(draws, Draws):
         raise TypeError(f"{function}: draws must be a Draws, got {draws!r}")
     draws = Draws() if draws is None else draws
-    horizon = UniformHorizon() if options.horizon is None else options.horizon
+    horizon = DEFAULT_HORIZON if options.horizon is None else options.horizon
     level, variance = as_sigma(function, sigma, like=x)
     joint = JointMinibatch(options.gather_across_ranks)
     x, seed = joint.join(function, x, level, seed)
     grouping = Grouping(function, x, options.grouped)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
     grouping.check_number("sigma", level)
-    draws.check(x, horizon, grouping)
+    if len(x) % options.strata:
+        raise ValueError(f"{function}: strata must divide the {len(x)} samples of x, got {options.strata}")
+    draws.check(x, horizon, grouping, options.strata)
     num_steps = _num_steps(function, options.num_steps, draws)
     request = DrawRequest(
         x,
@@ -133,6 +145,7 @@ def _prepare(
         num_endpoints=options.num_endpoints(len(x)),
         needs_probe=options.divergence == "hutchinson",
         runs_chain_twice=options.estimator == "single_chain",
+        strata=options.strata,
     )
     draws, key = draws.complete(request, seed)
     noise = None
@@ -154,6 +167,7 @@ def _check_field_and_samples(function: str, field: Field, x: Tensor, options: Fl
         )
     if options.second_derivatives != "closed_form" and not torch.compiler.is_compiling():
         check_samples_are_independent(function, field)
+        check_differentiable_twice(function, field, options.method_for(x.dtype))
 
 
 def _num_steps(function: str, num_steps: int | None, draws: Draws) -> int:
@@ -168,12 +182,12 @@ def _run_chains(batch: _Minibatch) -> FluxPass:
     """Simulate the Langevin chains in the field of the kernel density estimate."""
     with torch.no_grad():
         return flux_pass(
-            batch.grouping.to_points(batch.x),
+            batch.to_strata(batch.grouping.to_points(batch.x)),
             batch.refs,
             batch.variance,
             batch.tau,
             num_steps=batch.num_steps,
-            noise=batch.noise,
+            noise=None if batch.noise is None else batch.to_strata(batch.noise),
             seed=batch.key,
             backend=batch.options.backend,
         )
@@ -182,7 +196,7 @@ def _run_chains(batch: _Minibatch) -> FluxPass:
 def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) -> Tensor:
     """Return ∇r at all endpoints, in the layout of the ops; zero at omitted endpoints, the others rescaled."""
     options, grouping = batch.options, batch.grouping
-    ends, scores = grouping.from_points(chains.xt), grouping.from_points(chains.score_t)
+    ends, scores = (grouping.from_points(batch.from_strata(points)) for points in (chains.xt, chains.score_t))
     probe = batch.draws.probe if options.divergence == "hutchinson" else None
     chosen = batch.joint.own_endpoints(batch.x, batch.draws.endpoints)
     if chosen is not None:
@@ -213,7 +227,7 @@ def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) 
         if chosen is not None:
             # Omitted endpoints count as zero and the others are rescaled, so the mean over choices is unbiased.
             fraction = 1.0 if batch.draws.endpoints is None else len(batch.draws.endpoints) / len(batch.x)
-            gradient = torch.zeros_like(chains.xt).index_copy(-2, chosen, gradient / fraction)
+            gradient = torch.zeros_like(batch.from_strata(chains.xt)).index_copy(-2, chosen, gradient / fraction)
         return batch.joint.sum(gradient)
 
 
@@ -227,6 +241,7 @@ def _check_finite_field(function: str, field_at_end: Tensor, batch: _Minibatch) 
 
 def _average_over_chains(batch: _Minibatch, chains: FluxPass, gradient: Tensor) -> FluxTarget:
     """Average ∇r over chains (Eq. 9) or pull it back along each chain (Sec. 3.3), weighted by 1/q(τ)."""
+    gradient = batch.to_strata(gradient)
     with torch.no_grad():
         importance = torch.exp(-batch.horizon.log_density(batch.tau, batch.sigma)).reshape(-1, 1, 1)
         if batch.options.estimator == "cross_chain":
@@ -238,7 +253,7 @@ def _average_over_chains(batch: _Minibatch, chains: FluxPass, gradient: Tensor) 
         target = target.reshape(chains.x0.shape).to(batch.x.dtype)
 
     def own(points: Tensor) -> Tensor:
-        return batch.joint.own_samples(batch.grouping.from_points(points))
+        return batch.joint.own_samples(batch.grouping.from_points(batch.from_strata(points)))
 
     return FluxTarget(own(chains.x0), own(chains.score0), own(target), batch.tau)
 
@@ -247,7 +262,7 @@ def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:
     """Return (∂x_τ/∂x0)ᵀ gradient along each sample's own chain, which runs again with the same noise."""
     chain: dict[str, Any] = {
         "num_steps": batch.num_steps,
-        "noise": None if batch.noise is None else batch.noise[1:],
+        "noise": None if batch.noise is None else batch.to_strata(batch.noise[1:]),
         "seed": batch.key,
         "backend": batch.options.backend,
     }

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fluxkernels.checks import check_choice, check_positive, check_sigma_range, check_tensor
-from fluxmatching.field_modules import parameters_at_rest
+from fluxmatching.engines import without_engine
+from fluxmatching.field_modules import DetachedParameters, pull_back
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.losses.second_derivatives import basis
 from fluxmatching.sampling.langevin import check_samples
@@ -55,11 +56,12 @@ def log_likelihood(
     check_samples(function, x)
     check_sigma_range(function, sigma_min, sigma_max)
     check_choice(function, "divergence", divergence, ("hutchinson", "exact"))
+    field = without_engine(function, field)
     probe = torch.empty_like(x).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
     def velocity(sigma: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         level = sigma.to(x.dtype)
-        with parameters_at_rest(field):
+        with DetachedParameters():
             f, spread = _divergence(field, state[0], level, probe if divergence == "hutchinson" else None)
         return -level * f, level * spread
 
@@ -84,9 +86,8 @@ def _divergence(field: NoisyField, x: Tensor, sigma: Tensor, probe: Tensor | Non
             )
         total = x.new_zeros(len(x))
         for direction in basis(x, grouped=False) if probe is None else (probe,):
-            (pulled,) = torch.autograd.grad(f, x, direction, retain_graph=probe is None, allow_unused=True)
-            if pulled is not None:
-                total = total + (pulled * direction).flatten(1).sum(1)
+            pulled = pull_back(f, x, direction, retain_graph=probe is None)
+            total = total + (pulled * direction).flatten(1).sum(1)
     return f.detach(), total
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-ENTRIES = {"iteration", "options", "samples", "processes", "recent", "model", "average", "optimizer"}
+ENTRIES = {"iteration", "options", "samples", "processes", "recent", "loss", "average", "optimizer"}
 
 State = dict[str, Any]
 
@@ -20,8 +23,48 @@ class TrainingError(RuntimeError):
     """Training cannot continue; the message says at which iteration and why."""
 
 
+class RefusedTypeError(Exception):
+    """A sound file holds an object of a type that cannot be read safely."""
+
+
+def check_readable(state: State) -> None:
+    """Raise TypeError unless everything in `state` but its tensors can be read again with weights_only=True.
+
+    A checkpoint is read that way because any other way would run code that a file contains.
+    """
+    for name, value in state.items():
+        file = io.BytesIO()
+        try:
+            torch.save(_without_numbers(value), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+        except Exception as error:  # whatever an object's own pickling raises
+            raise TypeError(
+                f"Trainer: {name!r} cannot be kept in a checkpoint, which takes tensors, Python's numbers, strings, "
+                f"lists and dictionaries; convert what get_extra_state or state_dict returns: {_refused(error)}"
+            ) from error
+
+
+def _without_numbers(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty(0, dtype=value.dtype, device="cpu")
+    if isinstance(value, dict):
+        return {key: _without_numbers(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numbers, value))
+    return value
+
+
+def _refused(error: Exception) -> str:
+    """Return the line of an error that names the type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return (named or lines or [type(error).__name__])[0]
+
+
 def write_checkpoint(folder: Path, state: State) -> None:
     """Write `last.pt`; the file before it becomes `previous.pt`. Neither name ever holds a truncated file."""
+    check_readable(state)
     part = folder / f"part-{os.getpid()}.pt"
     with part.open("wb") as file:
         torch.save(state, file)
@@ -39,11 +82,11 @@ def remove_partial_checkpoints(folder: Path) -> None:
         part.unlink()
 
 
-def read_newest_checkpoint(folder: Path, device: torch.device) -> tuple[State, Path] | None:
-    """Return the newest checkpoint that can be read and its file; None if there is none.
+def read_newest_checkpoint(folder: Path) -> tuple[State, Path] | None:
+    """Return the newest checkpoint that can be read and its file; None if there is none. Tensors are on the CPU.
 
     Raises:
-        TrainingError: there are checkpoints, and none can be read.
+        TrainingError: there are checkpoints, and none can be read; or a sound one holds a type that is refused.
     """
     problems = []
     for name in (LAST, PREVIOUS):
@@ -51,7 +94,9 @@ def read_newest_checkpoint(folder: Path, device: torch.device) -> tuple[State, P
         if not file.exists():
             continue
         try:
-            state = _read(file, device)
+            state = _read(file)
+        except RefusedTypeError as error:
+            raise TrainingError(f"{file} is sound but holds a type that cannot be read safely: {error}") from error
         except Exception as error:  # a damaged file can raise anything
             problems.append(f"{name} ({type(error).__name__})")
             continue
@@ -63,12 +108,15 @@ def read_newest_checkpoint(folder: Path, device: torch.device) -> tuple[State, P
     return None
 
 
-def _read(file: Path, device: torch.device) -> State:
+def _read(file: Path) -> State:
     """Read a checkpoint after a check of its contents; `torch.load` alone accepts damaged numbers."""
     with zipfile.ZipFile(file) as archive:
         if (damaged := archive.testzip()) is not None:
             raise OSError(f"{damaged} is damaged")
-    state = torch.load(file, map_location=device, weights_only=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RefusedTypeError(_refused(error)) from error
     if not isinstance(state, dict) or not set(state) >= ENTRIES:
         raise KeyError("not a checkpoint of Trainer")
     return state

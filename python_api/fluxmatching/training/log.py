@@ -1,77 +1,83 @@
-"""Progress bar, metrics.csv and TensorBoard events of a training run."""
+"""Progress bar, metrics.csv and loggers of a training run."""
 
 from __future__ import annotations
 
 import csv
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fluxmatching.training.options import TrainingOptions
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 COLUMNS = ("iteration", "loss", "iterations_per_second", "lr", "peak_memory_mb")
 
 
 class Log:
-    """Progress of a run: a bar, metrics.csv, and TensorBoard events.
+    """Progress of a run: a bar, metrics.csv, and the loggers of the engine.
+
+    The loss of an iteration is read only when a row is written, so that no step waits for a GPU.
 
     Args:
         options: settings of the run.
         iteration: where the run starts or resumes.
         recent: losses since the last row of metrics.csv; updated in place, since checkpoints keep them.
         folder: where files go; None writes none.
-        device: device of the model, for its peak memory.
-        shown: whether this process may show a bar.
+        fabric: the engine, whose first process shows the bar.
     """
 
     def __init__(
-        self,
-        options: TrainingOptions,
-        iteration: int,
-        recent: list[float],
-        folder: Path | None,
-        device: torch.device,
-        *,
-        shown: bool,
+        self, options: TrainingOptions, iteration: int, recent: list[Tensor], folder: Path | None, fabric: Fabric
     ) -> None:
-        self.options, self.recent, self.device = options, recent, device
-        hidden = not (options.progress and shown)
+        self.options, self.recent, self.fabric = options, recent, fabric
+        hidden = not (options.progress and fabric.is_global_zero)
         self.bar = tqdm(total=options.iterations, initial=iteration, disable=hidden, unit="it", dynamic_ncols=True)
         self.steps, self.since = 0, time.perf_counter()  # since the last row, in this process
         self.file = None if folder is None else _start_table(folder / "metrics.csv", iteration)
-        self.board = _start_board(folder, iteration) if options.tensorboard and shown else None
 
-    def write(self, iteration: int, loss: float, lr: float) -> None:
-        """Record the loss of an iteration; write a row every `log_every` iterations and after the last one."""
-        self.recent.append(loss)
+    def is_due(self, iteration: int) -> bool:
+        """Return whether a row is written after this iteration: every `log_every`, and the last."""
+        return iteration % self.options.log_every == 0 or iteration == self.options.iterations
+
+    def write(self, iteration: int, logged: dict[str, Tensor], lr: float) -> None:
+        """Record an iteration, and write a row if one is due."""
+        self.recent.append(logged["loss"])
         self.steps += 1
         self.bar.update()
-        if iteration % self.options.log_every and iteration < self.options.iterations:
+        if not self.is_due(iteration):
             return
-        mean, now = sum(self.recent) / len(self.recent), time.perf_counter()
+        now = time.perf_counter()
         row = {
-            "loss": mean,
+            "loss": mean_of(self.recent),
             "iterations_per_second": self.steps / (now - self.since),
             "lr": lr,
-            "peak_memory_mb": _peak_memory(self.device) / 1e6,
+            "peak_memory_mb": _peak_memory(self.fabric.device) / 1e6,
         }
         self.recent.clear()
         self.steps, self.since = 0, now
-        self.bar.set_postfix(loss=f"{mean:.4g}", memory=f"{row['peak_memory_mb']:.0f} MB")
+        self.bar.set_postfix(loss=f"{row['loss']:.4g}", memory=f"{row['peak_memory_mb']:.0f} MB")
         if self.file is not None:
             with self.file.open("a", newline="") as lines:
                 csv.writer(lines).writerow([iteration, *row.values()])
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, iteration)
+        if self.fabric.loggers:
+            more = {name: value.float().mean().item() for name, value in logged.items() if name != "loss"}
+            self.fabric.log_dict(row | more, step=iteration)
 
     def close(self) -> None:
         self.bar.close()
-        if self.board is not None:
-            self.board.close()
+        for logger in self.fabric.loggers:
+            logger.finalize("success")
+
+
+def mean_of(losses: list[Tensor]) -> float:
+    """Return the mean of numbers `[]` in double precision, with one read from the device."""
+    return torch.stack(losses).double().mean().item()
 
 
 def _start_table(file: Path, iteration: int) -> Path:
@@ -86,16 +92,6 @@ def _start_table(file: Path, iteration: int) -> Path:
         csv.writer(lines).writerows([COLUMNS, *kept])
     part.replace(file)
     return file
-
-
-def _start_board(folder: Path | None, iteration: int) -> Any:
-    if folder is None:
-        raise ValueError("Trainer: tensorboard needs a folder")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("TrainingOptions(tensorboard=True) needs tensorboard: pip install tensorboard") from error
-    return SummaryWriter(folder, purge_step=iteration)
 
 
 def _peak_memory(device: torch.device) -> int:

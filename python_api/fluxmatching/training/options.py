@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+if TYPE_CHECKING:
+    from lightning_fabric.strategies.strategy import Strategy
+
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16}
-# Options that may differ between a checkpoint and the run that resumes from it: length and visibility of the run.
-MAY_CHANGE_ON_RESUME = ("iterations", "checkpoint_every", "log_every", "progress", "tensorboard")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+# Options that may differ between a checkpoint and the run that resumes from it: they change no result on the same
+# number of processes.
+MAY_CHANGE_ON_RESUME = (
+    "iterations", "checkpoint_every", "log_every", "progress", "accelerator", "devices", "num_nodes", "strategy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -20,7 +26,7 @@ class TrainingOptions:
     """Settings of a training run. Construction checks them.
 
     Attributes:
-        iterations: total number of minibatches.
+        iterations: total number of optimizer steps.
         batch_size: samples per minibatch and process, drawn without repetition; every epoch is shuffled anew.
         lr: learning rate after warm-up.
         optimizer: "adam" or "adamw".
@@ -28,15 +34,20 @@ class TrainingOptions:
         warmup: iterations over which the learning rate rises linearly from 0.
         ema: decay of the moving average of the parameters, 0 ≤ ema < 1.
         clip: largest norm of the gradient, or None.
-        precision: "32-true", or "bf16-mixed" for autocast to bfloat16.
+        accumulate: minibatches per step, over which the gradient is averaged.
         seed: determines minibatches, the random numbers of the loss, and dropout.
+        precision: of Lightning Fabric: "32-true", "bf16-mixed", "16-mixed" or "64-true".
+        accelerator: of Lightning Fabric: "auto", "cpu", "cuda", "mps", ...
+        devices: processes on this machine, one per device; "auto" takes those that torchrun started, or one.
+        num_nodes: machines; "auto" takes those of torchrun, or one.
+        strategy: of Lightning Fabric: "ddp", "fsdp" (FSDP2, parameters sharded over processes) or a `Strategy`
+            object; "auto" takes "ddp" for several processes.
         checkpoint_every: iterations between checkpoints; the last iteration always makes one.
         log_every: iterations between rows of metrics.csv.
         progress: whether to show a bar with loss, iterations per second and memory.
-        tensorboard: whether to write TensorBoard events beside metrics.csv.
 
     Raises:
-        ValueError: a value out of its range; the message names it.
+        ValueError, TypeError: a value out of its range or of another type; the message names it.
     """
 
     iterations: int
@@ -47,20 +58,26 @@ class TrainingOptions:
     warmup: int = 0
     ema: float = 0.999
     clip: float | None = 1.0
-    precision: str = "32-true"
+    accumulate: int = 1
     seed: int = 0
+    precision: str = "32-true"
+    accelerator: str = "auto"
+    devices: int | str = "auto"
+    num_nodes: int | str = "auto"
+    strategy: str | Strategy = "auto"
     checkpoint_every: int = 1000
     log_every: int = 50
     progress: bool = True
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         # A checkpoint can hold Python's numbers only, so NumPy's are converted.
-        for name in ("iterations", "batch_size", "warmup", "seed", "checkpoint_every", "log_every"):
+        counts = ("iterations", "batch_size", "accumulate", "checkpoint_every", "log_every")
+        processes = [name for name in ("devices", "num_nodes") if getattr(self, name) != "auto"]
+        for name in (*counts, "warmup", "seed", *processes):
             self._convert(name, operator.index)
         for name in ("lr", "weight_decay", "ema", *(() if self.clip is None else ("clip",))):
             self._convert(name, float)
-        for name in ("iterations", "batch_size", "checkpoint_every", "log_every"):
+        for name in (*counts, *processes):
             if getattr(self, name) < 1:
                 raise ValueError(f"TrainingOptions: {name} must be at least 1, got {getattr(self, name)}")
         for name in ("lr", "clip"):
@@ -84,3 +101,8 @@ class TrainingOptions:
         except (TypeError, ValueError):
             wanted = "a number" if kind is float else "a whole number"
             raise TypeError(f"TrainingOptions: {name} must be {wanted}, got {getattr(self, name)!r}") from None
+
+    def that_decide_results(self) -> dict[str, Any]:
+        """Return the options that a resumed run must share with its checkpoint."""
+        names = [field.name for field in fields(self) if field.name not in MAY_CHANGE_ON_RESUME]
+        return {name: getattr(self, name) for name in names}

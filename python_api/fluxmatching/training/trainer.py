@@ -1,10 +1,9 @@
-"""Training loop for every field: moving average, warm-up, clipping, bfloat16, checkpoints, exact resume.
+"""Training loop for every loss module, on Lightning Fabric, with exact resume.
 
 >>> import torch
->>> from fluxmatching import Trainer, TrainingOptions, flux_matching_loss
+>>> from fluxmatching import FluxMatching, Trainer, TrainingOptions
 >>> field = torch.nn.Sequential(torch.nn.Linear(2, 64), torch.nn.SiLU(), torch.nn.Linear(64, 2))
->>> loss = lambda model, x, seed: flux_matching_loss(model, x, sigma=0.3, seed=seed)
->>> trainer = Trainer(field, loss, torch.randn(1000, 2), TrainingOptions(iterations=3, progress=False))
+>>> trainer = Trainer(FluxMatching(field, sigma=0.3), torch.randn(1000, 2), TrainingOptions(3, progress=False))
 >>> trainer.run()
 >>> trainer.iteration
 3
@@ -15,70 +14,63 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fluxmatching.distributed import average_gradients, check_shared, rank_and_size
+from fluxmatching.distributed import check_shared
 from fluxmatching.training.checkpoint import (
     State,
     TrainingError,
+    check_readable,
     read_newest_checkpoint,
     remove_partial_checkpoints,
     write_checkpoint,
 )
+from fluxmatching.training.data import Minibatches, Samples
+from fluxmatching.training.engine import copy_from_first_process, cpu_by_default, is_sharded, make_fabric
 from fluxmatching.training.log import Log
-from fluxmatching.training.options import MAY_CHANGE_ON_RESUME, OPTIMIZERS, PRECISIONS, TrainingOptions
+from fluxmatching.training.options import OPTIMIZERS, TrainingOptions
+from fluxmatching.training.state import load_state, state_of
 
-# loss(model, minibatch, seed) -> losses `[n]` or their mean, or that and a dictionary of what an error message should
-# show, such as σ and τ. `seed` is an int64 tensor on the minibatch's device.
-Loss = Callable[[nn.Module, Tensor, Tensor], "Tensor | tuple[Tensor, dict[str, Tensor]]"]
-
-
-class Samples(Protocol):
-    """Data other than a tensor: a number of samples, and access to samples by indices `[n]` on the CPU."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: Tensor, /) -> Tensor: ...
+if TYPE_CHECKING:
+    from lightning_fabric.loggers.logger import Logger
 
 
 class Trainer:
-    """Trainer of a model. With a folder, it resumes from the last checkpoint there.
+    """Trainer of a loss module. With a folder, it resumes from the last checkpoint there.
 
     Every iteration has its own seed, which determines minibatch order, the random numbers of the loss and dropout. A
     run that was interrupted and resumed therefore equals one that was not, bit for bit on the same CPU.
 
-    After `torch.distributed.init_process_group`, as under torchrun, each process takes its part of a joint minibatch,
-    gradients are averaged, and the first process writes the files, which all processes must see.
-    `FluxOptions(gather_across_ranks=True)` makes one density estimate for all. Draw what all processes must share, such
-    as σ, from `seed`.
+    Lightning Fabric runs devices, processes and mixed precision. Several processes are started by torchrun, by Slurm,
+    or by `devices=8` in the options. Each takes its part of a joint minibatch, gradients are averaged, and the first
+    process writes the files, which all processes must see. `FluxOptions(gather_across_ranks=True)` makes one density
+    estimate for all.
 
     Args:
-        model: the field, or a module that holds the field and everything else that is learned.
-        loss: loss(model, minibatch, seed) -> `[n]`, whose mean is minimized, or that mean; or either with a dictionary
-            of tensors, such as σ and τ, which the error message shows if the loss is not finite.
-        data: `[samples, *event]`, on the device of the model or on the CPU; or any `Samples`.
+        loss: a module with forward(minibatch, seed=...) -> mean loss `[]`, or (mean loss, dictionary to log); such as
+            `NoiseAnnealedFluxMatching`. Moved to the device of the run.
+        data: `[samples, *event]`, on the device of the run or on the CPU; or any `Samples`.
         options: settings of the run.
-        folder: for `last.pt`, the checkpoint before it `previous.pt`, `metrics.csv` and TensorBoard events; None writes
-            no files.
+        folder: for `last.pt`, the checkpoint before it `previous.pt`, and `metrics.csv`; None writes no files.
         lr_factor: factor of the learning rate as a function of the iteration (0, 1, ...), for a schedule; None for 1.
             A resumed run must be given the same function.
+        loggers: loggers of Lightning, such as `TensorBoardLogger`, for the rows of metrics.csv and what the loss logs.
 
     Attributes:
-        model: as given.
-        average: moving average of the model.
+        loss: as given. With "fsdp" it holds this process's part of the parameters; `state_dict` has all of them.
+        average: moving average of the loss module; its field is `average.module.field`.
+        fabric: the engine.
         iteration: number of iterations done.
 
     Raises:
-        TypeError: model is no module, or options of another type.
+        TypeError: an argument of another type, or a state that a checkpoint cannot hold.
         ValueError: nothing to train, fewer samples than a minibatch, or a checkpoint of another run or model.
         TrainingError: the loss or its gradient is not finite, or no checkpoint can be read. The last good checkpoint
             stays.
@@ -86,44 +78,58 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
-        loss: Loss,
+        loss: nn.Module,
         data: Tensor | Samples,
         options: TrainingOptions,
         *,
         folder: str | os.PathLike[str] | None = None,
         lr_factor: Callable[[int], float] | None = None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"Trainer: model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(options, TrainingOptions):
-            raise TypeError(f"Trainer: options must be TrainingOptions, got {type(options).__name__}")
-        if not any(p.requires_grad for p in model.parameters()):
-            raise ValueError(f"Trainer: model must have parameters that need a gradient, got {type(model).__name__}")
-        self.rank, self.processes = rank_and_size()
-        if len(data) < options.batch_size * self.processes:
-            raise ValueError(
-                f"Trainer: batch_size must be at most the {len(data)} samples"
-                f"{f' over {self.processes} processes' if self.processes > 1 else ''}, got {options.batch_size}"
-            )
-        self.model, self.loss, self.data, self.options, self.lr_factor = model, loss, data, options, lr_factor
+        _check_arguments(loss, options)
+        self.options, self.lr_factor = options, lr_factor
         self.folder = None if folder is None else Path(folder)
-        self.device = next(model.parameters()).device
-        for tensor in model.state_dict().values() if self.processes > 1 else ():
-            torch.distributed.broadcast(tensor, 0)
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=False)
-        self.optimizer = OPTIMIZERS[options.optimizer](
-            model.parameters(), lr=options.lr, weight_decay=options.weight_decay
+        self.loss = _without_compilation(loss)
+        if self.folder is not None:
+            check_readable({"loss": self.loss.state_dict(), "options": options.that_decide_results()})
+        self.fabric = make_fabric(options, loggers)
+        self.rank, self.processes = self.fabric.global_rank, self.fabric.world_size
+        self.minibatches = Minibatches(
+            data, options.batch_size, self.rank, self.processes, options.seed, self.fabric.device
         )
+        self._set_up(loss)
         self.iteration = 0
-        self.recent: list[float] = []  # losses since the last row of metrics.csv
+        self.recent: list[Tensor] = []  # losses since the last row of metrics.csv
+        self._unchecked: list[tuple[int, dict[str, Tensor]]] = []
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self.rank == 0:
                 remove_partial_checkpoints(self.folder)
+            self.fabric.barrier()
             self._resume()
         if self.processes > 1:
-            check_shared("Trainer", "the iteration of the checkpoint in folder", torch.tensor(self.iteration))
+            check_shared(
+                "Trainer", "the iteration of the checkpoint in folder", torch.tensor(self.iteration, device="cpu")
+            )
+
+    def _set_up(self, loss: nn.Module) -> None:
+        """Move, wrap and, if requested, shard the loss and its moving average; make the optimizer."""
+        options, sharded = self.options, is_sharded(self.fabric)
+        if self.processes > 1:
+            copy_from_first_process(self.fabric, self.loss)
+        if sharded:  # copied while it is whole, then sharded in the same way
+            self.average = self._averaged()
+            self.fabric.setup_module(self.average.module)
+        self.engine = self.fabric.setup_module(loss)
+        if not sharded:
+            self.average = self._averaged()
+        self.optimizer: Any = self.fabric.setup_optimizers(
+            OPTIMIZERS[options.optimizer](self.loss.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+        )
+
+    def _averaged(self) -> AveragedModel:
+        with torch.device("cpu"):  # of its counter; the parameters stay where they are
+            return AveragedModel(self.loss, multi_avg_fn=get_ema_multi_avg_fn(self.options.ema), use_buffers=False)
 
     def run(self, seconds: float = math.inf) -> None:
         """Train up to `options.iterations`, or until the time is up, but for at least one iteration.
@@ -134,121 +140,150 @@ class Trainer:
             seconds: time after which no further iteration begins.
         """
         end = time.monotonic() + seconds
-        with closing(self._log()) as log:
+        folder = self.folder if self.rank == 0 else None
+        with closing(Log(self.options, self.iteration, self.recent, folder, self.fabric)) as log:
             done = self.iteration >= self.options.iterations
             while not done:
-                loss = self.step()
-                log.write(self.iteration, loss, self.optimizer.param_groups[0]["lr"])
+                logged = self._train_iteration()
+                if log.is_due(self.iteration):
+                    self._check_finite()
+                log.write(self.iteration, logged, self.optimizer.param_groups[0]["lr"])
                 done = self.iteration == self.options.iterations or self._is_over(end)
-                if (
-                    self.folder is not None
-                    and self.rank == 0
-                    and (done or self.iteration % self.options.checkpoint_every == 0)
-                ):
+                if self.folder is not None and (done or self.iteration % self.options.checkpoint_every == 0):
                     self.save()
-
-    def _log(self) -> Log:
-        folder = self.folder if self.rank == 0 else None
-        return Log(self.options, self.iteration, self.recent, folder, self.device, shown=self.rank == 0)
+        self._check_finite()
 
     def _is_over(self, end: float) -> bool:
-        if self.processes == 1 or end == math.inf:
-            return time.monotonic() >= end
-        over = torch.tensor(float(time.monotonic() >= end), device=self.device)
-        torch.distributed.broadcast(over, 0)
-        return bool(over)
+        over = time.monotonic() >= end
+        return over if end == math.inf else bool(self.fabric.broadcast(over))
 
-    def step(self) -> float:
-        """Train on one minibatch and return its mean loss."""
+    def step(self) -> Tensor:
+        """Train on one minibatch, or on `accumulate` of them, and return the mean loss `[]`, detached.
+
+        On a GPU the result is not waited for, and values that are not finite raise an error at the next row of the log
+        or the next checkpoint.
+        """
+        return self._train_iteration()["loss"]
+
+    def _train_iteration(self) -> dict[str, Tensor]:
         options = self.options
-        with self._own_random_numbers() as seed:
-            x = self._minibatch()
+        with self._own_random_numbers(), cpu_by_default():
             for group in self.optimizer.param_groups:
                 group["lr"] = self._learning_rate()
-            half = PRECISIONS[options.precision]
-            with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
-                losses, details = self._losses(x, seed)
-            value = losses.mean()
             self.optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            if self.processes > 1:
-                average_gradients(self.model.parameters())
-            most = float("inf") if options.clip is None else options.clip
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), most)
-            finite = torch.stack([value.detach(), norm]).isfinite()
-            if not finite.all():
-                found = {"loss": value, "norm of the gradient": norm, **details}
-                values = ", ".join(
-                    f"{name} {torch.as_tensor(v).detach().float().mean().item():.6g}" for name, v in found.items()
-                )
-                raise self._not_finite(f"the {'gradient' if finite[0] else 'loss'} is not finite ({values})")
+            logged = [self._accumulate(part) for part in range(options.accumulate)]
+            values = {
+                name: torch.stack([one[name].detach().float().mean() for one in logged]).mean() for name in logged[0]
+            }
+            norm = self.fabric.clip_gradients(
+                self.engine, self.optimizer, max_norm=options.clip or math.inf, error_if_nonfinite=False
+            )
+            if options.precision != "16-mixed":  # whose loss scale makes infinite gradients, which it then skips
+                values["norm of the gradient"] = torch.as_tensor(norm).detach()
+            self._unchecked.append((self.iteration, values))
+            if self.fabric.device.type == "cpu":  # elsewhere the host would wait
+                self._check_finite()
             self.optimizer.step()
-            self.average.update_parameters(self.model)
+            self.average.update_parameters(self.loss)
         self.iteration += 1
-        return value.item()
+        return values
+
+    def _accumulate(self, part: int) -> dict[str, Tensor]:
+        """Add the gradient of one minibatch and return what it logs, "loss" first."""
+        options = self.options
+        index = self.iteration * options.accumulate + part
+        seed = torch.full((), self._seed(index), dtype=torch.int64, device=self.fabric.device)
+        last = part == options.accumulate - 1
+        with self.fabric.no_backward_sync(self.engine, enabled=self.processes > 1 and not last):
+            value, logged = self._evaluate(self.minibatches[index], seed)
+            self.fabric.backward(value / options.accumulate)
+        return {"loss": value.detach(), **{name: v for name, v in logged.items() if name != "loss"}}
+
+    def _evaluate(self, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss and what it logs. On a CPU our losses reject a field that is not finite."""
+        try:
+            result = self.engine(x, seed=seed)
+        except ValueError as error:
+            if "must be finite" not in str(error):
+                raise
+            raise self._not_finite(self.iteration, str(error)) from error
+        value, logged = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not isinstance(value, Tensor) or value.ndim or not isinstance(logged, dict):
+            got = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(result).__name__
+            raise TypeError(
+                f"Trainer: forward of the loss must return its mean, a tensor of shape [], or that and a dictionary of "
+                f"tensors to log; got {got}"
+            )
+        return value, {name: torch.as_tensor(v, device=value.device) for name, v in logged.items()}
 
     def _learning_rate(self) -> float:
         rate = self.options.lr * min(1.0, (self.iteration + 1) / max(1, self.options.warmup))
         return rate if self.lr_factor is None else rate * self.lr_factor(self.iteration)
 
-    def _losses(self, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the losses and details. On a CPU the losses of this library reject a field that is not finite."""
-        try:
-            result = self.loss(self.model, x, seed)
-        except ValueError as error:
-            if "must be finite" not in str(error):
-                raise
-            raise self._not_finite(str(error)) from error
-        losses, details = result if isinstance(result, tuple) else (result, {})
-        if not isinstance(losses, Tensor) or not isinstance(details, dict):
-            raise TypeError(
-                f"Trainer: loss must return a tensor with one number per sample or their mean, or that and a "
-                f"dictionary of details; got {type(result).__name__}"
-            )
-        return losses, details
+    def _check_finite(self) -> None:
+        """Raise TrainingError at the first iteration since the last check whose loss or gradient is not finite."""
+        waiting, self._unchecked = self._unchecked, []
+        for iteration, values in waiting:
+            tested = [name for name in ("loss", "norm of the gradient") if name in values]
+            bad = [name for name in tested if not values[name].isfinite()]
+            if bad:
+                numbers = ", ".join(f"{name} {value.item():.6g}" for name, value in values.items())
+                what = "loss" if "loss" in bad else "gradient"
+                raise self._not_finite(iteration, f"the {what} is not finite ({numbers})")
 
-    def _not_finite(self, what: str) -> TrainingError:
-        kept = f", and the last good checkpoint is in {self.folder}" if self.folder else ""
-        return TrainingError(f"iteration {self.iteration}: {what}; the model is unchanged{kept}")
+    def _not_finite(self, iteration: int, what: str) -> TrainingError:
+        unchanged = "; the model is unchanged" if self.fabric.device.type == "cpu" else ""
+        stored = f"; the last good checkpoint is in {self.folder}" if self.folder else ""
+        return TrainingError(f"iteration {iteration}: {what}{unchanged}{stored}")
 
     def save(self) -> None:
-        """Write `last.pt`; the file before it becomes `previous.pt`. Neither name ever holds a truncated file."""
+        """Write `last.pt`; the file before it becomes `previous.pt`. Neither name ever holds a truncated file.
+
+        With several processes, all of them must call it; the first one writes. Sharded parameters are gathered on it,
+        so the file does not depend on the strategy.
+        """
         if self.folder is None:
             raise ValueError("Trainer: save needs the folder that Trainer(folder=...) was not given")
-        write_checkpoint(
-            self.folder,
-            {
-                "iteration": self.iteration,
-                "options": asdict(self.options),
-                "samples": len(self.data),
-                "processes": self.processes,
-                "recent": self.recent,
-                "model": self.model.state_dict(),
-                "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-            },
-        )
+        self._check_finite()
+        state = self.state_dict()
+        if self.rank == 0:
+            write_checkpoint(self.folder, state)
+        self.fabric.barrier()
+
+    def state_dict(self) -> State:
+        """Return the contents of a checkpoint: entries "loss", "average" and "optimizer" with all parameters, and more.
+
+        With several processes, all of them must call it. With "fsdp" only the first one receives the parameters.
+        """
+        return {
+            "iteration": self.iteration,
+            "options": self.options.that_decide_results(),
+            "samples": len(self.minibatches.data),
+            "processes": self.processes,
+            "recent": [value.item() for value in self.recent],
+            **state_of(self.loss, self.average, self.optimizer.optimizer),
+        }
 
     def _resume(self) -> None:
         assert self.folder is not None
-        found = read_newest_checkpoint(self.folder, self.device)
+        found = read_newest_checkpoint(self.folder)
         if found is None:
             return
         state, file = found
         self._check_same_run(state, file)
         try:
-            self.model.load_state_dict(state["model"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:
+            with cpu_by_default():
+                load_state(state, self.loss, self.average, self.optimizer.optimizer)
+        except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"Trainer: {file} belongs to another model: {error}") from error
-        self.iteration, self.recent = state["iteration"], state["recent"]
+        self.iteration = state["iteration"]
+        self.recent[:] = [torch.tensor(value, device=self.fabric.device) for value in state["recent"]]
 
     def _check_same_run(self, state: State, file: Path) -> None:
         here = {
-            "samples": len(self.data),
+            "samples": len(self.minibatches.data),
             "processes": self.processes,
-            **{name: value for name, value in asdict(self.options).items() if name not in MAY_CHANGE_ON_RESUME},
+            **self.options.that_decide_results(),
         }
         there = {name: state[name] for name in ("samples", "processes")} | state["options"]
         changed = [
@@ -259,40 +294,35 @@ class Trainer:
         if changed:
             raise ValueError(f"Trainer: {file} belongs to a run with other options: {'; '.join(changed)}")
 
+    def _seed(self, index: int) -> int:
+        seed = (self.options.seed * 0x9E3779B97F4A7C15 + index) % 2**63
+        return int(seed)
+
     @contextmanager
-    def _own_random_numbers(self) -> Iterator[Tensor]:
-        """Yield the iteration's seed and seed torch's generators for the block; those of CPU and CUDA are restored."""
-        seed = (self.options.seed * 0x9E3779B97F4A7C15 + self.iteration) % 2**63
-        # The seed of dropout differs between processes and iterations; all processes share the seed of the loss.
-        own = (seed * self.processes + self.rank) % 2**63
-        on_cuda = self.device.type == "cuda"
-        with torch.random.fork_rng(devices=[self.device] if on_cuda else []):
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Seed torch's generators for the block, by iteration and process; those of CPU and CUDA are restored."""
+        own = (self._seed(self.iteration) * self.processes + self.rank) % 2**63
+        device = self.fabric.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.default_generator.manual_seed(own)
-            if on_cuda:
-                with torch.cuda.device(self.device):
+            if device.type == "cuda":
+                with torch.cuda.device(device):
                     torch.cuda.manual_seed(own)
-            elif self.device.type == "mps":
+            elif device.type == "mps":
                 torch.mps.manual_seed(own)
-            yield torch.tensor(seed, device=self.device)
-
-    def _minibatch(self) -> Tensor:
-        """Return the samples of this iteration: a slice of the permutation of its epoch."""
-        size = self.options.batch_size * self.processes
-        batches = len(self.data) // size
-        first = self.iteration % batches * size
-        order = _order(len(self.data), (self.options.seed * 1_000_003 + self.iteration // batches) % 2**63)
-        joint = order[first : first + size]
-        chosen = joint.tensor_split(self.processes)[self.rank]
-        x = self.data[chosen]
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"Trainer: data must be a tensor, or return one for a tensor of indices; got {type(x).__name__} from "
-                f"{type(self.data).__name__}"
-            )
-        return x.to(self.device, non_blocking=True)
+            yield
 
 
-@lru_cache(maxsize=1)
-def _order(samples: int, seed: int) -> Tensor:
-    """Return the permutation of the samples, computed once per epoch."""
-    return torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+def _check_arguments(loss: Any, options: Any) -> None:
+    if not isinstance(loss, nn.Module):
+        raise TypeError(f"Trainer: loss must be a torch.nn.Module, got {type(loss).__name__}")
+    if not isinstance(options, TrainingOptions):
+        raise TypeError(f"Trainer: options must be TrainingOptions, got {type(options).__name__}")
+    if not any(p.requires_grad for p in loss.parameters()):
+        raise ValueError(f"Trainer: loss must have parameters that need a gradient, got {type(loss).__name__}")
+
+
+def _without_compilation(loss: nn.Module) -> nn.Module:
+    """Return the module inside of `torch.compile`, whose names of parameters are those of a checkpoint."""
+    inner: nn.Module = getattr(loss, "_orig_mod", loss)
+    return inner

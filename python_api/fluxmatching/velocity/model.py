@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxmatching.losses.horizons import UniformHorizon
 from fluxmatching.losses.options import FluxOptions
 from fluxmatching.losses.target import flux_target
 
@@ -115,5 +116,7 @@ def splicing_loss(
     Raises:
         ValueError, TypeError: as `flux_matching_loss`.
     """
-    options = FluxOptions(grouped=True, second_derivatives="closed_form", divergence="exact", backend=backend)
+    options = FluxOptions(
+        horizon=UniformHorizon(), grouped=True, second_derivatives="closed_form", divergence="exact", backend=backend
+    )
     return sigma**4 * flux_target(field, x, sigma, options, seed=seed).loss(field)

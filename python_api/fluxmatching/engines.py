@@ -1,0 +1,82 @@
+"""Networks that a training engine has wrapped: how a loss calls what is inside.
+
+A loss evaluates the field several times per step, most of them for derivatives in the samples. An engine's wrapper
+counts every call: it prepares an exchange of gradients, or asks for its own backward pass. So inner evaluations call
+the network inside of the wrapper, and one evaluation, whose backward pass trains, calls the wrapper. Wrapping a loss
+module instead of the field avoids the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from fluxmatching.field_modules import networks_of
+
+_ADVICE = "wrap the loss module in place of the field, such as FluxMatching(field, sigma)"
+
+
+def without_engine(function: str, field: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return what inner evaluations call in place of the field.
+
+    Raises:
+        TypeError: a wrapper that counts calls is hidden inside a function; it cannot be avoided there.
+    """
+    if isinstance(field, (DistributedDataParallel, DataParallel)):
+        network: nn.Module = field.module
+        return network
+    if _is_fabric_module(field):
+        return _in_precision_of(field)
+    for network in networks_of(field):
+        for module in network.modules():
+            if _is_fabric_module(module) or (isinstance(module, DistributedDataParallel) and module.static_graph):
+                kind = (
+                    "DistributedDataParallel(static_graph=True)"
+                    if isinstance(module, nn.parallel.DistributedDataParallel)
+                    else "a module of Fabric"
+                )
+                raise TypeError(
+                    f"{function}: field is a function that calls {kind}, which does not allow several evaluations per "
+                    f"step; {_ADVICE}, or pass the wrapped network itself as field"
+                )
+    return field
+
+
+def check_differentiable_twice(function: str, field: Callable[..., Tensor], method: str) -> None:
+    """Raise RuntimeError if the method differentiates a sharded network twice, which FSDP does not support."""
+    if method not in ("double_backward", "forward_over_reverse"):
+        return
+    if any(_is_sharded(module) for network in networks_of(field) for module in network.modules()):
+        raise RuntimeError(
+            f"{function}: second_derivatives={method!r} does not work on a network whose parameters FSDP shards; "
+            f"use second_derivatives='finite_difference' or 'closed_form'"
+        )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return isinstance(module, (FSDPModule, FullyShardedDataParallel))
+
+
+def _is_fabric_module(module: object) -> bool:
+    # By name: Fabric comes as lightning_fabric and as lightning.fabric, and neither needs to be installed.
+    return any(kind.__name__ == "_FabricModule" for kind in type(module).__mro__)
+
+
+def _in_precision_of(wrapper: Any) -> Callable[..., Tensor]:
+    """Return a function that calls a Fabric module's network in the precision that Fabric gives it."""
+    precision = wrapper._strategy.precision
+
+    def call(*args: Tensor) -> Tensor:
+        with precision.forward_context():
+            result: Tensor = precision.convert_output(wrapper.module(*precision.convert_input(args)))
+        return result
+
+    return call

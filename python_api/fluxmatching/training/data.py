@@ -1,0 +1,92 @@
+"""Minibatches of a training run: which samples an iteration takes, in every process."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Samples(Protocol):
+    """Data other than a tensor: a number of samples, and access to samples by indices `[n]` on the CPU."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: Tensor, /) -> Tensor: ...
+
+
+class Minibatches:
+    """Minibatches without repetition within an epoch, each split over the processes.
+
+    Args:
+        data: `[samples, *event]`, or `Samples`.
+        batch_size: samples per minibatch and process.
+        rank, processes: this process, and their number.
+        seed: determines the order, a new one per epoch.
+        device: where minibatches go.
+
+    Raises:
+        TypeError: data is neither a dense tensor nor `Samples`.
+        ValueError: fewer samples than a minibatch.
+    """
+
+    def __init__(
+        self, data: Tensor | Samples, batch_size: int, rank: int, processes: int, seed: int, device: torch.device
+    ) -> None:
+        _check_data(data)
+        if len(data) < batch_size * processes:
+            raise ValueError(
+                f"Trainer: batch_size must be at most the {len(data)} samples"
+                f"{f' over {processes} processes' if processes > 1 else ''}, got {batch_size}"
+            )
+        self.data, self.rank, self.processes, self.seed, self.device = data, rank, processes, seed, device
+        self.size = batch_size * processes
+        self.per_epoch = len(data) // self.size
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Return this process's part of a minibatch, the first of which has index 0."""
+        epoch, first = index // self.per_epoch, index % self.per_epoch * self.size
+        on_device = isinstance(self.data, Tensor) and self.data.device == self.device
+        order = _order(
+            len(self.data), (self.seed * 1_000_003 + epoch) % 2**63, self.device if on_device else torch.device("cpu")
+        )
+        x = self.data[order[first : first + self.size].tensor_split(self.processes)[self.rank]]
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"Trainer: data must be a tensor, or return one for a tensor of indices; got {type(x).__name__} from "
+                f"{type(self.data).__name__}"
+            )
+        if x.device.type == "cpu" and self.device.type == "cuda":
+            x = x.pin_memory()  # copied without a wait
+        return x.to(self.device, non_blocking=True)
+
+
+def _check_data(data: object) -> None:
+    if isinstance(data, Tensor):
+        if data.layout != torch.strided or data.is_quantized:
+            raise TypeError(f"Trainer: data must be a dense tensor, got layout {data.layout} and dtype {data.dtype}")
+        return
+    takes = "a tensor [samples, *event], or an object with __len__ and with __getitem__ for a tensor of indices"
+    if isinstance(data, (list, tuple)) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise TypeError(f"Trainer: data must be {takes}; got {type(data).__name__}")
+    if isinstance(data, torch.utils.data.Dataset):
+        try:
+            found = data[torch.arange(min(2, len(data)), device="cpu")]  # type: ignore[arg-type]
+        except Exception as error:
+            raise TypeError(
+                f"Trainer: data must be {takes}; {type(data).__name__} does not take a tensor of indices "
+                f"({type(error).__name__}: {error}). torch.stack([sample for sample in data]) makes a tensor"
+            ) from error
+        if not isinstance(found, Tensor):
+            raise TypeError(f"Trainer: data must return a tensor for indices, got {type(found).__name__}")
+
+
+@lru_cache(maxsize=1)
+def _order(samples: int, seed: int, device: torch.device) -> Tensor:
+    """Return the permutation of the samples, computed once per epoch."""
+    order = torch.randperm(samples, generator=torch.Generator(device="cpu").manual_seed(seed), device="cpu")
+    if device.type == "cuda":
+        order = order.pin_memory()
+    return order.to(device, non_blocking=True)
