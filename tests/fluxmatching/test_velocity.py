@@ -12,6 +12,7 @@ import torch
 from scipy import sparse
 from torch.nn import functional as F
 
+from fluxmatching import UniformHorizon
 from fluxmatching.losses.second_derivatives import ClosedForm, endpoint_gradient
 from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity, splicing_loss
 from tests.support.losses import target_of
@@ -104,7 +105,7 @@ class TestSplicingField:
         made, x, sigma = field(3), torch.rand(12, 3, 2, dtype=F64), 0.5
         found = splicing_loss(made, x, sigma, seed=5, backend=backend)
         options: dict[str, Any] = {"grouped": True, "second_derivatives": "double_backward", "divergence": "exact"}
-        by_gene = target_of(made, x, sigma, seed=5, **options).terms(made)
+        by_gene = target_of(made, x, sigma, seed=5, horizon=UniformHorizon(), **options).terms(made)
         torch.testing.assert_close(found, 0.0625 * by_gene.reshape(12, -1).sum(1))
 
     def test_the_loss_uses_it(self, backend: str) -> None:

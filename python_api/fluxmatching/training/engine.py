@@ -39,8 +39,10 @@ def make_fabric(options: TrainingOptions, loggers: Sequence[Logger]) -> Fabric:
         strategy = "ddp"
     if strategy == "fsdp":
         strategy = ModelParallelStrategy(shard, data_parallel_size=devices * num_nodes, tensor_parallel_size=1)
+    accelerator, _, index = options.accelerator.partition(":")
+    chosen = [int(index)] if index and accelerator != "cpu" and devices == 1 else devices
     fabric = Fabric(
-        accelerator=options.accelerator, strategy=strategy, devices=devices, num_nodes=num_nodes,
+        accelerator=accelerator, strategy=strategy, devices=chosen, num_nodes=num_nodes,
         precision=options.precision, loggers=list(loggers),  # type: ignore[arg-type]
     )  # fmt: skip
     fabric.launch()

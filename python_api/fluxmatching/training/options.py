@@ -37,7 +37,7 @@ class TrainingOptions:
         accumulate: minibatches per step, over which the gradient is averaged.
         seed: determines minibatches, the random numbers of the loss, and dropout.
         precision: of Lightning Fabric: "32-true", "bf16-mixed", "16-mixed" or "64-true".
-        accelerator: of Lightning Fabric: "auto", "cpu", "cuda", "mps", ...
+        accelerator: of Lightning Fabric: "auto", "cpu", "cuda", "mps", ...; "cuda:1" is the second GPU.
         devices: processes on this machine, one per device; "auto" takes those that torchrun started, or one.
         num_nodes: machines; "auto" takes those of torchrun, or one.
         strategy: of Lightning Fabric: "ddp", "fsdp" (FSDP2, parameters sharded over processes) or a `Strategy`

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxkernels import resolve_backend
+from fluxmatching.losses.modules import LossModule
 from fluxmatching.training import Trainer, TrainingOptions
 from fluxmatching.velocity.model import SPLICED, UNSPLICED, SplicingField, splicing_loss
 from fluxmatching.velocity.options import VelocityOptions
@@ -218,6 +219,25 @@ def _genes(*layers: Any) -> _Genes:
     return _Genes(fitted, mean, spread, float(least[:, fitted].min()))
 
 
+class SplicingLoss(LossModule):
+    """Mean of `splicing_loss` over a minibatch, as a module.
+
+    Args:
+        field, sigma, backend: as in `splicing_loss`.
+    """
+
+    field: SplicingField
+
+    def __init__(self, field: SplicingField, sigma: float, backend: str | None = None) -> None:
+        super().__init__(field)
+        self.sigma, self.backend = sigma, backend
+
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss `[]` and {"loss"}; x is `[n, G, 2]`, and seed determines the chains."""
+        loss = splicing_loss(self.field, x, self.sigma, seed=self.key(x, seed), backend=self.backend).mean()
+        return loss, {"loss": loss.detach()}
+
+
 def _train(field: SplicingField, cells: _Cells, options: VelocityOptions) -> None:
     batch_size = min(options.batch_size, len(cells))
     iterations = options.iterations
@@ -226,17 +246,11 @@ def _train(field: SplicingField, cells: _Cells, options: VelocityOptions) -> Non
     if iterations == 0:
         return
 
-    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
-        assert isinstance(model, SplicingField)
-        return splicing_loss(model, x, options.sigma, seed=seed, backend=options.backend)
-
     training = TrainingOptions(
         iterations, batch_size, lr=options.lr, optimizer="adam", ema=0.0, clip=None, seed=options.seed,
-        progress=options.progress,
+        accelerator=str(field.a.device), progress=options.progress,
     )  # fmt: skip
-    # Adam counts its steps on the default device, and waits for it where that is a GPU.
-    with torch.device("cpu"):
-        Trainer(field, loss, cells, training).run()
+    Trainer(SplicingLoss(field, options.sigma, options.backend), cells, training).run()
 
 
 def _evaluate(field: SplicingField, cells: _Cells, genes: int) -> list[np.ndarray]:
