@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fluxmatching import Trainer, TrainingOptions, flux_matching_loss
+from fluxmatching import FluxMatching, FluxOptions, Trainer, TrainingOptions, UniformHorizon
 from fluxmatching.training.checkpoint import LAST
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +36,11 @@ def train(folder: Path, seed: int, iterations: int) -> None:
         field = nn.Sequential(nn.Linear(2, 32), nn.SiLU(), nn.Dropout(0.1), nn.Linear(32, 2))
         data = torch.randn(300, 2)
     options = TrainingOptions(
-        iterations, batch_size=64, warmup=20, seed=seed, checkpoint_every=1 + seed % 7, log_every=20, progress=False
-    )
-    Trainer(field, lambda net, x, key: flux_matching_loss(net, x, SIGMA, seed=key), data, options, folder=folder).run()
+        iterations, batch_size=64, warmup=20, seed=seed, checkpoint_every=1 + seed % 7, log_every=20,
+        accelerator="cpu", progress=False,
+    )  # fmt: skip
+    loss = FluxMatching(field, SIGMA, FluxOptions(horizon=UniformHorizon()))
+    Trainer(loss, data, options, folder=folder).run()
 
 
 def train_and_kill(folder: Path, seed: int, iterations: int, seconds: float | None) -> bool:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import fluxkernels as fk
 from bench.timing import resident
-from fluxmatching import FluxOptions, flux_matching_loss
+from fluxmatching import FluxOptions, UniformHorizon, flux_matching_loss
 from tests.support.ops import OPS, tensors
 
 WARM_UP = 60.0  # seconds in which caches and the allocator fill
@@ -75,6 +75,7 @@ class Training:
     def step(self, rng: random.Random, backend: str) -> None:
         x, sigma2 = torch.randn(rng.randint(2, MOST_POINTS), 2), rng.uniform(0.05, 1)
         options = FluxOptions(
+            horizon=UniformHorizon(),
             estimator=rng.choice(["cross_chain", "single_chain"]),
             second_derivatives=rng.choice(["finite_difference", "double_backward"]),
             backend=backend,

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxkernels as fk
 from bench import records
@@ -24,18 +24,20 @@ from bench.timing import gpu_peak_memory, median_of_repeated, medians, resident_
 from bench.training.problems import images
 from bench.training.results import begin, device_argument
 from experiments.common.networks import TrajectoryTransformer
+from experiments.common.objectives import PlainAttention
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
+    DenoisingScoreMatching,
     EDMField,
     FluxOptions,
+    LogNormalNoise,
     LossNormalizer,
+    NoiseAnnealedFluxMatching,
     Trainer,
     TrainingOptions,
     UNet,
-    dsm_loss,
-    noise_annealed_flux_loss,
+    UniformHorizon,
 )
-from fluxmatching.training import Loss
 
 
 @dataclass(frozen=True)
@@ -78,48 +80,34 @@ class Setting:
             if self.size
             else TrajectoryTransformer(width=self.width)
         )
-        field = EDMField(network, data.std().item()).to(device)
+        field = EDMField(network, data.std().item())
         if self.compiled:
             field.compile()
-        model = nn.ModuleDict({"field": field, "normalizer": LossNormalizer().to(device)})
-        options = TrainingOptions(10**9, self.batch, precision=self.precision, progress=False)
-        return Trainer(model, METHODS[method], data.to(device), options)
+        options = TrainingOptions(10**9, self.batch, precision=self.precision, accelerator=device, progress=False)
+        return Trainer(METHODS[method](field, self.batch), data.to(device), options)
 
 
-def _sigma(device: torch.device) -> Tensor:
-    """EDM's noise levels, log-normal; one per minibatch, from torch's generator, which the trainer sets."""
-    return (-1.2 + 1.2 * torch.randn((), device=device)).exp()
+def flux(field: EDMField, **options: Any) -> nn.Module:
+    """Flux Matching with the paper's first horizon."""
+    return NoiseAnnealedFluxMatching(field, options=FluxOptions(horizon=UniformHorizon(), **options))
 
 
-def score_matching(model: Any, x: Tensor, seed: Tensor) -> Tensor:
-    sigma = _sigma(x.device)
-    loss = dsm_loss(lambda z: model["field"](z, sigma), x, sigma, seed=seed)
-    return model["normalizer"](loss, sigma)
+def double_backward(field: EDMField) -> nn.Module:
+    """The loss as published."""
+    return PlainAttention(field, options=FluxOptions(horizon=UniformHorizon(), second_derivatives="double_backward"))
 
 
-def flux(options: FluxOptions) -> Loss:
-    def loss(model: Any, x: Tensor, seed: Tensor) -> Tensor:
-        return noise_annealed_flux_loss(model["field"], x, _sigma(x.device), model["normalizer"], options, seed=seed)
-
-    return loss
+def score_matching(field: EDMField) -> nn.Module:
+    return DenoisingScoreMatching(field, LogNormalNoise(), normalizer=LossNormalizer(), sigma_per_sample=False)
 
 
-def flux_in_chunks(model: nn.Module, x: Tensor, seed: Tensor) -> Any:
-    return flux(FluxOptions(chunk_size=-(-len(x) // 4)))(model, x, seed)
-
-
-def double_backward(model: nn.Module, x: Tensor, seed: Tensor) -> Any:
-    """The loss as published; fused attention has no double backward."""
-    with sdpa_kernel(SDPBackend.MATH):
-        return flux(FluxOptions(second_derivatives="double_backward"))(model, x, seed)
-
-
-METHODS: dict[str, Loss] = {
-    "score matching": score_matching,
-    "flux": flux(FluxOptions()),
-    "flux, in chunks of a quarter": flux_in_chunks,
-    "flux, half of the ends": flux(FluxOptions(endpoint_fraction=0.5)),
-    "flux, double backward": double_backward,
+# The loss of a field for minibatches of that size.
+METHODS: dict[str, Callable[[EDMField, int], nn.Module]] = {
+    "score matching": lambda field, _: score_matching(field),
+    "flux": lambda field, _: flux(field),
+    "flux, in chunks of a quarter": lambda field, batch: flux(field, chunk_size=-(-batch // 4)),
+    "flux, half of the ends": lambda field, _: flux(field, endpoint_fraction=0.5),
+    "flux, double backward": lambda field, _: double_backward(field),
 }
 CPU = [
     Setting("unet", "UNet, 32 × 32, 32 channels, 2.2 M parameters, batch 8", 8, size=32, width=32, dropout=0.0),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from bench.timing import medians, resident, resident_growth, run_module, timed
 from bench.training.results import begin, device_argument
 from fluxkernels import backends
 from fluxmatching import Trainer, TrainingOptions
-from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity, splicing_loss
+from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity
+from fluxmatching.velocity.fit import SplicingLoss
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -41,14 +42,10 @@ def step_seconds(device: torch.device, names: list[str], repetitions: int) -> di
     """Median of a training step by backend, in one run and taking turns."""
     adata = made_cells(4 * BATCH, GENES)
     x = torch.from_numpy(np.stack([adata.layers["Mu"], adata.layers["Ms"]], -1)).to(device)
-    steps = []
-    for name in names:
-
-        def loss(field: Any, batch: torch.Tensor, seed: torch.Tensor, backend: str = name) -> torch.Tensor:
-            return splicing_loss(field, batch, SIGMA, seed=seed, backend=backend)
-
-        options = TrainingOptions(10**6, BATCH, lr=1e-3, optimizer="adam", ema=0.0, clip=None, progress=False)
-        steps.append(Trainer(SplicingField(GENES).to(device), loss, x, options).step)
+    options = TrainingOptions(
+        10**6, BATCH, lr=1e-3, optimizer="adam", ema=0.0, clip=None, accelerator=str(device), progress=False
+    )
+    steps = [Trainer(SplicingLoss(SplicingField(GENES), SIGMA, name), x, options).step for name in names]
     return dict(zip(names, medians(steps, repetitions), strict=True))
 
 

@@ -1,39 +1,34 @@
-"""Flux Matching, its fast-mixing form and score matching: losses of one model over all noise levels."""
+"""Flux Matching, its fast-mixing form and score matching: losses of one field over all noise levels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.common import figures as style
 from fluxkernels.checks import check_sigma_range
 from fluxmatching import (
+    DenoisingScoreMatching,
     DSMOptions,
     EDMField,
     FluxOptions,
     Horizon,
     LearnedHorizon,
     LossNormalizer,
+    NoiseAnnealedFluxMatching,
+    Trainer,
     TruncatedExponentialHorizon,
     UniformHorizon,
-    dsm_loss,
     mixing_loss,
 )
-from fluxmatching.losses.annealed import annealed_terms
-from fluxmatching.training import Loss
+from fluxmatching.fields import NoisyField
+from fluxmatching.losses.modules import NoiseLevels
 
 FAST, FLUX, DSM = OBJECTIVES = ("fast flux", "flux", "DSM")
 COLORS = {FAST: style.PRESERVING, FLUX: style.FLUX, DSM: style.SCORE_MATCHING}
-
-
-class Noise(Protocol):
-    """Distribution of σ, drawn from torch's generator."""
-
-    def sample(self) -> Tensor: ...
-
-
 # The three of the paper (D.1.1), by the names that configs use.
 HORIZONS: dict[str, Callable[[float], Horizon]] = {
     "learned": lambda tau_max: LearnedHorizon(tau_max=tau_max),
@@ -56,60 +51,68 @@ def stages(config: Any) -> list[int]:
     return [config.iterations * stage // config.evaluations for stage in range(1, config.evaluations + 1)]
 
 
-def make_model(network: nn.Module, sigma_data: float, horizon: Horizon) -> nn.ModuleDict:
-    """Make the field and what is learned beside it: the same parameters for every objective, used or not.
+class PlainAttention(NoiseAnnealedFluxMatching):
+    """Noise-annealed Flux Matching without fused attention, which has no double backward."""
+
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        with sdpa_kernel(SDPBackend.MATH):
+            return super().forward(x, seed=seed)
+
+
+class FastFluxMatching(NoiseAnnealedFluxMatching):
+    """Noise-annealed Flux Matching with the mixing proxy added, ℓ + λ ℓ_mixing (Eq. 45).
 
     Args:
-        network: F(x, c_noise).
-        sigma_data: argument of `EDMField`.
-        horizon: distribution of τ in Flux Matching.
+        field, noise, options: as in `NoiseAnnealedFluxMatching`.
+        mixing_weight: λ.
     """
-    return nn.ModuleDict(
-        {
-            "field": EDMField(network, sigma_data),
-            "normalizer": LossNormalizer(),
-            "horizon": horizon,
-            "mixing": LossNormalizer(),
-        }
-    )
+
+    def __init__(self, field: NoisyField, noise: NoiseLevels, options: FluxOptions, mixing_weight: float) -> None:
+        super().__init__(field, noise, options)
+        self.mixing, self.mixing_weight = LossNormalizer(), mixing_weight
+
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean loss `[]` and what `NoiseAnnealedFluxMatching` logs, with "mixing" added."""
+        loss, logged = super().forward(x, seed=seed)
+        # One number per minibatch, repeated for its samples.
+        mixing = mixing_loss(self.field, x, logged["sigma"], self.mixing, seed=self.key(x, seed))[0]
+        loss = loss + self.mixing_weight * mixing
+        return loss, {**logged, "loss": loss.detach(), "mixing": mixing.detach()}
 
 
 def make_loss(
     objective: str,
-    noise: Noise,
+    field: EDMField,
+    noise: NoiseLevels,
+    horizon: Horizon,
     *,
     backend: str | None,
-    mixing_weight: float = 0.01,
     chunk_size: int | None = None,
-) -> Loss:
-    """Make the noise-annealed loss of a `make_model` (Eq. 11, 45), with one σ per minibatch.
+    mixing_weight: float = 0.01,
+) -> nn.Module:
+    """Make the loss module of an objective, with one σ per minibatch (Eq. 11, 45).
 
-    Score matching has the same noise levels and normalizer, and stable targets (B.3, B.5).
+    Score matching has the same noise levels and normalizer, and stable targets (B.3, B.5). Parts that objectives share
+    start with the same weights if torch's generator and the arguments are the same.
 
     Args:
         objective: one of `OBJECTIVES`.
+        field: f(z, σ).
         noise: distribution of σ.
+        horizon: distribution of τ; not used in score matching.
         backend: backend of the ops.
-        mixing_weight: λ of Eq. 45.
         chunk_size: see `fluxmatching.FluxOptions`.
-
-    Returns:
-        A loss for `Trainer`: one number per sample, and a dictionary with "sigma" and, for Flux Matching, "tau".
+        mixing_weight: λ of Eq. 45.
     """
+    if objective == DSM:
+        dsm = DSMOptions(backend=backend)
+        return DenoisingScoreMatching(field, noise, dsm, normalizer=LossNormalizer(), sigma_per_sample=False)
+    options = FluxOptions(horizon=horizon, chunk_size=chunk_size, backend=backend)
+    if objective == FAST:
+        return FastFluxMatching(field, noise, options, mixing_weight)
+    return NoiseAnnealedFluxMatching(field, noise, options)
 
-    def of_minibatch(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        assert isinstance(model, nn.ModuleDict)
-        sigma = noise.sample().to(x.device)
-        field, normalizer = model["field"], cast(LossNormalizer, model["normalizer"])
-        if objective == DSM:
-            values = dsm_loss(lambda z: field(z, sigma), x, sigma, DSMOptions(backend=backend), seed=seed)
-            return normalizer(values, sigma), {"sigma": sigma}
-        options = FluxOptions(horizon=cast(Horizon, model["horizon"]), chunk_size=chunk_size, backend=backend)
-        terms = annealed_terms(field, x, sigma, normalizer, options, seed=seed)
-        total = terms.total
-        if objective == FAST:
-            mixing = mixing_loss(field, x, sigma, cast(LossNormalizer, model["mixing"]), seed=seed)
-            total = total + mixing_weight * mixing[0]  # one number per minibatch, repeated for its samples
-        return total, {"sigma": sigma, "tau": terms.tau}
 
-    return of_minibatch
+def averaged_field(trainer: Trainer) -> nn.Module:
+    """Return the moving average of the field, with dropout off."""
+    return trainer.average.module.get_submodule("field").eval()

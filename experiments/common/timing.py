@@ -30,7 +30,7 @@ def log_steps(run: Run, objectives: Sequence[str], make: Callable[[str, str], Tr
     for _ in run.bar(range(num_steps + 2), "time of a step"):
         for key, trainer in trainers.items():
             begun = time.perf_counter()
-            trainer.step()  # waits for the loss's value
+            trainer.step().item()  # waits for the device
             times[key].append(time.perf_counter() - begun)
     for (objective, backend), found in times.items():
         if (objective, backend) in done:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.networks import Perceptron, TrajectoryTransformer
+from experiments.common.objectives import PlainAttention, averaged_field
 from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
 from experiments.springs.simulator import trajectories
@@ -21,12 +21,10 @@ from fluxmatching import (
     EDMField,
     FluxOptions,
     LogUniformNoise,
-    NoiseAnnealedFluxMatching,
     Trainer,
     TrainingOptions,
     TruncatedExponentialHorizon,
 )
-from fluxmatching.training import Loss
 
 WINDOWS = 20  # of a loss curve
 # The exact method and the default of the library, by the names in tables and figures.
@@ -62,25 +60,14 @@ PROBLEMS = {
 }
 
 
-def make_model(run: Run, name: str, method: str, sigma_data: float) -> NoiseAnnealedFluxMatching:
+def make_loss(run: Run, name: str, method: str, sigma_data: float) -> PlainAttention:
     """Make the loss module of a problem, with the network's weights drawn from torch's generator."""
-    field = EDMField(PROBLEMS[name].network(run.config.size(name).width), sigma_data)
+    problem = PROBLEMS[name]
+    field = EDMField(problem.network(run.config.size(name).width), sigma_data)
     options = FluxOptions(
         horizon=TruncatedExponentialHorizon(), second_derivatives=METHODS[method], backend=run.backend
     )
-    return NoiseAnnealedFluxMatching(field, options=options)
-
-
-def make_loss(noise: LogUniformNoise) -> Loss:
-    """Make the loss of a minibatch for `Trainer`; σ from torch's generator, which the trainer sets."""
-
-    def loss(model: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sigma = noise.sample().to(x.device)
-        with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward; both methods use this one
-            mean, logged = model(x, sigma, seed=seed)
-        return mean, {"sigma": sigma, "tau": logged["tau"]}
-
-    return loss
+    return PlainAttention(field, problem.noise, options)
 
 
 def train(run: Run, name: str, method: str, seed: int) -> None:
@@ -92,23 +79,25 @@ def train(run: Run, name: str, method: str, seed: int) -> None:
     size = config.size(name)
     data = problem.data(config.data, run.generator("data", name)).to(run.device)
     with run.drawing("weights", name, seed):
-        model = make_model(run, name, method, data.std().item()).to(run.device)
+        loss = make_loss(run, name, method, data.std().item())
     options = TrainingOptions(
-        size.iterations, size.batch, lr=size.lr, optimizer="adam", ema=0.99, seed=run.seed + 1000 * seed, progress=False
-    )
-    trainer = Trainer(model, make_loss(problem.noise), data, options)
+        size.iterations, size.batch, lr=size.lr, optimizer="adam", ema=0.99, seed=run.seed + 1000 * seed,
+        accelerator=str(run.device), progress=False,
+    )  # fmt: skip
+    trainer = Trainer(loss, data, options)
     losses, begun = [], time.perf_counter()
     for _ in run.bar(range(size.iterations), f"{name}, {method}, seed {seed}"):
         losses.append(trainer.step())
+    curve = torch.stack(losses).cpu()  # waits for the device
     seconds = time.perf_counter() - begun
 
     held_out = problem.data(config.samples, run.generator("held out", name)).to(run.device)
     low, high = math.exp(problem.noise.low), math.exp(problem.noise.high)
-    field, generator = trainer.average.module.get_submodule("field"), run.generator("sample", name)
+    field, generator = averaged_field(trainer), run.generator("sample", name)
     samples = sample_reverse_ve(field, held_out, config.sampling_steps, low, high, generator)
     known = {"problem": name, "method": method, "seed": seed}
     logged = {row["window"] for row in run.rows("curve") if all(row[key] == value for key, value in known.items())}
-    for window, part in enumerate(torch.tensor(losses).chunk(WINDOWS)):
+    for window, part in enumerate(curve.chunk(WINDOWS)):
         if window not in logged:
             run.log(kind="curve", **known, window=window, loss=part.mean())
     run.log(kind="result", **known, w2=wasserstein2(samples, held_out), seconds=seconds / size.iterations)

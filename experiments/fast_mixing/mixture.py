@@ -13,10 +13,11 @@ from experiments.common.clock import Clock
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.networks import Perceptron
-from experiments.common.objectives import HORIZONS, OBJECTIVES, make_loss, make_model
+from experiments.common.objectives import HORIZONS, OBJECTIVES, averaged_field, make_loss
 from experiments.common.registry import Paused
 from experiments.common.run import Run
 from fluxmatching import (
+    EDMField,
     LogUniformNoise,
     Trainer,
     TrainingOptions,
@@ -54,23 +55,18 @@ FIELDS = (*OBJECTIVES, *KNOWN)
 
 def make_trainer(run: Run, objective: str, seed: int, *, iterations: int, backend: str | None = None) -> Trainer:
     """A trainer of one field; fields of one seed share initial weights, data, minibatches and noise levels."""
-    config = run.config
+    config, noise = run.config, LogUniformNoise(SIGMA_MIN, SIGMA_MAX)
+    chosen = {"backend": backend or run.backend, "mixing_weight": config.mixture_mixing_weight}
     with run.drawing("mixture weights", seed):
-        horizon = HORIZONS[config.horizon](config.tau_max)
-        model = make_model(Perceptron(2, config.mixture_width), MEANS.std().item(), horizon)
+        field = EDMField(Perceptron(2, config.mixture_width), MEANS.std().item())
+        loss = make_loss(objective, field, noise, HORIZONS[config.horizon](config.tau_max), **chosen)
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
-    loss = make_loss(
-        objective,
-        LogUniformNoise(SIGMA_MIN, SIGMA_MAX),
-        backend=backend or run.backend,
-        mixing_weight=config.mixture_mixing_weight,
-    )
     options = TrainingOptions(
         iterations, config.mixture_batch, lr=1e-3, ema=0.999, warmup=100, progress=run.progress and backend is None,
-        seed=run.generator("mixture training", seed).initial_seed() >> 1,
+        seed=run.generator("mixture training", seed).initial_seed() >> 1, accelerator=str(run.device),
     )  # fmt: skip
     folder = None if backend else run.out / "models" / f"mixture-{objective.replace(' ', '-')}-{seed}"
-    return Trainer(model.to(run.device), loss, data.to(run.device), options, folder=folder)
+    return Trainer(loss, data.to(run.device), options, folder=folder)
 
 
 def study(run: Run, clock: Clock) -> None:
@@ -92,7 +88,7 @@ def study(run: Run, clock: Clock) -> None:
                 trainer.run(clock.left)
                 if trainer.iteration < run.config.mixture_iterations:
                     raise Paused(f"mixture: {name}, seed {seed}, at iteration {trainer.iteration}")
-                field = trainer.average.module.get_submodule("field")
+                field = averaged_field(trainer)
             measure(run, field, name, seed)
 
 

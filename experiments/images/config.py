@@ -80,7 +80,7 @@ class Config:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     def loss_options(self) -> dict[str, Any]:
-        """Options of `make_loss`, apart from the noise."""
+        """Options of `make_loss` that the preset sets."""
         return {"chunk_size": self.chunk_size}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.clock import Clock
-from experiments.common.objectives import stages
+from experiments.common.objectives import averaged_field, stages
 from experiments.common.registry import Paused
 from experiments.common.run import Run
 from experiments.images import fidelity, figures
@@ -18,7 +18,7 @@ from experiments.images.config import SHOWN
 from experiments.images.datasets import Images, to_numbers
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.sampling import sample
-from experiments.images.training import averaged_field, folder, make_trainer
+from experiments.images.training import folder, make_trainer
 from fluxmatching import Trainer
 
 

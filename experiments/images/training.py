@@ -6,13 +6,13 @@ import math
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from experiments.common.objectives import HORIZONS, make_loss, make_model
+from experiments.common.objectives import HORIZONS, make_loss
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.images.datasets import Flipped, Images
-from fluxmatching import LogNormalNoise, Trainer, TrainingOptions, UNet
+from fluxmatching import EDMField, LogNormalNoise, Trainer, TrainingOptions, UNet
 
 SIGMA_DATA = 0.5  # EDM's setting; the deviation of CIFAR-10 in [-1, 1] is 0.50
 
@@ -43,27 +43,23 @@ def make_trainer(
         raise UsageError(f"batch must be at most the {len(images.train)} training images, got {config.batch}")
     try:
         with run.drawing("weights"):
+            field = EDMField(network(run, images.train.shape[-1]), SIGMA_DATA)
             horizon = HORIZONS[config.horizon](config.tau_max)
-            model = make_model(network(run, images.train.shape[-1]), SIGMA_DATA, horizon)
+            chosen = {"backend": backend or run.backend, **config.loss_options()}
+            loss = make_loss(objective, field, LogNormalNoise(), horizon, **chosen)
         options = TrainingOptions(
             iterations, config.batch, lr=config.lr, warmup=config.warmup, ema=config.ema, precision=config.precision,
-            seed=run.generator("training").initial_seed() >> 1, progress=run.progress and folder is not None,
+            seed=run.generator("training").initial_seed() >> 1, accelerator=str(run.device),
+            progress=run.progress and folder is not None,
         )  # fmt: skip
     except ValueError as error:
         raise UsageError(str(error)) from error
-    data = Flipped(images.train, config.flips, run.device)
-    loss = make_loss(objective, LogNormalNoise(), backend=backend or run.backend, **config.loss_options())
-    return Trainer(model.to(run.device), loss, data, options, folder=folder)
+    return Trainer(loss, Flipped(images.train, config.flips, run.device), options, folder=folder)
 
 
 def folder(run: Run, objective: str) -> Path:
     """Folder of a model's checkpoints and of its kept samples."""
     return run.out / "models" / objective
-
-
-def averaged_field(trainer: Trainer) -> nn.Module:
-    """The moving average of the field, with dropout off."""
-    return trainer.average.module.get_submodule("field").eval()
 
 
 def start_noise(run: Run, count: int, shape: tuple[int, ...], batch: int) -> Tensor:

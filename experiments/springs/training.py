@@ -10,12 +10,12 @@ from torch import Tensor
 
 from experiments.common.distances import wasserstein2
 from experiments.common.networks import TrajectoryTransformer
-from experiments.common.objectives import DSM, FLUX, HORIZONS, make_loss, make_model, stages
+from experiments.common.objectives import DSM, FLUX, HORIZONS, averaged_field, make_loss, stages
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
 from experiments.springs.simulator import trajectories
-from fluxmatching import LogUniformNoise, Trainer, TrainingOptions
+from fluxmatching import EDMField, LogUniformNoise, Trainer, TrainingOptions
 
 OBJECTIVES = (FLUX, DSM)
 FULL, CAUSAL = MASKS = ("full", "causal")
@@ -46,19 +46,19 @@ def make_trainer(
 ) -> Trainer:
     """A trainer that stops at `iterations`; models of one seed share initial weights, minibatches and noise levels."""
     config, samples = run.config, data(run)
+    noise = LogUniformNoise(config.sigma_min, config.sigma_max)
     with run.drawing("weights", seed):
         network = TrajectoryTransformer(
             samples.shape[1], width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )
-        model = make_model(network, samples.std().item(), HORIZONS[config.horizon](config.tau_max))
+        field, horizon = EDMField(network, samples.std().item()), HORIZONS[config.horizon](config.tau_max)
+        loss = make_loss(objective, field, noise, horizon, backend=backend or run.backend)
     options = TrainingOptions(
         iterations, config.batch, lr=config.lr, optimizer="adam", warmup=config.warmup, ema=config.ema,
         seed=run.generator("training", seed).initial_seed() >> 1,
-        progress=run.progress and folder is not None,
+        accelerator=str(run.device), progress=run.progress and folder is not None,
     )  # fmt: skip
-    noise = LogUniformNoise(config.sigma_min, config.sigma_max)
-    loss = make_loss(objective, noise, backend=backend or run.backend)
-    return Trainer(model.to(run.device), loss, samples, options, folder=folder)
+    return Trainer(loss, samples, options, folder=folder)
 
 
 def train(run: Run, objective: str, mask: str, seed: int) -> None:
@@ -81,7 +81,7 @@ def train(run: Run, objective: str, mask: str, seed: int) -> None:
 
 def sample(run: Run, trainer: Trainer, real: Tensor, seed: int) -> Tensor:
     """Trajectories of the averaged field, from the same noise for all models and stages of a seed."""
-    config, field = run.config, trainer.average.module.get_submodule("field")
+    config, field = run.config, averaged_field(trainer)
     like = real[:1].expand(config.samples, -1, -1)
     generator = run.generator("sample", seed)
     return sample_reverse_ve(field, like, config.sampling_steps, config.sigma_min, config.sigma_max, generator)
@@ -98,7 +98,7 @@ def log_sizes(run: Run) -> None:
                 continue
             folder = samples_file(run, objective, mask, seed).parent
             trainer = make_trainer(run, objective, mask, seed, iterations=run.config.iterations, folder=folder)
-            field = trainer.average.module.get_submodule("field")
+            field = averaged_field(trainer)
             for sigma in wanted:
                 noise = torch.randn(x.shape, generator=run.generator("size")).to(x)
                 with torch.no_grad():

@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor, nn
 
+from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
 from fluxmatching import (
+    DenoisingScoreMatching,
     DSMOptions,
+    FluxMatching,
     FluxOptions,
     Trainer,
     TrainingOptions,
     TruncatedExponentialHorizon,
-    dsm_loss,
-    flux_matching_loss,
 )
-from fluxmatching.training import Loss
 
 OBJECTIVES = ("flux", "dsm")
 EMA_DECAY = 0.998
@@ -68,8 +68,8 @@ def make_field(run: Run, data: Tensor, sigma: float) -> CausalField:
     return field.to(run.device)
 
 
-def make_loss(run: Run, objective: str, sigma: float) -> Loss:
-    """Make the loss of an objective for `Trainer`.
+def make_loss(run: Run, objective: str, field: CausalField, sigma: float) -> nn.Module:
+    """Make the loss module of an objective.
 
     Raises:
         ValueError: there is no objective of that name.
@@ -77,11 +77,9 @@ def make_loss(run: Run, objective: str, sigma: float) -> Loss:
     if objective not in OBJECTIVES:
         raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if objective == "dsm":
-        dsm = DSMOptions(backend=run.backend)
-        return lambda model, x, seed: dsm_loss(model, x, sigma, dsm, seed=seed)
-    horizon = TruncatedExponentialHorizon(HORIZON_RATE).to(run.device)
-    flux = FluxOptions(horizon=horizon, divergence="exact", backend=run.backend)
-    return lambda model, x, seed: flux_matching_loss(model, x, sigma, flux, seed=seed)
+        return DenoisingScoreMatching(field, sigma, DSMOptions(backend=run.backend))
+    horizon = TruncatedExponentialHorizon(HORIZON_RATE)
+    return FluxMatching(field, sigma, FluxOptions(horizon=horizon, divergence="exact", backend=run.backend))
 
 
 def make_trainer(run: Run, objective: str, data: Tensor, sigma: float) -> Trainer:
@@ -102,11 +100,11 @@ def make_trainer(run: Run, objective: str, data: Tensor, sigma: float) -> Traine
         ema=EMA_DECAY,
         clip=None,
         seed=run.generator("train", objective).initial_seed() >> 1,
+        accelerator=str(run.device),
         progress=False,
     )
     return Trainer(
-        make_field(run, data, sigma),
-        make_loss(run, objective, sigma),
+        make_loss(run, objective, make_field(run, data, sigma), sigma),
         data,
         options,
         folder=run.out / "models" / objective,
@@ -123,11 +121,11 @@ def train(run: Run, objective: str, data: Tensor, sigma: float) -> nn.Module:
         bar.update(trainer.iteration)
         while trainer.iteration < config.steps:
             steps = min(config.log_every, config.steps - trainer.iteration)
-            mean = sum(trainer.step() for _ in range(steps)) / steps
+            mean = torch.stack([trainer.step() for _ in range(steps)]).double().mean().item()
             if trainer.iteration not in logged:
                 run.log(kind="train", objective=objective, step=trainer.iteration, loss=mean)
             trainer.save()
             run.save_seconds()
             bar.update(steps)
             bar.set_postfix(loss=f"{mean:.3g}")
-    return trainer.average.requires_grad_(False)
+    return averaged_field(trainer).requires_grad_(False)

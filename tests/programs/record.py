@@ -85,7 +85,7 @@ def losses(backend: str, dtype: torch.dtype) -> Records:
         for d in ("hutchinson", "exact")
     ]
     variants += [{"chunk_size": 5}, {"endpoint_fraction": 0.5}, {"num_steps": 2}]
-    variants += [{"horizon": fm.TruncatedExponentialHorizon()}, {"horizon": fm.LearnedHorizon(8)}]
+    variants += [{"horizon": fm.UniformHorizon()}, {"horizon": fm.LearnedHorizon(8)}]
     for number, variant in enumerate(variants):
         options = fm.FluxOptions(backend=backend, **variant)
         for seed in (7, None):
@@ -124,12 +124,10 @@ def samplers(backend: str, dtype: torch.dtype) -> Records:
 def training(backend: str, dtype: torch.dtype) -> Records:
     data = torch.randn(100, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     options = fm.FluxOptions(backend=backend)
-    settings = fm.TrainingOptions(iterations=20, batch_size=16, warmup=5, progress=False)
-    trainer = fm.Trainer(
-        Network(3, dtype), lambda net, x, seed: fm.flux_matching_loss(net, x, 0.25, options, seed=seed), data, settings
-    )
+    settings = fm.TrainingOptions(iterations=20, batch_size=16, warmup=5, accelerator="cpu", progress=False)
+    trainer = fm.Trainer(fm.FluxMatching(Network(3, dtype), 0.25, options), data, settings)
     trainer.run()
-    yield "training", [*trainer.model.parameters(), *trainer.average.module.parameters()]
+    yield "training", [*trainer.loss.parameters(), *trainer.average.module.parameters()]
 
 
 def velocity(backend: str, dtype: torch.dtype) -> Records:
