@@ -31,7 +31,7 @@ def all_gather_samples(function: str, x: Tensor) -> Tensor:
     return whole
 
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64)
 _MAX_DIMENSIONS = 16
 
 
@@ -46,9 +46,7 @@ def _check_same_layout(function: str, name: str, x: Tensor) -> None:
             f"rank {rank} {row[2 : 2 + row[1]]} {_DTYPES[row[0]]}"
             for rank, row in enumerate(layout.tolist() for layout in layouts)
         )
-        raise ValueError(
-            f"{function}: {name} must have the same shape and dtype in all processes to be gathered, got {found}"
-        )
+        raise ValueError(f"{function}: {name} must have the same shape and dtype in all processes, got {found}")
 
 
 @lru_cache(maxsize=1)
@@ -78,6 +76,7 @@ def check_shared(function: str, name: str, value: Tensor) -> None:
     """Raise ValueError in all processes unless all of them have the same value; not checked on an accelerator."""
     if not can_check_values(value):
         return
+    _check_same_layout(function, name, value)
     least, most = value.clone(), value.clone()
     dist.all_reduce(least, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -111,8 +110,9 @@ class JointMinibatch:
         """
         if self.size == 1:
             return x, seed
+        samples = all_gather_samples(function, x)
         check_shared(function, "sigma", sigma)
-        return all_gather_samples(function, x), shared_seed(seed, x.device)
+        return samples, shared_seed(seed, x.device)
 
     def own_endpoints(self, x: Tensor, endpoints: Tensor | None) -> Tensor | None:
         """Return the indices of `endpoints` (None: of all samples of x) that this process differentiates; None: all."""

@@ -30,15 +30,12 @@ def without_engine(function: str, field: Callable[..., Tensor]) -> Callable[...,
         network: nn.Module = field.module
         return network
     if _is_fabric_module(field):
-        return _in_precision_of(field)
+        return _InPrecision(field)
     for network in networks_of(field):
         for module in network.modules():
-            if _is_fabric_module(module) or (isinstance(module, DistributedDataParallel) and module.static_graph):
-                kind = (
-                    "DistributedDataParallel(static_graph=True)"
-                    if isinstance(module, nn.parallel.DistributedDataParallel)
-                    else "a module of Fabric"
-                )
+            static = isinstance(module, DistributedDataParallel) and module.static_graph
+            if static or _is_fabric_module(module):
+                kind = "DistributedDataParallel(static_graph=True)" if static else "a module of Fabric"
                 raise TypeError(
                     f"{function}: field is a function that calls {kind}, which does not allow several evaluations per "
                     f"step; {_ADVICE}, or pass the wrapped network itself as field"
@@ -70,13 +67,14 @@ def _is_fabric_module(module: object) -> bool:
     return any(kind.__name__ == "_FabricModule" for kind in type(module).__mro__)
 
 
-def _in_precision_of(wrapper: Any) -> Callable[..., Tensor]:
-    """Return a function that calls a Fabric module's network in the precision that Fabric gives it."""
-    precision = wrapper._strategy.precision
+class _InPrecision:
+    """A Fabric module's network, called in the precision that Fabric gives it."""
 
-    def call(*args: Tensor) -> Tensor:
-        with precision.forward_context():
-            result: Tensor = precision.convert_output(wrapper.module(*precision.convert_input(args)))
+    def __init__(self, wrapper: Any) -> None:
+        self.network: nn.Module = wrapper.module
+        self.precision = wrapper._strategy.precision
+
+    def __call__(self, *args: Tensor) -> Tensor:
+        with self.precision.forward_context():
+            result: Tensor = self.precision.convert_output(self.network(*self.precision.convert_input(args)))
         return result
-
-    return call

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 from torch.overrides import TorchFunctionMode
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -124,6 +125,12 @@ def _detached(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_detached, value))
     return value
+
+
+# `torch.compile` may look inside the handler, but must not compile it by itself: it would then keep the function of the
+# first call for all later ones, so that a - b became a + b (PyTorch 2.13).
+for _function in (DetachedParameters.__torch_function__, _detached):
+    skip_code(_function.__code__)
 
 
 def pull_back(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _DROPOUT = torch.ops.aten.native_dropout.default
@@ -85,6 +86,9 @@ class _Dispatch(TorchDispatchMode):
             return func(*args, **kwargs)
         _check_replayable(func, args)
         return self.handle(func, args, kwargs)
+
+
+skip_code(_Dispatch.__torch_dispatch__.__code__)  # see `fluxmatching.field_modules`
 
 
 def _draws_nothing(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:

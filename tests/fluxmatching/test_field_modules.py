@@ -166,6 +166,40 @@ def test_a_compiled_network_is_never_differentiated_twice(frozen: bool) -> None:
         torch.testing.assert_close(central, expected, rtol=1e-3, atol=1e-4)
 
 
+class Broken(nn.Module):
+    """A network that torch.compile runs in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, z: Tensor) -> Tensor:
+        hidden = self.net[:-1](z)
+        for k in range(2):
+            torch._dynamo.graph_break()
+            hidden = hidden + 0.1 * k
+            torch._dynamo.graph_break()
+            hidden = hidden - 0.3
+        return self.net[-1](hidden)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_network_compiled_in_pieces_computes_the_same(whole: bool) -> None:
+    """From the first call on, by itself and inside of a loss that is compiled."""
+    torch.compiler.reset()
+    field, x = Broken(), torch.randn(8, 2, dtype=F64)
+
+    def loss(field: nn.Module, x: Tensor) -> Tensor:
+        return flux_loss(field, x, 0.7, seed=1, second_derivatives="finite_difference", backend="torch")
+
+    expected = loss(field, x)
+    called = torch.compile(loss, backend="eager") if whole else loss
+    compiled = field if whole else torch.compile(field, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(called(compiled, x), expected, rtol=1e-12, atol=1e-13)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("second_derivatives", ["double_backward", "finite_difference"])
 def test_activations_may_be_checkpointed(second_derivatives: str) -> None:
     """Computed a second time in the backward pass, with the dropout masks of the first."""

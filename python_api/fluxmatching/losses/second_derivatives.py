@@ -232,8 +232,8 @@ def _pull_back_both(
         gradient, f = _pull_back(field, torch.cat(points), torch.cat(cotangents))
         after = generator_states(device)
         if before is None or after is None or all(map(torch.equal, before, after)):
-            rows = len(points[0])
-            return (gradient[:rows], f[:rows]), (gradient[rows:], f[rows:])
+            (forward, backward), (f_forward, f_backward) = gradient.chunk(2), f.chunk(2)
+            return (forward, f_forward), (backward, f_backward)
     if is_compiled(field):
         raise NotImplementedError(
             "the field is compiled and draws random numbers, which differ between the two sides of a finite "
