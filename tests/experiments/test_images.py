@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from experiments.common.clock import Clock
 from experiments.common.data import data_folders
-from experiments.common.objectives import DSM, FAST, FLUX, make_loss, make_model
+from experiments.common.objectives import DSM, FAST, FLUX, averaged_field, make_loss
 from experiments.common.registry import Paused, UsageError
 from experiments.common.run import Run
 from experiments.images import EXPERIMENT, datasets, fidelity, stages
@@ -26,7 +27,7 @@ from experiments.images.experiment import main
 from experiments.images.figures import tile
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.training import make_trainer, network
-from fluxmatching import LearnedHorizon, LogNormalNoise, Trainer
+from fluxmatching import EDMField, LearnedHorizon, LogNormalNoise, Trainer
 
 
 def pickled(count: int, seed: int) -> tuple[bytes, np.ndarray]:
@@ -245,7 +246,7 @@ def test_the_best_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     best = stages.best_field(run, FLUX, data)
     first = make_trainer(make_run(tmp_path / "first"), FLUX, data, iterations=2)
     first.run()
-    for p, q in zip(best.parameters(), first.average.module["field"].parameters(), strict=True):
+    for p, q in zip(best.parameters(), averaged_field(first).parameters(), strict=True):
         assert torch.equal(p, q)
 
 
@@ -253,14 +254,14 @@ def test_time_that_is_up_and_further_commands(tmp_path: Path, finished: Run, mon
     """Flux steps take three times as long here, so one objective is always ahead; the end is that of one command."""
     clock = {"now": 0.0}
     monkeypatch.setattr(time, "monotonic", lambda: clock["now"])
-    step = Trainer.step
+    iterate = Trainer._train_iteration
 
-    def slow(self: Trainer) -> float:
+    def slow(self: Trainer) -> dict[str, Tensor]:
         if self.folder is not None:  # not those that are timed
             clock["now"] += 3.0 if self.folder.name == FLUX else 1.0
-        return step(self)
+        return iterate(self)
 
-    monkeypatch.setattr(Trainer, "step", slow)
+    monkeypatch.setattr(Trainer, "_train_iteration", slow)
     run = make_run(tmp_path, minutes=6 / 60)
     said = []
     while not (tmp_path / "summary.md").exists():
@@ -285,24 +286,35 @@ def test_objectives_share_weights_and_options(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     data = datasets.load("shapes")
     trainers = {o: make_trainer(run, o, data, iterations=1) for o in (FLUX, DSM)}
-    first = trainers[FLUX].model.state_dict()
-    assert all(torch.equal(value, first[name]) for name, value in trainers[DSM].model.state_dict().items())
+    first = trainers[FLUX].loss.state_dict()
+    for name, value in trainers[DSM].loss.named_parameters():
+        assert torch.equal(value, first[name])
     assert trainers[FLUX].options == trainers[DSM].options
+
+
+class Scaled(torch.nn.Module):
+    """F(x, c_noise) = w x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        return self.weight * x
 
 
 @pytest.mark.parametrize("objective", [FLUX, FAST, DSM])
 def test_every_objective_trains_what_it_uses(objective: str) -> None:
     torch.manual_seed(0)
-    model = make_model(lambda x, c: weight * x, 0.5, LearnedHorizon())
-    weight = torch.nn.Parameter(torch.ones(()))
-    values, details = make_loss(objective, LogNormalNoise(), backend="torch")(model, torch.randn(8, 2), torch.tensor(1))
-    assert values.shape == (8,)
-    values.mean().backward()
-    assert weight.grad is not None
-    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
-    wanted = {FLUX: {"normalizer", "horizon"}, FAST: {"normalizer", "horizon", "mixing"}, DSM: {"normalizer"}}
-    assert trained == wanted[objective]
-    assert set(details) == ({"sigma"} if objective == DSM else {"sigma", "tau"})
+    field = EDMField(Scaled(), 0.5)
+    loss = make_loss(objective, field, LogNormalNoise(), LearnedHorizon(), backend="torch")
+    value, logged = loss(torch.randn(8, 2), seed=1)
+    value.backward()
+    assert {name for name, p in loss.named_parameters() if p.grad is None} == set()
+    more = {FLUX: {"horizon"}, FAST: {"horizon", "mixing"}, DSM: set()}[objective]
+    assert {name.split(".")[0] for name, _ in loss.named_parameters()} == {"field", "normalizer"} | more
+    assert logged["sigma"].shape == ()
+    assert torch.equal(logged["loss"], value)
 
 
 def test_paper_preset_has_the_papers_network(tmp_path: Path) -> None:
@@ -320,7 +332,7 @@ def test_paper_preset_has_the_papers_network(tmp_path: Path) -> None:
         ({"evaluations": 5}, "evaluations must be at most iterations, got 5 and 4"),
         ({"samples": 10}, "samples must be at least 64, got 10"),
         ({"sigma_min": 100.0}, "0 < sigma_min < sigma_max must hold, got 100.0 and 80.0"),
-        ({"precision": "fp16"}, "precision must be one of 32-true, bf16-mixed, got 'fp16'"),
+        ({"precision": "fp16"}, "precision must be one of 32-true, bf16-mixed, 16-mixed, 64-true, got 'fp16'"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], text: str) -> None:
