@@ -8,7 +8,12 @@
 """
 
 from fluxmatching.edm import EDMField
-from fluxmatching.fields import field_from_denoiser, field_from_noise_prediction, field_from_velocity
+from fluxmatching.fields import (
+    field_from_denoiser,
+    field_from_diffusers,
+    field_from_noise_prediction,
+    field_from_velocity,
+)
 from fluxmatching.losses.annealed import LossNormalizer, noise_annealed_flux_loss
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
@@ -55,6 +60,7 @@ __all__ = [
     "edm_heun",
     "exponential_schedule",
     "field_from_denoiser",
+    "field_from_diffusers",
     "field_from_noise_prediction",
     "field_from_velocity",
     "flux_matching_loss",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from fluxmatching.field_modules import networks_of
 
 Field = Callable[[Tensor], Tensor]  # f(z), z `[n, *event]`, each sample by itself
 NoisyField = Callable[[Tensor, Tensor], Tensor]  # f(z, σ), σ of shape `[]`
@@ -15,10 +18,18 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> T
     """Return field(z, *condition) in the dtype of z.
 
     Raises:
-        TypeError: the result is no tensor of floating-point numbers.
+        TypeError: the result is no tensor of floating-point numbers, or the field computes in another dtype than z.
         ValueError: the result has another shape than z.
     """
-    f = field(z, *condition)
+    try:
+        f = field(z, *condition)
+    except RuntimeError as error:
+        if (dtype := _other_dtype(field, z, error)) is None:
+            raise
+        raise TypeError(
+            f"field has parameters in {dtype}, its input is {z.dtype}; convert one of them, such as by "
+            f"x.to({dtype}) or field.to({z.dtype})"
+        ) from error
     if not isinstance(f, Tensor):
         raise TypeError(f"field must return a torch.Tensor, got {type(f).__name__}")
     if f.shape != z.shape:
@@ -26,6 +37,14 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> T
     if not f.is_floating_point():
         raise TypeError(f"field must return floating-point numbers, got {f.dtype}")
     return f.to(z.dtype)
+
+
+def _other_dtype(field: Callable[..., Tensor], z: Tensor, error: RuntimeError) -> torch.dtype | None:
+    """Return the dtype of the field's parameters if an error is about it being another than that of z."""
+    if not any(words in str(error) for words in ("dtype", "scalar type", "same type")):
+        return None
+    found = {p.dtype for network in networks_of(field) for p in network.parameters() if p.is_floating_point()}
+    return next(iter(found)) if len(found) == 1 and z.dtype not in found else None
 
 
 class AdaptedField(nn.Module):
@@ -43,7 +62,7 @@ class AdaptedField(nn.Module):
 
     def forward(self, z: Tensor, sigma: Tensor | float) -> Tensor:
         level = torch.as_tensor(sigma, dtype=z.dtype, device=z.device)
-        if level.ndim > 1 or (level.ndim == 1 and len(level) != len(z)):
+        if level.ndim > 1 or (level.ndim == 1 and level.shape != z.shape[:1]):
             raise ValueError(
                 f"{type(self).__name__}: sigma must be one number or one per sample, got shape {list(level.shape)}"
             )
@@ -74,6 +93,25 @@ class VelocityField(AdaptedField):
     def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
         level = per_sample(sigma, z)
         return (self.prediction(z / (1 + level), 1 / (1 + sigma)) - z) / (level * (1 + level))
+
+
+class DiffusersField(AdaptedField):
+    """Field of `field_from_diffusers`."""
+
+    def __init__(self, network: nn.Module, log_sigmas: Tensor) -> None:
+        super().__init__(network)
+        self.register_buffer("log_sigmas", log_sigmas, persistent=False)
+
+    def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
+        levels = cast(Tensor, self.log_sigmas).to(z.dtype)
+        wanted = sigma.log().reshape(-1).contiguous()
+        below = torch.searchsorted(levels, wanted).clamp(1, len(levels) - 1) - 1
+        time = below + (wanted - levels[below]) / (levels[below + 1] - levels[below])
+        time = time.clamp(0, len(levels) - 1).expand(len(z))
+        level = per_sample(sigma, z)
+        found = self.prediction(z / (1 + level.square()).sqrt(), time)
+        noise = found if isinstance(found, Tensor) else found.sample  # type: ignore[attr-defined]
+        return -noise / level
 
 
 def field_from_denoiser(denoiser: NoisyField) -> DenoiserField:
@@ -113,6 +151,31 @@ def field_from_velocity(velocity: NoisyField) -> VelocityField:
         f(z, σ), the score where v is the marginal velocity of the path.
     """
     return VelocityField(velocity)
+
+
+def field_from_diffusers(network: nn.Module, scheduler: Any) -> DiffusersField:
+    """Make the field f(z, σ) = -ε(x_t, t)/σ from a noise prediction network of diffusers and its scheduler.
+
+    The scheduler's steps x_t = √ᾱ_t x + √(1 - ᾱ_t) n are those of z = x_t/√ᾱ_t at σ² = (1 - ᾱ_t)/ᾱ_t. Between two of
+    them t is interpolated linearly in log σ. A network that was trained in this form is sampled by the pipelines of
+    diffusers, such as `DDIMPipeline(network, scheduler)`.
+
+    Args:
+        network: such as `UNet2DModel`; network(x_t, t) returns ε, or an object with ε as `sample`.
+        scheduler: with `alphas_cumprod` `[steps]`, such as `DDPMScheduler`, and prediction_type "epsilon".
+
+    Raises:
+        TypeError: the scheduler has no `alphas_cumprod`.
+        ValueError: it predicts something else than the noise.
+    """
+    products = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(products, Tensor):
+        raise TypeError(f"field_from_diffusers: scheduler must have alphas_cumprod, got {type(scheduler).__name__}")
+    kind = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
+    if kind != "epsilon":
+        raise ValueError(f"field_from_diffusers: prediction_type of the scheduler must be 'epsilon', got {kind!r}")
+    products = products.double()
+    return DiffusersField(network, (((1 - products) / products).log() / 2).float())
 
 
 def per_sample(values: Tensor, z: Tensor) -> Tensor:

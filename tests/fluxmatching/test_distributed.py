@@ -1,72 +1,150 @@
-"""Two processes under torchrun do what one does with the joint minibatch."""
+"""Several processes under torchrun do what one does with the joint minibatch, whatever engine wraps the loss."""
 
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fluxmatching import Trainer, TrainingOptions
-from tests.programs.two_processes import F64, network
-from tests.support.losses import flux_loss
+from fluxmatching import FluxMatching, FluxOptions, Trainer, TrainingOptions
+from tests.programs.distributed_training import F64, SIGMA, data, network
+from tests.support.processes import environment
 
-ROOT = Path(__file__).parents[2]
+Rows = list[dict[str, Any]]
+
+
+def started(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), "-m", *map(str, arguments),
+    ]  # fmt: skip
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def rows_of(processes: int, *arguments: object) -> Rows:
+    process = started(processes, *arguments)
+    out, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-4000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("run")
+def two() -> Rows:
+    return rows_of(2, "tests.programs.engines")
 
 
 @pytest.fixture(scope="module")
-def found(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "tests/programs/two_processes.py", str(folder)],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        check=False, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row["what"]: row for row in rows}
+def four() -> Rows:
+    return rows_of(4, "tests.programs.engines", "DDP", "FSDP2, nested")
 
 
-def test_gradients_are_those_of_the_joint_minibatch(found: dict[str, dict[str, Any]]) -> None:
-    errors = {what: row["error"] for what, row in found.items() if what.startswith("gathered")}
-    assert len(errors) == 7
-    # A share of 0.01 of 24 is one end: one process differentiates nothing at all.
+@pytest.mark.parametrize(("processes", "count"), [("two", 9), ("four", 2)])
+def test_every_engine_gives_a_loss_module_the_gradients_of_one_process(
+    processes: str, count: int, request: pytest.FixtureRequest
+) -> None:
+    """With and without gathering; finite differences, and for DDP also a double backward."""
+    rows = [row for row in request.getfixturevalue(processes) if row["what"] == "module"]
+    assert len({row["engine"] for row in rows}) == count
+    assert len({row["loss"] for row in rows}) == 3
+    assert not [row for row in rows if not row["error"] < 1e-6]
+
+
+def test_a_wrapped_field_gives_the_same_gradients_or_is_refused(two: Rows) -> None:
+    """A function hides the wrapper, so that it cannot be avoided: two engines would count its calls."""
+    rows = [row for row in two if row["what"] == "function"]
+    assert len(rows) == 32
+    refused = [row for row in rows if "refused" in row]
+    assert {(row["engine"], row["hidden"]) for row in refused} == {("DDP(static_graph)", True), ("Fabric", True)}
+    assert all("wrap the loss module in place of the field" in row["refused"] for row in refused)
+    assert not [row for row in rows if "error" in row and not row["error"] < 1e-6]
+
+
+def test_every_option_of_the_loss_works_on_a_joint_minibatch(two: Rows) -> None:
+    # A fraction of 0.01 of 16 is one end: one process differentiates nothing at all.
+    errors = {row["options"]: row["error"] for row in two if row["what"] == "option"}
+    assert len(errors) == 8
     assert all(error < 1e-12 for error in errors.values()), errors
 
 
-def test_without_gathering_the_estimates_are_the_processes_own(found: dict[str, dict[str, Any]]) -> None:
-    assert found["local"]["error"] > 1e-3
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        (
+            "sigma",
+            "ValueError: flux_matching_loss: sigma must be the same in all processes, got values from 0.1 to 1.1",
+        ),
+        (
+            "samples",
+            "x must have the same shape and dtype in all processes, got rank 0 [8, 2] torch.float32; rank 1 [7",
+        ),
+        ("dtypes", "got rank 0 [8, 2] torch.float32; rank 1 [8, 2] torch.float64"),
+        ("double backward under FSDP", "does not work on a network whose parameters FSDP shards"),
+    ],
+)
+def test_mistakes_raise_an_error_in_every_process(name: str, text: str, two: Rows) -> None:
+    (row,) = [row for row in two if row["what"] == "refused" and row["name"] == name]
+    assert len(row["messages"]) == 2
+    assert all(text in message for message in row["messages"]), row
 
 
-def test_training_ends_where_one_process_with_twice_the_minibatch_ends(
-    found: dict[str, dict[str, Any]], folder: Path
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "nested")])
+def test_training_ends_where_one_process_with_the_joint_minibatch_ends(
+    processes: int, strategy: str, tmp_path: Path
 ) -> None:
-    x = torch.randn(24, 2, dtype=F64, generator=torch.Generator().manual_seed(1))
-    trainer = Trainer(
-        network(), lambda net, batch, seed: flux_loss(net, batch, 0.7, seed=seed), x,
-        TrainingOptions(iterations=7, batch_size=12, progress=False),
-    )  # fmt: skip
+    rows = {row["what"]: row for row in rows_of(processes, "tests.programs.distributed_training", strategy, tmp_path)}
+    alone = trained_alone(7)
+    for name, module in (("loss", alone.loss), ("average", alone.average.module)):
+        wanted = torch.cat([p.detach().flatten() for p in module.parameters()])
+        torch.testing.assert_close(torch.tensor(rows[name]["values"], dtype=F64), wanted, rtol=1e-9, atol=1e-11)
+    assert rows["resumed"]["different"] == []
+    assert [row[0] for row in csv.reader((tmp_path / "metrics.csv").open())] == ["iteration", "3", "6", "7"]
+    if strategy == "ddp":
+        for what in (
+            "replicas at the start",
+            "replicas after three steps",
+            "replicas with a reference set",
+            "gradients",
+        ):
+            assert rows[what]["error"] == 0, what
+        assert rows["replicas with a reference set"]["kept"] == 32
+        # Dropout's random numbers repeat neither from iteration to iteration nor from process to process.
+        assert rows["own numbers"]["different"] == rows["own numbers"]["drawn"] == 4 * processes
+
+
+def trained_alone(iterations: int) -> Trainer:
+    loss = FluxMatching(network(), SIGMA, FluxOptions(second_derivatives="finite_difference"))
+    options = TrainingOptions(iterations, 24, accelerator="cpu", clip=0.5, progress=False)
+    trainer = Trainer(loss, data(), options)
     trainer.run()
-    state = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
-    torch.testing.assert_close(torch.tensor(found["state"]["values"], dtype=F64), state, rtol=1e-9, atol=1e-11)
-    assert found["processes agree"]["error"] == 0
-    assert found["resumed"]["error"] == 0
-    assert [row[0] for row in csv.reader((folder / "metrics.csv").open())] == ["iteration", "3", "6", "7"]
+    return trainer
 
 
-def test_noise_levels_that_differ_are_refused(found: dict[str, dict[str, Any]]) -> None:
-    assert found["refused"]["error"] == 0
-
-
-def test_no_process_repeats_the_numbers_of_another(found: dict[str, dict[str, Any]]) -> None:
-    assert found["own numbers"]["error"] == 0
+def test_a_run_of_two_processes_that_is_killed_resumes(tmp_path: Path) -> None:
+    """SIGKILL of all processes at once, while most of the time a checkpoint is written."""
+    last, reached = tmp_path / "last.pt", 0
+    for k in range(2):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = started(2, "tests.programs.distributed_training", "ddp", tmp_path, 100_000)
+        while not last.exists() or last.stat().st_mtime_ns == before:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.05 + 0.1 * k)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        before, reached = reached, torch.load(last, weights_only=True)["iteration"]
+        assert before < reached
+    rows_of(2, "tests.programs.distributed_training", "ddp", tmp_path, reached + 3)
+    state = torch.load(last, weights_only=True)
+    assert state["iteration"] == reached + 3
+    for name, value in trained_alone(reached + 3).loss.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(state["loss"][name], value, rtol=1e-9, atol=1e-11)

@@ -12,48 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.loggers import CSVLogger
 from torch import Tensor, nn
 
-from fluxmatching import Trainer, TrainingError, TrainingOptions
-from tests.support.losses import flux_loss
+from fluxmatching import FluxMatching, Trainer, TrainingError
+from tests.support.training import OPTIONS, assert_same, data, loss, model, trained
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = TrainingOptions(iterations=12, batch_size=16, checkpoint_every=5, log_every=4, progress=False, ema=0.9)
-
-
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 2))
-
-
-def data() -> Tensor:
-    return torch.randn(70, 2, generator=torch.Generator().manual_seed(1))
-
-
-def loss(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
-    return flux_loss(net, x, 0.7, seed=seed)
-
-
-def trained(options: TrainingOptions = OPTIONS, **more: Any) -> Trainer:
-    trainer = Trainer(model(), loss, data(), options, **more)
-    trainer.run()
-    return trainer
-
-
-def assert_same(a: Trainer, b: Trainer) -> None:
-    assert a.iteration == b.iteration
-    for first, second in ((a.model, b.model), (a.average, b.average)):
-        for (name, p), q in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-            assert torch.equal(p, q), name
-    for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
-        for key, value in a.optimizer.state[p].items():
-            assert torch.equal(value, b.optimizer.state[q][key])
 
 
 def test_time_that_is_up_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     """At least one iteration is made, so that commands with too little time get somewhere too."""
     parts = 0
-    while (trainer := Trainer(model(), loss, data(), OPTIONS, folder=tmp_path)).iteration < OPTIONS.iterations:
+    while (trainer := Trainer(loss(), data(), OPTIONS, folder=tmp_path)).iteration < OPTIONS.iterations:
         trainer.run(seconds=0.0)
         parts += 1
     assert parts == OPTIONS.iterations
@@ -66,29 +37,29 @@ def test_time_that_is_up_leaves_a_checkpoint_to_go_on_from(tmp_path: Path) -> No
 def test_any_seed(seed: int) -> None:
     options = replace(OPTIONS, seed=seed)
     assert_same(trained(options), trained(options))
-    assert not torch.equal(trained(options).model[0].weight, trained().model[0].weight)
+    assert not torch.equal(trained(options).loss.field[0].weight, trained().loss.field[0].weight)
 
 
 def test_is_the_loop_one_would_write() -> None:
     """Plain SGD-style code with torch's own optimizer, given the same minibatches and seeds."""
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def recorded(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+    def recorded(found: Any, x: Tensor, seed: Tensor) -> Any:
         seen.append((x, seed))
-        return loss(net, x, seed)
+        return found
 
     options = replace(OPTIONS, warmup=5, clip=0.1, lr=0.01)
-    net = model().eval()
-    trainer = Trainer(net, recorded, data(), options)
+    net = loss(recorded).eval()
+    trainer = Trainer(net, data(), options)
     trainer.run()
 
-    other = model().eval()
+    other = loss().eval()
     optimizer = torch.optim.AdamW(other.parameters(), lr=0.01, weight_decay=0.0)
     average: list[Tensor] = []
     for k, (x, seed) in enumerate(seen):
         optimizer.param_groups[0]["lr"] = 0.01 * min(1, (k + 1) / 5)
         optimizer.zero_grad()
-        loss(other, x, seed).mean().backward()
+        other(x, seed=seed)[0].backward()
         nn.utils.clip_grad_norm_(other.parameters(), 0.1)
         optimizer.step()
         now = [p.detach().clone() for p in other.parameters()]
@@ -110,23 +81,23 @@ def test_learning_rate_follows_a_schedule_across_a_resume(tmp_path: Path) -> Non
     whole = trained(options, lr_factor=halved)
     assert whole.optimizer.param_groups[0]["lr"] == 0.01 * 0.5**7
     asked.clear()
-    trainer = Trainer(model(), loss, data(), options, folder=tmp_path, lr_factor=halved)
+    trainer = Trainer(loss(), data(), options, folder=tmp_path, lr_factor=halved)
     trainer.run(seconds=0.0)
     assert trainer.optimizer.param_groups[0]["lr"] == 0.005
     resumed = trained(options, folder=tmp_path, lr_factor=halved)
     assert asked == list(range(8))
     assert_same(whole, resumed)
-    assert not torch.equal(resumed.model[0].weight, trained(options).model[0].weight)
+    assert not torch.equal(resumed.loss.field[0].weight, trained(options).loss.field[0].weight)
 
 
 def test_each_pass_shows_every_sample_once_in_an_order_of_its_own() -> None:
     seen: list[Tensor] = []
 
-    def recorded(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+    def recorded(found: Any, x: Tensor, seed: Tensor) -> Any:
         seen.append(x)
-        return loss(net, x, seed)
+        return found
 
-    Trainer(model(), recorded, data(), OPTIONS).run()
+    Trainer(loss(recorded), data(), OPTIONS).run()
     passes = [torch.cat(seen[k : k + 4]) for k in (0, 4, 8)]  # four minibatches of 16 out of 70
     for samples in passes:
         assert len(samples.unique(dim=0)) == 64
@@ -134,7 +105,7 @@ def test_each_pass_shows_every_sample_once_in_an_order_of_its_own() -> None:
 
 
 def test_torch_generators_are_left_alone() -> None:
-    trainer = Trainer(model(), loss, data(), OPTIONS)
+    trainer = Trainer(loss(), data(), OPTIONS)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -146,18 +117,17 @@ def test_torch_generators_are_left_alone() -> None:
 def test_interrupted_and_resumed_equals_uninterrupted(stop: int, tmp_path: Path) -> None:
     """Stopped as by Ctrl-C, at a checkpoint or between two: dropout, seeds, order, moments and average go on."""
     whole = trained(folder=tmp_path / "whole")
-    begun = Trainer(model(), loss, data(), OPTIONS, folder=tmp_path / "parts")
-    original = begun.step
+    begun = Trainer(loss(), data(), OPTIONS, folder=tmp_path / "parts")
 
-    def step() -> float:
+    def interrupted(found: Any, x: Tensor, seed: Tensor) -> Any:
         if begun.iteration == stop:
             raise KeyboardInterrupt
-        return original()
+        return found
 
-    begun.step = step  # type: ignore[method-assign]
+    begun.loss.change = interrupted  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         begun.run()
-    resumed = Trainer(model(), loss, data(), OPTIONS, folder=tmp_path / "parts")
+    resumed = Trainer(loss(), data(), OPTIONS, folder=tmp_path / "parts")
     assert resumed.iteration == stop // 5 * 5
     resumed.run()
     assert_same(whole, resumed)
@@ -201,7 +171,7 @@ def test_killed_again_and_again_it_ends_as_if_it_had_not_been(tmp_path: Path) ->
         time.sleep(0.05 + 0.07 * k)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        resumed = Trainer(model(), loss, data(), replace(OPTIONS, iterations=400, checkpoint_every=1), folder=tmp_path)
+        resumed = Trainer(loss(), data(), replace(OPTIONS, iterations=400, checkpoint_every=1), folder=tmp_path)
         assert 0 < resumed.iteration < 400
         assert list(tmp_path.glob("part-*")) == []
     options = replace(OPTIONS, iterations=400)
@@ -213,71 +183,72 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage: str, tmp_path:
     trained(folder=tmp_path)
     last = tmp_path / "last.pt"
     whole = last.read_bytes()
-    weights = trained().model[0].weight.detach().numpy().tobytes()
+    weights = trained().loss.field[0].weight.detach().numpy().tobytes()
     assert weights in whole
     # Damaged numbers are still a file that torch reads: only the archive's checksums know.
     last.write_bytes(whole[:1000] if damage == "cut" else whole.replace(weights[:8], b"\xff" * 8))
     with pytest.warns(UserWarning, match=r"last\.pt \(\w+\) in .* cannot be read; previous\.pt is used"):
-        resumed = Trainer(model(), loss, data(), OPTIONS, folder=tmp_path)
+        resumed = Trainer(loss(), data(), OPTIONS, folder=tmp_path)
     assert resumed.iteration == 10
     resumed.run()
     assert_same(resumed, trained())
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes(b"no")
     with pytest.raises(TrainingError, match=r"no checkpoint in .* can be read: last\.pt \(\w+\), previous\.pt \(\w+\)"):
-        Trainer(model(), loss, data(), OPTIONS, folder=tmp_path)
+        Trainer(loss(), data(), OPTIONS, folder=tmp_path)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_stops_and_leaves_the_model_as_it_was(what: str, tmp_path: Path) -> None:
-    def breaks(net: nn.Module, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        values = loss(net, x, seed)
+    def breaks(found: Any, x: Tensor, seed: Tensor) -> Any:
+        value, logged = found
         if trainer.iteration == 7:
-            values = values * float("nan") if what == "loss" else values + (values - values.detach()).abs().sqrt()
-        return values, {"sigma": torch.tensor(0.25), "tau": torch.tensor(1.5)}
+            value = value * float("nan") if what == "loss" else value + (value - value.detach()).abs().sqrt()
+        return value, logged | {"sigma": torch.tensor(0.25), "tau": torch.tensor(1.5)}
 
-    trainer = Trainer(model(), breaks, data(), OPTIONS, folder=tmp_path)
-    with pytest.raises(TrainingError, match=rf"iteration 7: the {what} is not finite \(.*sigma 0\.25, tau 1\.5\)"):
+    trainer = Trainer(loss(breaks), data(), OPTIONS, folder=tmp_path)
+    with pytest.raises(TrainingError, match=rf"iteration 7: the {what} is not finite \(.*tau 1\.5, sigma 0\.25"):
         trainer.run()
     assert_same(trainer, trained(replace(OPTIONS, iterations=7)))
-    assert Trainer(model(), loss, data(), OPTIONS, folder=tmp_path).iteration == 5
+    assert Trainer(loss(), data(), OPTIONS, folder=tmp_path).iteration == 5
 
 
 def test_a_network_that_turns_nan_stops_with_sigma_and_tau(tmp_path: Path) -> None:
     """On a CPU the loss itself refuses it, before there is a number to look at."""
-
-    def breaks(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
-        if trainer.iteration == 7:
-            nn.init.constant_(net[0].weight, float("nan"))
-        return loss(net, x, seed)
-
-    trainer = Trainer(model(), breaks, data(), OPTIONS, folder=tmp_path)
-    said = r"iteration 7: .*field must be finite, got NaN or infinity at sigma 0\.7, tau [\d.]+; .*last good checkpoint"
+    trainer = Trainer(loss(), data(), OPTIONS, folder=tmp_path)
+    for _ in range(5):
+        trainer.step()
+    trainer.save()
+    nn.init.constant_(trainer.loss.field[0].bias, float("nan"))
+    said = r"iteration 5: .*field must be finite, got NaN or infinity at sigma 0\.7, tau [\d.]+; .*last good checkpoint"
     with pytest.raises(TrainingError, match=said):
         trainer.run()
-    assert Trainer(model(), loss, data(), OPTIONS, folder=tmp_path).iteration == 5
+    assert Trainer(loss(), data(), OPTIONS, folder=tmp_path).iteration == 5
 
 
 def test_errors_of_the_loss_that_are_no_numbers_are_its_own() -> None:
-    def breaks(net: nn.Module, x: Tensor, seed: Tensor) -> Tensor:
+    def breaks(*_: Any) -> Any:
         raise ValueError("some mistake")
 
     with pytest.raises(ValueError, match="some mistake"):
-        Trainer(model(), breaks, data(), OPTIONS).step()
+        Trainer(loss(breaks), data(), OPTIONS).step()
 
 
-@pytest.mark.parametrize("result", [1.0, [1.0], (torch.ones(2), 3)])
+@pytest.mark.parametrize("result", [1.0, [1.0], (torch.ones(()), 3), torch.ones(2)])
 def test_a_loss_that_returns_something_else(result: Any) -> None:
-    with pytest.raises(TypeError, match="loss must return a tensor with one number per sample"):
-        Trainer(model(), lambda *_: result, data(), OPTIONS).step()
+    with pytest.raises(
+        TypeError, match=r"forward of the loss must return its mean, a tensor of shape \[\], or that and"
+    ):
+        Trainer(loss(lambda *_: result), data(), OPTIONS).step()
 
 
-def test_details_may_be_numbers() -> None:
-    trainer = Trainer(
-        model(), lambda net, x, seed: (loss(net, x, seed) * float("nan"), {"sigma": 0.25}), data(), OPTIONS
-    )
+def test_what_is_logged_may_be_numbers_or_nothing() -> None:
+    nan = Trainer(loss(lambda found, x, seed: (found[0] * float("nan"), {"sigma": 0.25})), data(), OPTIONS)
     with pytest.raises(TrainingError, match=r"sigma 0\.25"):
-        trainer.step()
+        nan.step()
+    alone = Trainer(loss(lambda found, x, seed: found[0]), data(), OPTIONS)
+    alone.run()
+    assert_same(alone, trained())
 
 
 def test_samples_need_not_be_a_tensor() -> None:
@@ -294,7 +265,7 @@ def test_samples_need_not_be_a_tensor() -> None:
 
 
 def _trained_on(samples: Any) -> Trainer:
-    trainer = Trainer(model(), loss, samples, OPTIONS)
+    trainer = Trainer(loss(), samples, OPTIONS)
     trainer.run()
     return trainer
 
@@ -303,7 +274,7 @@ def test_numbers_of_numpy_are_kept_as_pythons(tmp_path: Path) -> None:
     """Others would make checkpoints that cannot be read safely."""
     options = replace(OPTIONS, lr=np.float64(1e-3), ema=np.float32(0.5), iterations=np.int64(12), seed=np.int32(0))
     trained(options, folder=tmp_path)
-    assert Trainer(model(), loss, data(), options, folder=tmp_path).iteration == 12
+    assert Trainer(loss(), data(), options, folder=tmp_path).iteration == 12
 
 
 @pytest.mark.parametrize(
@@ -317,24 +288,24 @@ def test_options_of_a_wrong_type(name: str, value: Any) -> None:
 
 def test_save_without_a_folder() -> None:
     with pytest.raises(ValueError, match="save needs the folder"):
-        Trainer(model(), loss, data(), OPTIONS).save()
+        Trainer(loss(), data(), OPTIONS).save()
 
 
 def test_a_checkpoint_of_another_model_or_other_data_is_refused(tmp_path: Path) -> None:
     trained(folder=tmp_path)
     with pytest.raises(ValueError, match=r"last\.pt belongs to another model"):
-        Trainer(nn.Linear(2, 2), loss, data(), OPTIONS, folder=tmp_path)
+        Trainer(FluxMatching(nn.Linear(2, 2), 0.7), data(), OPTIONS, folder=tmp_path)
     with pytest.raises(ValueError, match="samples 70 there, 60 here"):
-        Trainer(model(), loss, data()[:60], OPTIONS, folder=tmp_path)
-    torch.save({"model": {}}, tmp_path / "last.pt")
+        Trainer(loss(), data()[:60], OPTIONS, folder=tmp_path)
+    torch.save({"loss": {}}, tmp_path / "last.pt")
     with pytest.warns(UserWarning, match=r"last\.pt \(KeyError\)"):
-        Trainer(model(), loss, data(), OPTIONS, folder=tmp_path)
+        Trainer(loss(), data(), OPTIONS, folder=tmp_path)
 
 
 def test_bfloat16_trains_parameters_in_float32() -> None:
     trainer = trained(replace(OPTIONS, precision="bf16-mixed"))
-    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
-    assert not torch.equal(trainer.model[0].weight, trained().model[0].weight)
+    assert all(p.dtype == torch.float32 for p in trainer.loss.parameters())
+    assert not torch.equal(trainer.loss.field[0].weight, trained().loss.field[0].weight)
 
 
 def test_progress_says_loss_speed_and_memory(capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,23 +316,18 @@ def test_progress_says_loss_speed_and_memory(capsys: pytest.CaptureFixture[str])
     assert "memory=" in said
 
 
-def test_tensorboard_is_asked_for_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="tensorboard needs a folder"):
-        trained(replace(OPTIONS, tensorboard=True))
-    try:
-        import tensorboard  # noqa: F401
-    except ImportError:
-        with pytest.raises(ImportError, match="pip install tensorboard"):
-            trained(replace(OPTIONS, tensorboard=True), folder=tmp_path)
-    else:
-        trained(replace(OPTIONS, tensorboard=True), folder=tmp_path)
-        assert list(tmp_path.glob("events.*"))
+def test_loggers_receive_the_rows(tmp_path: Path) -> None:
+    trained(loggers=[CSVLogger(tmp_path, name="run", flush_logs_every_n_steps=1)])
+    (file,) = tmp_path.rglob("metrics.csv")
+    rows = list(csv.DictReader(file.open()))
+    assert [row["step"] for row in rows] == ["4", "8", "12"]
+    assert {"loss", "lr", "tau", "iterations_per_second"} <= set(rows[0])
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     trained(folder=tmp_path)
     with pytest.raises(ValueError, match=r"run with other options: lr 0\.001 there, 0\.1 here; seed 0 there, 3 here"):
-        Trainer(model(), loss, data(), replace(OPTIONS, lr=0.1, seed=3), folder=tmp_path)
+        Trainer(loss(), data(), replace(OPTIONS, lr=0.1, seed=3), folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -369,7 +335,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     [
         ("iterations", 0), ("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("clip", -1.0), ("warmup", -1),
         ("weight_decay", -0.1), ("ema", 1.0), ("optimizer", "sgd"), ("precision", "fp8"), ("log_every", 0),
-        ("checkpoint_every", 0),
+        ("checkpoint_every", 0), ("accumulate", 0), ("devices", 0), ("num_nodes", -1),
     ],
 )  # fmt: skip
 def test_bad_options(name: str, value: Any) -> None:
@@ -379,17 +345,17 @@ def test_bad_options(name: str, value: Any) -> None:
 
 def test_fewer_samples_than_a_minibatch() -> None:
     with pytest.raises(ValueError, match="batch_size must be at most the 70 samples, got 71"):
-        Trainer(model(), loss, data(), replace(OPTIONS, batch_size=71))
+        Trainer(loss(), data(), replace(OPTIONS, batch_size=71))
 
 
-def test_a_model_with_nothing_to_train() -> None:
-    for nothing in (nn.Tanh(), model().requires_grad_(False)):
-        with pytest.raises(ValueError, match="model must have parameters that need a gradient, got"):
-            Trainer(nothing, loss, data(), OPTIONS)
+def test_a_loss_with_nothing_to_train() -> None:
+    for nothing in (nn.Tanh(), loss().requires_grad_(False)):
+        with pytest.raises(ValueError, match="loss must have parameters that need a gradient, got"):
+            Trainer(nothing, data(), OPTIONS)
 
 
 def test_arguments_of_another_kind() -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got function"):
-        Trainer(loss, loss, data(), OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"loss must be a torch\.nn\.Module, got function"):
+        Trainer(loss, data(), OPTIONS)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="options must be TrainingOptions, got NoneType"):
-        Trainer(model(), loss, data(), None)  # type: ignore[arg-type]
+        Trainer(loss(), data(), None)  # type: ignore[arg-type]

@@ -13,13 +13,18 @@ ROOT = Path(__file__).parents[2]
 PROCESSES = min(8, os.cpu_count() or 1)
 
 
-def run(module: str, arguments: Sequence[object], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """Run a module and return the JSON lines that it prints."""
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a program: the packages of this checkout, one thread, and `more`."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python_api"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+
+
+def run(module: str, arguments: Sequence[object], more: dict[str, str]) -> list[dict[str, Any]]:
+    """Run a module and return the JSON lines that it prints."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        env=environment(**more),
         capture_output=True,
         text=True,
         check=False,
@@ -29,8 +34,8 @@ def run(module: str, arguments: Sequence[object], environment: dict[str, str]) -
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def run_in_parts(module: str, *arguments: object, **environment: str) -> list[dict[str, Any]]:
+def run_in_parts(module: str, *arguments: object, **more: str) -> list[dict[str, Any]]:
     """Run a module whose last arguments are PART PARTS, with its work shared out over processes."""
     with ThreadPoolExecutor(PROCESSES) as pool:
-        parts = [pool.submit(run, module, (*arguments, k, PROCESSES), environment) for k in range(PROCESSES)]
+        parts = [pool.submit(run, module, (*arguments, k, PROCESSES), more) for k in range(PROCESSES)]
         return [row for part in parts for row in part.result()]

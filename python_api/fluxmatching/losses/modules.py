@@ -74,6 +74,11 @@ class LossModule(nn.Module):
         """Return the seed of this call, an int64 tensor `[]`; None draws one from torch's generator."""
         name = type(self).__name__
         check_tensor(name, "x", x)
+        if x.dtype in (torch.float16, torch.bfloat16):
+            raise TypeError(
+                f"{name}: x must be float32 or float64, got {x.dtype}; Fabric's mixed precision rounds the data, "
+                f"Fabric(plugins=[fluxmatching.training.mixed_precision('bf16-mixed', 'cuda')]) the network only"
+            )
         check_seed(name, seed)
         rank, processes = rank_and_size()
         if self.gather_across_ranks and processes > 1:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LAST, PREVIOUS = "last.pt", "previous.pt"
-ENTRIES = {"iteration", "options", "samples", "processes", "recent", "loss", "average", "optimizer"}
+ENTRIES = {"iteration", "options", "samples", "processes", "recent", "loss", "loss scale", "average", "optimizer"}
 
 State = dict[str, Any]
 

@@ -261,6 +261,7 @@ class Trainer:
             "samples": len(self.minibatches.data),
             "processes": self.processes,
             "recent": [value.item() for value in self.recent],
+            "loss scale": self.fabric.strategy.precision.state_dict(),
             **state_of(self.loss, self.average, self.optimizer.optimizer),
         }
 
@@ -276,6 +277,7 @@ class Trainer:
                 load_state(state, self.loss, self.average, self.optimizer.optimizer)
         except (RuntimeError, ValueError, KeyError) as error:
             raise ValueError(f"Trainer: {file} belongs to another model: {error}") from error
+        self.fabric.strategy.precision.load_state_dict(state["loss scale"])
         self.iteration = state["iteration"]
         self.recent[:] = [torch.tensor(value, device=self.fabric.device) for value in state["recent"]]
 

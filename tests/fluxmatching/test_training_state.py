@@ -1,0 +1,183 @@
+"""What training takes and keeps: data, checkpoints of any module, compiled modules, devices, reference sets."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fluxmatching import FluxMatching, Trainer, TrainingError, dsm_loss
+from tests.support.training import OPTIONS, ChangedLoss, assert_same, data, loss, model, trained
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 70
+
+    def __getitem__(self, index: Any) -> Any:
+        return data()[index], index
+
+
+@pytest.mark.parametrize(
+    ("samples", "text"),
+    [
+        ([torch.zeros(2)] * 70, r"data must be a tensor \[samples, \*event\], or an object with .*; got list"),
+        (
+            torch.utils.data.Subset(torch.utils.data.TensorDataset(data()), range(70)),
+            "Subset does not take a tensor of indices",
+        ),
+        (Pairs(), "data must return a tensor for indices, got tuple"),
+        (iter([1]), "got list_iterator"),
+        (data().to_sparse(), r"data must be a dense tensor, got layout torch\.sparse_coo"),
+        (data().to_mkldnn(), r"data must be a dense tensor, got layout torch\._mkldnn"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(samples: Any, text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        Trainer(loss(), samples, OPTIONS)
+
+
+def test_data_of_another_precision_than_the_network_is_named() -> None:
+    with pytest.raises(
+        TypeError, match=r"field has parameters in torch\.float32, its input is torch\.float64; convert"
+    ):
+        Trainer(loss(), data().double(), OPTIONS).step()
+    with pytest.raises(TypeError, match=r"field has parameters in torch\.float64, its input is torch\.float32"):
+        dsm_loss(model().double(), data(), 0.7)
+    both = Trainer(loss(), data(), replace(OPTIONS, precision="64-true"))
+    both.run()
+    assert both.average.module.field[0].weight.dtype == torch.float64
+
+
+class Extra(nn.Module):
+    """A module that keeps something of its own in checkpoints."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def get_extra_state(self) -> Any:
+        return self.kept
+
+    def set_extra_state(self, state: Any) -> None:
+        self.kept = state
+
+
+def loss_with(kept: Any) -> ChangedLoss:
+    module = loss()
+    module.extra = Extra(kept)
+    return module
+
+
+@pytest.mark.parametrize("kept", [{"scale": 0.5, "names": ["a", None]}, torch.ones(3), 7])
+def test_what_a_module_keeps_is_resumed(kept: Any, tmp_path: Path) -> None:
+    Trainer(loss_with(kept), data(), OPTIONS, folder=tmp_path).run()
+    module = loss_with(None)
+    Trainer(module, data(), OPTIONS, folder=tmp_path)
+    assert str(module.extra.kept) == str(kept)
+
+
+@pytest.mark.parametrize("kept", [{"scale": np.float64(0.5)}, Path("x"), lambda: 0, [object()]])
+def test_what_cannot_be_read_again_is_refused_before_training(kept: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"'loss' cannot be kept in a checkpoint, .*convert what get_extra_state or stat"
+    ):
+        Trainer(loss_with(kept), data(), OPTIONS, folder=tmp_path)
+    assert Trainer(loss_with(kept), data(), OPTIONS).iteration == 0  # without checkpoints there is nothing to keep
+
+
+def test_a_type_that_turns_up_during_training_spoils_no_checkpoint(tmp_path: Path) -> None:
+    module = loss_with(1.0)
+    trainer = Trainer(module, data(), OPTIONS, folder=tmp_path)
+    trainer.step()
+    trainer.save()
+    module.extra.kept = np.float64(2.0)
+    with pytest.raises(TypeError, match="cannot be kept in a checkpoint"):
+        trainer.save()
+    module = loss_with(0.0)
+    assert Trainer(module, data(), OPTIONS, folder=tmp_path).iteration == 1
+    assert module.extra.kept == 1.0
+
+
+def test_a_sound_file_with_a_refused_type_is_not_called_damaged(tmp_path: Path) -> None:
+    trained(folder=tmp_path)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(state | {"iteration": np.float64(12.0)}, tmp_path / "last.pt")
+    with pytest.raises(TrainingError, match=r"last\.pt is sound but holds a type that cannot be read safely: .*numpy"):
+        Trainer(loss(), data(), OPTIONS, folder=tmp_path)
+
+
+def test_compiled_and_uncompiled_resume_each_other(tmp_path: Path) -> None:
+    def until(iterations: int, module: nn.Module) -> Trainer:
+        trainer = Trainer(module, data(), replace(OPTIONS, iterations=iterations), folder=tmp_path)
+        trainer.run()
+        return trainer
+
+    torch.compiler.reset()
+    inside = loss()
+    inside.field = torch.compile(inside.field, backend="eager")
+    steps = [
+        until(k, m) for k, m in ((3, torch.compile(loss(), backend="eager")), (5, loss()), (7, inside), (9, loss()))
+    ]
+    # The same numbers, whatever is compiled: backend "eager" runs the same kernels.
+    assert_same(steps[-1], trained(replace(OPTIONS, iterations=9)))
+    torch.compiler.reset()
+
+
+def test_the_default_device_decides_nothing(tmp_path: Path) -> None:
+    module, samples = loss(), data()
+    torch.set_default_device("meta")
+    try:
+        Trainer(module, samples, OPTIONS, folder=tmp_path).run()
+        resumed = Trainer(module, samples, replace(OPTIONS, iterations=14), folder=tmp_path)
+        resumed.run()
+    finally:
+        torch.set_default_device(None)
+    assert_same(resumed, trained(replace(OPTIONS, iterations=14)))
+
+
+def test_gradients_are_averaged_over_accumulated_minibatches() -> None:
+    """Two minibatches per step: the loop one would write with the same minibatches and seeds."""
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def recorded(found: Any, x: Tensor, seed: Tensor) -> Any:
+        seen.append((x, seed))
+        return found
+
+    options = replace(OPTIONS, accumulate=2, iterations=2, clip=None)
+    trainer = Trainer(loss(recorded).eval(), data(), options)
+    trainer.run()
+    other = loss().eval()
+    optimizer = torch.optim.AdamW(other.parameters(), lr=options.lr, weight_decay=0.0)
+    for k in range(0, 4, 2):
+        optimizer.zero_grad()
+        for x, seed in seen[k : k + 2]:
+            (other(x, seed=seed)[0] / 2).backward()
+        optimizer.step()
+    assert len({int(seed) for _, seed in seen}) == 4
+    for p, q in zip(trainer.loss.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_reference_set_of_the_newest_samples_is_resumed(tmp_path: Path) -> None:
+    def module() -> FluxMatching:
+        return FluxMatching(model(), 0.7, refs=40)
+
+    whole = Trainer(module(), data(), OPTIONS)
+    whole.run()
+    Trainer(module(), data(), OPTIONS, folder=tmp_path).run(seconds=0.0)
+    resumed = Trainer(module(), data(), OPTIONS, folder=tmp_path)
+    resumed.run()
+    assert_same(whole, resumed)
+    assert torch.equal(whole.loss.refs.newest, resumed.loss.refs.newest)
+    assert not torch.equal(whole.loss.field[0].weight, trained().loss.field[0].weight)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_precisions_of_the_engine_train(precision: str) -> None:
+    trainer = trained(replace(OPTIONS, precision=precision))
+    kind = torch.float64 if precision == "64-true" else torch.float32
+    assert all(p.dtype == kind and p.isfinite().all() for p in trainer.loss.parameters())
