@@ -1,7 +1,11 @@
-"""Numbers that have to reach the device of the points without making the host wait for that device."""
+"""Where the values of tensors are, and how a number reaches the device of the points without making the host wait."""
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from fluxkernels.transforms import transforms_active
 
@@ -13,9 +17,36 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def is_tracing() -> bool:
+    """Return True while PyTorch records a graph or propagates shapes alone: no value may be read then.
+
+    That is inside of `torch.compile`, `torch.export`, `make_fx`, `torch.jit.trace` and `FakeTensorMode`.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    # PyTorch has no public function for this. The tests trace in each mode, and fail if a release moves these names.
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return fake is not None or get_proxy_mode() is not None or torch._C._get_tracing_state() is not None
+
+
+def has_values(t: Tensor) -> bool:
+    """Return True if `t` has values that a program may depend on here, even if reading them takes long."""
+    return not (t.is_meta or is_tracing() or transforms_active() or isinstance(t, FakeTensor))
+
+
 def can_check_values(t: Tensor) -> bool:
     """Return True if reading the values of `t` is cheap, and allowed here."""
-    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
+    return t.device.type == "cpu" and has_values(t)
+
+
+def autocast_enabled(device: torch.device) -> bool:
+    """Return whether autocast is on for a device; "meta" is one that has none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off, on a device that has it."""
+    return torch.autocast(device.type, enabled=False) if autocast_enabled(device) else nullcontext()
 
 
 def on_device(name: str, value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

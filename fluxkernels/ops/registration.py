@@ -1,6 +1,7 @@
 """Registration of ops: one schema, implementations looked up by the name of the backend, autograd by recomputing."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from fluxkernels import reference
 from fluxkernels.backend import implementation
+from fluxkernels.devices import no_autocast
 from fluxkernels.transforms import transforms_active
 
 Formula = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -48,9 +50,8 @@ class Op:
         self.registered.register_autograd(backward, setup_context=setup_context)
 
 
-def _no_autocast(inputs: Sequence[Any]) -> torch.autocast:
-    device = next(t for t in inputs if isinstance(t, Tensor)).device
-    return torch.autocast(device.type, enabled=False)
+def _no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[object]:
+    return no_autocast(next(t for t in inputs if isinstance(t, Tensor)).device)
 
 
 def vector_jacobian(

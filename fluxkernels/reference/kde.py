@@ -5,22 +5,29 @@ import math
 import torch
 from torch import Tensor
 
+from fluxkernels.devices import has_values
 from fluxkernels.reference.blocks import DIRECT_DIMENSIONS, blocks, center, map_blocks, upcast
-from fluxkernels.transforms import transforms_active
 
+# Dimensions whose differences are formed at once, for all pairs of a block, where values cannot be read.
+DIMENSIONS_AT_ONCE = 64
 # Pairs that are recomputed from their differences at once, where the matrix product has canceled.
 NEAR_PAIRS = 4096
 
 
 def squared_distances(z: Tensor, refs: Tensor) -> Tensor:
     """|z_n - r_j|², `[B, N, M]`, for centered z `[B, N, D]` and refs `[B, M, D]`."""
-    # The correction below depends on values, which torch.func's transforms do not allow.
-    if z.shape[-1] <= DIRECT_DIMENSIONS or transforms_active():
+    if z.shape[-1] <= DIRECT_DIMENSIONS:
         first, *others = range(z.shape[-1])
         total = (z[..., first, None] - refs[..., None, :, first]).square()
         for d in others:
             difference = z[..., d, None] - refs[..., None, :, d]
             total = torch.addcmul(total, difference, difference)
+        return total
+    if not has_values(z):  # which the correction below depends on
+        parts = zip(z.split(DIMENSIONS_AT_ONCE, -1), refs.split(DIMENSIONS_AT_ONCE, -1), strict=True)
+        total, *others = ((a.unsqueeze(-2) - b.unsqueeze(-3)).square().sum(-1) for a, b in parts)
+        for other in others:
+            total = total + other
         return total
     norms = z.square().sum(-1).unsqueeze(-1) + refs.square().sum(-1).unsqueeze(-2)
     total = torch.baddbmm(norms, z, refs.mT, alpha=-2)

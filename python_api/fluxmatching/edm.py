@@ -40,9 +40,9 @@ class EDMField(nn.Module):
 
     def forward(self, z: Tensor, sigma: Tensor | float) -> Tensor:
         sigma = torch.as_tensor(sigma, device=z.device)
-        if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) != len(z)):
+        if sigma.ndim > 1 or (sigma.ndim == 1 and sigma.shape != z.shape[:1]):
             raise ValueError(f"EDMField: sigma must be one number or one per sample, got shape {list(sigma.shape)}")
-        sigma = sigma.to(z).expand(len(z))
+        sigma = sigma.to(z).expand(z.shape[:1])
         level = per_sample(sigma, z)
         norm = (level.square() + self.sigma_data**2).sqrt()
         output = self.network(z / norm, sigma.log() / 4)

@@ -48,7 +48,7 @@ class Draws:
                     f"{['num_steps', *x.shape]}, got {list(self.chain.shape)}"
                 )
         if self.endpoints is not None:
-            self._check_endpoints(function, self.endpoints, len(x))
+            self._check_endpoints(function, self.endpoints, x.shape[0])
         if self.tau is not None:
             check_tensor(function, "draws.tau", self.tau)
             if list(self.tau.shape) != [strata] or strata == 1:
@@ -88,7 +88,7 @@ class Draws:
             from_key += missing if seed is not None else []
             parts = {name: getattr(seeded, name)() for name in from_key}
         if request.num_endpoints is not None and self.endpoints is None:
-            order = torch.rand(len(x), device=x.device) if seed is None else seeded.order()
+            order = torch.rand(x.shape[:1], device=x.device) if seed is None else seeded.order()
             parts["endpoints"] = order.argsort()[: request.num_endpoints]
         if seed is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
@@ -189,7 +189,7 @@ class _SeededDraws:
 
     def order(self) -> Tensor:
         """Uniform numbers, one per sample; the endpoints with the smallest are differentiated."""
-        return philox.uniform(self.key, (1, len(self.request.x)), philox.ENDPOINTS, self._dtype)[0]
+        return philox.uniform(self.key, (1, self.request.x.shape[0]), philox.ENDPOINTS, self._dtype)[0]
 
     def probe(self) -> Tensor:
         """ε, shape of x, in the order of the elements of x."""

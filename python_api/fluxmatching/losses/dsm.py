@@ -80,7 +80,7 @@ def dsm_loss(
     grouping = Grouping(function, x, grouped=False)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x))
     level, variance = as_sigma(function, sigma, like=x)
-    if level.ndim > 1 or (level.ndim == 1 and len(level) != len(x)):
+    if level.ndim > 1 or (level.ndim == 1 and level.shape != x.shape[:1]):
         raise ValueError(f"{function}: sigma must be one number or one per sample, got shape {list(level.shape)}")
     start = _start(function, x, draws, seed, grouping)
     scale, weight = per_sample(level, x), per_sample(variance, x)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fluxkernels import philox
 from fluxkernels.checks import as_number_tensor, check_finite, check_num_steps, check_positive, check_seed, check_tensor
+from fluxkernels.devices import no_autocast
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.losses.annealed import LossNormalizer
 
@@ -122,6 +123,6 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, *, epsilon: float = 0.05, iteratio
     scaling = (blur / diameter) ** (1 / (iterations - 2.5)) if diameter > blur else 0.5
     loss = SamplesLoss("sinkhorn", p=2, blur=blur, diameter=max(diameter, blur), scaling=scaling, backend="tensorized")
     # geomloss makes its weights on the default device, and leaves gradients enabled, whatever they were before.
-    with x.device, torch.autocast(x.device.type, enabled=False), torch.set_grad_enabled(torch.is_grad_enabled()):
+    with x.device, no_autocast(x.device), torch.set_grad_enabled(torch.is_grad_enabled()):
         found: Tensor = loss(x, y)
     return found

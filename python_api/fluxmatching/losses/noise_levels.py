@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxkernels.checks import check_sigma_range
+from fluxkernels.devices import no_autocast
 
 
 class LogNormalNoise:
@@ -86,5 +87,5 @@ class LinearInLogSigma(nn.Module):
     def forward(self, sigma: Tensor) -> Tensor:
         """Return the shape of sigma, in the dtype and on the device of the parameters."""
         features = sigma.to(self.first.weight).log().unsqueeze(-1) / 4
-        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has steps of 1/16 at s = 9
+        with no_autocast(features.device):  # bfloat16 has steps of 1/16 at s = 9
             return self.second(self.first(features)).squeeze(-1)

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fluxkernels.devices import autocast_enabled
 from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, pull_back
 from fluxmatching.fields import Field, call_field
 from fluxmatching.randomness import SharedRandomNumbers, generator_states, has_active_dropout
@@ -101,8 +102,10 @@ def endpoint_gradient(
     if not z.shape[0]:  # a process may have no endpoints to differentiate
         return torch.empty_like(z), torch.empty_like(z)
     size = chunk_size or z.shape[0]
+    # The sizes of a range are numbers in a graph; a graph without chunks is for any number of samples.
+    starts = (0,) if chunk_size is None else range(0, z.shape[0], size)
     gradients, values = [], []
-    for start in range(0, z.shape[0], size):
+    for start in starts:
         rows = slice(start, start + size)
         part = None if probe is None else probe[rows]
         if method == "closed_form":
@@ -264,7 +267,7 @@ def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Te
     Half precision is detected by autocast around the loss or by half-precision parameters, not by autocast inside the
     field.
     """
-    half = torch.is_autocast_enabled(z.device.type) or any(
+    half = autocast_enabled(z.device) or any(
         parameter.dtype in (torch.float16, torch.bfloat16)
         for network in networks_of(field)
         for parameter in network.parameters()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import FluxPass, flux_pass, langevin_chain, residual_gradient
-from fluxkernels.checks import check_seed, check_tensor
+from fluxkernels.checks import can_check_values, check_seed, check_tensor
 from fluxmatching.distributed import JointMinibatch
 from fluxmatching.engines import check_differentiable_twice, without_engine
 from fluxmatching.field_modules import check_samples_are_independent
@@ -132,7 +132,7 @@ def _prepare(
     grouping = Grouping(function, x, options.grouped)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
     grouping.check_number("sigma", level)
-    if len(x) % options.strata:
+    if x.shape[0] % options.strata:
         raise ValueError(f"{function}: strata must divide the {len(x)} samples of x, got {options.strata}")
     draws.check(x, horizon, grouping, options.strata)
     num_steps = _num_steps(function, options.num_steps, draws)
@@ -142,7 +142,7 @@ def _prepare(
         level,
         grouping,
         num_steps,
-        num_endpoints=options.num_endpoints(len(x)),
+        num_endpoints=options.num_endpoints(x.shape[0]),
         needs_probe=options.divergence == "hutchinson",
         runs_chain_twice=options.estimator == "single_chain",
         strata=options.strata,
@@ -216,7 +216,7 @@ def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) 
     _check_finite_field(grouping.function, field_at_end, batch)
     with torch.no_grad():
         gradient = grouping.to_points(bracket)
-        if len(ends):
+        if ends.shape[0]:
             gradient = gradient + residual_gradient(
                 grouping.to_points(ends),
                 grouping.to_points(field_at_end),
@@ -226,13 +226,13 @@ def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) 
             )
         if chosen is not None:
             # Omitted endpoints count as zero and the others are rescaled, so the mean over choices is unbiased.
-            fraction = 1.0 if batch.draws.endpoints is None else len(batch.draws.endpoints) / len(batch.x)
+            fraction = 1.0 if batch.draws.endpoints is None else batch.draws.endpoints.shape[0] / batch.x.shape[0]
             gradient = torch.zeros_like(batch.from_strata(chains.xt)).index_copy(-2, chosen, gradient / fraction)
         return batch.joint.sum(gradient)
 
 
 def _check_finite_field(function: str, field_at_end: Tensor, batch: _Minibatch) -> None:
-    if field_at_end.is_cuda or torch.compiler.is_compiling() or field_at_end.isfinite().all():
+    if not can_check_values(field_at_end) or field_at_end.isfinite().all():
         return
     one = batch.sigma.numel() == batch.tau.numel() == 1
     at = f"sigma {batch.sigma.item():.6g}, tau {batch.tau.item():.6g}" if one else "the end of a chain"
