@@ -96,7 +96,7 @@ def test_other_weights_in_a_checkpoint_are_seen(
     if tampered:
         last = tmp_path / "parts" / resume.LAST
         state = torch.load(last, weights_only=True)
-        state["model"]["0.weight"][0, 0] += 1e-6
+        state["loss"]["field.0.weight"][0, 0] += 1e-6
         torch.save(state, last)
     assert resume.trial(tmp_path, 3, iterations=8) == (0, not tampered)
 
