@@ -41,3 +41,5 @@ def load_state(state: dict[str, Any], loss: nn.Module, average: AveragedModel, o
     set_model_state_dict(average.module, state["average"]["parameters"], options=options)
     average.n_averaged.fill_(state["average"]["updates"])
     set_optimizer_state_dict(loss, optimizer, state["optimizer"], options=options)
+    for group in optimizer.param_groups:
+        group["betas"] = tuple(group["betas"])  # a list now, which the next checkpoint would hold
