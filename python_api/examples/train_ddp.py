@@ -1,6 +1,6 @@
 """Train with DistributedDataParallel: torchrun --nproc-per-node 2 train_ddp.py.
 
-The engine wraps the loss module. `gather_across_ranks` makes one density estimate from the minibatches of all processes.
+The engine wraps the loss module. `gather_across_ranks` makes one density estimate from all minibatches.
 """
 
 import os

@@ -44,7 +44,8 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(batch_size=2, num_inference_steps=10, output_type="np").images
     print(
-        f"loss {loss.item():.4g}; pipeline in {folder}; images {images.shape} from {images.min():.2f} to {images.max():.2f}"
+        f"loss {loss.item():.4g}; pipeline in {folder}; "
+        f"images {images.shape} from {images.min():.2f} to {images.max():.2f}"
     )
 
 

@@ -110,7 +110,7 @@ class DiffusersField(AdaptedField):
         time = time.clamp(0, len(levels) - 1).expand(len(z))
         level = per_sample(sigma, z)
         found = self.prediction(z / (1 + level.square()).sqrt(), time)
-        noise = found if isinstance(found, Tensor) else found.sample  # type: ignore[attr-defined]
+        noise = found if isinstance(found, Tensor) else found.sample
         return -noise / level
 
 

@@ -2,14 +2,13 @@
 
 import csv
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -25,9 +24,7 @@ def started(processes: int, *arguments: object) -> subprocess.Popen[str]:
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
         "--nproc-per-node", str(processes), "-m", *map(str, arguments),
     ]  # fmt: skip
-    return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def rows_of(processes: int, *arguments: object) -> Rows:
@@ -138,7 +135,8 @@ def test_a_run_of_two_processes_that_is_killed_resumes(tmp_path: Path) -> None:
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(0.05 + 0.1 * k)
-        os.killpg(process.pid, signal.SIGKILL)
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            one.kill()
         process.communicate()
         before, reached = reached, torch.load(last, weights_only=True)["iteration"]
         assert before < reached

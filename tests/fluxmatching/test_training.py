@@ -16,7 +16,7 @@ from lightning_fabric.loggers import CSVLogger
 from torch import Tensor, nn
 
 from fluxmatching import FluxMatching, Trainer, TrainingError
-from tests.support.training import OPTIONS, assert_same, data, loss, model, trained
+from tests.support.training import OPTIONS, assert_same, data, loss, trained
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,6 +1,6 @@
-"""Count the instructions per pair in the hot loops of streaming kernels; print one JSON line per loop and GPU.
+"""Count the instructions per pair in the hot loops of streaming kernels; print one JSON line per loop.
 
-    python -m tests.programs.budgets [PART PARTS]     every PARTS-th compilation, from PART on
+    python -m tests.programs.budgets 90 [PART PARTS]     compiled for sm_90; every PARTS-th compilation, from PART on
 
 It needs a process without TRITON_INTERPRET, which prevents compilation.
 """
@@ -16,7 +16,6 @@ from fluxkernels.triton_kernels import launch
 from fluxkernels.triton_kernels.streaming import host as streaming
 from tests.support.census import Launch, MachineCode, classes, in_float64, recorded
 
-CAPABILITIES = (80, 89, 90, 100, 120)
 # Instructions per pair in each loop over tiles, by dimension and kernel.
 SWEEP, SECOND_LOOP = 12.5, 20.0
 BUDGETS: dict[int, dict[str, tuple[float, ...]]] = {
@@ -55,14 +54,11 @@ def launches(D: int, layout: Layout) -> list[Launch]:
     return [each for each in found if each.kernel.__name__ in BUDGETS[D]]
 
 
-def cases() -> Iterator[tuple[Launch, int]]:
-    """Yield (launch, compute capability) of each compilation."""
+def cases(capability: int) -> list[Launch]:
+    """Launches that are compiled for GPUs of a compute capability."""
     one_query, two_queries = launch.LAYOUTS[:2]
-    for each in (*launches(2, one_query), *launches(16, one_query)):
-        for capability in CAPABILITIES:
-            yield each, capability
-    for each in launches(2, two_queries):
-        yield each, 90
+    paired = launches(2, two_queries) if capability == 90 else []
+    return [*launches(2, one_query), *launches(16, one_query), *paired]
 
 
 def rows(each: Launch, capability: int) -> Iterator[dict[str, object]]:
@@ -78,7 +74,6 @@ def rows(each: Launch, capability: int) -> Iterator[dict[str, object]]:
             "kernel": name,
             "D": D,
             "layout": (columns, lanes),
-            "capability": capability,
             "budget": budget,
             "per_pair": round(len(loop) / pairs, 2),
             "pairs": pairs,
@@ -90,8 +85,8 @@ def rows(each: Launch, capability: int) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    part, parts = map(int, sys.argv[1:] or (0, 1))
-    for each, capability in list(cases())[part::parts]:
+    capability, part, parts = map(int, (*sys.argv[1:], 0, 1)[:3])
+    for each in cases(capability)[part::parts]:
         for row in rows(each, capability):
             print(json.dumps(row), flush=True)
 

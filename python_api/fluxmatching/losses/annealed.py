@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fluxkernels.checks import as_number_tensor, check_tensor
 from fluxmatching.engines import without_engine
-from fluxmatching.fields import Field, NoisyField
+from fluxmatching.fields import NoisyField
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.noise_levels import LinearInLogSigma
 from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
@@ -53,7 +53,7 @@ class AnnealedTerms:
         total: Eq. 11, plus Eq. 51 if the horizon is learned, `[N]`.
         flux: the Flux Matching loss alone, detached, `[N]`.
         tau: the horizon that was drawn, `[]` or `[strata]`.
-        sigma: σ, `[]`.
+        sigma: σ, `[]` or `[strata]`.
     """
 
     total: Tensor
@@ -79,9 +79,9 @@ def noise_annealed_flux_loss(
     of the horizon only, so one optimizer can hold the network, the normalizer and the horizon.
 
     Args:
-        field: f(z, σ), z `[n, *event]`, σ of shape `[]`.
+        field: f(z, σ), z `[n, *event]`, σ of shape `[]`; with one σ per stratum, `[n]`.
         x: clean minibatch, `[N, *event]`.
-        sigma: σ > 0, shared by the minibatch.
+        sigma: σ > 0, shared by the minibatch; or one per stratum of the options, `[strata]`.
         normalizer: s_η.
         options: see `FluxOptions`; not "closed_form", whose method takes no σ.
         refs, draws, seed: as in `flux_matching_loss`, and so are the errors.
@@ -109,20 +109,20 @@ def annealed_terms(
     check_tensor(function, "x", x)
     as_sigma(function, sigma, like=x)
     level = as_number_tensor(function, "sigma", sigma, like=x)
-    if level.ndim:
-        raise ValueError(f"{function}: sigma must be one number, got shape {list(level.shape)}")
+    if level.ndim and (options.strata == 1 or list(level.shape) != [options.strata]):
+        takes = "one number" if options.strata == 1 else f"one number or one per stratum, shape [{options.strata}]"
+        raise ValueError(f"{function}: sigma must be {takes}, got shape {list(level.shape)}")
     if options.second_derivatives == "closed_form":
         raise ValueError(
             f"{function}: second_derivatives='closed_form' is for fields f(z) without a noise level; give one that "
             f"holds its own σ to flux_matching_loss"
         )
     inner = without_engine(function, field)
-    at_level: Field = lambda z: inner(z, level)  # noqa: E731
-    target = flux_target(at_level, x, level, options, refs=refs, draws=draws, seed=seed)
-    flux = target.loss(lambda z: field(z, level))
-    total = normalizer(flux, level)
+    target = flux_target(inner, x, level, options, refs=refs, draws=draws, seed=seed, conditioned=True)
+    levels = target.sigma
+    flux = target.loss(lambda z: field(z, levels))
+    total = normalizer(flux, levels)
     if options.horizon is not None and options.horizon.learned:
-        relative = flux.detach() * (-normalizer.log_scale(level).detach()).exp()
-        tau = target.tau if options.strata == 1 else target.tau.repeat_interleave(len(flux) // options.strata)
-        total = total + options.horizon.fit_loss(tau, relative, level)
+        relative = flux.detach() * (-normalizer.log_scale(levels).detach()).exp()
+        total = total + options.horizon.fit_loss(target.tau_per_sample(len(flux)), relative, levels)
     return AnnealedTerms(total, flux.detach(), target.tau, level)

@@ -93,7 +93,7 @@ class Draws:
         if seed is None:
             dtype = torch.promote_types(x.dtype, torch.float32)
             if "tau" in missing:
-                uniform = torch.rand(request.strata, dtype=dtype, device=x.device)
+                uniform = torch.rand(request.numbers_for_tau, dtype=dtype, device=x.device)
                 parts["tau"] = request.tau(uniform)
             if "probe" in missing:
                 parts["probe"] = torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
@@ -152,11 +152,19 @@ class DrawRequest:
     strata: int = 1
 
     def tau(self, uniform: Tensor) -> Tensor:
-        """Convert uniform numbers `[strata]` to τ, one from each of as many equally probable intervals."""
+        """Convert uniform numbers `[numbers_for_tau]` to τ, one from each of `strata` equally probable intervals.
+
+        The first stratum takes a random interval, and the others follow it: a stratum's τ is independent of its σ.
+        """
         if self.strata == 1:
             return self.horizon.quantile(uniform[0], self.sigma)
-        first = torch.arange(self.strata, dtype=uniform.dtype, device=uniform.device)
-        return self.horizon.quantile((first + uniform) / self.strata, self.sigma)
+        interval = torch.arange(self.strata, device=uniform.device)
+        interval = (interval + (uniform[-1] * self.strata).long()) % self.strata
+        return self.horizon.quantile((interval + uniform[:-1]) / self.strata, self.sigma)
+
+    @property
+    def numbers_for_tau(self) -> int:
+        return 1 if self.strata == 1 else self.strata + 1
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,8 @@ class _SeededDraws:
 
     def tau(self) -> Tensor:
         """τ, `[]` or `[strata]`."""
-        return self.request.tau(philox.uniform(self.key, (1, self.request.strata), philox.HORIZON, self._dtype)[0])
+        shape = (1, self.request.numbers_for_tau)
+        return self.request.tau(philox.uniform(self.key, shape, philox.HORIZON, self._dtype)[0])
 
     def start(self) -> Tensor:
         """n0, shape of x."""

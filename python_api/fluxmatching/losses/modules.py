@@ -125,11 +125,11 @@ class FluxMatching(LossModule):
         key = self.key(x, seed)
         target = flux_target(self.field, x, self.sigma, self.options, refs=self.refs(x), seed=key)
         loss = target.loss(self.field).mean()
-        return loss, {"loss": loss.detach(), "tau": target.tau}
+        return loss, {"loss": loss.detach(), "tau": target.tau.mean()}
 
 
 class NoiseAnnealedFluxMatching(LossModule):
-    """Noise-annealed Flux Matching, `noise_annealed_flux_loss` as a module with one random σ per minibatch.
+    """Noise-annealed Flux Matching, `noise_annealed_flux_loss` as a module with random σ, one per stratum.
 
     Args:
         field: f(z, σ), a module or function.
@@ -164,10 +164,12 @@ class NoiseAnnealedFluxMatching(LossModule):
             seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
         """
         key = self.key(x, seed)
-        sigma = draw_sigma(self.noise, key, x)
+        sigma = draw_sigma(self.noise, key, x, self.options.strata)
         terms = annealed_terms(self.field, x, sigma, self.normalizer, self.options, refs=self.refs(x), seed=key)
         loss = terms.total.mean()
-        return loss, {"loss": loss.detach(), "flux": terms.flux.mean(), "tau": terms.tau, "sigma": sigma}
+        return loss, {
+            "loss": loss.detach(), "flux": terms.flux.mean(), "tau": terms.tau.mean(), "sigma": sigma.mean(),
+        }  # fmt: skip
 
 
 class DenoisingScoreMatching(LossModule):
@@ -210,18 +212,20 @@ class DenoisingScoreMatching(LossModule):
         if self.noise is None:
             field, sigma = self.field, torch.as_tensor(self.sigma, device=x.device, dtype=x.dtype)
         else:
-            sigma = draw_sigma(self.noise, key, x, per_sample=self.sigma_per_sample)
+            sigma = draw_sigma(self.noise, key, x, len(x) if self.sigma_per_sample else 1)
             field = lambda z: self.field(z, sigma)  # noqa: E731
         values = dsm_loss(field, x, sigma, self.options, refs=self.refs(x), seed=key)
         loss = (values if self.normalizer is None else self.normalizer(values, sigma)).mean()
         return loss, {"loss": loss.detach(), "dsm": values.detach().mean(), "sigma": sigma.mean()}
 
 
-def draw_sigma(noise: NoiseLevels, key: Tensor, x: Tensor, *, per_sample: bool = False) -> Tensor:
-    """Draw σ from a seed, on the device of x: `[]`, or `[N]` with one per sample."""
+def draw_sigma(noise: NoiseLevels, key: Tensor, x: Tensor, count: int = 1) -> Tensor:
+    """Draw σ from a seed, on the device of x: `[]`; or `[count]`, each from an equally probable interval."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    uniform = philox.uniform(key, (1, len(x) if per_sample else 1), philox.NOISE_LEVEL, dtype)[0]
-    return noise.quantile(uniform if per_sample else uniform[0])
+    uniform = philox.uniform(key, (1, count), philox.NOISE_LEVEL, dtype)[0]
+    if count == 1:
+        return noise.quantile(uniform[0])
+    return noise.quantile((torch.arange(count, device=x.device) + uniform) / count)
 
 
 def _check_noise(name: str, noise: NoiseLevels) -> NoiseLevels:

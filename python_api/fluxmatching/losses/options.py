@@ -37,9 +37,10 @@ class FluxOptions:
             other endpoints count as zero and the sum is rescaled: the gradient stays unbiased but is noisier.
 
     Other:
-        strata: number of equal parts of the minibatch with a τ of their own, drawn from as many equally probable
-            intervals; must divide the number of samples. 1: one τ for all. The density estimate stays that of the
-            whole minibatch. 4 to 8 pay at σ about as large as the spread of the data, not at small σ.
+        strata: number of equal parts of the minibatch, each with its own τ and, in a noise-annealed loss, its own σ,
+            drawn from as many equally probable intervals; must divide the number of samples. Default: 1, as in the
+            paper. More lower the variance of the gradient at the same cost. The reference points stay those of the
+            whole minibatch.
         grouped: one independent kernel density estimate per index of the second dimension of x (one per gene).
         chunk_size: samples whose endpoints are differentiated at once, which bounds memory; None for all. A finite
             difference takes two rows per sample.

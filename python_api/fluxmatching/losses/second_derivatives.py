@@ -13,7 +13,7 @@ a directional derivative of one vector-Jacobian product. Four methods compute it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
@@ -68,8 +68,30 @@ def basis(z: Tensor, grouped: bool) -> Iterator[Tensor]:
         yield unit.reshape(event).expand(z.shape).contiguous()
 
 
+class ConditionedField:
+    """A field f(z, σ) at given σ, as a function of z.
+
+    Args:
+        field: f(z, σ).
+        condition: σ, `[]` or one per sample, `[N]`.
+    """
+
+    def __init__(self, field: Callable[..., Tensor], condition: Tensor) -> None:
+        self.field, self.condition = field, condition
+
+    def rows(self, rows: slice) -> ConditionedField:
+        """Return the field for some of the samples."""
+        return ConditionedField(self.field, _rows_of(self.condition, rows))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        condition = self.condition
+        if condition.ndim and z.shape[0] != condition.shape[0]:  # a method may stack several points per sample
+            condition = condition.repeat(z.shape[0] // condition.shape[0])
+        return self.field(z, condition)
+
+
 def endpoint_gradient(
-    field: Field,
+    field: Callable[..., Tensor],
     z: Tensor,
     score: Tensor,
     probe: Tensor | None,
@@ -82,14 +104,14 @@ def endpoint_gradient(
     """Compute ∇(∇·f) + J_fᵀ s and f at the points z, both detached.
 
     Args:
-        field: maps `[n, *event]` to the same shape, each sample by itself.
+        field: maps `[n, *event]` to the same shape, each sample by itself; or a `ConditionedField`.
         z: `[N, *event]`.
         score: s(z), shape of z.
         probe: ε, shape of z; None takes the exact divergence, which costs one pass per coordinate.
         method: one of `METHODS`.
         grouped: `[N, G, D]` whose groups the field treats independently: the exact divergence then needs D passes.
         chunk_size: samples that go through the field at once; None for all.
-        scale: length over which f varies, one number, the unit of the finite-difference step.
+        scale: length over which f varies, one number or one per sample, the unit of the finite-difference step.
 
     Returns:
         (gradient, f), each shape of z.
@@ -112,10 +134,17 @@ def endpoint_gradient(
             gradient, value = _closed_form(field, z[rows].detach(), score[rows], part)
         else:
             probes = basis(z[rows], grouped) if part is None else iter((part,))
-            gradient, value = _differentiated(field, z[rows].detach(), score[rows], probes, method, scale)
+            bound = field.rows(rows) if isinstance(field, ConditionedField) else field
+            step = _rows_of(torch.as_tensor(scale, device=z.device), rows)
+            step = step.reshape(-1, *(1 for _ in z.shape[1:])) if step.ndim else step
+            gradient, value = _differentiated(bound, z[rows].detach(), score[rows], probes, method, step)
         gradients.append(gradient)
         values.append(value.detach())
     return torch.cat(gradients), torch.cat(values)
+
+
+def _rows_of(number: Tensor, rows: slice) -> Tensor:
+    return number[rows] if number.ndim else number
 
 
 def _closed_form(field: Field, z: Tensor, score: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from fluxmatching.losses.draws import DrawRequest, Draws
 from fluxmatching.losses.grouping import Grouping
 from fluxmatching.losses.horizons import DEFAULT_HORIZON, Horizon
 from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
-from fluxmatching.losses.second_derivatives import endpoint_gradient
+from fluxmatching.losses.second_derivatives import ConditionedField, endpoint_gradient
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,18 @@ class FluxTarget:
         score: s(x0), shape of x0.
         target: q̂, shape of x0.
         tau: the horizon that was drawn, `[]`, or `[G]` in a grouped loss, or `[strata]`.
+        sigma: σ, `[]`, or `[G]` in a grouped loss, or one per sample, `[N]`, where strata differ in it.
     """
 
     x0: Tensor
     score: Tensor
     target: Tensor
     tau: Tensor
+    sigma: Tensor
+
+    def tau_per_sample(self, samples: int) -> Tensor:
+        """Return τ as one number `[]`, or one per sample, `[N]`, where there are strata."""
+        return self.tau.repeat_interleave(samples // len(self.tau)) if self.tau.ndim else self.tau
 
     def terms(self, field: Field) -> Tensor:
         """Return the products -2 u(x0) q̂ before the sum over the event, shape of x0; differentiable in the field."""
@@ -55,15 +62,19 @@ def flux_target(
     refs: Tensor | None = None,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
+    conditioned: bool = False,
 ) -> FluxTarget:
     """Compute the regression target of Flux Matching and the points where it holds, without gradients.
 
     Arguments and errors as in `flux_matching_loss`. Useful where a loss needs more than one number per sample, such
     as one per group: `FluxTarget.terms` keeps the dimensions of the event.
+
+    With `conditioned` the field is f(z, σ), σ of shape `[]`; or one per sample, `[n]`, if sigma is one per stratum,
+    `[strata]`.
     """
     batch = _prepare(field, x, sigma, options, refs=refs, draws=draws, seed=seed)
     chains = _run_chains(batch)
-    gradient = _differentiate_endpoints(without_engine("flux_matching_loss", field), batch, chains)
+    gradient = _differentiate_endpoints(without_engine("flux_matching_loss", field), batch, chains, conditioned)
     return _average_over_chains(batch, chains, gradient)
 
 
@@ -73,7 +84,7 @@ class _Minibatch:
 
     Attributes:
         x: samples, of all processes where minibatches are joined.
-        sigma, variance: σ and σ², `[]`, or `[G]` in a grouped loss.
+        sigma, variance: σ and σ², `[]`, or `[G]` in a grouped loss, or `[strata]`.
         refs: reference points in the layout of the ops, `[M, D]` or `[G, M, D]`.
         draws: random numbers, complete but for start and chain, which the kernels make from `key`.
         noise: n0 and ξ in that layout, `[1 + num_steps, ..., N, D]`, or None.
@@ -96,6 +107,11 @@ class _Minibatch:
     def tau(self) -> Tensor:
         assert self.draws.tau is not None
         return self.draws.tau
+
+    def per_sample(self, number: Tensor) -> Tensor:
+        """Return one number per sample, `[N]`, where there is one per stratum; any other number as it is."""
+        strata = self.options.strata
+        return number.repeat_interleave(self.x.shape[0] // strata) if strata > 1 and number.ndim else number
 
     def to_strata(self, points: Tensor) -> Tensor:
         """Return points `[..., N, D]` as `[..., strata, N / strata, D]` where there are several strata."""
@@ -131,7 +147,8 @@ def _prepare(
     x, seed = joint.join(function, x, level, seed)
     grouping = Grouping(function, x, options.grouped)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
-    grouping.check_number("sigma", level)
+    if options.strata == 1 or list(level.shape) != [options.strata]:
+        grouping.check_number("sigma", level)
     if x.shape[0] % options.strata:
         raise ValueError(f"{function}: strata must divide the {len(x)} samples of x, got {options.strata}")
     draws.check(x, horizon, grouping, options.strata)
@@ -193,42 +210,56 @@ def _run_chains(batch: _Minibatch) -> FluxPass:
         )
 
 
-def _differentiate_endpoints(field: Field, batch: _Minibatch, chains: FluxPass) -> Tensor:
+def _differentiate_endpoints(
+    field: Callable[..., Tensor], batch: _Minibatch, chains: FluxPass, conditioned: bool
+) -> Tensor:
     """Return ∇r at all endpoints, in the layout of the ops; zero at omitted endpoints, the others rescaled."""
     options, grouping = batch.options, batch.grouping
     ends, scores = (grouping.from_points(batch.from_strata(points)) for points in (chains.xt, chains.score_t))
     probe = batch.draws.probe if options.divergence == "hutchinson" else None
+    method, sigma = options.method_for(batch.x.dtype), batch.per_sample(batch.sigma)
+    scale = _length_scale(batch) if method == "finite_difference" else torch.ones_like(batch.variance.amin())
     chosen = batch.joint.own_endpoints(batch.x, batch.draws.endpoints)
     if chosen is not None:
         ends, scores = ends[chosen], scores[chosen]
         probe = None if probe is None else probe[chosen]
-    method = options.method_for(batch.x.dtype)
+        sigma, scale = (number[chosen] if options.strata > 1 and number.ndim else number for number in (sigma, scale))
     bracket, field_at_end = endpoint_gradient(
-        field,
+        ConditionedField(field, sigma) if conditioned else field,
         ends,
         scores,
         probe,
         method=method,
         grouped=options.grouped,
         chunk_size=options.chunk_size,
-        scale=_length_scale(batch.x, batch.variance) if method == "finite_difference" else 1.0,
+        scale=scale,
     )
     _check_finite_field(grouping.function, field_at_end, batch)
     with torch.no_grad():
         gradient = grouping.to_points(bracket)
         if ends.shape[0]:
-            gradient = gradient + residual_gradient(
-                grouping.to_points(ends),
-                grouping.to_points(field_at_end),
-                batch.refs,
-                batch.variance,
-                backend=options.backend,
-            )
+            gradient = gradient + _residual_gradient(batch, ends, field_at_end, chains, chosen)
         if chosen is not None:
             # Omitted endpoints count as zero and the others are rescaled, so the mean over choices is unbiased.
             fraction = 1.0 if batch.draws.endpoints is None else batch.draws.endpoints.shape[0] / batch.x.shape[0]
             gradient = torch.zeros_like(batch.from_strata(chains.xt)).index_copy(-2, chosen, gradient / fraction)
         return batch.joint.sum(gradient)
+
+
+def _residual_gradient(
+    batch: _Minibatch, ends: Tensor, field_at_end: Tensor, chains: FluxPass, chosen: Tensor | None
+) -> Tensor:
+    """Return J_s f - ∇(Δp̂/p̂) at the chosen endpoints, in the layout of the ops."""
+    points, values = (batch.grouping.to_points(t) for t in (ends, field_at_end))
+    if batch.options.strata == 1 or not batch.variance.ndim:
+        return residual_gradient(points, values, batch.refs, batch.variance, backend=batch.options.backend)
+    # Strata with a σ of their own: all endpoints, in their layout, with a field of zero at those that are not chosen.
+    if chosen is not None:
+        values = torch.zeros_like(batch.from_strata(chains.xt)).index_copy(0, chosen, values)
+    found = batch.from_strata(
+        residual_gradient(chains.xt, batch.to_strata(values), batch.refs, batch.variance, backend=batch.options.backend)
+    )
+    return found if chosen is None else found[chosen]
 
 
 def _check_finite_field(function: str, field_at_end: Tensor, batch: _Minibatch) -> None:
@@ -255,7 +286,10 @@ def _average_over_chains(batch: _Minibatch, chains: FluxPass, gradient: Tensor) 
     def own(points: Tensor) -> Tensor:
         return batch.joint.own_samples(batch.grouping.from_points(batch.from_strata(points)))
 
-    return FluxTarget(own(chains.x0), own(chains.score0), own(target), batch.tau)
+    sigma = batch.per_sample(batch.sigma)
+    if sigma.ndim and not batch.options.grouped:
+        sigma = batch.joint.own_samples(sigma)
+    return FluxTarget(own(chains.x0), own(chains.score0), own(target), batch.tau, sigma)
 
 
 def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:
@@ -273,11 +307,16 @@ def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:
     return pulled
 
 
-def _length_scale(x: Tensor, variance: Tensor) -> Tensor:
+def _length_scale(batch: _Minibatch) -> Tensor:
     """Return the length over which a field at noise σ varies: √(σ² + σ_data²), but at most 16 σ.
+
+    One number, or one per sample, `[N]`, where strata have a σ of their own.
 
     σ_data² is the mean variance of a coordinate over the minibatch. A field that has learned the data varies over
     a few σ where σ is far below the spread. A step independent of σ would be several σ long at small σ.
     """
+    x, variance = batch.x, batch.variance
     data = (x - x.mean(0, keepdim=True)).to(variance.dtype).square().mean()
+    if batch.options.strata > 1:
+        return batch.per_sample(torch.minimum((variance + data).sqrt(), 16 * variance.sqrt())).to(x.dtype)
     return torch.minimum((variance.mean() + data).sqrt(), 16 * variance.amin().sqrt()).to(x.dtype)
