@@ -126,6 +126,8 @@ class Trainer:
         self.optimizer: Any = self.fabric.setup_optimizers(
             OPTIMIZERS[options.optimizer](self.loss.parameters(), lr=options.lr, weight_decay=options.weight_decay)
         )
+        # With gradients of an earlier training, PyTorch takes the optimizer's empty state for a complete one.
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _averaged(self) -> AveragedModel:
         with torch.device("cpu"):  # of its counter; the parameters stay where they are
