@@ -1,5 +1,6 @@
 # make demo         a virtual environment, the library, and its first experiment with figures
-# make test         the whole test suite, with its own set-up
+# make test         the test suite, with its own set-up; of the Triton tests a part, see CONTRIBUTING.md
+# make triton       all Triton tests: every case in Triton's interpreter, compilation for every architecture
 # make check        formatting, lint, types and layers of imports
 # make bench        every benchmark in one run, into bench/results/ and the README's tables
 # make gpu          on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/;
@@ -18,7 +19,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test check bench gpu accuracy reliability sanitize arm64 fuzz clean
+.PHONY: demo test triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,8 +41,12 @@ demo: $(VENV)/installed
 	$(BIN)/python -m fluxkernels
 	$(BIN)/python -m experiments run controllable --preset small
 
+# Threads that wait for others do not spin: on a shared core that would take most of the time.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+
+triton: $(VENV)/installed-dev
+	FLUXKERNELS_TESTS=complete $(BIN)/python -m pytest tests/fluxkernels/test_triton.py tests/fluxkernels/test_budgets.py
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

@@ -88,7 +88,7 @@ def interpreted() -> Iterator[Tried]:
         return
     print("triton by its interpreter: some minutes", flush=True)
     for row in run_in_parts(
-        "tests.programs.interpreted", TRITON_INTERPRET="1", FLUXKERNELS_AUTOTUNE="0", CUDA_VISIBLE_DEVICES=""
+        "tests.programs.interpreted", "all", TRITON_INTERPRET="1", FLUXKERNELS_AUTOTUNE="0", CUDA_VISIBLE_DEVICES=""
     ):
         wrong = {op: error for op, error in row["errors"].items() if not error < row["limit"]}
         yield "triton, interpreted", f"{row['case']}, {row['dtype']}", len(row["errors"]), wrong

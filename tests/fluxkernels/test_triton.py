@@ -3,31 +3,52 @@
 The interpreter needs an environment variable before the kernels are imported, so they run in separate processes.
 """
 
+import importlib
 import importlib.util
+import pkgutil
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
+from tests.fluxkernels.complete import COMPLETE, complete_only
 from tests.support.processes import run_in_parts
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
-def test_every_case_against_the_formulas_in_float64() -> None:
-    """Forward, backward, seeds; tests/programs/interpreted.py does the comparisons."""
+@cache
+def cases() -> list[dict[str, Any]]:
     on_gpu = torch.cuda.is_available()
     # The layouts are tested one by one; autotuning every case on a GPU would compile for minutes.
-    rows = run_in_parts("tests.programs.interpreted", TRITON_INTERPRET="0" if on_gpu else "1", FLUXKERNELS_AUTOTUNE="0")
-    assert len(rows) > 50
+    environment = {"TRITON_INTERPRET": "0" if on_gpu else "1", "FLUXKERNELS_AUTOTUNE": "0"}
+    return run_in_parts("tests.programs.interpreted", "all" if COMPLETE else "few", **environment)
+
+
+def test_kernels_agree_with_the_formulas_in_float64() -> None:
+    """Forward, backward, seeds; tests/programs/interpreted.py has the cases and does the comparisons."""
     wrong = {
         (row["case"], row["dtype"], op): error
-        for row in rows
+        for row in cases()
         for op, error in row["errors"].items()
         if not error < row["limit"]
     }
     assert wrong == {}
+
+
+def test_every_kernel_has_a_case() -> None:
+    triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
+    modules = [module.name for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
+    kernels = {f"{name}.{kernel}" for name in modules for kernel in kernels_of(name)}
+    assert len(kernels) > 30
+    assert {kernel for row in cases() for kernel in row["kernels"]} == kernels
+
+
+def kernels_of(module: str) -> list[str]:
+    """Names of the kernels that a module defines."""
+    found = vars(importlib.import_module(module)).items()
+    return [name for name, value in found if name.endswith("_kernel") and value.fn.__module__ == module]
 
 
 @cache
@@ -35,7 +56,7 @@ def compilations(capability: int) -> list[dict[str, Any]]:
     return run_in_parts("tests.programs.compiled", capability, TRITON_INTERPRET="0")
 
 
-@pytest.mark.parametrize("capability", [90, 100, 120])
+@pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=complete_only) for other in (100, 120))])
 def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
     """Almost nothing spills, shared memory suffices, and products have the type of their package."""
     rows = compilations(capability)
