@@ -123,11 +123,11 @@ class Trainer:
         self.engine = self.fabric.setup_module(loss)
         if not sharded:
             self.average = self._averaged()
-        self.optimizer: Any = self.fabric.setup_optimizers(
-            OPTIMIZERS[options.optimizer](self.loss.parameters(), lr=options.lr, weight_decay=options.weight_decay)
-        )
+        kind = OPTIMIZERS[options.optimizer]
+        optimizer = kind(self.loss.parameters(), lr=options.lr, weight_decay=options.weight_decay)
         # With gradients of an earlier training, PyTorch takes the optimizer's empty state for a complete one.
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
+        self.optimizer: Any = self.fabric.setup_optimizers(optimizer)
 
     def _averaged(self) -> AveragedModel:
         with torch.device("cpu"):  # of its counter; the parameters stay where they are
