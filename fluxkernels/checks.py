@@ -11,6 +11,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.masked import MaskedTensor
 
 from fluxkernels.backend import resolve_backend
 from fluxkernels.devices import can_check_values as can_check_values
@@ -24,8 +25,21 @@ def shape_of(t: Tensor) -> str:
     return str(list(t.shape))
 
 
+def check_dense(function: str, name: str, t: Tensor) -> None:
+    """Raise TypeError for a tensor without strides: sparse, nested, masked, or in the format of oneDNN (mkldnn)."""
+    if t.is_nested:
+        got = "a nested tensor; its unbind() gives dense ones"
+    elif t.layout != torch.strided:
+        got = f"layout {str(t.layout).removeprefix('torch.')}; its to_dense() gives one"
+    elif isinstance(t, MaskedTensor):
+        got = "a masked tensor; its get_data() gives one"
+    else:
+        return
+    raise TypeError(f"{function}: {name} must be a dense tensor, got {got}")
+
+
 def check_tensor(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:
-    """Return `t` if it is a non-empty floating tensor with the dtype and device of `like`."""
+    """Return `t` if it is a non-empty dense floating tensor with the dtype and device of `like`."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{function}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
@@ -34,6 +48,7 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
         raise TypeError(f"{function}: {name} must have the dtype of the first argument, {like.dtype}, got {t.dtype}")
     if like is not None and t.device != like.device:
         raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {t.device}")
+    check_dense(function, name, t)
     if t.numel() == 0:
         raise ValueError(f"{function}: {name} must not be empty, got shape {shape_of(t)}")
     return t
@@ -47,6 +62,21 @@ def check_finite(function: str, **tensors: Tensor | None) -> None:
         # The sum is finite only if every entry is; the slower test is for sums that overflow.
         if not math.isfinite(t.detach().sum().item()) and not t.detach().isfinite().all():
             raise ValueError(f"{function}: {name} must be finite, got NaN or infinity")
+
+
+def read_numbers(function: str, name: str, t: Tensor) -> list[float]:
+    """Return the values of a vector as numbers.
+
+    Raises:
+        RuntimeError: it has none: it is on meta, a fake tensor, or the result of a graph that is traced.
+    """
+    try:
+        return [float(number) for number in t.tolist()]
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{function}: {name} must have values, which are needed as numbers; a tensor on meta, a fake tensor and "
+            f"one in a graph that is traced have none"
+        ) from error
 
 
 def check_points(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:
@@ -75,6 +105,7 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
     if isinstance(value, Tensor):
         if value.dtype not in FLOATS:
             raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got dtype {value.dtype}")
+        check_dense(function, name, value)
         if value.device != like.device and value.ndim > 0:
             raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {value.device}")
         converted = on_device(f"{function}: {name}", value, like.device, dtype)
@@ -199,6 +230,7 @@ def check_num_steps(function: str, value: object, name: str = "num_steps") -> in
 def check_seed(function: str, seed: object) -> int | Tensor | None:
     """Return a seed: None, an integer below 2⁶⁴, or an int64 tensor of shape []."""
     if isinstance(seed, Tensor):
+        check_dense(function, "seed", seed)
         if seed.dtype != torch.int64 or seed.ndim:
             raise TypeError(
                 f"{function}: seed must be an integer or an int64 tensor of shape [], got {seed.dtype} {shape_of(seed)}"

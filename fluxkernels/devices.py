@@ -29,6 +29,17 @@ def is_tracing() -> bool:
     return fake is not None or get_proxy_mode() is not None or torch._C._get_tracing_state() is not None
 
 
+def check_derivatives_traceable(what: str) -> None:
+    """Raise RuntimeError inside of `make_fx(..., pre_dispatch=True)`, before a derivative is taken.
+
+    PyTorch records derivatives there with the values of this run as constants, and the graph is wrong for all others.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._ops._get_dispatch_mode_pre_dispatch(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        raise RuntimeError(f"{what} takes derivatives, which a graph with pre_dispatch=True cannot hold")
+
+
 def has_values(t: Tensor) -> bool:
     """Return True if `t` has values that a program may depend on here, even if reading them takes long."""
     return not (t.is_meta or is_tracing() or transforms_active() or isinstance(t, FakeTensor))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxkernels import reference
 from fluxkernels.backend import implementation
-from fluxkernels.devices import no_autocast
+from fluxkernels.devices import check_derivatives_traceable, no_autocast
 from fluxkernels.transforms import transforms_active
 
 Formula = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -61,6 +61,7 @@ def vector_jacobian(
 
     The result can itself be differentiated when autograd is asked for that (create_graph=True).
     """
+    check_derivatives_traceable("this backward pass")
     higher = torch.is_grad_enabled()
     with torch.enable_grad():
         # A new view of each input: if two arguments are the same tensor (refs is x), each still gets its derivative.

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fluxkernels.checks import check_dense
 from fluxmatching.field_modules import networks_of
 
 Field = Callable[[Tensor], Tensor]  # f(z), z `[n, *event]`, each sample by itself
@@ -18,7 +19,7 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> T
     """Return field(z, *condition) in the dtype of z.
 
     Raises:
-        TypeError: the result is no tensor of floating-point numbers, or the field computes in another dtype than z.
+        TypeError: the result is no dense tensor of floating-point numbers, or the field computes in another dtype.
         ValueError: the result has another shape than z.
     """
     try:
@@ -32,6 +33,7 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> T
         ) from error
     if not isinstance(f, Tensor):
         raise TypeError(f"field must return a torch.Tensor, got {type(f).__name__}")
+    check_dense("field", "its result", f)
     if f.shape != z.shape:
         raise ValueError(f"field must return the shape of its input, {list(z.shape)}, got {list(f.shape)}")
     if not f.is_floating_point():

@@ -65,6 +65,81 @@ def test_points(function: str, argument: str) -> None:
         assert argument in text
 
 
+def quantized(t: torch.Tensor) -> torch.Tensor:
+    return torch.quantize_per_tensor(t, 0.1, 0, torch.quint8)
+
+
+Convert = Callable[[torch.Tensor], torch.Tensor]
+# What is no dense floating tensor, and the part of the message that names it.
+UNUSUAL: dict[str, tuple[Convert, str]] = {
+    "sparse": (lambda t: t.to_sparse(), "dense tensor, got layout sparse_coo; its to_dense() gives one"),
+    "csr": (lambda t: t.to_sparse_csr(), "dense tensor, got layout sparse_csr"),
+    "csc": (lambda t: t.to_sparse_csc(), "dense tensor, got layout sparse_csc"),
+    "bsr": (lambda t: t.to_sparse_bsr((1, 1)), "dense tensor, got layout sparse_bsr"),
+    "bsc": (lambda t: t.to_sparse_bsc((1, 1)), "dense tensor, got layout sparse_bsc"),
+    "mkldnn": (lambda t: t.to_mkldnn(), "dense tensor, got layout _mkldnn; its to_dense() gives one"),
+    "nested": (
+        lambda t: torch.nested.nested_tensor([t, t[:1]]),
+        "dense tensor, got a nested tensor; its unbind() gives dense ones",
+    ),
+    "jagged": (
+        lambda t: torch.nested.nested_tensor([t, t[:1]], layout=torch.jagged),
+        "dense tensor, got a nested tensor",
+    ),
+    "masked": (
+        lambda t: torch.masked.masked_tensor(t, t == t),
+        "dense tensor, got a masked tensor; its get_data() gives one",
+    ),
+    "quantized": (quantized, "floating dtype, got torch.quint8"),
+    "complex": (lambda t: t.to(torch.complex64), "floating dtype, got torch.complex64"),
+    "integer": (lambda t: t.long(), "floating dtype, got torch.int64"),
+    "boolean": (lambda t: t > 0, "floating dtype, got torch.bool"),
+    "eight bits": (lambda t: t.to(torch.float8_e4m3fn), "floating dtype, got torch.float8_e4m3fn"),
+}
+ALL_UNUSUAL = pytest.mark.parametrize(("convert", "part"), UNUSUAL.values(), ids=UNUSUAL)
+
+
+@pytest.mark.filterwarnings("ignore")  # that sparse, nested and masked tensors are not final in PyTorch
+@ALL_UNUSUAL
+@pytest.mark.parametrize(("function", "argument"), POINTS)
+def test_unusual_points(function: str, argument: str, convert: Convert, part: str) -> None:
+    text = message(TypeError, function, **{argument: convert(GOOD[function][1][argument])})
+    assert f"{argument} must " in text
+    assert part in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@ALL_UNUSUAL
+@pytest.mark.parametrize("function", NOISY)
+def test_unusual_noise(function: str, convert: Convert, part: str) -> None:
+    text = message(TypeError, function, noise=convert(torch.randn(5, 2)))
+    assert "noise must " in text
+    assert part in text
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", UNUSUAL)
+@pytest.mark.parametrize(("function", "argument"), NUMBERS)
+def test_unusual_numbers(function: str, argument: str, kind: str) -> None:
+    convert, part = UNUSUAL[kind]
+    text = message(TypeError, function, **{argument: convert(torch.full((1, 1), 0.5))})
+    assert f"{argument} must " in text
+    assert part.replace("floating dtype, got", "floating tensor, got dtype") in text
+
+
+@pytest.mark.parametrize("seed", [torch.tensor(3).to_sparse(), torch.nested.nested_tensor([torch.tensor([3])])])
+@pytest.mark.parametrize("function", NOISY)
+def test_unusual_seeds(function: str, seed: torch.Tensor) -> None:
+    assert "seed must be a dense tensor, got" in message(TypeError, function, seed=seed)
+
+
+def test_negative_views() -> None:
+    """PyTorch stores their numbers with the opposite sign."""
+    x = torch.view_as_complex(torch.randn(5, 2, 2)).conj().imag
+    assert x.is_neg()
+    torch.testing.assert_close(fk.kde_score(x, x, 0.1), fk.kde_score(x.clone(), x.clone(), 0.1))
+
+
 @pytest.mark.parametrize(("function", "argument"), POINTS)
 def test_mixed_dtypes_and_devices(function: str, argument: str) -> None:
     good = GOOD[function][1][argument]

@@ -84,6 +84,39 @@ def test_bad_argument(options: dict[str, Any], error: type[Exception], text: str
         loss(**options)
 
 
+SPARSE, NESTED = X.to_sparse(), torch.nested.nested_tensor([X, X[:3]])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"x": SPARSE}, "flux_matching_loss: x must be a dense tensor, got layout sparse_coo"),
+        ({"x": X.to_mkldnn()}, "flux_matching_loss: x must be a dense tensor, got layout _mkldnn"),
+        ({"x": NESTED}, "flux_matching_loss: x must be a dense tensor, got a nested tensor"),
+        ({"x": X.to(torch.complex64)}, "flux_matching_loss: x must have a floating dtype, got torch.complex64"),
+        ({"x": X.long()}, "flux_matching_loss: x must have a floating dtype, got torch.int64"),
+        ({"refs": SPARSE}, "flux_matching_loss: refs must be a dense tensor"),
+        ({"sigma": torch.tensor(0.5).to_sparse()}, "flux_matching_loss: sigma must be a dense tensor"),
+        ({"draws": Draws(tau=torch.tensor(0.5).to_sparse())}, "flux_matching_loss: draws.tau must be a dense tensor"),
+        ({"draws": Draws(start=SPARSE)}, "flux_matching_loss: draws.start must be a dense tensor"),
+        ({"draws": Draws(probe=NESTED)}, "flux_matching_loss: draws.probe must be a dense tensor"),
+        (
+            {"draws": Draws(endpoints=torch.tensor([1, 2]).to_sparse())},
+            "flux_matching_loss: draws.endpoints must be a dense tensor",
+        ),
+        ({"field": lambda z: z.to_sparse()}, "field: its result must be a dense tensor, got layout sparse_coo"),
+        (
+            {"field": lambda z: torch.nested.nested_tensor([z, z])},
+            "field: its result must be a dense tensor, got a",
+        ),
+    ],
+)
+def test_unusual_tensors(options: dict[str, Any], text: str) -> None:
+    for method in ("double_backward", "finite_difference"):
+        with pytest.raises(TypeError, match=text):
+            loss(**options, second_derivatives=method)
+
+
 def test_inference_mode_is_refused_and_no_grad_is_not() -> None:
     net = torch.nn.Linear(2, 2)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import philox
-from fluxkernels.checks import can_check_values, check_finite, check_same_shape, check_seed, check_tensor
+from fluxkernels.checks import can_check_values, check_dense, check_finite, check_same_shape, check_seed, check_tensor
 from fluxmatching.losses.grouping import Grouping
 from fluxmatching.losses.horizons import Horizon
 
@@ -58,6 +58,8 @@ class Draws:
 
     @staticmethod
     def _check_endpoints(function: str, chosen: Tensor, samples: int) -> None:
+        if isinstance(chosen, Tensor):
+            check_dense(function, "draws.endpoints", chosen)
         if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.ndim != 1 or not len(chosen):
             raise TypeError(f"{function}: draws.endpoints must be int64 indices of shape [n], got {chosen!r}")
         if can_check_values(chosen) and not (

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fluxkernels import philox
-from fluxkernels.checks import as_number_tensor, check_finite, check_num_steps, check_positive, check_seed, check_tensor
+from fluxkernels.checks import (
+    as_number_tensor,
+    check_finite,
+    check_num_steps,
+    check_positive,
+    check_seed,
+    check_tensor,
+    read_numbers,
+)
 from fluxkernels.devices import no_autocast
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.losses.annealed import LossNormalizer
@@ -116,7 +124,8 @@ def sinkhorn_divergence(x: Tensor, y: Tensor, *, epsilon: float = 0.05, iteratio
     center = y.detach().flatten(1).mean(0)
     x, y = x.flatten(1) - center, y.flatten(1) - center
     both = torch.cat([x.detach(), y.detach()])
-    blur, diameter = math.sqrt(epsilon), (both.amax(0) - both.amin(0)).norm().item()
+    blur = math.sqrt(epsilon)
+    (diameter,) = read_numbers(function, "x and y", (both.amax(0) - both.amin(0)).norm().reshape(1))
     if not math.isfinite(diameter):
         raise ValueError(f"{function}: x and y must be finite, got points {diameter} apart")
     # geomloss: one iteration at the diameter, those of the descent, one at blur.

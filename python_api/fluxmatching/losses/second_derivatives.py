@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fluxkernels.devices import autocast_enabled
+from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
 from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, pull_back
 from fluxmatching.fields import Field, call_field
 from fluxmatching.randomness import SharedRandomNumbers, generator_states, has_active_dropout
@@ -172,6 +172,7 @@ def _differentiated(
 ) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         raise RuntimeError("the field's derivatives cannot be taken inside torch.inference_mode(); use torch.no_grad()")
+    check_derivatives_traceable(f"second_derivatives='{method}'")
     derivative = {
         "double_backward": _double_backward,
         "forward_over_reverse": _forward_over_reverse,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluxkernels import FluxPass, flux_pass, langevin_chain, residual_gradient
 from fluxkernels.checks import can_check_values, check_seed, check_tensor
+from fluxkernels.devices import check_derivatives_traceable
 from fluxmatching.distributed import JointMinibatch
 from fluxmatching.engines import check_differentiable_twice, without_engine
 from fluxmatching.field_modules import check_samples_are_independent
@@ -300,6 +301,7 @@ def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:
         "seed": batch.key,
         "backend": batch.options.backend,
     }
+    check_derivatives_traceable("estimator='single_chain'")
     with torch.enable_grad():
         start = x0.detach().requires_grad_()
         end = langevin_chain(start, batch.refs, batch.variance, batch.tau, **chain)

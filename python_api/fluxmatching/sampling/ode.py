@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels.checks import check_choice, check_positive, check_sigma_range
+from fluxkernels.devices import has_values
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.sampling.langevin import Callback, check_samples
 from fluxmatching.sampling.reverse import field_at
@@ -126,6 +127,11 @@ def integrate(
     except ImportError as error:
         raise ImportError(f"fluxmatching.{function} needs torchdiffeq: pip install torchdiffeq") from error
     first = state if isinstance(state, Tensor) else state[0]
+    if not torch.compiler.is_compiling() and not has_values(first):
+        raise RuntimeError(
+            f"{function}: x must have values, by which the solver chooses its steps; a tensor on meta, a fake tensor "
+            f"and one in a graph that is traced have none; edm_heun takes fixed steps"
+        )
     sigmas = torch.tensor(ends, dtype=torch.float64, device=first.device)
     # Without this the last step of torchdiffeq passes the end, to negative σ, and the interpolated result can be wrong.
     options = {"step_t": sigmas[1:]}

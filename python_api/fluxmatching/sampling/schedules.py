@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fluxkernels.checks import check_finite, check_num_steps, check_positive, check_sigma_range, check_tensor
+from fluxkernels.checks import (
+    check_finite,
+    check_num_steps,
+    check_positive,
+    check_sigma_range,
+    check_tensor,
+    read_numbers,
+)
 from fluxmatching.sampling.langevin import check_samples
 
 
@@ -40,7 +48,7 @@ def check_levels(function: str, x: Tensor, sigmas: Tensor) -> list[float]:
     check_samples(function, x)
     check_tensor(function, "sigmas", sigmas)
     check_finite(function, sigmas=sigmas)
-    if sigmas.ndim != 1 or len(sigmas) < 2 or not ((sigmas[1:] < sigmas[:-1]).all() and sigmas[-1] >= 0):
+    levels = read_numbers(function, "sigmas", sigmas) if sigmas.ndim == 1 else []
+    if len(levels) < 2 or not all(above > below for above, below in pairwise(levels)) or not levels[-1] >= 0:
         raise ValueError(f"{function}: sigmas must be at least two decreasing non-negative numbers, got {sigmas}")
-    levels: list[float] = sigmas.tolist()
     return levels
