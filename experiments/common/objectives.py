@@ -107,7 +107,7 @@ def make_loss(
     if objective == DSM:
         dsm = DSMOptions(backend=backend)
         return DenoisingScoreMatching(field, noise, dsm, normalizer=LossNormalizer(), sigma_per_sample=False)
-    options = FluxOptions(horizon=horizon, chunk_size=chunk_size, backend=backend)
+    options = FluxOptions(horizon=horizon, strata=1, chunk_size=chunk_size, backend=backend)
     if objective == FAST:
         return FastFluxMatching(field, noise, options, mixing_weight)
     return NoiseAnnealedFluxMatching(field, noise, options)

@@ -65,7 +65,7 @@ def make_loss(run: Run, name: str, method: str, sigma_data: float) -> PlainAtten
     problem = PROBLEMS[name]
     field = EDMField(problem.network(run.config.size(name).width), sigma_data)
     options = FluxOptions(
-        horizon=TruncatedExponentialHorizon(), second_derivatives=METHODS[method], backend=run.backend
+        horizon=TruncatedExponentialHorizon(), strata=1, second_derivatives=METHODS[method], backend=run.backend
     )
     return PlainAttention(field, problem.noise, options)
 

@@ -15,6 +15,8 @@ def samples(count: int, generator: torch.Generator | None = None) -> Tensor:
 class Field(nn.Module):
     """f(z, σ) = g(z/√(1 + σ²), log σ)/σ with a perceptron g."""
 
+    accepts_sigma_per_sample = True  # level below is a column
+
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.net = nn.Sequential(

@@ -31,6 +31,8 @@ class EDMField(nn.Module):
         ValueError: sigma_data is not positive, or σ has another shape.
     """
 
+    accepts_sigma_per_sample = True
+
     def __init__(self, network: Callable[[Tensor, Tensor], Tensor], sigma_data: float = 0.5) -> None:
         super().__init__()
         if not 0 < sigma_data < float("inf"):

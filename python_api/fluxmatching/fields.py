@@ -12,7 +12,7 @@ from fluxkernels.checks import check_dense
 from fluxmatching.field_modules import networks_of
 
 Field = Callable[[Tensor], Tensor]  # f(z), z `[n, *event]`, each sample by itself
-NoisyField = Callable[[Tensor, Tensor], Tensor]  # f(z, σ), σ of shape `[]`
+NoisyField = Callable[[Tensor, Tensor], Tensor]  # f(z, σ), σ of shape `[]`, or `[n]` where the field accepts that
 
 
 def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> Tensor:
@@ -99,6 +99,8 @@ class VelocityField(AdaptedField):
 
 class DiffusersField(AdaptedField):
     """Field of `field_from_diffusers`."""
+
+    accepts_sigma_per_sample = True
 
     def __init__(self, network: nn.Module, log_sigmas: Tensor) -> None:
         super().__init__(network)

@@ -68,7 +68,7 @@ def test_a_wrapped_field_gives_the_same_gradients_or_is_refused(two: Rows) -> No
 def test_every_option_of_the_loss_works_on_a_joint_minibatch(two: Rows) -> None:
     # A fraction of 0.01 of 16 is one end: one process differentiates nothing at all.
     errors = {row["options"]: row["error"] for row in two if row["what"] == "option"}
-    assert len(errors) == 8
+    assert len(errors) == 10
     assert all(error < 1e-12 for error in errors.values()), errors
 
 

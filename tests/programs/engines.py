@@ -240,6 +240,15 @@ def check_options(x: Tensor, mine: Tensor) -> None:
         module = ddp(FluxMatching(part, SIGMA, chosen))
         module(mine.double(), seed=SEED)[0].backward()
         report("option", options=str(options), error=error(gradient(part), gradient(whole)))
+    for strata in (1, 4):  # each with its own noise level
+        fields = [parts()[0].double() for _ in range(2)]
+        for field, samples, gather in zip(fields, (x, mine), (False, True), strict=True):
+            options = FluxOptions(strata=strata, gather_across_ranks=gather)
+            normalizer = parts()[1].double().requires_grad_(False)
+            module = NoiseAnnealedFluxMatching(field, NOISE, options, normalizer=normalizer)
+            value, _ = (ddp(module) if gather else module)(samples.double(), seed=SEED)
+            value.backward()
+        report("option", options=f"annealed, strata {strata}", error=error(gradient(fields[1]), gradient(fields[0])))
 
 
 def main() -> None:

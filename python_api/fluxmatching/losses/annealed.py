@@ -109,6 +109,7 @@ def annealed_terms(
     check_tensor(function, "x", x)
     as_sigma(function, sigma, like=x)
     level = as_number_tensor(function, "sigma", sigma, like=x)
+    options = options.with_strata(len(level) if level.ndim == 1 else 1)
     if level.ndim and (options.strata == 1 or list(level.shape) != [options.strata]):
         takes = "one number" if options.strata == 1 else f"one number or one per stratum, shape [{options.strata}]"
         raise ValueError(f"{function}: sigma must be {takes}, got shape {list(level.shape)}")

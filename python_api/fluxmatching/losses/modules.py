@@ -132,7 +132,8 @@ class NoiseAnnealedFluxMatching(LossModule):
     """Noise-annealed Flux Matching, `noise_annealed_flux_loss` as a module with random σ, one per stratum.
 
     Args:
-        field: f(z, σ), a module or function.
+        field: f(z, σ), a module or function. With `accepts_sigma_per_sample = True` it receives one σ per sample, and
+            the minibatch is cut into up to 16 strata.
         noise: distribution of σ; default: that of EDM, `LogNormalNoise()`.
         options: see `FluxOptions`. A learned horizon becomes a submodule.
         normalizer: s_η; None makes a `LossNormalizer`.
@@ -164,12 +165,20 @@ class NoiseAnnealedFluxMatching(LossModule):
             seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
         """
         key = self.key(x, seed)
-        sigma = draw_sigma(self.noise, key, x, self.options.strata)
-        terms = annealed_terms(self.field, x, sigma, self.normalizer, self.options, refs=self.refs(x), seed=key)
+        processes = rank_and_size()[1] if self.gather_across_ranks else 1
+        options = self.options.with_strata(self._strata(len(x) * processes))
+        sigma = draw_sigma(self.noise, key, x, options.strata or 1)
+        terms = annealed_terms(self.field, x, sigma, self.normalizer, options, refs=self.refs(x), seed=key)
         loss = terms.total.mean()
         return loss, {
             "loss": loss.detach(), "flux": terms.flux.mean(), "tau": terms.tau.mean(), "sigma": sigma.mean(),
         }  # fmt: skip
+
+    def _strata(self, samples: int) -> int:
+        """Return how many strata a minibatch has by default: with at least 8 samples each, so that chains share."""
+        if not takes_sigma_per_sample(self.field):
+            return 1
+        return next((count for count in (16, 8, 4, 2) if samples % count == 0 and samples >= 8 * count), 1)
 
 
 class DenoisingScoreMatching(LossModule):
@@ -180,7 +189,8 @@ class DenoisingScoreMatching(LossModule):
         noise: σ > 0, or its distribution.
         options: see `DSMOptions`.
         normalizer: s_η(σ), which weights the noise levels; None leaves the weights of `DSMOptions.form`.
-        sigma_per_sample: whether every sample has a σ of its own; False draws one per minibatch, as Flux Matching does.
+        sigma_per_sample: whether every sample has a σ of its own, so that the field receives `[N]`; False draws one per
+            minibatch. None: if the field has `accepts_sigma_per_sample`, such as `EDMField`.
         refs: reference points of the stable target, see `ReferenceSet`; default: the minibatch.
     """
 
@@ -191,7 +201,7 @@ class DenoisingScoreMatching(LossModule):
         options: DSMOptions = DSMOptions(),
         *,
         normalizer: LossNormalizer | None = None,
-        sigma_per_sample: bool = True,
+        sigma_per_sample: bool | None = None,
         refs: Tensor | int | None = None,
     ) -> None:
         check_options("DenoisingScoreMatching", options, DSMOptions)
@@ -199,7 +209,8 @@ class DenoisingScoreMatching(LossModule):
         self.noise = None if isinstance(noise, (int, float, Tensor)) else _check_noise("DenoisingScoreMatching", noise)
         if self.noise is None:
             _keep_sigma(self, noise)
-        self.normalizer, self.sigma_per_sample, self.options = normalizer, sigma_per_sample, options
+        self.sigma_per_sample = takes_sigma_per_sample(field) if sigma_per_sample is None else sigma_per_sample
+        self.normalizer, self.options = normalizer, options
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
         """Return the mean loss `[]` and {"loss", "dsm", "sigma"}, dsm before normalization, sigma the mean σ.
@@ -217,6 +228,14 @@ class DenoisingScoreMatching(LossModule):
         values = dsm_loss(field, x, sigma, self.options, refs=self.refs(x), seed=key)
         loss = (values if self.normalizer is None else self.normalizer(values, sigma)).mean()
         return loss, {"loss": loss.detach(), "dsm": values.detach().mean(), "sigma": sigma.mean()}
+
+
+def takes_sigma_per_sample(field: object) -> bool:
+    """Return whether a field declares that f(z, σ) takes one σ per sample, `[n]`, and not only one number.
+
+    It cannot be tried: z/σ of a field that knows one number only is wrong without an error for some shapes.
+    """
+    return bool(getattr(field, "accepts_sigma_per_sample", False))
 
 
 def draw_sigma(noise: NoiseLevels, key: Tensor, x: Tensor, count: int = 1) -> Tensor:

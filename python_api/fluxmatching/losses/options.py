@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 
 import torch
@@ -38,9 +38,10 @@ class FluxOptions:
 
     Other:
         strata: number of equal parts of the minibatch, each with its own τ and, in a noise-annealed loss, its own σ,
-            drawn from as many equally probable intervals; must divide the number of samples. Default: 1, as in the
-            paper. More lower the variance of the gradient at the same cost. The reference points stay those of the
-            whole minibatch.
+            drawn from as many equally probable intervals; must divide the number of samples. More lower the variance
+            of the gradient at the same cost; the reference points stay those of the whole minibatch. The field then
+            receives one σ per sample, `[n]`. Default: as many as sigma has, or 1, as in the paper; but up to 16 in
+            `NoiseAnnealedFluxMatching` for a field with `accepts_sigma_per_sample`, such as `EDMField`.
         grouped: one independent kernel density estimate per index of the second dimension of x (one per gene).
         chunk_size: samples whose endpoints are differentiated at once, which bounds memory; None for all. A finite
             difference takes two rows per sample.
@@ -60,7 +61,7 @@ class FluxOptions:
     second_derivatives: str | None = None
     divergence: str = "hutchinson"
     endpoint_fraction: float = 1.0
-    strata: int = 1
+    strata: int | None = None
     grouped: bool = False
     chunk_size: int | None = None
     num_steps: int | None = None
@@ -86,8 +87,9 @@ class FluxOptions:
             raise ValueError(f"{name}: chunk_size must be None or a positive number of samples, got {size!r}")
         if self.num_steps is not None:
             check_num_steps(name, self.num_steps)
-        check_num_steps(name, self.strata, "strata")
-        if self.grouped and self.strata > 1:
+        if self.strata is not None:
+            check_num_steps(name, self.strata, "strata")
+        if self.grouped and self.strata not in (None, 1):
             raise ValueError(
                 f"{name}: strata must be 1 in a grouped loss, which draws one tau per group, got {self.strata}"
             )
@@ -99,6 +101,10 @@ class FluxOptions:
         if self.second_derivatives is not None:
             return self.second_derivatives
         return "double_backward" if dtype == torch.float64 or self.divergence == "exact" else "finite_difference"
+
+    def with_strata(self, default: int) -> FluxOptions:
+        """Return the options with a number of strata: their own, or this one."""
+        return replace(self, strata=default) if self.strata is None else self
 
     def num_endpoints(self, samples: int) -> int | None:
         """Return how many of the samples' endpoints are differentiated; None for all."""

@@ -73,7 +73,8 @@ def flux_target(
     With `conditioned` the field is f(z, σ), σ of shape `[]`; or one per sample, `[n]`, if sigma is one per stratum,
     `[strata]`.
     """
-    batch = _prepare(field, x, sigma, options, refs=refs, draws=draws, seed=seed)
+    check_options("flux_matching_loss", options, FluxOptions)
+    batch = _prepare(field, x, sigma, options.with_strata(1), refs=refs, draws=draws, seed=seed)
     chains = _run_chains(batch)
     gradient = _differentiate_endpoints(without_engine("flux_matching_loss", field), batch, chains, conditioned)
     return _average_over_chains(batch, chains, gradient)
@@ -109,19 +110,23 @@ class _Minibatch:
         assert self.draws.tau is not None
         return self.draws.tau
 
+    @property
+    def strata(self) -> int:
+        return self.options.strata or 1
+
     def per_sample(self, number: Tensor) -> Tensor:
         """Return one number per sample, `[N]`, where there is one per stratum; any other number as it is."""
-        strata = self.options.strata
+        strata = self.strata
         return number.repeat_interleave(self.x.shape[0] // strata) if strata > 1 and number.ndim else number
 
     def to_strata(self, points: Tensor) -> Tensor:
         """Return points `[..., N, D]` as `[..., strata, N / strata, D]` where there are several strata."""
-        strata = self.options.strata
+        strata = self.strata
         return points if strata == 1 else points.unflatten(-2, (strata, -1))
 
     def from_strata(self, points: Tensor) -> Tensor:
         """Return points `[strata, N / strata, D]` as `[N, D]`."""
-        return points if self.options.strata == 1 else points.flatten(0, 1)
+        return points if self.strata == 1 else points.flatten(0, 1)
 
 
 def _prepare(
@@ -136,7 +141,6 @@ def _prepare(
 ) -> _Minibatch:
     """Check every argument, join the minibatches of all processes if requested, and draw random numbers."""
     function = "flux_matching_loss"
-    check_options(function, options, FluxOptions)
     _check_field_and_samples(function, field, x, options)
     check_seed(function, seed)
     if draws is not None and not isinstance(draws, Draws):
@@ -150,9 +154,11 @@ def _prepare(
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
     if options.strata == 1 or list(level.shape) != [options.strata]:
         grouping.check_number("sigma", level)
-    if x.shape[0] % options.strata:
-        raise ValueError(f"{function}: strata must divide the {len(x)} samples of x, got {options.strata}")
-    draws.check(x, horizon, grouping, options.strata)
+    strata = options.strata
+    assert strata is not None
+    if x.shape[0] % strata:
+        raise ValueError(f"{function}: strata must divide the {x.shape[0]} samples of x, got {strata}")
+    draws.check(x, horizon, grouping, strata)
     num_steps = _num_steps(function, options.num_steps, draws)
     request = DrawRequest(
         x,
@@ -163,7 +169,7 @@ def _prepare(
         num_endpoints=options.num_endpoints(x.shape[0]),
         needs_probe=options.divergence == "hutchinson",
         runs_chain_twice=options.estimator == "single_chain",
-        strata=options.strata,
+        strata=strata,
     )
     draws, key = draws.complete(request, seed)
     noise = None
@@ -224,7 +230,7 @@ def _differentiate_endpoints(
     if chosen is not None:
         ends, scores = ends[chosen], scores[chosen]
         probe = None if probe is None else probe[chosen]
-        sigma, scale = (number[chosen] if options.strata > 1 and number.ndim else number for number in (sigma, scale))
+        sigma, scale = (number[chosen] if batch.strata > 1 and number.ndim else number for number in (sigma, scale))
     bracket, field_at_end = endpoint_gradient(
         ConditionedField(field, sigma) if conditioned else field,
         ends,
@@ -252,7 +258,7 @@ def _residual_gradient(
 ) -> Tensor:
     """Return J_s f - ∇(Δp̂/p̂) at the chosen endpoints, in the layout of the ops."""
     points, values = (batch.grouping.to_points(t) for t in (ends, field_at_end))
-    if batch.options.strata == 1 or not batch.variance.ndim:
+    if batch.strata == 1 or not batch.variance.ndim:
         return residual_gradient(points, values, batch.refs, batch.variance, backend=batch.options.backend)
     # Strata with a σ of their own: all endpoints, in their layout, with a field of zero at those that are not chosen.
     if chosen is not None:
@@ -319,6 +325,6 @@ def _length_scale(batch: _Minibatch) -> Tensor:
     """
     x, variance = batch.x, batch.variance
     data = (x - x.mean(0, keepdim=True)).to(variance.dtype).square().mean()
-    if batch.options.strata > 1:
+    if batch.strata > 1:
         return batch.per_sample(torch.minimum((variance + data).sqrt(), 16 * variance.sqrt())).to(x.dtype)
     return torch.minimum((variance.mean() + data).sqrt(), 16 * variance.amin().sqrt()).to(x.dtype)

@@ -117,10 +117,13 @@ class Trainer:
         options, sharded = self.options, is_sharded(self.fabric)
         if self.processes > 1:
             copy_from_first_process(self.fabric, self.loss)
+        if sharded and loss is not self.loss:
+            raise TypeError("Trainer: a compiled loss cannot be sharded; compile its field instead")
         if sharded:  # copied while it is whole, then sharded in the same way
             self.average = self._averaged()
             self.fabric.setup_module(self.average.module)
-        self.engine = self.fabric.setup_module(loss)
+        # Compiled by the user, maybe before Fabric was imported: Fabric would not find how, and need not do it again.
+        self.engine = self.fabric.setup_module(loss, _reapply_compile=False)
         if not sharded:
             self.average = self._averaged()
         kind = OPTIMIZERS[options.optimizer]
