@@ -122,8 +122,7 @@ class Trainer:
         if sharded:  # copied while it is whole, then sharded in the same way
             self.average = self._averaged()
             self.fabric.setup_module(self.average.module)
-        # Compiled by the user, maybe before Fabric was imported: Fabric would not find how, and need not do it again.
-        self.engine = self.fabric.setup_module(loss, _reapply_compile=False)
+        self.engine = self.fabric.setup_module(loss if loss is self.loss else _Call(loss))
         if not sharded:
             self.average = self._averaged()
         kind = OPTIMIZERS[options.optimizer]
@@ -327,6 +326,17 @@ def _check_arguments(loss: Any, options: Any) -> None:
         raise TypeError(f"Trainer: options must be TrainingOptions, got {type(options).__name__}")
     if not any(p.requires_grad for p in loss.parameters()):
         raise ValueError(f"Trainer: loss must have parameters that need a gradient, got {type(loss).__name__}")
+
+
+class _Call(nn.Module):
+    """Hide that a module is compiled: Fabric would compile it again, which fails unless it was imported first."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
 
 
 def _without_compilation(loss: nn.Module) -> nn.Module:
