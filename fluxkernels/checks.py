@@ -15,7 +15,7 @@ from torch.masked import MaskedTensor
 
 from fluxkernels.backend import resolve_backend
 from fluxkernels.devices import can_check_values as can_check_values
-from fluxkernels.devices import on_device
+from fluxkernels.devices import is_part_of_graph, on_device
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,13 +70,17 @@ def read_numbers(function: str, name: str, t: Tensor) -> list[float]:
     Raises:
         RuntimeError: it has none: it is on meta, a fake tensor, or the result of a graph that is traced.
     """
-    try:
-        return [float(number) for number in t.tolist()]
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{function}: {name} must have values, which are needed as numbers; a tensor on meta, a fake tensor and "
-            f"one in a graph that is traced have none"
-        ) from error
+    failed: RuntimeError | None = None
+    # `tolist` would read a tensor of the graph all the same, and the graph would hold its present values.
+    if torch.compiler.is_compiling() or not is_part_of_graph(t):
+        try:
+            return [float(number) for number in t.tolist()]
+        except RuntimeError as error:
+            failed = error
+    raise RuntimeError(
+        f"{function}: {name} must have values, which are needed as numbers; a tensor on meta, a fake tensor and one in "
+        f"a graph that is traced have none"
+    ) from failed
 
 
 def check_points(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:

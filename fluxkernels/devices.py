@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
 
 from fluxkernels.transforms import transforms_active
 
@@ -27,6 +27,12 @@ def is_tracing() -> bool:
     # PyTorch has no public function for this. The tests trace in each mode, and fail if a release moves these names.
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     return fake is not None or get_proxy_mode() is not None or torch._C._get_tracing_state() is not None
+
+
+def is_part_of_graph(t: Tensor) -> bool:
+    """Return True if `t` is an input or a result of a graph that `make_fx` traces, in place of a constant of it."""
+    mode = get_proxy_mode()
+    return mode is not None and has_proxy_slot(t, mode.tracer)
 
 
 def check_derivatives_traceable(what: str) -> None:

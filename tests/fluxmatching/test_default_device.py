@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from fluxkernels import philox
 from fluxkernels.backend import implementation
 from fluxmatching import (
+    DenoisingScoreMatching,
     DSMOptions,
     EDMField,
+    FluxMatching,
     FluxOptions,
     LearnedHorizon,
     LogNormalNoise,
     LogUniformNoise,
     LossNormalizer,
+    NoiseAnnealedFluxMatching,
     ODESolver,
     TruncatedExponentialHorizon,
     dsm_loss,
@@ -182,6 +185,23 @@ def test_loss_with_all_that_is_learned(backend: str) -> None:
     normalizer, horizon = LossNormalizer(8), LearnedHorizon(8)
     loss = lambda: noise_annealed_flux_loss(NET, X, 0.5, normalizer, FluxOptions(horizon=horizon))  # noqa: E731
     same_under_any_default_device(with_gradient(loss, NET, normalizer, horizon))
+
+
+def test_loss_modules(backend: str) -> None:
+    modules = (
+        FluxMatching(Net(), torch.tensor(0.5)),
+        NoiseAnnealedFluxMatching(Net(), options=FluxOptions(horizon=LearnedHorizon(8))),
+        DenoisingScoreMatching(Net(), LogUniformNoise()),
+        DenoisingScoreMatching(Net(), 0.5, refs=X.repeat(2, 1)),
+    )
+    for module in modules:
+        for seed in (None, 4):
+            same_under_any_default_device(with_gradient(partial(_loss, module, seed), module))
+
+
+def _loss(module: nn.Module, seed: int | None) -> Tensor:
+    loss: Tensor = module(X, seed=seed)[0]
+    return loss
 
 
 def test_splicing_loss(backend: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,4 +61,6 @@ def check_samples(function: str, x: Tensor) -> None:
 
 def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return standard normal noise of the shape, dtype and device of x."""
-    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    # PyTorch cannot trace the variant with a generator for symbolic sizes.
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}
+    return torch.randn(x.shape, **source, dtype=x.dtype, device=x.device)
