@@ -39,7 +39,7 @@ def run_tests() -> dict[str, Any]:
     """
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fluxkernels/test_gpu.py",
-        "tests/fluxkernels/test_triton.py", "-k", "not compile_for",
+        "tests/fluxmatching/test_gpu_training.py", "tests/fluxkernels/test_triton.py", "-k", "not compile_for",
     ]  # fmt: skip
     environment = {**os.environ, "FLUXKERNELS_AUTOTUNE": "0"}
     try:
