@@ -18,6 +18,13 @@ def make_run(out: Path) -> Run:
     return Run(convergence.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("finished"))
+    convergence.main(run)
+    return run
+
+
 def test_wasserstein_distance_by_hand() -> None:
     x = torch.tensor([[[0.0], [0.0]], [[4.0], [0.0]]])
     y = torch.tensor([[[4.0], [3.0]], [[0.0], [1.0]]])
@@ -52,21 +59,17 @@ def test_both_methods_see_the_same_numbers(tmp_path: Path) -> None:
     assert not torch.equal(*losses)
 
 
-def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    convergence.main(run)
-    assert len(run.rows("result")) == 2 * 2 * run.config.seeds
-    assert len(run.rows("curve")) == 20 * 2 * 2 * run.config.seeds
-    assert {path.stem for path in run.figures} == {"loss", "distance"}
-    text = (tmp_path / "summary.md").read_text()
+def test_smoke_run_and_its_summary(finished: Run) -> None:
+    assert len(finished.rows("result")) == 2 * 2 * finished.config.seeds
+    assert len(finished.rows("curve")) == 20 * 2 * 2 * finished.config.seeds
+    assert {path.stem for path in finished.figures} == {"loss", "distance"}
+    text = (finished.out / "summary.md").read_text()
     assert "mixture: final W2" in text
     assert "springs: final W2" in text
 
 
-def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = make_run(tmp_path / "whole")
-    convergence.main(whole)
-    cut = make_run(tmp_path / "cut")
+def test_an_interrupted_run_resumes(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = make_run(tmp_path)
     log, rows = cut.log, []
 
     def stop_late(**row: object) -> None:
@@ -78,13 +81,13 @@ def test_an_interrupted_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cut, "log", stop_late)
     with pytest.raises(KeyboardInterrupt):
         convergence.main(cut)
-    resumed = make_run(tmp_path / "cut")
+    resumed = make_run(tmp_path)
     convergence.main(resumed)
 
     def numbers(run: Run) -> list[dict[str, object]]:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in run.rows()]
 
-    assert numbers(resumed) == numbers(whole)
+    assert numbers(resumed) == numbers(finished)
 
 
 @pytest.mark.parametrize(("name", "value"), [("seeds", 1), ("mixture_iterations", 19), ("springs_lr", 0.0)])

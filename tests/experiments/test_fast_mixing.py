@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,27 +75,37 @@ def test_the_weight_of_the_proxy_counts(tmp_path: Path) -> None:
     assert thrice - plain == pytest.approx(3 * (once - plain), rel=1e-3)
 
 
-def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("finished"), chain_steps=400)
     main(run)
+    return run
+
+
+def test_smoke_run_and_its_summary(finished: Run) -> None:
     fields = (*OBJECTIVES, mixture.EXACT, mixture.CIRCULATING)
-    assert [row["field"] for row in run.rows("mixture")] == list(fields)
-    assert {(row["field"], row["steps"]) for row in run.rows("steps")} == {(f, k) for f in fields for k in (2, 4)}
-    assert {row["steps"] for row in run.rows("pictures")} == {2, 3}
-    assert {path.stem for path in run.figures} == {
+    assert [row["field"] for row in finished.rows("mixture")] == list(fields)
+    assert {(row["field"], row["steps"]) for row in finished.rows("steps")} == {(f, k) for f in fields for k in (2, 4)}
+    assert {row["steps"] for row in finished.rows("pictures")} == {2, 3}
+    assert {path.stem for path in finished.figures} == {
         "steps", "pictures", "mixture", "mixing", "training", "distance"
     }  # fmt: skip
-    assert "training step, fast flux" in (tmp_path / "summary.md").read_text()
-    rows = run.rows()
-    main(run)
-    assert run.rows() == rows
+    assert "training step, fast flux" in (finished.out / "summary.md").read_text()
+    rows = finished.rows()
+    main(finished)
+    assert finished.rows() == rows
 
 
-def test_fid_by_number_of_steps_is_in_the_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fid_by_number_of_steps_is_in_the_summary(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fidelity, "check", lambda weights: None)
     monkeypatch.setattr(fidelity, "fid_and_inception_score", lambda *a: (12.5, 2.0))
-    run = make_run(tmp_path, fid=True, mixture_steps=(2,), chain_steps=400)
-    main(run)
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["kind"] != "pictures"))
+    main(make_run(tmp_path, fid=True, chain_steps=400))
     assert "| images, fast flux: FID in 2, 3 steps | Fig. 6 | 12.50, 12.50 |" in (tmp_path / "summary.md").read_text()
 
 

@@ -17,7 +17,7 @@ from experiments.common.networks import TrajectoryTransformer
 from experiments.common.objectives import HORIZONS
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
-from experiments.springs import EXPERIMENT, simulator
+from experiments.springs import EXPERIMENT, experiment, simulator
 from experiments.springs.experiment import main
 from experiments.springs.results import relative_changes
 from experiments.springs.simulator import trajectories, velocity
@@ -91,6 +91,21 @@ def make_run(out: Path, **changes: Any) -> Run:
     return Run(EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("finished"))
+    main(run)
+    return run
+
+
+@pytest.fixture
+def copied(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A copy of the finished run, of which nothing is drawn again."""
+    monkeypatch.setattr(experiment, "draw", lambda *_: [])
+    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
+    return make_run(tmp_path)
+
+
 def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     trainers = {model: make_trainer(run, *model, seed=0, iterations=4) for model in MODELS}
@@ -150,13 +165,11 @@ def test_every_horizon_trains(tmp_path: Path) -> None:
         assert one.step().isfinite()
 
 
-def test_sizes_of_trained_fields(tmp_path: Path) -> None:
+def test_sizes_of_trained_fields(finished: Run) -> None:
     """An untrained field is EDM's skip connection, -z/(σ² + σ_data²), but for what its network adds."""
-    run = make_run(tmp_path)
-    main(run)
-    rows = run.rows("field size")
+    rows = finished.rows("field size")
     assert len(rows) == 3 * len(MODELS)
-    spread = data(run).std().item()
+    spread = data(finished).std().item()
     for row in rows:
         linear_part = row["sigma"] / (row["sigma"] ** 2 + spread**2) ** 0.5
         assert row["size"] > 0.5 * linear_part
@@ -183,47 +196,42 @@ def test_bad_settings(changes: dict[str, Any], text: str) -> None:
         dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
 
 
-def test_smoke_run_and_its_summary(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    main(run)
-    assert [(row["objective"], row["mask"]) for row in run.rows("model")] == [m for m in MODELS for _ in range(2)]
-    assert [row["iteration"] for row in run.rows("model")] == [2, 4] * len(MODELS)
-    assert all(row["w2"] > 0 for row in run.rows("model"))
-    assert {path.stem for path in run.figures} == {"mask", "linear", "trajectories"}
-    assert (tmp_path / "figures" / "masses.gif").stat().st_size > 1000
-    assert "change of W2 by the mask after 2, 4 iterations: flux" in (tmp_path / "summary.md").read_text()
-    assert (
-        "linear fields in 72 steps: W2 under the mask, score matching over Flux Matching"
-        in (tmp_path / "summary.md").read_text()
-    )
-    rows = run.rows()
-    main(run)  # all is done: nothing is trained again
-    assert run.rows() == rows
+def test_smoke_run_and_its_summary(finished: Run) -> None:
+    assert [(row["objective"], row["mask"]) for row in finished.rows("model")] == [m for m in MODELS for _ in range(2)]
+    assert [row["iteration"] for row in finished.rows("model")] == [2, 4] * len(MODELS)
+    assert all(row["w2"] > 0 for row in finished.rows("model"))
+    assert {path.stem for path in finished.figures} == {"mask", "linear", "trajectories"}
+    assert (finished.out / "figures" / "masses.gif").stat().st_size > 1000
+    text = (finished.out / "summary.md").read_text()
+    assert "change of W2 by the mask after 2, 4 iterations: flux" in text
+    assert "linear fields in 72 steps: W2 under the mask, score matching over Flux Matching" in text
+
+
+def test_of_a_finished_run_nothing_is_trained_again(copied: Run) -> None:
+    rows = copied.rows()
+    main(copied)
+    assert copied.rows() == rows
 
 
 @pytest.mark.parametrize("kept", [6, 19, -1])
-def test_a_run_that_lost_its_last_rows_ends_as_it_would_have(tmp_path: Path, kept: int) -> None:
+def test_a_run_that_lost_its_last_rows_ends_as_it_would_have(copied: Run, kept: int) -> None:
     """Killed within the models, between a checkpoint and its row, and within the linear fields."""
-    run = make_run(tmp_path)
-    main(run)
-    metrics = tmp_path / "metrics.jsonl"
-    lines, rows = metrics.read_text().splitlines(keepends=True), run.rows("model") + run.rows("linear size")
+    metrics = copied.out / "metrics.jsonl"
+    lines, rows = metrics.read_text().splitlines(keepends=True), copied.rows("model") + copied.rows("linear size")
     metrics.write_text("".join(lines[:kept]))
     lost = {(row["objective"], row["mask"], row["seed"]) for row in rows if row["kind"] == "model"} - {
-        (row["objective"], row["mask"], row["seed"]) for row in make_run(tmp_path).rows("model")
+        (row["objective"], row["mask"], row["seed"]) for row in make_run(copied.out).rows("model")
     }
     for objective, mask, seed in lost:  # of these not even the first stage is known
-        shutil.rmtree(samples_file(run, objective, mask, seed).parent)
-    again = make_run(tmp_path)
+        shutil.rmtree(samples_file(copied, objective, mask, seed).parent)
+    again = make_run(copied.out)
     main(again)
     assert again.rows("model") + again.rows("linear size") == rows
 
 
-def test_a_model_ahead_of_its_rows_is_reported(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
-    main(run)
-    metrics = tmp_path / "metrics.jsonl"
+def test_a_model_ahead_of_its_rows_is_reported(copied: Run) -> None:
+    metrics = copied.out / "metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     metrics.write_text("".join(line for line in lines if json.loads(line)["kind"] != "model"))
     with pytest.raises(UsageError, match="is trained beyond iteration 2, which was not logged: delete it"):
-        main(make_run(tmp_path))
+        main(make_run(copied.out))
