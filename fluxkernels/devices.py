@@ -1,4 +1,4 @@
-"""Where the values of tensors are, and how a number reaches the device of the points without making the host wait."""
+"""Values of tensors: where they can be read, and how a number reaches a device without making the host wait."""
 
 from contextlib import AbstractContextManager, nullcontext
 
