@@ -1,4 +1,4 @@
-"""The experiment of `walk.py`, in place of all others."""
+"""The experiment of `walk.py`, in place of all others, and runs without the slow part of drawing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments.common import registry
 from experiments.common.registry import Experiment
@@ -26,6 +27,12 @@ def walk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Walk:
     monkeypatch.setattr(registry, "experiment_names", lambda: ("walk",))
     monkeypatch.chdir(tmp_path)
     return walk
+
+
+@pytest.fixture
+def unpainted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn and not written: a second per figure, for tests of other things."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture

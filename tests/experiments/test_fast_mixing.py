@@ -91,11 +91,16 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
         "steps", "pictures", "mixture", "mixing", "training", "distance"
     }  # fmt: skip
     assert "training step, fast flux" in (finished.out / "summary.md").read_text()
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_of_a_finished_run_nothing_is_trained_again(finished: Run) -> None:
     rows = finished.rows()
     main(finished)
     assert finished.rows() == rows
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_fid_by_number_of_steps_is_in_the_summary(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

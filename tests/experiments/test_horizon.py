@@ -174,21 +174,30 @@ def make_run(out: Path, **overrides: object) -> Run:
     return Run(experiment, "smoke", config, "torch", torch.device("cpu"), 0, out, progress=False)
 
 
-def test_smoke_run_writes_rows_figures_and_summary(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("finished"))
     horizon.main(run)
-    taus = len(run.config.taus)
-    assert len(run.rows("loss")) == (2 * 2 * 3 + 1) * taus
-    assert len(run.rows("autocorrelation")) == 4 * taus
-    assert [row["sigma"] for row in run.rows("crossing")] == [0.01, 3.0, 80.0]
+    return run
+
+
+def test_smoke_run_writes_rows_figures_and_summary(finished: Run) -> None:
+    taus = len(finished.config.taus)
+    assert len(finished.rows("loss")) == (2 * 2 * 3 + 1) * taus
+    assert len(finished.rows("autocorrelation")) == 4 * taus
+    assert [row["sigma"] for row in finished.rows("crossing")] == [0.01, 3.0, 80.0]
     for name in ("figure16", "decay", "variance", "tail"):
-        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
-    assert run.results[0].passed
-    first = (tmp_path / "metrics.jsonl").read_bytes()
-    (tmp_path / "summary.json").unlink()
-    horizon.main(make_run(tmp_path))  # nothing is measured twice
-    assert (tmp_path / "metrics.jsonl").read_bytes() == first
-    assert (tmp_path / "summary.json").exists()
+        assert (finished.out / "figures" / f"{name}.png").stat().st_size > 10_000
+    assert finished.results[0].passed
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_nothing_is_measured_twice(finished: Run) -> None:
+    first = (finished.out / "metrics.jsonl").read_bytes()
+    (finished.out / "summary.json").unlink()
+    horizon.main(make_run(finished.out))
+    assert (finished.out / "metrics.jsonl").read_bytes() == first
+    assert (finished.out / "summary.json").exists()
 
 
 def test_interrupted_curves_continue_with_the_same_numbers(tmp_path: Path) -> None:

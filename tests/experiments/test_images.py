@@ -228,8 +228,12 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     (floor,) = finished.rows("floor")
     assert floor["distance"] < 0.5 * floor["noise"]
     assert len(finished.rows("likelihood")) == 4  # 12 test images in minibatches of 8, two models
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_of_a_finished_run_nothing_is_trained_again(finished: Run) -> None:
     rows = finished.rows()
-    main(finished)  # all is done: nothing is trained again
+    main(finished)
     assert finished.rows() == rows
 
 
@@ -250,6 +254,7 @@ def test_the_best_model_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(p, q)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_time_that_is_up_and_further_commands(tmp_path: Path, finished: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flux steps take three times as long here, so one objective is always ahead; the end is that of one command."""
     clock = {"now": 0.0}

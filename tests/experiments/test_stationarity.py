@@ -298,25 +298,34 @@ def test_rollout_of_a_preserving_field_reaches_the_target_and_another_does_not(t
     assert logged[-1] == pytest.approx(total_variation(wrong.at(10), target))
 
 
-def test_smoke_run_writes_rows_figures_and_summary(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("finished"))
     stationarity.main(run)
-    assert [(row["objective"], row["step"]) for row in run.rows("train")] == [
+    return run
+
+
+def test_smoke_run_writes_rows_figures_and_summary(finished: Run) -> None:
+    assert [(row["objective"], row["step"]) for row in finished.rows("train")] == [
         ("flux", 20), ("flux", 40), ("dsm", 20), ("dsm", 40),
     ]  # fmt: skip
-    assert len(run.rows("distance")) == 4 * run.config.segments
-    assert len(run.rows("exact sample")) == 16
-    measured = {row["field"]: row for row in run.rows("field")}
+    assert len(finished.rows("distance")) == 4 * finished.config.segments
+    assert len(finished.rows("exact sample")) == 16
+    measured = {row["field"]: row for row in finished.rows("field")}
     assert measured["score"]["skewness"] < 1e-5
     assert measured["causal"]["error"] == 0
     assert measured["causal"]["residual"] < 1e-2 * measured["untrained"]["residual"]
     for name in ("histograms", "distance", "current", "residual"):
-        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
-    first = (tmp_path / "metrics.jsonl").read_bytes()
-    (tmp_path / "summary.json").unlink()
-    stationarity.main(make_run(tmp_path))  # nothing is measured twice
-    assert (tmp_path / "metrics.jsonl").read_bytes() == first
-    assert (tmp_path / "summary.json").exists()
+        assert (finished.out / "figures" / f"{name}.png").stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_nothing_is_measured_twice(finished: Run) -> None:
+    first = (finished.out / "metrics.jsonl").read_bytes()
+    (finished.out / "summary.json").unlink()
+    stationarity.main(make_run(finished.out))
+    assert (finished.out / "metrics.jsonl").read_bytes() == first
+    assert (finished.out / "summary.json").exists()
 
 
 def test_unknown_objective_and_bad_sizes_are_refused(tmp_path: Path) -> None:
