@@ -11,7 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DMode
 
 from fluxmatching import LogNormalNoise, NoiseAnnealedFluxMatching, field_from_diffusers
 
-STEPS, SIZE = 20, 16
+STEPS, SIZE = 10, 8
 
 
 def pictures(count: int) -> torch.Tensor:
@@ -26,15 +26,15 @@ def main() -> None:
     folder = sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp()
     torch.manual_seed(0)
     unet = UNet2DModel(
-        sample_size=SIZE, in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1,
+        sample_size=SIZE, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
+        norm_num_groups=4,
     )  # fmt: skip
     scheduler = DDIMScheduler(num_train_timesteps=1000)
     loss_module = NoiseAnnealedFluxMatching(field_from_diffusers(unet, scheduler), LogNormalNoise())
     optimizer = torch.optim.Adam(loss_module.parameters(), lr=1e-3)
     for step in range(STEPS):
-        loss, _ = loss_module(pictures(16), seed=step)
+        loss, _ = loss_module(pictures(8), seed=step)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -42,7 +42,7 @@ def main() -> None:
     DDIMPipeline(unet, scheduler).save_pretrained(folder)
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(batch_size=2, num_inference_steps=10, output_type="np").images
+    images = pipeline(batch_size=2, num_inference_steps=5, output_type="np").images
     print(
         f"loss {loss.item():.4g}; pipeline in {folder}; "
         f"images {images.shape} from {images.min():.2f} to {images.max():.2f}"

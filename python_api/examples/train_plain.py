@@ -5,7 +5,7 @@ from problem import Field, samples
 
 from fluxmatching import LogUniformNoise, NoiseAnnealedFluxMatching, edm_heun, karras_schedule
 
-STEPS = 200
+STEPS = 100
 
 data = samples(4096, torch.Generator().manual_seed(0))
 loss_module = NoiseAnnealedFluxMatching(Field(), LogUniformNoise(0.05, 10.0))

@@ -20,7 +20,7 @@ EXAMPLES = ROOT / "python_api" / "examples"
         ("train_lightning", "loss"),
         ("train_accelerate", "loss"),
         ("train_trainer", "100 iterations, 1 processes"),
-        ("train_diffusers", "images (2, 16, 16, 1) from"),
+        ("train_diffusers", "images (2, 8, 8, 1) from"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
