@@ -19,7 +19,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
+.PHONY: demo test test-kernels test-library triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,9 +41,19 @@ demo: $(VENV)/installed
 	$(BIN)/python -m fluxkernels
 	$(BIN)/python -m experiments run controllable --preset small
 
-# Threads that wait for others do not spin: on a shared core that would take most of the time.
+# In two processes at once, for two cores; each prints when it ends, where make can do that. Threads that wait for
+# others do not spin: on a shared core that would take most of the time.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+LIBRARY := tests/fluxmatching tests/experiments
+
 test: $(VENV)/installed-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-kernels test-library
+
+test-kernels: $(VENV)/installed-dev
+	$(PYTEST) $(LIBRARY:%=--ignore=%)
+
+test-library: $(VENV)/installed-dev
+	$(PYTEST) $(LIBRARY)
 
 triton: $(VENV)/installed-dev
 	FLUXKERNELS_TESTS=complete $(BIN)/python -m pytest tests/fluxkernels/test_triton.py tests/fluxkernels/test_budgets.py
