@@ -74,7 +74,7 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma: Any = 0.7, **options: Any
         (
             {"field": lambda z: z[:, :1]},
             ValueError,
-            r"field must return the shape of its input, \[6, 2\], got \[6, 1\]",
+            r"field must return the shape of its input, \[12, 2\], got \[12, 1\]",  # both sides of a difference at once
         ),
         ({"field": lambda z: 0.0}, TypeError, "field must return a torch.Tensor, got float"),
     ],
