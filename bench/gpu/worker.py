@@ -195,9 +195,9 @@ def all_steps() -> list[Step]:
     """The most wanted first, for time may run out; what takes a compiler minutes comes last."""
     return [
         Step("rates", measure_rates, optional=False),
-        *(training_step(setting) for setting in cost.GPU if not setting.compiled),
+        *(training_step(setting) for setting in cost.GPU if setting.run != "compiled"),
         *map(run_step, RUNS),
-        *(training_step(setting) for setting in cost.GPU if setting.compiled),
+        *(training_step(setting) for setting in cost.GPU if setting.run == "compiled"),
         Step("velocity", measure_velocity, optional=False),
         Step("presets", measure_presets, optional=False),
     ]

@@ -3,7 +3,8 @@
 python -m bench.training.cost [--device cuda]     prints a table, and puts it into bench/results
 
 Every step is one of `fluxmatching.Trainer`: minibatch, loss, backward pass, clipping, AdamW, moving average. All
-methods take turns, with the same network, minibatches and precision.
+methods take turns, with the same network, minibatches and precision. A compiled step is that of a Trainer with
+`torch.compile(loss)`. A step in one CUDA graph has neither clipping nor moving average.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import fluxkernels as fk
 from bench import records
 from bench.origin import Origin
 from bench.timing import gpu_peak_memory, median_of_repeated, medians, resident_growth, run_module
-from bench.training.problems import images
+from bench.training.problems import MIXTURE, images
 from bench.training.results import begin, device_argument
-from experiments.common.networks import TrajectoryTransformer
+from experiments.common.networks import Perceptron, TrajectoryTransformer
 from experiments.common.objectives import PlainAttention
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
@@ -47,10 +48,11 @@ class Setting:
     Attributes:
         key: one word for the command line.
         precision: as in `TrainingOptions`.
-        size: height and width of the images, or None for trajectories.
-        width: channels of the UNet's first level, or width of the transformer.
+        size: height and width of the images; 1 for trajectories, 0 for points in the plane.
+        width: channels of the UNet's first level, width of the transformer or perceptron.
         dropout: probability of dropout in the UNet.
-        compiled: whether the field is, for score matching as well; then only the plain methods are measured.
+        run: "eager", "compiled" or "graph" for one CUDA graph, all methods in the same way; other ways than the first
+            are measured for the plain methods.
         paper: iterations per second in the paper's Table 1, (score matching, Flux Matching).
     """
 
@@ -58,33 +60,71 @@ class Setting:
     name: str
     batch: int
     precision: str = "32-true"
-    size: int | None = None
+    size: int = 1
     width: int = 128
     dropout: float = 0.1
-    compiled: bool = False
+    run: str = "eager"
     paper: tuple[float, float] | None = None
 
     @property
     def methods(self) -> list[str]:
-        return list(METHODS)[: 2 if self.compiled else None]
+        return list(METHODS)[: None if self.run == "eager" else 2]
 
     def data(self, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return images(count, generator, self.size) if self.size else trajectories(count, generator)
+        if self.size > 1:
+            return images(count, generator, self.size)
+        if self.size == 1:
+            return trajectories(count, generator)
+        return MIXTURE.data(count, generator)
 
-    def trainer(self, method: str, device: str) -> Trainer:
-        data = self.data(512)
+    def network(self) -> nn.Module:
         torch.manual_seed(0)
-        network: nn.Module = (
-            UNet(self.size, 3, width=self.width, dropout=self.dropout, norm_num_groups=min(32, self.width // 4))
-            if self.size
-            else TrajectoryTransformer(width=self.width)
-        )
-        field = EDMField(network, data.std().item())
-        if self.compiled:
-            field.compile()
+        if self.size > 1:
+            return UNet(self.size, 3, width=self.width, dropout=self.dropout, norm_num_groups=min(32, self.width // 4))
+        return TrajectoryTransformer(width=self.width) if self.size else Perceptron(2, self.width)
+
+    def step(self, method: str, device: str) -> Callable[[], Any]:
+        """Make a function that trains for one step."""
+        data = self.data(512)
+        loss = METHODS[method](EDMField(self.network(), data.std().item()), self.batch)
+        if self.run == "graph":
+            return GraphedStep(loss.to(device), data[: self.batch].to(device))
+        if self.run == "compiled":
+            torch.compiler.reset()
+            # On a GPU the compiled pieces are captured in CUDA graphs.
+            compiled: Any = torch.compile(loss, mode="reduce-overhead" if torch.device(device).type == "cuda" else None)
+            loss = compiled
         options = TrainingOptions(10**9, self.batch, precision=self.precision, accelerator=device, progress=False)
-        return Trainer(METHODS[method](field, self.batch), data.to(device), options)
+        return Trainer(loss, data.to(device), options).step
+
+
+class GraphedStep:
+    """A training step, from the loss to the optimizer, captured in one CUDA graph and replayed with another seed."""
+
+    def __init__(self, loss: nn.Module, x: Tensor) -> None:
+        self.loss, self.x = loss, x
+        self.seed = torch.zeros((), dtype=torch.int64, device=x.device)
+        self.optimizer = torch.optim.AdamW(loss.parameters(), capturable=True)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled and tuned before the capture, which cannot
+            for _ in range(3):
+                self._train()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._train()
+
+    def _train(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        value, _ = self.loss(self.x, seed=self.seed)
+        value.backward()
+        self.optimizer.step()
+
+    def __call__(self) -> None:
+        self.seed += 1
+        self.graph.replay()
 
 
 def flux(field: EDMField, **options: Any) -> nn.Module:
@@ -109,16 +149,23 @@ METHODS: dict[str, Callable[[EDMField, int], nn.Module]] = {
     "flux, half of the ends": lambda field, _: flux(field, endpoint_fraction=0.5),
     "flux, double backward": lambda field, _: double_backward(field),
 }
+_POINTS, _UNET = "perceptron, 2 dimensions, batch 32", "UNet, 32 × 32, 32 channels, 2.2 M parameters, batch 8"
 CPU = [
-    Setting("unet", "UNet, 32 × 32, 32 channels, 2.2 M parameters, batch 8", 8, size=32, width=32, dropout=0.0),
+    Setting("perceptron", _POINTS, 32, size=0),
+    Setting("perceptron-compiled", _POINTS + ", torch.compile", 32, size=0, run="compiled"),
+    Setting("unet", _UNET, 8, size=32, width=32, dropout=0.0),
+    Setting("unet-compiled", _UNET + ", torch.compile", 8, size=32, width=32, dropout=0.0, run="compiled"),
     Setting("springs", "springs transformer, 38 M parameters, batch 16", 16, width=512),
 ]
 GPU = [
     Setting("cifar32", "CIFAR-10 UNet, 35.7 M, batch 32, bf16", 32, "bf16-mixed", 32, paper=(11.63, 4.01)),
     Setting("cifar128", "the same, batch 128", 128, "bf16-mixed", 32, paper=(11.63, 4.01)),
     Setting("celeba", "64 × 64 UNet, 35.7 M, batch 32, bf16", 32, "bf16-mixed", 64, paper=(7.20, 1.77)),
-    Setting("compiled", "CIFAR-10 UNet, batch 128, bf16, torch.compile", 128, "bf16-mixed", 32, compiled=True),
-]
+    Setting("cifar-compiled", "CIFAR-10 UNet, batch 128, bf16, torch.compile", 128, "bf16-mixed", 32, dropout=0.0,
+            run="compiled"),
+    Setting("perceptron", _POINTS, 32, size=0),
+    Setting("perceptron-graph", _POINTS + ", one CUDA graph", 32, size=0, run="graph"),
+]  # fmt: skip
 SETTINGS = {setting.key: setting for setting in CPU + GPU}
 
 
@@ -139,17 +186,17 @@ def peak_memory(setting: Setting, method: str, device: str) -> int:
     if torch.device(device).type == "cuda":
         gc.collect()  # the last trainer, which compiled code can hold in a cycle
         torch.cuda.empty_cache()
-        trainer = setting.trainer(method, device)
-        trainer.step()
-        return gpu_peak_memory(trainer.step)
+        step = setting.step(method, device)
+        step()
+        return gpu_peak_memory(step)
     return int(run_module("bench.training.cost", "--memory", setting.key, method).stdout.split()[-1])
 
 
 def print_memory(setting: Setting, method: str) -> None:
     def train() -> None:
-        trainer = setting.trainer(method, "cpu")
-        trainer.step()
-        trainer.step()
+        step = setting.step(method, "cpu")
+        step()
+        step()
 
     print(resident_growth(train))
 
@@ -165,7 +212,7 @@ def measure(setting: Setting, device: str, repetitions: int) -> list[dict[str, A
             print(row["method"], row["failed"])
     working = [row for row in rows if "failed" not in row]
     # Only now: trainers that stay would count in the others' memory.
-    steps = [setting.trainer(row["method"], device).step for row in working]
+    steps = [setting.step(row["method"], device) for row in working]
     for row, seconds in zip(working, medians(steps, repetitions), strict=True):
         row["seconds"] = seconds
     if working:
@@ -224,7 +271,7 @@ def summary(results: dict[str, Any]) -> list[str]:
             continue
         cells = [name, records.duration(base["seconds"])]
         for method in SUMMARY:
-            row = by_method[method]
+            row = by_method.get(method, {"failed": "–"})
             cells.append(
                 row["failed"].split(":")[0]
                 if "failed" in row

@@ -38,6 +38,9 @@ class SharedRandomNumbers:
     def __init__(self) -> None:
         self._numbers: list[tuple[Any, Tensor]] = []
 
+    def __len__(self) -> int:
+        return len(self._numbers)
+
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Record the random numbers that this thread draws inside the block."""
@@ -136,16 +139,25 @@ def _probability(module: nn.Module) -> float:
     return float(isinstance(module, nn.RReLU))
 
 
-def generator_states(device: torch.device) -> tuple[Tensor, ...] | None:
-    """Return copies of the states of the generators that a network on this device draws from.
+@contextmanager
+def random_numbers_noticed(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Give a function that tells, after the block, whether a network on this device drew random numbers in it.
 
-    None where they cannot be read: under fake tensors, in a compiled graph, and while a CUDA graph is captured.
+    Its generators have then moved. Where their states cannot be read, under fake tensors and while a CUDA graph is
+    captured, every operation is looked at, which takes longer.
     """
-    if (
-        torch.compiler.is_compiling()
-        or device.type == "meta"
-        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
-    ):
+    before = _generator_states(device)
+    if before is None:
+        numbers = SharedRandomNumbers()
+        with numbers.recorded():
+            yield lambda: bool(numbers)
+    else:
+        yield lambda: not all(map(torch.equal, before, _generator_states(device) or ()))
+
+
+def _generator_states(device: torch.device) -> tuple[Tensor, ...] | None:
+    """Return copies of the states of the generators that a network on this device draws from, None if unreadable."""
+    if device.type == "meta" or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None

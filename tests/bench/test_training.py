@@ -83,6 +83,14 @@ def test_cost_of_a_small_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["kde"] > 0
 
 
+def test_a_compiled_step_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "peak_memory", lambda *_: 1000)
+    setting = cost.Setting("points", "points", 8, size=0, width=8, run="compiled")
+    rows = cost.measure(setting, "cpu", repetitions=1)
+    assert [row["method"] for row in rows] == ["score matching", "flux"]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
 def row(method: str, **figures: Any) -> dict[str, Any]:
     return {"setting": dataclasses.asdict(SETTING), "method": method, **figures}
 

@@ -364,20 +364,6 @@ def test_importance_weight_is_detached_from_a_learned_horizon(backend: str) -> N
         assert not target.target.requires_grad
 
 
-def test_compiled_step(backend: str) -> None:
-    """A whole loss in one graph: torch.func's derivatives trace, autograd.grad does not."""
-    field, x = smooth_field(2), torch.randn(16, 2, dtype=F64)
-    torch.compiler.reset()
-
-    def step(x: Tensor, seed: Tensor) -> Tensor:
-        return flux_loss(field, x, 0.7, seed=seed, second_derivatives="forward_over_reverse")
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for number in (1, 2):
-        seed = torch.tensor(number)
-        torch.testing.assert_close(compiled(x, seed), step(x, seed))
-
-
 def test_dropout_sees_one_mask_on_both_sides_of_a_difference(backend: str) -> None:
     """With two masks the difference over a small step would be of the order of 1/step."""
     torch.manual_seed(0)

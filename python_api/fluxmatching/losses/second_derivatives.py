@@ -23,7 +23,7 @@ from torch import Tensor
 from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
 from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, pull_back
 from fluxmatching.fields import Field, call_field
-from fluxmatching.randomness import SharedRandomNumbers, generator_states, has_active_dropout
+from fluxmatching.randomness import SharedRandomNumbers, has_active_dropout, random_numbers_noticed
 
 # The annotations of torch allow for has_aux, and so for results of two or three parts.
 _jvp: Any = torch.func.jvp
@@ -202,11 +202,13 @@ def _explained(error: Exception, method: str) -> Exception | None:
     return None
 
 
+# A compiled network has no second derivatives: PyTorch raises its own error only while parameters need gradients, and
+# else omits them silently. Where the whole loss is compiled, this part of it is not.
+@torch.compiler.disable
 def _double_backward(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    # PyTorch raises its own error only while parameters need gradients; else it omits second derivatives silently.
-    if not torch.compiler.is_compiling() and is_compiled(field):
+    if is_compiled(field):
         raise NotImplementedError("torch.compile has no double backward")
     with torch.enable_grad():
         z = z.requires_grad_()
@@ -234,6 +236,8 @@ def _forward_over_reverse(
     return gradient.detach(), f
 
 
+# Where the whole loss is compiled, the network is, but not the Python around it, which looks at generators.
+@torch.compiler.disable(recursive=False)
 def _finite_difference(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
@@ -251,6 +255,7 @@ def _finite_difference(
 Pulled = tuple[Tensor, Tensor]
 
 
+@torch.compiler.disable(recursive=False)
 def _pull_back_both(
     field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]
 ) -> tuple[Pulled, Pulled]:
@@ -259,12 +264,10 @@ def _pull_back_both(
     One call for both sides takes half as many launches; but dropout then draws a mask for each side, and a difference
     of masks over a small step would be noise. So a field that draws random numbers is called twice.
     """
-    device = points[0].device
-    if not any(has_active_dropout(network) for network in networks_of(field)):
-        before = generator_states(device)
-        gradient, f = _pull_back(field, torch.cat(points), torch.cat(cotangents))
-        after = generator_states(device)
-        if before is None or after is None or all(map(torch.equal, before, after)):
+    if not _has_active_dropout(field):
+        with random_numbers_noticed(points[0].device) as drew:
+            gradient, f = _pull_back(field, torch.cat(points), torch.cat(cotangents))
+        if not drew():
             (forward, backward), (f_forward, f_backward) = gradient.chunk(2), f.chunk(2)
             return (forward, f_forward), (backward, f_backward)
     if is_compiled(field):
@@ -280,6 +283,12 @@ def _pull_back_both(
     return first, second
 
 
+# The search for networks would be compiled anew for every object that it meets.
+@torch.compiler.disable
+def _has_active_dropout(field: Field) -> bool:
+    return any(has_active_dropout(network) for network in networks_of(field))
+
+
 def _pull_back(field: Field, z: Tensor, cotangent: Tensor) -> Pulled:
     """Return (J_f(z)ᵀ cotangent, f(z)), detached."""
     with torch.enable_grad():
@@ -291,6 +300,7 @@ def _pull_back(field: Field, z: Tensor, cotangent: Tensor) -> Pulled:
     return gradient.detach(), f.detach()
 
 
+@torch.compiler.disable
 def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor:
     """Return the step of the central difference, which depends on the precision that the field computes in.
 
