@@ -1,4 +1,4 @@
-// Vectors of LANES doubles, and the functions on them that the kernels need.
+// Vectors of LANES doubles or 2 LANES floats, and the functions on them that the kernels need.
 //
 // Included once per instruction set, inside of the namespace of that target (see targets/). The vector types are those
 // of GCC and Clang. Where a target has no 512-bit registers or fused multiply-add, the compiler replaces them, so one
@@ -13,6 +13,12 @@ typedef double Vec __attribute__((vector_size(8 * FLUX_LANES)));
 typedef uint64_t Word __attribute__((vector_size(8 * FLUX_LANES)));
 typedef double Unaligned __attribute__((vector_size(8 * FLUX_LANES), aligned(8), may_alias));
 
+/// The same for floats, twice as many in a register.
+constexpr int FLOATS = 2 * LANES;
+typedef float Floats __attribute__((vector_size(8 * FLUX_LANES)));
+typedef uint32_t FloatWord __attribute__((vector_size(8 * FLUX_LANES)));
+typedef float UnalignedFloats __attribute__((vector_size(8 * FLUX_LANES), aligned(4), may_alias));
+
 #define FLUX_INLINE static inline __attribute__((always_inline))
 // Stands before a loop over a register tile: its vectors stay in registers only if the loop is unrolled completely.
 #define FLUX_UNROLL _Pragma("GCC unroll 8")
@@ -20,6 +26,10 @@ typedef double Unaligned __attribute__((vector_size(8 * FLUX_LANES), aligned(8),
 FLUX_INLINE Vec load(const double* p) { return *reinterpret_cast<const Unaligned*>(p); }
 FLUX_INLINE void store(double* p, Vec v) { *reinterpret_cast<Unaligned*>(p) = v; }
 FLUX_INLINE Vec broadcast(double x) { return x - Vec{}; }
+FLUX_INLINE Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
+FLUX_INLINE void store(float* p, Floats v) { *reinterpret_cast<UnalignedFloats*>(p) = v; }
+FLUX_INLINE Floats broadcast(float x) { return x - Floats{}; }
+FLUX_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 FLUX_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 FLUX_INLINE Word bits(Vec v) { return reinterpret_cast<Word>(v); }
 FLUX_INLINE Vec from_bits(Word w) { return reinterpret_cast<Vec>(w); }
@@ -38,6 +48,22 @@ FLUX_INLINE double sum(Vec v) {
 }
 FLUX_INLINE double lowest(Vec v) {
     return fold(v, [](double a, double b) { return a < b ? a : b; });
+}
+
+/// The same for floats.
+template <class Combine>
+FLUX_INLINE float fold(Floats v, Combine combine) {
+    float lane[FLOATS];
+    std::memcpy(lane, &v, sizeof v);
+    for (int width = FLOATS / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
+    return lane[0];
+}
+FLUX_INLINE float sum(Floats v) {
+    return fold(v, [](float a, float b) { return a + b; });
+}
+FLUX_INLINE float lowest(Floats v) {
+    return fold(v, [](float a, float b) { return a < b ? a : b; });
 }
 
 // Adding 1.5 * 2^52 leaves the nearest integer in the low bits of the sum; subtracting 1.5 * 2^52 again gives that
@@ -65,6 +91,23 @@ FLUX_INLINE Vec exponential(Vec x) {
         (r * 0x1.ad661d8a99f75p-26 + 0x1.28b311c4abb3bp-22) * r2 + (r * 0x1.71df4520100a1p-19 + 0x1.a01992d102296p-16);
     const Vec p = (p8 * r4 + p4) * r4 + p0;
     return from_bits(bits(p) + (bits(shifted) << 52));
+}
+
+/// 2^y for y <= 0 within two roundings, and 0 where y < -100: a number that small would become denormal, which is slow.
+FLUX_INLINE Floats power_of_two(Floats y) {
+    constexpr float NEAREST = 12582912.0f;  // 1.5 * 2^23, as ROUND for doubles
+    const Floats shifted = y + NEAREST;
+    const Floats r = y - (shifted - NEAREST);
+    // The polynomial of degree 6 with the least maximal relative error on [-1/2, 1/2] and p(0) = 1, 8e-8 with rounding.
+    Floats p = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
+    p = p * r + 0x1.3b2dbcp-7f;
+    p = p * r + 0x1.c6aed4p-5f;
+    p = p * r + 0x1.ebfbdap-3f;
+    p = p * r + 0x1.62e430p-1f;
+    p = p * r + 1.0f;
+    const Floats power = reinterpret_cast<Floats>(reinterpret_cast<FloatWord>(p) +
+                                                  (reinterpret_cast<FloatWord>(shifted) << 23));
+    return y > -100.0f ? power : Floats{};
 }
 
 /// log u for 0 < u < 1, within a few roundings; near 1 too, where u = 2^k (1 + f) has k = 0 and an exact f.
