@@ -2,6 +2,7 @@
 // they are loaded, and rounded once when they are stored.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -112,6 +113,24 @@ struct Array {
             using T = std::remove_pointer_t<decltype(kind)>;
             each(rows, columns, pitch, [&](int64_t here, int64_t there) { to[here] = static_cast<T>(in[there]); });
         });
+    }
+
+    /// The largest magnitude among [B, rows, columns]; infinity if one of them is not a number.
+    double largest(int64_t B, int64_t rows, int64_t columns) const {
+        double result = 0;
+        for (int64_t b = 0; b < (stride[0] ? B : 1); ++b)
+            visit(type, [&](auto* kind) {
+                const auto* from = reinterpret_cast<decltype(kind)>(at(b).data);
+                float most = 0;
+                bool numbers = true;
+                each(rows, columns, columns, [&](int64_t here, int64_t) {
+                    const float value = std::fabs(static_cast<float>(static_cast<double>(from[here])));
+                    numbers &= value == value;
+                    most = value > most ? value : most;
+                });
+                result = std::max<double>(result, numbers ? most : INFINITY);
+            });
+        return result;
     }
 
     /// Rounds `count` numbers to the type of this array.

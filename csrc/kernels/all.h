@@ -24,12 +24,53 @@ namespace FLUX_TARGET {
 
 #include "limits.h"
 
-#define FLUX_BY_DIMENSION(name, Arguments)            \
-    static void name(const Arguments& args) {         \
-        if (args.shape.D <= Columns::MOST_DIMENSIONS) \
-            name##_with<Columns>(args);               \
-        else                                          \
-            name##_with<Rows>(args);                  \
+/// Whether the kernels may compute in float: no array is in double, and all numbers are in the range for it.
+static bool fit_float(const Shape& shape, std::initializer_list<const Array*> queries, const Array& refs,
+                      const Array& sigma2, std::initializer_list<const Array*> factors = {}) {
+    using Limits = FloatColumns;
+    const auto fits = [&](const Array& points, int64_t rows) {
+        return points.type != Type::float64 && points.largest(shape.B, rows, shape.D) <= Limits::LARGEST;
+    };
+    if (!fits(refs, shape.M) || sigma2.type == Type::float64) return false;
+    for (const Array* points : queries)
+        if (!fits(*points, shape.N)) return false;
+    for (const Array* factor : factors) {
+        if (!fits(*factor, shape.N)) return false;
+        const double largest = factor->largest(shape.B, shape.N, shape.D);
+        if (largest != 0 && largest < Limits::LEAST_FACTOR) return false;
+    }
+    for (int64_t b = 0; b < shape.B; ++b)
+        for (int64_t n = 0; n < (sigma2.stride[1] ? shape.N : 1); ++n) {
+            const double variance = sigma2.number(b, n);
+            if (!(variance >= Limits::LEAST_VARIANCE && variance <= Limits::LARGEST_VARIANCE)) return false;
+        }
+    return true;
+}
+static bool fit_float(const KdeArguments& args) { return fit_float(args.shape, {&args.z}, args.refs, args.sigma2); }
+static bool fit_float(const KdeBackwardArguments& args) {
+    return fit_float(args.shape, {&args.z}, args.refs, args.sigma2, {&args.g_shift, &args.g_mean});
+}
+static bool fit_float(const ResidualArguments& args) {
+    return fit_float(args.shape, {&args.z}, args.refs, args.sigma2, {&args.field});
+}
+static bool fit_float(const LangevinArguments& args) {
+    return fit_float(args.shape, {&args.x}, args.refs, args.sigma2);
+}
+static bool fit_float(const TransitionArguments& args) {
+    Shape starts = args.shape;
+    starts.N = starts.M;
+    return fit_float(args.shape, {&args.xt}, args.x0, args.sigma2) &&
+           fit_float(starts, {&args.shift0}, args.x0, args.sigma2);
+}
+
+#define FLUX_BY_DIMENSION(name, Arguments)                \
+    static void name(const Arguments& args) {             \
+        if (args.shape.D > Columns::MOST_DIMENSIONS)      \
+            name##_with<Rows>(args);                      \
+        else if (fit_float(args))                         \
+            name##_with<FloatColumns>(args);              \
+        else                                              \
+            name##_with<Columns>(args);                   \
     }
 FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 

@@ -2,13 +2,10 @@
 //
 // Included inside of a target's namespace.
 
-/// Few dimensions: one array per coordinate, vectors run over reference points.
-///
-/// Where a group is wide compared with the bandwidth, its reference points are put into equal cells along its widest
-/// coordinate, in the order of the cells. A query then needs only the window of reference points whose weight can be
-/// above rounding, which a bound on that coordinate proves.
+/// Few dimensions: one array per coordinate, vectors run over reference points, in the order of their cells.
 class Columns {
 public:
+    using Number = double;
     static constexpr int64_t MOST_DIMENSIONS = 24;
     static constexpr int64_t BLOCK = 32;  // queries in a block: enough to fill the vectors of the random numbers
     static constexpr int64_t SUBBLOCK = 1;
@@ -31,7 +28,8 @@ public:
 
     int64_t outer_size(int64_t V) const { return V * stride_; }
     Product product(int64_t, int64_t) const { return Product(0, 0); }
-    const double* origin(int64_t set) const { return origin_.get() + set * D; }
+    double origin(int64_t set, int64_t d) const { return origin_[set * D + d]; }
+    static double local(double x) { return x; }
 
     double cut() const { return cut_; }
 
@@ -42,14 +40,10 @@ public:
         const Cells& cells = cells_[set];
         if (cells.coordinate < 0) return;
         const double at = x[cells.coordinate];
-        const int32_t* first = first_.get() + set * (M + 1);
         // The distance to the nearest of a few reference points bounds that to the nearest of all.
-        const int64_t near = std::min<int64_t>(first[cell(cells, at)], M - 1) / LANES * LANES;
         double a[LANES];
-        pairs<false, 1>(data_.get() + set * D * stride_ + near, x, a);
-        const double reach = std::sqrt(lowest(load(a)) + cut() / scale);
-        begin = std::min<int64_t>(first[cell(cells, at - reach)], M - 1) / LANES * LANES;
-        end = std::max(round_up(first[cell(cells, at + reach) + 1], LANES), begin + LANES);
+        pairs<false, 1>(data_.get() + set * D * stride_ + cells.place_before(at, LANES), x, a);
+        cells.window(at, std::sqrt(lowest(load(a)) + cut() / scale), LANES, begin, end);
     }
 
     void distances(int64_t set, const double* x, int64_t, int64_t begin, int64_t end, double* a, int64_t) const {
@@ -94,8 +88,6 @@ private:
         Buffer<double> rows(M * D);
         double* origin = origin_.get() + set * D;
         source.read(set, 0, D, rows.get(), D);
-        Cells& cells = cells_[set] = {-1, 0, 0};
-        double range = 0;
         bool finite = true;
         for (int64_t d = 0; d < D; ++d) {
             double total = 0;
@@ -106,59 +98,14 @@ private:
             for (int64_t j = 0; j < M; ++j) rows[j * D + d] -= origin[d];
         }
         if (source.move) source.move(set, 0, D, rows.get(), D);
-        for (int64_t d = 0; d < D; ++d) {
-            double least = INFINITY, most = -INFINITY;
-            for (int64_t j = 0; j < M; ++j) {
-                least = std::min(least, rows[j * D + d]);
-                most = std::max(most, rows[j * D + d]);
-            }
-            finite = finite && std::isfinite(most - least);
-            if (most - least > range) {
-                range = most - least;
-                cells = {static_cast<int32_t>(d), least, M / range};
-            }
-        }
-        // Windows pay off if one leaves out half of the range; it is 2 sqrt(2 cut) sigma wide for a query in the
-        // middle.
-        if (!finite || M < 64 || range < 4 * std::sqrt(2 * source.widest(set) * cut())) cells.coordinate = -1;
         int32_t* order = order_.get() + set * M;
-        sort(cells, rows.get(), order, first_.get() + set * (M + 1));
+        cells_[set] = {};
+        cells_[set].sort(rows.get(), M, D, finite, source.widest(set), cut(), order, first_.get() + set * (M + 1));
         for (int64_t d = 0; d < D; ++d) {
             double* to = data_.get() + (set * D + d) * stride_;
             for (int64_t j = 0; j < M; ++j) to[j] = rows[order[j] * D + d];
             std::fill(to + M, to + padded, to[M - 1]);  // their weights are set to 0 by the callers
         }
-    }
-
-    /// M equal cells along a coordinate (-1: none).
-    struct Cells {
-        int32_t coordinate;
-        double least, per_unit;
-    };
-
-    int64_t cell(const Cells& cells, double value) const {
-        const double place = (value - cells.least) * cells.per_unit;
-        return place > 0 ? static_cast<int64_t>(std::min(place, static_cast<double>(M - 1))) : 0;
-    }
-
-    /// Fills `order` with the reference points cell by cell, and `first` with the first place of each cell.
-    void sort(const Cells& cells, const double* rows, int32_t* order, int32_t* first) const {
-        if (cells.coordinate < 0) {
-            for (int64_t j = 0; j < M; ++j) order[j] = static_cast<int32_t>(j);
-            return;
-        }
-        const int64_t d = cells.coordinate;
-        Buffer<int32_t> where(M);
-        std::fill_n(first, M + 1, 0);
-        for (int64_t j = 0; j < M; ++j) {
-            where[j] = static_cast<int32_t>(cell(cells, rows[j * D + d]));
-            ++first[where[j] + 1];
-        }
-        for (int64_t c = 0; c < M; ++c) first[c + 1] += first[c];
-        for (int64_t j = 0; j < M; ++j) order[first[where[j]]++] = static_cast<int32_t>(j);
-        // Each entry is now at the end of its cell, where the next cell begins.
-        std::copy_backward(first, first + M, first + M + 1);
-        first[0] = 0;
     }
 
     template <bool DOT>

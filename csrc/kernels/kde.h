@@ -26,6 +26,33 @@ static void kde_with(const KdeArguments& args) {
     });
 }
 
+/// c_j <- w_j (c_j + g)/variance, added to sums_j; returns their sum, and that of c_j a_j.
+static std::pair<double, double> cotangents_of_logits(const double* w, const double* a, int64_t n, double g,
+                                                      double variance, double* c, double* sums) {
+    double sum = 0, square = 0;
+    for (int64_t j = 0; j < n; ++j) {
+        c[j] = w[j] * (c[j] + g) / variance;
+        sum += c[j];
+        square += w[j] == 0 ? 0 : c[j] * a[j];
+        sums[j] += c[j];
+    }
+    return {sum, square};
+}
+static std::pair<double, double> cotangents_of_logits(const float* w, const float* a, int64_t n, double g,
+                                                      double variance, float* c, double* sums) {
+    const Floats add = broadcast(static_cast<float>(g)), times = broadcast(static_cast<float>(1 / variance));
+    Floats sum_of = {}, square = {};
+    for (int64_t j = 0; j < n; j += FLOATS) {
+        const Floats weight = load(w + j), value = weight * (load(c + j) + add) * times;
+        const Floats entry = weight > Floats{} ? value : Floats{};
+        store(c + j, entry);
+        sum_of += entry;
+        square += weight > Floats{} ? entry * load(a + j) : Floats{};
+    }
+    for (int64_t j = 0; j < n; j += LANES) store(sums + j, load(sums + j) + widen(c + j));
+    return {sum(sum_of), sum(square)};
+}
+
 /// Cotangents of z, refs and sigma2 from those of shift, mean and log-density.
 ///
 /// With v the cotangent of m and g that of log p, the logits L_j = -|z - r_j|^2/2 sigma^2 have the cotangent
@@ -43,7 +70,8 @@ static void kde_backward_with(const KdeBackwardArguments& args) {
         Queries<Refs> q(refs, source.set_of(b), most);
         const int64_t pitch = q.pitch, columns = q.columns;
         Buffer<double> v(most * pitch), g_shift(most * pitch), g_z(most * pitch), g_log(most), g_sigma2(most),
-            along(most), c(std::min(most, Refs::SUBBLOCK) * columns);
+            along(most), mean(most);
+        Buffer<typename Refs::Number> c(std::min(most, Refs::SUBBLOCK) * columns);
         for (int64_t first = begin; first < begin + share; first += most) {
             const int64_t count = std::min(most, begin + share - first);
             q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
@@ -58,29 +86,23 @@ static void kde_backward_with(const KdeBackwardArguments& args) {
                 along[n] = 0;
             }
             q.template visit_weights<true>([&](int64_t at, int64_t rows, int64_t from, int64_t to) {
-                refs.outer(q.w.get(), rows, from, to, columns, v.get() + at * pitch, D, pitch, g_refs, q.product);
-                refs.dots(q.set, v.get() + at * pitch, rows, from, to, c.get(), columns);
+                for (int64_t n = at; n < at + rows; ++n) mean[n] = q.along_mean(v.get() + n * pitch, n);
+                q.outer(q.w.get(), rows, from, to, v.get() + at * pitch, D, pitch, g_refs);
+                q.dots(v.get() + at * pitch, at, rows, from, to, mean.get() + at, c.get());
                 for (int64_t i = 0; i < rows; ++i) {
                     const int64_t n = at + i;
-                    double mean = 0, sum = 0, square = 0;
-                    for (int64_t d = 0; d < D; ++d) mean += v[n * pitch + d] * (q.at(q.moment, n)[d] + q.at(q.x, n)[d]);
-                    const double *w = q.w.get() + i * columns, *a = q.a.get() + i * columns;
-                    for (int64_t j = 0; j < to - from; ++j) {
-                        double& entry = c[i * columns + j];
-                        entry = w[j] * (entry - mean + g_log[n]) / q.variance[n];
-                        sum += entry;
-                        square += w[j] == 0 ? 0 : entry * a[j];
-                        scaled_sums[from + j] += entry;
-                    }
+                    const auto [sum, square] =
+                        cotangents_of_logits(q.w.get() + i * columns, q.a.get() + i * columns, to - from, g_log[n],
+                                             q.variance[n], c.get() + i * columns, scaled_sums + from);
                     along[n] += sum;
-                    g_sigma2[n] += square / q.variance[n] / 2;
+                    g_sigma2[n] += (square + q.base * sum) / q.variance[n] / 2;
                 }
-                refs.moments(q.set, c.get(), rows, from, to, columns, g_z.get() + at * pitch, q.product);
-                refs.outer(c.get(), rows, from, to, columns, q.at(q.x, at), D, pitch, g_refs, q.product);
+                q.moments(c.get(), at, rows, from, to, g_z.get() + at * pitch);
+                q.outer(c.get(), rows, from, to, q.at(q.x, at), D, pitch, g_refs);
             });
             for (int64_t n = 0; n < count; ++n)
                 for (int64_t d = 0; d < D; ++d)
-                    g_z[n * pitch + d] -= along[n] * q.at(q.x, n)[d] + g_shift[n * pitch + d];
+                    g_z[n * pitch + d] -= along[n] * refs.local(q.at(q.x, n)[d]) + g_shift[n * pitch + d];
             args.g_z.at(b, first).store(count, D, g_z.get(), pitch);
             for (int64_t n = 0; n < count; ++n) args.g_sigma2.at(b, first + n).store(1, 1, &g_sigma2[n], 1);
         }

@@ -27,9 +27,39 @@ static double exponentials(const double* a, int64_t n, double least, double scal
     return sum(total);
 }
 
+/// The same for floats.
+static double exponentials(const float* a, int64_t n, double least, double scale, double cut, double factor,
+                           float* w) {
+    const FloatWeight weight(least, scale, cut);
+    const Floats times = broadcast(static_cast<float>(factor));
+    Floats total[2] = {};
+    int64_t j = 0;
+    for (; j + 2 * FLOATS <= n; j += 2 * FLOATS) FLUX_UNROLL for (int u = 0; u < 2; ++u) {
+            const Floats here = weight(load(a + j + u * FLOATS)) * times;
+            store(w + j + u * FLOATS, here);
+            total[u] += here;
+        }
+    for (; j < n; j += FLOATS) {
+        const Floats here = weight(load(a + j)) * times;
+        store(w + j, here);
+        total[0] += here;
+    }
+    return sum(total[0] + total[1]);
+}
+
+static double sum_in_double(const float* w, int64_t n) {
+    Vec total = {};
+    for (int64_t j = 0; j < n; j += LANES) total += widen(w + j);
+    return sum(total);
+}
+
 template <class Refs>
 class Queries {
 public:
+    /// Type of distances and weights; everything that belongs to a query is a double.
+    using Number = typename Refs::Number;
+    static constexpr bool IN_FLOAT = std::is_same_v<Number, float>;
+
     /// Room for `most` queries against one set of reference points.
     Queries(const Refs& refs, int64_t set, int64_t most)
         : refs(refs),
@@ -62,19 +92,17 @@ public:
     }
     /// Turns raw coordinates in x into coordinates relative to the origin.
     void center() {
-        const double* origin = refs.origin(set);
         for (int64_t n = 0; n < rows; ++n) {
             double* row = x.get() + n * pitch;
-            for (int64_t d = 0; d < refs.D; ++d) row[d] -= origin[d];
+            for (int64_t d = 0; d < refs.D; ++d) row[d] -= refs.origin(set, d);
             std::fill(row + refs.D, row + pitch, 0.0);
         }
     }
 
     /// Turns coordinates relative to the origin, in rows of x or of another array, into raw ones.
     void decenter(double* from) const {
-        const double* origin = refs.origin(set);
         for (int64_t n = 0; n < rows; ++n)
-            for (int64_t d = 0; d < refs.D; ++d) from[n * pitch + d] += origin[d];
+            for (int64_t d = 0; d < refs.D; ++d) from[n * pitch + d] += refs.origin(set, d);
     }
 
     /// The density estimate at every query: `least` distance, `total` of e^{-(a - least) scale}, and the displacement
@@ -83,6 +111,8 @@ public:
         start();
         for (int64_t tile = 0; tile < refs.padded; tile += refs.tile)
             each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
+                if constexpr (IN_FLOAT)
+                    if (weigh_at_once(first, from, to)) return;
                 weigh(first, count, from, to);
                 add_moments(first, count, from, to);
             });
@@ -91,7 +121,7 @@ public:
 
     /// Calls visit(first, count, from, to) for queries first, ..., first + count - 1 and reference points [from, to).
     /// `w` then holds the weights, which sum to one over all tiles, and `a` the squared distances, both [count,
-    /// `columns`]. With MEAN, `moment` holds the displacements as after `sweep`.
+    /// `columns`], less `base`. With MEAN, `moment` holds the displacements as after `sweep`.
     template <bool MEAN, class Visit>
     void visit_weights(Visit visit) {
         start();
@@ -103,7 +133,7 @@ public:
                     finish(first, count);
                 }
                 for (int64_t n = 0; n < count; ++n) {
-                    const double inverse = 1 / total[first + n];
+                    const Number inverse = static_cast<Number>(1 / total[first + n]);
                     for (int64_t j = 0; j < to - from; ++j) w[n * columns + j] *= inverse;
                 }
                 visit(first, count, from, to);
@@ -124,6 +154,38 @@ public:
             });
     }
 
+    /// Adds to rows `out` the sums of weights times reference points, about the point that `local` refers to.
+    void moments(const Number* weights, int64_t first, int64_t count, int64_t from, int64_t to, double* out) {
+        if constexpr (IN_FLOAT)
+            refs.moments(set, weights, at(x, first), from, to, far_, out);
+        else
+            refs.moments(set, weights, count, from, to, columns, out, product);
+    }
+    /// p_nj = v_n . r_j - less_n about the same point, for rows v.
+    void dots(const double* v, int64_t first, int64_t count, int64_t from, int64_t to, const double* less, Number* p) {
+        if constexpr (IN_FLOAT) {
+            refs.dots(set, v, at(x, first), from, to, far_, less[0], p);
+        } else {
+            refs.dots(set, v, count, from, to, p, columns);
+            for (int64_t n = 0; n < count; ++n)
+                for (int64_t j = 0; j < to - from; ++j) p[n * columns + j] -= less[n];
+        }
+    }
+    /// out_j += sum_n w_nj v_n for rows v [count, V].
+    void outer(const Number* weights, int64_t count, int64_t from, int64_t to, const double* v, int64_t V,
+               int64_t v_pitch, double* out) {
+        if constexpr (IN_FLOAT)
+            refs.outer(weights, from, to, v, V, out);
+        else
+            refs.outer(weights, count, from, to, columns, v, V, v_pitch, out, product);
+    }
+    /// The mean m of query n in v . m, about that point, for a row v.
+    double along_mean(const double* v, int64_t n) const {
+        double result = 0;
+        for (int64_t d = 0; d < refs.D; ++d) result += v[d] * (at(moment, n)[d] + refs.local(at(x, n)[d]));
+        return result;
+    }
+
     double* at(const Buffer<double>& rows_of, int64_t n) const { return rows_of.get() + n * pitch; }
 
     const Refs& refs;
@@ -131,7 +193,8 @@ public:
     int64_t rows = 0;
     Buffer<double> x, moment, variance, scale, least, total;
     Buffer<int64_t> begin, end;
-    Buffer<double> a, w;
+    Buffer<Number> a, w;
+    double base = 0;  // with one query per subblock: what the distances in `a` are less
     Product product;
 
 private:
@@ -155,17 +218,45 @@ private:
     }
 
     void add_moments(int64_t first, int64_t count, int64_t from, int64_t to) {
-        refs.moments(set, w.get(), count, from, to, columns, at(moment, first), product);
+        moments(w.get(), first, count, from, to, at(moment, first));
     }
 
     /// Turns sums into means, and means into displacements from the query.
     void finish(int64_t first, int64_t count) {
         for (int64_t n = first; n < first + count; ++n)
-            for (int64_t d = 0; d < refs.D; ++d) at(moment, n)[d] = at(moment, n)[d] / total[n] - at(x, n)[d];
+            for (int64_t d = 0; d < refs.D; ++d) at(moment, n)[d] = at(moment, n)[d] / total[n] - refs.local(at(x, n)[d]);
     }
 
     void find_distances(int64_t first, int64_t count, int64_t from, int64_t to) {
-        refs.distances(set, at(x, first), count, from, to, a.get(), columns);
+        if constexpr (IN_FLOAT)
+            low_ = refs.distances(set, at(x, first), from, to, scale[first], least[first], a.get(), base, far_);
+        else
+            refs.distances(set, at(x, first), count, from, to, a.get(), columns);
+    }
+    double low_of(int64_t i, int64_t from, int64_t to) const {
+        if constexpr (IN_FLOAT)
+            return low_;
+        else
+            return lowest_of(a.get() + i * columns, to - from);
+    }
+
+    /// `weigh` and `add_moments` of one query in one loop, if its weights are not needed otherwise.
+    bool weigh_at_once(int64_t n, int64_t from, int64_t to) {
+        if (!refs.weighs_at_once()) return false;
+        find_distances(n, 1, from, to);
+        if (far_) return false;
+        lower(n, low_);
+        total[n] += refs.weigh(set, at(x, n), from, to, least[n], scale[n], a.get(), at(moment, n));
+        return true;
+    }
+
+    /// Makes `low` the least distance of query n if it is, and scales earlier sums to it.
+    void lower(int64_t n, double low) {
+        if (!(low < least[n])) return;  // nor if it is not a number
+        const double factor = total[n] > 0 ? std::exp((low - least[n]) * scale[n]) : 0;
+        total[n] *= factor;
+        for (int64_t d = 0; d < pitch; ++d) at(moment, n)[d] *= factor;
+        least[n] = low;
     }
 
     /// Computes weights relative to the least distance so far, and scales earlier sums to it.
@@ -173,20 +264,16 @@ private:
         find_distances(first, count, from, to);
         for (int64_t i = 0; i < count; ++i) {
             const int64_t n = first + i;
-            const double low = lowest_of(a.get() + i * columns, to - from);
-            if (low < least[n]) {
-                const double factor = total[n] > 0 ? std::exp((low - least[n]) * scale[n]) : 0;
-                total[n] *= factor;
-                for (int64_t d = 0; d < pitch; ++d) at(moment, n)[d] *= factor;
-                least[n] = low;
-            }
+            lower(n, low_of(i, from, to));
             total[n] += weights_of_row(n, i, from, to, 1);
         }
     }
 
     double weights_of_row(int64_t n, int64_t i, int64_t from, int64_t to, double factor) {
-        double* row = w.get() + i * columns;
-        double result = exponentials(a.get() + i * columns, to - from, least[n], scale[n], cut_, factor, row);
+        Number* row = w.get() + i * columns;
+        double result = exponentials(a.get() + i * columns, to - from, least[n] - base, scale[n], cut_, factor, row);
+        if constexpr (IN_FLOAT)
+            if (far_) result = sum_in_double(row, to - from);
         for (int64_t j = std::max(refs.M, from); j < to; ++j) {  // padding: copies of the last reference point
             result -= row[j - from];
             row[j - from] = 0;
@@ -195,4 +282,6 @@ private:
     }
 
     double cut_;
+    double low_ = 0;     // with one query per subblock: the least distance of the last tile,
+    bool far_ = false;  // and whether its sums are taken in double
 };

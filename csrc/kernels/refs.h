@@ -35,8 +35,29 @@ struct Source {
     int64_t set_of(int64_t b) const { return sets == 1 ? 0 : b; }
 };
 
+/// The weight e^{-(a - least) scale} of a squared distance a, or 0 where it is below e^-cut, for vectors of floats.
+class FloatWeight {
+public:
+    FloatWeight(double least, double scale, double cut)
+        : least_(broadcast(static_cast<float>(least))),
+          scale_(broadcast(static_cast<float>(std::min(scale * LOG2_E, 1e37)))),
+          limit_(broadcast(static_cast<float>(-cut * LOG2_E))) {}
+    __attribute__((always_inline)) Floats operator()(Floats a) const {
+        const Floats y = (least_ - a) * scale_;
+        return y > limit_ ? normal_power_of_two(y) : Floats{};
+    }
+
+private:
+    static constexpr double LOG2_E = 1.4426950408889634;
+    Floats least_, scale_, limit_;
+};
+
 #include "product.h"
 
+#include "cells.h"
+
 #include "columns.h"
+
+#include "float_columns.h"
 
 #include "rows.h"

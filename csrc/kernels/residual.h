@@ -2,14 +2,16 @@
 //
 // Included inside of a target's namespace.
 
-/// c_j <- w_j (c_j - mean - (a_j - least) precision), or 0 where w_j is 0 (a_j may be infinite there); returns their
-/// sum.
-static double residual_weights(const double* w, const double* a, int64_t n, double mean, double least, double precision,
-                               double* c) {
-    Vec total = {};
-    for (int64_t j = 0; j < n; j += LANES) {
-        const Vec weight = load(w + j), value = weight * (load(c + j) - mean - (load(a + j) - least) * precision);
-        const Vec entry = weight > Vec{} ? value : Vec{};
+/// c_j <- w_j (c_j - (a_j - least) precision), or 0 where w_j is 0 (a_j may be infinite there); returns their sum.
+template <class Number>
+static double residual_weights(const Number* w, const Number* a, int64_t n, double least, double precision,
+                               Number* c) {
+    using Vector = decltype(load(w));
+    const Vector lowest = broadcast(static_cast<Number>(least)), times = broadcast(static_cast<Number>(precision));
+    Vector total = {};
+    for (int64_t j = 0; j < n; j += sizeof(Vector) / sizeof(Number)) {
+        const Vector weight = load(w + j), value = weight * (load(c + j) - (load(a + j) - lowest) * times);
+        const Vector entry = weight > Vector{} ? value : Vector{};
         store(c + j, entry);
         total += entry;
     }
@@ -28,26 +30,26 @@ static void residual_gradient_with(const ResidualArguments& args) {
         Queries<Refs> q(refs, source.set_of(b), count);
         const int64_t pitch = q.pitch, columns = q.columns;
         Buffer<double> field(count * pitch), gradient(count * pitch), total(count),
-            c(std::min(count, Refs::SUBBLOCK) * columns);
+            mean(count);
+        Buffer<typename Refs::Number> c(std::min(count, Refs::SUBBLOCK) * columns);
         q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
         std::fill_n(field.get(), count * pitch, 0.0);
         std::fill_n(gradient.get(), count * pitch, 0.0);
         std::fill_n(total.get(), count, 0.0);
         args.field.at(b, first).load(count, D, field.get(), pitch);
         q.template visit_weights<true>([&](int64_t at, int64_t rows, int64_t from, int64_t to) {
-            refs.dots(q.set, field.get() + at * pitch, rows, from, to, c.get(), columns);
-            for (int64_t i = 0; i < rows; ++i) {
-                const int64_t n = at + i;
-                double mean = 0;
-                for (int64_t d = 0; d < D; ++d) mean += field[n * pitch + d] * (q.at(q.moment, n)[d] + q.at(q.x, n)[d]);
-                total[n] += residual_weights(q.w.get() + i * columns, q.a.get() + i * columns, to - from, mean,
-                                             q.least[n], 1 / q.variance[n], c.get() + i * columns);
-            }
-            refs.moments(q.set, c.get(), rows, from, to, columns, gradient.get() + at * pitch, q.product);
+            for (int64_t n = at; n < at + rows; ++n) mean[n] = q.along_mean(field.get() + n * pitch, n);
+            q.dots(field.get() + at * pitch, at, rows, from, to, mean.get() + at, c.get());
+            for (int64_t i = 0; i < rows; ++i)
+                total[at + i] +=
+                    residual_weights(q.w.get() + i * columns, q.a.get() + i * columns, to - from,
+                                     q.least[at + i] - q.base, 1 / q.variance[at + i], c.get() + i * columns);
+            q.moments(c.get(), at, rows, from, to, gradient.get() + at * pitch);
         });
         for (int64_t n = 0; n < count; ++n)
             for (int64_t d = 0; d < D; ++d) {
-                const double shift = q.at(q.moment, n)[d], mean = shift + q.at(q.x, n)[d], variance = q.variance[n];
+                const double shift = q.at(q.moment, n)[d], variance = q.variance[n];
+                const double mean = shift + refs.local(q.at(q.x, n)[d]);
                 double& entry = gradient[n * pitch + d];
                 entry = ((entry - total[n] * mean + 2 * shift) / variance - field[n * pitch + d]) / variance;
             }

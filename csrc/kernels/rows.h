@@ -6,6 +6,7 @@
 /// like a matrix product.
 class Rows {
 public:
+    using Number = double;
     static constexpr int64_t BLOCK = 64;
     static constexpr int64_t SUBBLOCK = BLOCK;
 
@@ -26,7 +27,8 @@ public:
 
     int64_t outer_size(int64_t V) const { return padded * odd_lines(V); }
     Product product(int64_t queries, int64_t refs) const { return Product(queries, refs); }
-    const double* origin(int64_t set) const { return origin_.get() + set * pitch; }
+    double origin(int64_t set, int64_t d) const { return origin_[set * pitch + d]; }
+    static double local(double x) { return x; }
     double cut() const { return cut_; }
     void window(int64_t, const double*, double, int64_t& begin, int64_t& end) const {
         begin = 0;

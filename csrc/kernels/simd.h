@@ -34,36 +34,39 @@ FLUX_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
 FLUX_INLINE Word bits(Vec v) { return reinterpret_cast<Word>(v); }
 FLUX_INLINE Vec from_bits(Word w) { return reinterpret_cast<Vec>(w); }
 
-/// Combines the lanes of a vector into one number, half with half.
-template <class Combine>
-FLUX_INLINE double fold(Vec v, Combine combine) {
-    double lane[LANES];
-    std::memcpy(lane, &v, sizeof v);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
-    return lane[0];
+/// LANES floats as doubles, and the reverse.
+typedef float HalfFloats __attribute__((vector_size(4 * FLUX_LANES)));
+typedef float UnalignedHalf __attribute__((vector_size(4 * FLUX_LANES), aligned(4), may_alias));
+FLUX_INLINE Vec widen(const float* p) {
+    return __builtin_convertvector(HalfFloats(*reinterpret_cast<const UnalignedHalf*>(p)), Vec);
 }
-FLUX_INLINE double sum(Vec v) {
-    return fold(v, [](double a, double b) { return a + b; });
-}
-FLUX_INLINE double lowest(Vec v) {
-    return fold(v, [](double a, double b) { return a < b ? a : b; });
+FLUX_INLINE void narrow(float* p, Vec v) {
+    *reinterpret_cast<UnalignedHalf*>(p) = __builtin_convertvector(v, HalfFloats);
 }
 
-/// The same for floats.
-template <class Combine>
-FLUX_INLINE float fold(Floats v, Combine combine) {
-    float lane[FLOATS];
-    std::memcpy(lane, &v, sizeof v);
-    for (int width = FLOATS / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; ++i) lane[i] = combine(lane[i], lane[i + width]);
-    return lane[0];
+/// Combines the lanes of a vector into one number, half with half.
+template <int COUNT, class Number, class Vector, class Combine>
+FLUX_INLINE Number fold(Vector v, Combine combine) {
+    if constexpr (COUNT == 2) {
+        return combine(v[0], v[1]);
+    } else {
+        typedef Number Half __attribute__((vector_size(COUNT / 2 * sizeof(Number))));
+        Half part[2];
+        std::memcpy(part, &v, sizeof v);
+        return fold<COUNT / 2, Number>(combine(part[0], part[1]), combine);
+    }
+}
+FLUX_INLINE double sum(Vec v) {
+    return fold<LANES, double>(v, [](auto a, auto b) { return a + b; });
 }
 FLUX_INLINE float sum(Floats v) {
-    return fold(v, [](float a, float b) { return a + b; });
+    return fold<FLOATS, float>(v, [](auto a, auto b) { return a + b; });
+}
+FLUX_INLINE double lowest(Vec v) {
+    return fold<LANES, double>(v, [](auto a, auto b) { return a < b ? a : b; });
 }
 FLUX_INLINE float lowest(Floats v) {
-    return fold(v, [](float a, float b) { return a < b ? a : b; });
+    return fold<FLOATS, float>(v, [](auto a, auto b) { return a < b ? a : b; });
 }
 
 // Adding 1.5 * 2^52 leaves the nearest integer in the low bits of the sum; subtracting 1.5 * 2^52 again gives that
@@ -93,8 +96,8 @@ FLUX_INLINE Vec exponential(Vec x) {
     return from_bits(bits(p) + (bits(shifted) << 52));
 }
 
-/// 2^y for y <= 0 within two roundings, and 0 where y < -100: a number that small would become denormal, which is slow.
-FLUX_INLINE Floats power_of_two(Floats y) {
+/// 2^y for -126 < y <= 0, within two roundings.
+FLUX_INLINE Floats normal_power_of_two(Floats y) {
     constexpr float NEAREST = 12582912.0f;  // 1.5 * 2^23, as ROUND for doubles
     const Floats shifted = y + NEAREST;
     const Floats r = y - (shifted - NEAREST);
@@ -105,10 +108,10 @@ FLUX_INLINE Floats power_of_two(Floats y) {
     p = p * r + 0x1.ebfbdap-3f;
     p = p * r + 0x1.62e430p-1f;
     p = p * r + 1.0f;
-    const Floats power = reinterpret_cast<Floats>(reinterpret_cast<FloatWord>(p) +
-                                                  (reinterpret_cast<FloatWord>(shifted) << 23));
-    return y > -100.0f ? power : Floats{};
+    return reinterpret_cast<Floats>(reinterpret_cast<FloatWord>(p) + (reinterpret_cast<FloatWord>(shifted) << 23));
 }
+/// The same, and 0 where y < -100: a product with a number that small could become denormal, which is slow.
+FLUX_INLINE Floats power_of_two(Floats y) { return y > -100.0f ? normal_power_of_two(y) : Floats{}; }
 
 /// log u for 0 < u < 1, within a few roundings; near 1 too, where u = 2^k (1 + f) has k = 0 and an exact f.
 FLUX_INLINE Vec logarithm(Vec u) {

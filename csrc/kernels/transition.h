@@ -69,12 +69,23 @@ static void transition_average_with(const TransitionArguments& args) {
         Queries<Refs> q(means, b, most);
         Buffer<double> values(most * pitch);
         std::fill_n(values.get(), most * pitch, 0.0);
-        for (int64_t first = begin; first < begin + share; first += most) {
-            const int64_t count = std::min(most, begin + share - first);
-            take_ends(args, b, first, count, q);
-            args.values.at(b, first).load(count, V, values.get(), pitch);
-            q.template visit_weights<false>([&](int64_t at, int64_t rows, int64_t from, int64_t to) {
-                means.outer(q.w.get(), rows, from, to, q.columns, values.get() + at * pitch, V, pitch, sums, q.product);
+        const auto visit = [&](auto add) {
+            for (int64_t first = begin; first < begin + share; first += most) {
+                const int64_t count = std::min(most, begin + share - first);
+                take_ends(args, b, first, count, q);
+                args.values.at(b, first).load(count, V, values.get(), pitch);
+                q.template visit_weights<false>(add);
+            }
+        };
+        if constexpr (Queries<Refs>::IN_FLOAT) {
+            typename Refs::Outer outer(means, V, sums);
+            visit([&](int64_t n, int64_t, int64_t from, int64_t to) {
+                outer.add(q.w.get(), from, to, values.get() + n * pitch);
+            });
+            outer.flush();
+        } else {
+            visit([&](int64_t at, int64_t rows, int64_t from, int64_t to) {
+                q.outer(q.w.get(), rows, from, to, values.get() + at * pitch, V, pitch, sums);
             });
         }
     });

@@ -8,6 +8,9 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
+#include <type_traits>
+#include <utility>
 
 #include "../arguments.h"
 #include "../array.h"

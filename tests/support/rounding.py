@@ -1,4 +1,4 @@
-"""Rounding errors that float64 may cause in each result of each kernel: the bounds of the fuzz run.
+"""Rounding errors that arithmetic may cause in each result of each kernel: the bounds of the fuzz run.
 
 A function per kernel of `tests/support/ops.py`, found by its name. It takes the inputs in float64 and the kernel's
 results, and yields a `Comparison` per result. Bounds are worked out for every entry from the numbers themselves: logits
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from fluxkernels import philox, reference
 
-EPS = 2.0**-52
+# Spacing of numbers at 1, and the part of all weights together that may be left out, of the arithmetic in float64 and in
+# float32.
+WIDE, NARROW = (2.0**-52, 1e-18), (2.0**-23, 2e-11)
+FEW_DIMENSIONS = 24  # up to which kernels compute in float32 what is not in float64
 # Logits less certain than this leave nothing to compare.
 UNCERTAIN = 1e-3
 
@@ -51,11 +54,16 @@ class Conditions:
     size: Tensor  # [B, 1], of the coordinates about the mean of the reference points
     sigma2: Tensor  # [B, N]
     covariance: Tensor  # [B, N], its trace
+    arithmetic: tuple[float, float]
+
+    @property
+    def eps(self) -> float:
+        return self.arithmetic[0]
 
     @property
     def dropped(self) -> Tensor:
         """Part of a weight that may be left out: all of one that is below rounding."""
-        return self.w.clamp_max(1e-18 / self.w.shape[-1])
+        return self.w.clamp_max(self.arithmetic[1] / self.w.shape[-1])
 
     @property
     def certain(self) -> Tensor:
@@ -68,22 +76,23 @@ class Conditions:
 
     @property
     def of_mean(self) -> Tensor:
-        return self.delta * self.reach + EPS * self.size
+        return self.delta * self.reach + self.eps * self.size
 
 
-def conditions(z: Tensor, refs: Tensor, sigma2: Tensor) -> Conditions:
+def conditions(z: Tensor, refs: Tensor, sigma2: Tensor, arithmetic: tuple[float, float]) -> Conditions:
+    eps, least = arithmetic
     difference = refs.unsqueeze(1) - z.unsqueeze(2)
     a = difference.square().sum(-1)
     w = (-(a - a.amin(-1, keepdim=True)) / (2 * sigma2.unsqueeze(-1))).softmax(-1)
     origin = refs.mean(1, keepdim=True)
     D, M = z.shape[-1], refs.shape[1]
-    matters = w > 1e-20 / M
+    matters = w > 0.01 * least / M
     near = torch.where(matters, a, 0.0).amax(-1)
-    size = torch.cat([z - origin, refs - origin, EPS * M * refs], 1).abs().amax((1, 2)).unsqueeze(-1) * math.sqrt(D)
-    delta = EPS * (math.sqrt(D) * near + near.sqrt() * size + sigma2) / sigma2
+    size = torch.cat([z - origin, refs - origin, eps * M * refs], 1).abs().amax((1, 2)).unsqueeze(-1) * math.sqrt(D)
+    delta = eps * (math.sqrt(D) * near + near.sqrt() * size + sigma2) / sigma2
     mean = (w.unsqueeze(-1) * difference).sum(2, keepdim=True)
     covariance = (w * (difference - mean).square().sum(-1)).sum(-1)
-    return Conditions(w, delta, near, size, sigma2, covariance)
+    return Conditions(w, delta, near, size, sigma2, covariance, arithmetic)
 
 
 def length(t: Tensor) -> Tensor:
@@ -91,9 +100,11 @@ def length(t: Tensor) -> Tensor:
 
 
 class Exact:
-    """The inputs of a problem in float64."""
+    """The inputs of a problem in float64, and the arithmetic of the kernels on them."""
 
     def __init__(self, inputs: Mapping[str, Any]) -> None:
+        few = inputs["x"].shape[-1] <= FEW_DIMENSIONS
+        self.arithmetic = NARROW if few and inputs["x"].dtype != torch.float64 else WIDE
         self.inputs = {
             name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
             for name, value in inputs.items()
@@ -104,12 +115,12 @@ class Exact:
 
     @cached_property
     def conditions(self) -> Conditions:
-        return conditions(self["x"], self["refs"], self["per_query"])
+        return conditions(self["x"], self["refs"], self["per_query"], self.arithmetic)
 
     @cached_property
     def far(self) -> Tensor:
         """Rounding of the reference points' own coordinates, `[B, 1]`."""
-        return EPS * self["refs"].abs().amax((1, 2)).unsqueeze(-1)
+        return self.eps * self["refs"].abs().amax((1, 2)).unsqueeze(-1)
 
     @cached_property
     def distance(self) -> Tensor:
@@ -120,18 +131,24 @@ class Exact:
     def transition(self) -> tuple[Tensor, Tensor]:
         """(bound of the weights `[B, N, E]`, where they are certain `[B, E]`)."""
         tau, sigma2 = self["tau"], self["per_group"]
-        variance = sigma2 * (-torch.expm1(-2 * tau)).clamp_min(EPS**2)
+        variance = sigma2 * (-torch.expm1(-2 * tau)).clamp_min(WIDE[0] ** 2)
         mu = self["x"] - torch.expm1(-tau).view(-1, 1, 1) * self["shift"]
-        c = conditions(self["xt"], mu, variance.unsqueeze(-1).expand(self["xt"].shape[:2]))
+        c = conditions(self["xt"], mu, variance.unsqueeze(-1).expand(self["xt"].shape[:2]), self.arithmetic)
         size = torch.maximum(c.size, length(self["shift"]).amax(1, keepdim=True))
-        delta = EPS * (c.near + c.near.sqrt() * size + c.sigma2) / c.sigma2
+        delta = self.eps * (c.near + c.near.sqrt() * size + c.sigma2) / c.sigma2
         return (c.w * delta.unsqueeze(-1) + c.dropped).mT, delta < UNCERTAIN
+
+    @property
+    def eps(self) -> float:
+        return self.arithmetic[0]
 
     def with_noise_of_seed(self) -> "Exact":
         """These inputs with the noise of a chain that their seed makes."""
         shape = (self["num_steps"], *self["x"].shape)
         noise = philox.normal(self["seed"], shape, philox.CHAIN, torch.float64)
-        return Exact({**self.inputs, "chain_noise": noise})
+        result = Exact({**self.inputs, "chain_noise": noise})
+        result.arithmetic = self.arithmetic
+        return result
 
 
 def kde(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
@@ -140,7 +157,7 @@ def kde(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
     yield of_points("shift", got[0], truth[0], c.of_mean, c.certain)
     yield of_points("mean", got[1], truth[1], c.of_mean + q.far, c.certain)
     parts = c.near / c.sigma2 + D * (1 + q["per_query"].log().abs()) + 10
-    yield Comparison("log_density", got[2], truth[2], c.delta + EPS * parts, c.certain)
+    yield Comparison("log_density", got[2], truth[2], c.delta + q.eps * parts, c.certain)
 
 
 def kde_backward(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
@@ -149,8 +166,8 @@ def kde_backward(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
     truth = reference.kde_backward(*cotangents, q["x"], q["refs"], q["per_query"])
     v, g = length(q["g_shift"] + q["g_mean"]), q["g_log_density"].abs()
     force = c.reach * v + g
-    of_c = c.delta * force + EPS * c.size * v
-    of_z = (of_c * c.near.sqrt() + EPS * c.size * (force + of_c)) / c.sigma2 + EPS * length(q["g_shift"])
+    of_c = c.delta * force + q.eps * c.size * v
+    of_z = (of_c * c.near.sqrt() + q.eps * c.size * (force + of_c)) / c.sigma2 + q.eps * length(q["g_shift"])
     variance = c.sigma2.unsqueeze(-1)
     whole = v.unsqueeze(-1) + ((distance + c.reach.unsqueeze(-1)) * v.unsqueeze(-1) + g.unsqueeze(-1)) * (
         distance / variance
@@ -158,10 +175,10 @@ def kde_backward(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
     dropped = c.dropped * whole
     of_z = of_z + dropped.sum(-1)
     yield of_points("g_z", got[0], truth[0], of_z, c.certain)
-    of_refs = (c.w * (c.delta * v + EPS * v + of_z).unsqueeze(-1) + dropped).sum(1)
+    of_refs = (c.w * (c.delta * v + q.eps * v + of_z).unsqueeze(-1) + dropped).sum(1)
     yield of_points("g_refs", got[1], truth[1], of_refs, c.certain.all(1, keepdim=True))
-    of_square = EPS * (c.near + c.near.sqrt() * c.size)  # of a distance, from coordinates rounded about the origin
-    bound = ((of_c * c.near + of_square * force) / c.sigma2 + EPS * g * (D + c.near / c.sigma2)) / c.sigma2
+    of_square = q.eps * (c.near + c.near.sqrt() * c.size)  # of a distance, from coordinates rounded about the origin
+    bound = ((of_c * c.near + of_square * force) / c.sigma2 + q.eps * g * (D + c.near / c.sigma2)) / c.sigma2
     bound = bound + (dropped * distance / variance).sum(-1)
     yield Comparison("g_sigma2", got[2], truth[2], bound, c.certain)
 
@@ -170,8 +187,8 @@ def residual_gradient(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]
     c, f, distance = q.conditions, length(q["field"]), q.distance
     variance = c.sigma2.unsqueeze(-1)
     force = c.reach * f + 2 * c.near / c.sigma2
-    of_c = c.delta * force + EPS * c.size * f + c.delta
-    bound = ((of_c * c.reach + EPS * c.size * (force + of_c) + 2 * c.of_mean) / c.sigma2 + EPS * f) / c.sigma2
+    of_c = c.delta * force + q.eps * c.size * f + c.delta
+    bound = ((of_c * c.reach + q.eps * c.size * (force + of_c) + 2 * c.of_mean) / c.sigma2 + q.eps * f) / c.sigma2
     bound = bound + (
         c.dropped * (distance / variance) * (distance * f.unsqueeze(-1) + distance.square() / variance) / variance
     ).sum(-1)
@@ -194,7 +211,7 @@ def chain(x: Tensor, q: Exact, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     error, certain = torch.zeros(B, N, dtype=torch.float64), torch.ones(B, N, dtype=torch.bool)
     pull = -torch.expm1(-h)
     for k in range(q["num_steps"]):
-        c = conditions(x, q["refs"], variance)
+        c = conditions(x, q["refs"], variance, q.arithmetic)
         certain = certain & c.certain & (error * c.reach < UNCERTAIN * variance)
         shift, _, _ = reference.kde(x, q["refs"], variance)
         gain = (variance.unsqueeze(-1) * -torch.expm1(-2 * h)).sqrt()  # normal numbers have an absolute error
@@ -204,7 +221,7 @@ def chain(x: Tensor, q: Exact, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         error = (
             growth * error
             + pull[..., 0] * c.of_mean
-            + EPS * (length(x) + c.size + gain[..., 0] * (1 + length(noise[k])))
+            + q.eps * (length(x) + c.size + gain[..., 0] * (1 + length(noise[k])))
             + q.far
         )
     return x, error, certain
@@ -213,7 +230,7 @@ def chain(x: Tensor, q: Exact, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def flux_pass(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
     x0, shift0, xt, shift_t = got
     start = q["x"] + q["per_group"].view(-1, 1, 1).sqrt() * q["pass_noise"][0]
-    bound = 4 * EPS * (start.abs() + q.far.unsqueeze(-1) + q["x"].abs())
+    bound = 4 * q.eps * (start.abs() + q.far.unsqueeze(-1) + q["x"].abs())
     yield Comparison("x0", x0, start, bound, start.isfinite())
     if not (x0.isfinite().all() and xt.isfinite().all()):  # the rest starts from them
         return
@@ -221,7 +238,7 @@ def flux_pass(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
     yield of_points("xt", xt, truth, bound, certain)
     per_query = q["per_group"].unsqueeze(-1).expand(x0.shape[:2])
     for name, at, shift in (("shift0", x0, shift0), ("shift_t", xt, shift_t)):
-        c = conditions(at.double(), q["refs"], per_query)
+        c = conditions(at.double(), q["refs"], per_query, q.arithmetic)
         yield of_points(name, shift, reference.kde(at.double(), q["refs"], per_query)[0], c.of_mean, c.certain)
 
 
