@@ -60,6 +60,12 @@ def prepare(
     return groups, groups.points(x), groups.points(refs), queries, pick_backend(backend, x.device)
 
 
+def quotient(shift: Tensor, sigma2: Tensor) -> Tensor:
+    """Score of a displacement m(z) - z in the dtype of the displacement: half precision is divided in float32."""
+    score = shift / sigma2
+    return score if score.dtype == shift.dtype else score.to(shift.dtype)
+
+
 def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
     """Score of a Gaussian kernel density estimate (Eq. 7).
 
@@ -81,7 +87,7 @@ def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str |
     """
     groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
     shift, _, _ = kde_op(z, refs, variance, name)
-    return groups.unflatten((shift / variance.unsqueeze(-1)).to(x.dtype))
+    return groups.unflatten(quotient(shift, variance.unsqueeze(-1)))
 
 
 def kde_mean(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:

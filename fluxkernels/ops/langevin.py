@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from fluxkernels.checks import (
     group,
     pick_backend,
 )
-from fluxkernels.ops.kde import kde_op
+from fluxkernels.ops.kde import kde_op, quotient
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 from fluxkernels.ops.transition import Transition
 
@@ -107,8 +107,7 @@ register_recomputed_autograd(langevin_chain_op, _chain_of_ops)
 register_recomputed_autograd(flux_pass_op, _pass_of_ops)
 
 
-@dataclass(frozen=True)
-class _Random:
+class _Random(NamedTuple):
     """The user's source of random numbers.
 
     Attributes:
@@ -134,8 +133,7 @@ class _Random:
         return noise.reshape(self.draws or 1, -1, *x.shape[-2:]), None
 
 
-@dataclass(frozen=True)
-class _Chain:
+class _Chain(NamedTuple):
     """Arguments of the chain ops, checked and flattened into B groups.
 
     Attributes:
@@ -324,16 +322,12 @@ def flux_pass(
     check_num_steps("flux_pass", num_steps)
     random = _Random(noise, seed, 1 + num_steps)
     chain = _prepare("flux_pass", ("x", x), refs, sigma2, ("tau", tau), random, backend)
-    groups, variance = chain.groups, chain.sigma2
+    groups, variance, scale = chain.groups, chain.sigma2, chain.sigma2.view(-1, 1, 1)
     x0, shift0, xt, shift_t = chain.run(flux_pass_op, num_steps)
-
-    def score(shift: Tensor) -> Tensor:
-        return groups.unflatten((shift / variance.view(-1, 1, 1)).to(x.dtype))
-
     return FluxPass(
         groups.unflatten(x0),
-        score(shift0),
+        groups.unflatten(quotient(shift0, scale)),
         groups.unflatten(xt),
-        score(shift_t),
+        groups.unflatten(quotient(shift_t, scale)),
         Transition(groups, x0, shift0, xt, variance, chain.time, chain.backend),
     )

@@ -1,6 +1,6 @@
 """Transition weights of the linearized chain (Eq. 52) and the average they define (Eq. 9)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -33,8 +33,7 @@ register_recomputed_autograd(transition_weights_op)
 register_recomputed_autograd(transition_average_op)
 
 
-@dataclass(frozen=True)
-class Transition:
+class Transition(NamedTuple):
     """Arguments of the transition ops, checked and flattened into B groups.
 
     Attributes:
