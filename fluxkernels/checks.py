@@ -57,11 +57,11 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
 
 def check_finite(function: str, **tensors: Tensor | None) -> None:
     """Raise ValueError if a tensor contains NaN or infinity."""
-    compiled = is_eager() and cpu.missing() is None
+    eager = is_eager()
     for name, t in tensors.items():
         if t is None:
             continue
-        if compiled and is_plain(t) and t.is_contiguous():
+        if eager and is_plain(t) and t.is_contiguous() and cpu.missing() is None:
             finite = cpu.is_finite(t)
         else:
             # The sum is finite only if every entry is; the slower test is for sums that overflow.
@@ -233,6 +233,34 @@ def group(function: str, **tensors: Tensor) -> Groups:
         shapes = ", ".join(f"{name} {shape_of(t)}" for name, t in tensors.items())
         raise ValueError(f"{function}: leading dimensions do not broadcast: {shapes}") from None
     return Groups(function, batch)
+
+
+def check_groups(function: str, **points: Tensor) -> Groups:
+    """Groups of finite tensors `[..., N, D]`, all with the dtype and device of the first, by `group`."""
+    first, *others = points.values()
+    if is_eager() and cpu.missing() is None and _are_sound(first, others):
+        return Groups(function, first.shape[:-2])
+    for name, t in points.items():
+        check_points(function, name, t, like=None if t is first else first)
+    check_finite(function, **points)
+    return group(function, **points)
+
+
+def _are_sound(first: Tensor, others: Sequence[Tensor]) -> bool:
+    """Return True if plain tensors pass every check of `check_groups`; False leaves the decision to the checks."""
+    if not (is_plain(first) and first.dtype in FLOATS and first.ndim >= 2 and _is_sound(first)):
+        return False
+    dtype, shape = first.dtype, first.shape
+    for t in others:
+        if not (is_plain(t) and t.dtype == dtype and t.ndim == len(shape) and _is_sound(t)):
+            return False
+        if t.shape[:-2] != shape[:-2] or t.shape[-1] != shape[-1]:
+            return False
+    return True
+
+
+def _is_sound(t: Tensor) -> bool:
+    return t.is_contiguous() and t.numel() > 0 and cpu.is_finite(t)
 
 
 def check_positive(function: str, name: str, value: object) -> float:

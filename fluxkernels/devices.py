@@ -5,7 +5,16 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _dispatch_keys,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
 
 from fluxkernels.transforms import transforms_active
@@ -32,21 +41,22 @@ def is_tracing() -> bool:
 
 def is_eager() -> bool:
     """Return True while PyTorch runs each op at once, and no mode, transform, autocast or profiler sees its calls."""
+    # PyTorch has one public function for this. The tests enter each state, and fail if a release moves the other names.
     return not (
-        torch.compiler.is_compiling()
+        is_compiling()
         or transforms_active()
-        or torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._autograd._profiler_enabled()
+        or _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or _get_tracing_state() is not None
+        or _is_any_autocast_enabled()
+        or _profiler_enabled()
     )
 
 
 def _plain_keys() -> Iterator[int]:
     for inference in (False, True):
         with torch.inference_mode(inference):
-            yield torch._C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+            yield _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
 
 
 _PLAIN_KEYS = frozenset(_plain_keys())
@@ -55,7 +65,7 @@ _PLAIN_KEYS = frozenset(_plain_keys())
 def is_plain(t: Tensor) -> bool:
     """Return True for a dense CPU tensor that is just numbers in memory: no subclass, wrapper or negative view."""
     # PyTorch has no public function for this. The tests pass each kind of tensor, and fail if a release moves the name.
-    return type(t) is Tensor and torch._C._dispatch_keys(t).raw_repr() in _PLAIN_KEYS
+    return type(t) is Tensor and _dispatch_keys(t).raw_repr() in _PLAIN_KEYS
 
 
 def is_plain_call(arguments: Sequence[object]) -> bool:
@@ -63,7 +73,12 @@ def is_plain_call(arguments: Sequence[object]) -> bool:
     if not is_eager():
         return False
     grad = torch.is_grad_enabled()
-    return all(is_plain(t) and not (grad and t.requires_grad) for t in arguments if isinstance(t, Tensor))
+    for t in arguments:
+        if not isinstance(t, Tensor):
+            continue
+        if (grad and t.requires_grad) or not is_plain(t):
+            return False
+    return True
 
 
 def is_part_of_graph(t: Tensor) -> bool:

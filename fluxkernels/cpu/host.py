@@ -6,6 +6,7 @@ are loaded. Functions, arguments and shapes are those of `fluxkernels.implementa
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,9 +46,8 @@ def _shape(queries: Tensor, refs: Tensor) -> tuple[int, int, int, int]:
     return B, N, refs.shape[1], D
 
 
-def _empty(t: Tensor) -> Tensor:
-    """A contiguous result in the shape of `t`."""
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+# A contiguous result in the shape of a tensor.
+_empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def is_finite(t: Tensor) -> bool:
@@ -65,7 +65,7 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     shape = _shape(z, refs)
-    shift, mean, log_density = _empty(z), _empty(z), z.new_empty(shape[:2])
+    shift, mean, log_density = _empty(z), _empty(z), z.new_empty((shape[0], shape[1]))
     _kernels.kde(shape, torch.get_num_threads(), z, refs, sigma2, shift, mean, log_density)
     return shift, mean, log_density
 
@@ -121,9 +121,9 @@ def langevin_chain(
 def flux_pass(
     x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x0, shift0, xt, shift_t = (_empty(x) for _ in range(4))
-    _langevin(x, refs, sigma2, tau, num_steps, noise, seed, (x0, shift0, xt, shift_t))
-    return x0, shift0, xt, shift_t
+    results = _empty(x), _empty(x), _empty(x), _empty(x)
+    _langevin(x, refs, sigma2, tau, num_steps, noise, seed, results)
+    return results
 
 
 def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, group, pick_backend
+from fluxkernels.checks import Groups, as_number_tensor, check_groups, pick_backend
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
@@ -51,11 +51,8 @@ def prepare(
     function: str, x: Tensor, refs: Tensor, sigma2: float | Tensor, backend: str | None, points: str = "x"
 ) -> tuple[Groups, Tensor, Tensor, Tensor, str]:
     """Check the arguments of a kde op and flatten them: (groups, z `[B, N, D]`, refs, sigma2 `[B, N]`, backend)."""
-    check_points(function, points, x)
-    check_points(function, "refs", refs, like=x)
-    check_finite(function, **{points: x, "refs": refs})
+    groups = check_groups(function, **{points: x, "refs": refs})
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
-    groups = group(function, **{points: x, "refs": refs})
     queries = groups.per_query("sigma2", variance, x.shape[-2])
     return groups, groups.points(x), groups.points(refs), queries, pick_backend(backend, x.device)
 

@@ -12,10 +12,9 @@ from fluxkernels.checks import (
     Groups,
     as_number_tensor,
     check_finite,
+    check_groups,
     check_noise,
     check_num_steps,
-    check_points,
-    group,
     pick_backend,
 )
 from fluxkernels.ops.kde import kde_op, quotient
@@ -124,7 +123,8 @@ class _Random(NamedTuple):
         """(noise `[draws, B, N, D]` or None, seed `[]` or None), checked."""
         shape = (*(() if self.draws is None else (self.draws,)), *groups.batch, *x.shape[-2:])
         noise, seed = check_noise(function, self.noise, self.seed, shape, like=x)
-        check_finite(function, noise=noise)
+        if noise is not None:
+            check_finite(function, noise=noise)
         if noise is None and seed is None and backend == "torch":
             # Only here may the numbers differ between devices: torch's own generator is the fastest.
             noise = torch.randn(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -172,12 +172,9 @@ def _prepare(
     """Check and flatten; `points` and `time` are given with the names of the arguments."""
     name, x = points
     time_name, time_value = time
-    check_points(function, name, x)
-    check_points(function, "refs", refs, like=x)
-    check_finite(function, **{name: x, "refs": refs})
+    groups = check_groups(function, **{name: x, "refs": refs})
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
     duration = as_number_tensor(function, time_name, time_value, like=x, zero=True)
-    groups = group(function, **{name: x, "refs": refs})
     chosen = pick_backend(backend, x.device)
     noise, seed = random.flat(function, groups, x, chosen)
     return _Chain(

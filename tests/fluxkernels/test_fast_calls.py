@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fluxkernels as fk
-from fluxkernels import cpu, devices
+from fluxkernels import checks, cpu, devices
 from fluxkernels.ops import registration
 from fluxkernels.ops.kde import kde_op
 from tests.support.ops import OPS, Op, noises, tensors
@@ -38,7 +38,7 @@ def inputs(dtype: torch.dtype = torch.float32, batch: tuple[int, ...] = (), numb
 
 
 @pytest.fixture
-def dispatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def dispatched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the ops that went through the dispatcher."""
     names: list[str] = []
     definition = type(kde_op.registered)
@@ -49,7 +49,7 @@ def dispatched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(definition, "__call__", record)
-    yield names
+    return names
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def dispatcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Send every call through the dispatcher."""
     with monkeypatch.context() as patch:
         patch.setattr(registration, "is_plain_call", lambda arguments: False)
-        patch.setattr(devices, "is_eager", lambda: False)
+        patch.setattr(checks, "is_eager", lambda: False)
         yield
 
 
