@@ -1,7 +1,8 @@
 // The Python module fluxkernels.cpu._kernels: chooses the instruction set, unpacks arguments, releases the GIL.
 //
 // No header of PyTorch is included, so one binary works with every release of PyTorch: a tensor is read by its Python
-// methods. fluxkernels/cpu/host.py knows the shapes. A kernel writes into the last tensors of its arguments, its results.
+// methods. fluxkernels/cpu/host.py knows the shapes. A kernel writes into the last tensors of its arguments, its
+// results.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

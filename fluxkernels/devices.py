@@ -41,7 +41,7 @@ def is_tracing() -> bool:
 
 def is_eager() -> bool:
     """Return True while PyTorch runs each op at once, and no mode, transform, autocast or profiler sees its calls."""
-    # PyTorch has one public function for this. The tests enter each state, and fail if a release moves the other names.
+    # Only `is_compiling` is public. The tests enter each state, and fail if a release moves another name.
     return not (
         is_compiling()
         or transforms_active()
