@@ -1,8 +1,8 @@
 // The Python module fluxkernels.cpu._kernels: chooses the instruction set, unpacks arguments, releases the GIL.
 //
-// No header of PyTorch is included, so one binary works with every release of PyTorch. A tensor arrives as a tuple
-// (address, type, stride, stride, ...) made by fluxkernels/cpu/host.py, which also checks shapes. A kernel writes into
-// the last tensors of its arguments, its results.
+// No header of PyTorch is included, so one binary works with every release of PyTorch: a tensor is read by its Python
+// methods. fluxkernels/cpu/host.py knows the shapes. A kernel writes into the last tensors of its arguments, its
+// results.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -43,16 +43,68 @@ void use(const std::string& name) {
     throw std::invalid_argument("this machine runs no target '" + name + "'");
 }
 
-Array array(const py::object& view) {
-    if (view.is_none()) return {};
-    const auto fields = view.cast<std::vector<int64_t>>();
+/// Python objects that a tensor is read with; they live as long as the process.
+struct Reader {
+    py::object dtypes[4];  // by Type
+    py::str data_ptr{"data_ptr"}, dtype{"dtype"}, stride{"stride"};
+
+    Reader() {
+        const py::module_ torch = py::module_::import("torch");
+        const char* const names[] = {"float64", "float32", "bfloat16", "float16"};
+        std::transform(std::begin(names), std::end(names), dtypes, [&](auto name) { return torch.attr(name); });
+    }
+
+    Type type(const py::object& tensor) const {
+        const py::object wanted = py::getattr(tensor, dtype);
+        const auto found = std::find_if(std::begin(dtypes), std::end(dtypes), [&](auto& d) { return d.is(wanted); });
+        if (found == std::end(dtypes)) throw std::invalid_argument("a kernel takes tensors of floating types");
+        return static_cast<Type>(found - std::begin(dtypes));
+    }
+
+    static py::object call(const py::object& tensor, const py::str& method) {
+        PyObject* result = PyObject_CallMethodNoArgs(tensor.ptr(), method.ptr());
+        if (!result) throw py::error_already_set();
+        return py::reinterpret_steal<py::object>(result);
+    }
+};
+
+const Reader* reader = nullptr;  // made with the module
+
+Array array(const py::object& tensor) {
+    if (tensor.is_none()) return {};
     constexpr int64_t SIZES[] = {8, 4, 2, 2};
     Array result;
-    result.data = reinterpret_cast<char*>(fields.at(0));
-    result.type = static_cast<Type>(fields.at(1));
-    result.item = SIZES[fields.at(1)];
-    std::copy(fields.begin() + 2, fields.end(), result.stride);
+    result.data = static_cast<char*>(PyLong_AsVoidPtr(Reader::call(tensor, reader->data_ptr).ptr()));
+    result.type = reader->type(tensor);
+    result.item = SIZES[static_cast<int>(result.type)];
+    const py::tuple strides = Reader::call(tensor, reader->stride);
+    for (size_t k = 0; k < strides.size(); ++k) result.stride[k] = PyLong_AsLongLong(strides[k].ptr());
     return result;
+}
+
+/// Whether no exponent has all bits set, as those of NaN and infinity. `exponent` is the mask of its bits: adding one
+/// to such an exponent carries into the sign's bit.
+template <class Bits>
+bool all_finite(Bits exponent, const void* data, int64_t count) {
+    const Bits* bits = static_cast<const Bits*>(data);
+    const Bits one = exponent & -exponent, sign = exponent + one;
+    Bits carried = 0;
+    for (int64_t i = 0; i < count; ++i) carried |= (bits[i] & exponent) + one;
+    return !(carried & sign);
+}
+
+bool is_finite(const py::object& tensor, int64_t count) {
+    const Array values = array(tensor);
+    switch (values.type) {
+        case Type::float64:
+            return all_finite<uint64_t>(0x7ff0000000000000, values.data, count);
+        case Type::float32:
+            return all_finite<uint32_t>(0x7f800000, values.data, count);
+        case Type::bfloat16:
+            return all_finite<uint16_t>(0x7f80, values.data, count);
+        default:
+            return all_finite<uint16_t>(0x7c00, values.data, count);
+    }
 }
 
 /// One thread for few multiply-adds, which are done before a second thread wakes up. `each` of them are needed per pair
@@ -71,7 +123,7 @@ void run(void (*kernel)(const Arguments&), const Arguments& args) {
 }
 
 using Sizes = std::vector<int64_t>;
-using View = py::object;
+using View = const py::object&;
 
 void kde(const Sizes& sizes, int threads, View z, View refs, View sigma2, View shift, View mean, View log_density) {
     const Shape shape = shape_of(sizes);
@@ -93,7 +145,7 @@ void residual_gradient(const Sizes& sizes, int threads, View z, View field, View
                                                             array(refs), array(sigma2), array(gradient)});
 }
 
-void langevin(const Sizes& sizes, int threads, int64_t steps, const std::vector<View>& noise, uint64_t seed, View x,
+void langevin(const Sizes& sizes, int threads, int64_t steps, View noise, int64_t between, uint64_t seed, View x,
               View refs, View sigma2, View tau, View x0, View shift0, View xt, View shift_t) {
     const Shape shape = shape_of(sizes);
     LangevinArguments args{shape,         threads_for(shape, threads),
@@ -103,7 +155,9 @@ void langevin(const Sizes& sizes, int threads, int64_t steps, const std::vector<
                            seed,          array(x0),
                            array(shift0), array(xt),
                            array(shift_t)};
-    for (const View& step : noise) args.noise.push_back(array(step));
+    Array drawn = array(noise);  // in the first step
+    for (int64_t k = 0; drawn && k < steps + (args.x0 ? 1 : 0); ++k, drawn.data += drawn.item * between)
+        args.noise.push_back(drawn);
     run(chosen.load()->langevin, args);
 }
 
@@ -134,6 +188,7 @@ void transition_average(const Sizes& sizes, int threads, int64_t values_count, V
 
 PYBIND11_MODULE(_kernels, module) {
     module.doc() = "Compiled kernels of the cpu backend; use them through fluxkernels.";
+    reader = new Reader;
     module.def(
         "targets",
         [] {
@@ -146,6 +201,7 @@ PYBIND11_MODULE(_kernels, module) {
     module.def("use", &use, "Use an instruction set by name.");
     module.def(
         "thread_source", [] { return std::string(thread_source()); }, "Source of the threads that the kernels run on.");
+    module.def("is_finite", &is_finite);
 #define FLUX_DEFINE(kernel, Arguments) module.def(#kernel, &kernel);
     FLUX_FOR_EACH_KERNEL(FLUX_DEFINE)
 #undef FLUX_DEFINE

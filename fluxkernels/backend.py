@@ -146,8 +146,8 @@ def _asked_for(backend: str | None) -> tuple[str, str] | None:
         return backend, "backend"
     if (name := _in_use.get()) is not None:
         return name, "use_backend"
-    if os.environ.get(ENVIRONMENT):
-        return os.environ[ENVIRONMENT], ENVIRONMENT
+    if name := os.environ.get(ENVIRONMENT):
+        return name, ENVIRONMENT
     return None
 
 
@@ -162,7 +162,8 @@ def resolve_backend(backend: str | None, device: torch.device | str) -> str:
         ValueError: no backend has that name.
         BackendError: the backend cannot run here, or not on that device.
     """
-    device = torch.device(device)
+    if isinstance(device, str):
+        device = torch.device(device)
     kind = device.type
     asked = _asked_for(backend)
     if asked is None:

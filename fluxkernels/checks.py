@@ -6,16 +6,17 @@ cheap: on the CPU, outside of `torch.compile`. On an accelerator, reading values
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.masked import MaskedTensor
 
+from fluxkernels import cpu
 from fluxkernels.backend import resolve_backend
 from fluxkernels.devices import can_check_values as can_check_values
-from fluxkernels.devices import is_part_of_graph, on_device
+from fluxkernels.devices import is_eager, is_part_of_graph, is_plain, on_device
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -56,11 +57,18 @@ def check_tensor(function: str, name: str, t: object, like: Tensor | None = None
 
 def check_finite(function: str, **tensors: Tensor | None) -> None:
     """Raise ValueError if a tensor contains NaN or infinity."""
+    eager = is_eager()
     for name, t in tensors.items():
-        if t is None or not can_check_values(t):
+        if t is None:
             continue
-        # The sum is finite only if every entry is; the slower test is for sums that overflow.
-        if not math.isfinite(t.detach().sum().item()) and not t.detach().isfinite().all():
+        if eager and is_plain(t) and t.is_contiguous() and cpu.missing() is None:
+            finite = cpu.is_finite(t)
+        else:
+            # The sum is finite only if every entry is; the slower test is for sums that overflow.
+            finite = (
+                not can_check_values(t) or math.isfinite(t.detach().sum().item()) or bool(t.detach().isfinite().all())
+            )
+        if not finite:
             raise ValueError(f"{function}: {name} must be finite, got NaN or infinity")
 
 
@@ -113,13 +121,15 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
         if value.device != like.device and value.ndim > 0:
             raise ValueError(f"{function}: {name} must be on {like.device} like the first argument, got {value.device}")
         converted = on_device(f"{function}: {name}", value, like.device, dtype)
-        readable = next((v for v in (value, converted) if can_check_values(v)), None)
-        if readable is not None:
-            v = readable.detach().to(dtype)
-            if not ((v >= 0 if zero else v >= torch.finfo(dtype).tiny) & v.isfinite()).all():
-                raise ValueError(f"{function}: {name} must be {takes} finite number, got {_worst(readable.detach())}")
+        for readable in (value, converted):
+            if can_check_values(readable):
+                if not _is_in_range(readable, dtype, zero):
+                    raise ValueError(
+                        f"{function}: {name} must be {takes} finite number, got {_worst(readable.detach())}"
+                    )
+                break
         return converted
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{function}: {name} must be {takes} float or floating tensor, got {type(value).__name__}")
     number = float(value)
     if not torch.compiler.is_compiling():  # when compiling, a number may be a symbol without a value
@@ -133,13 +143,24 @@ def as_number_tensor(function: str, name: str, value: object, like: Tensor, zero
     return torch.full((), number, dtype=dtype, device=like.device)
 
 
+def _is_in_range(values: Tensor, dtype: torch.dtype, zero: bool) -> bool:
+    """Return True if all values, rounded to `dtype`, are finite and positive, or zero with `zero`."""
+    if values.numel() == 0:
+        return True
+    if values.dtype != dtype:
+        values = values.to(dtype)
+    least, most = (values, values) if values.ndim == 0 else values.detach().aminmax()
+    limits = torch.finfo(dtype)
+    # A NaN is within no limits.
+    return bool((0 if zero else limits.tiny) <= least.item() and most.item() <= limits.max)
+
+
 def _worst(values: Tensor) -> float:
     bad = values[~values.isfinite()]
     return (bad.flatten()[0] if bad.numel() else values.min()).item()
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(NamedTuple):
     """The common leading dimensions of an op's arguments, flattened into one: B groups."""
 
     function: str
@@ -147,10 +168,16 @@ class Groups:
 
     def points(self, t: Tensor) -> Tensor:
         """`[..., N, D]` to `[B, N, D]`."""
+        if t.ndim == 2 and not self.batch:
+            return t.unsqueeze(0)
+        if t.ndim == 3 and t.shape[:1] == self.batch:
+            return t
         return t.expand(*self.batch, *t.shape[-2:]).reshape(-1, *t.shape[-2:])
 
     def per_group(self, name: str, t: Tensor, queries: int | None = None) -> Tensor:
         """`[]` or `[...]` to `[B]`; with `queries`, an error lists the shape with one entry per query too."""
+        if t.ndim == 0:
+            return t.expand(math.prod(self.batch))
         if t.ndim > len(self.batch):
             other = "" if queries is None else f" or one per query, {[*self.batch, queries]}"
             raise ValueError(
@@ -161,6 +188,8 @@ class Groups:
 
     def per_query(self, name: str, t: Tensor, queries: int) -> Tensor:
         """`[]`, `[...]` or `[..., N]` to `[B, N]`."""
+        if t.ndim == 0:
+            return t.expand(math.prod(self.batch), queries)
         target = torch.Size((*self.batch, queries))
         if t.ndim != len(target):
             t = self.per_group(name, t, queries)
@@ -169,6 +198,8 @@ class Groups:
 
     def unflatten(self, t: Tensor) -> Tensor:
         """`[B, ...]` back to `[..., ...]`."""
+        if len(self.batch) <= 1:
+            return t if self.batch else t.squeeze(0)
         return t.reshape(*self.batch, *t.shape[1:])
 
     def _expand(self, name: str, t: Tensor, target: torch.Size) -> Tensor:
@@ -194,12 +225,42 @@ def group(function: str, **tensors: Tensor) -> Groups:
                 f"{function}: {name} must have the same last dimension as {first}, "
                 f"{example.shape[-1]}, got shape {shape_of(t)}"
             )
+    batch, *further = (t.shape[:-2] for t in tensors.values())
     try:
-        batch = torch.broadcast_shapes(*(t.shape[:-2] for t in tensors.values()))
+        if any(other != batch for other in further):
+            batch = torch.broadcast_shapes(batch, *further)
     except RuntimeError:
         shapes = ", ".join(f"{name} {shape_of(t)}" for name, t in tensors.items())
         raise ValueError(f"{function}: leading dimensions do not broadcast: {shapes}") from None
     return Groups(function, batch)
+
+
+def check_groups(function: str, **points: Tensor) -> Groups:
+    """Groups of finite tensors `[..., N, D]`, all with the dtype and device of the first, by `group`."""
+    first, *others = points.values()
+    if is_eager() and cpu.missing() is None and _are_sound(first, others):
+        return Groups(function, first.shape[:-2])
+    for name, t in points.items():
+        check_points(function, name, t, like=None if t is first else first)
+    check_finite(function, **points)
+    return group(function, **points)
+
+
+def _are_sound(first: Tensor, others: Sequence[Tensor]) -> bool:
+    """Return True if plain tensors pass every check of `check_groups`; False leaves the decision to the checks."""
+    if not (is_plain(first) and first.dtype in FLOATS and first.ndim >= 2 and _is_sound(first)):
+        return False
+    dtype, shape = first.dtype, first.shape
+    for t in others:
+        if not (is_plain(t) and t.dtype == dtype and t.ndim == len(shape) and _is_sound(t)):
+            return False
+        if t.shape[:-2] != shape[:-2] or t.shape[-1] != shape[-1]:
+            return False
+    return True
+
+
+def _is_sound(t: Tensor) -> bool:
+    return t.is_contiguous() and t.numel() > 0 and cpu.is_finite(t)
 
 
 def check_positive(function: str, name: str, value: object) -> float:
@@ -265,6 +326,8 @@ def check_noise(
 
 def pick_backend(backend: str | None, device: torch.device) -> str:
     """Name of the backend from `resolve_backend`; a constant inside a compiled graph."""
+    if not torch.compiler.is_compiling():
+        return resolve_backend(backend, device)
     return _resolve_constant(backend, device.type, device.index)
 
 

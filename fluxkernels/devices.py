@@ -1,10 +1,20 @@
 """Values of tensors: where they can be read, and how a number reaches a device without making the host wait."""
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _dispatch_keys,
+    _get_tracing_state,
+    _is_any_autocast_enabled,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch._C._autograd import _profiler_enabled
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, has_proxy_slot
 
 from fluxkernels.transforms import transforms_active
@@ -27,6 +37,48 @@ def is_tracing() -> bool:
     # PyTorch has no public function for this. The tests trace in each mode, and fail if a release moves these names.
     fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
     return fake is not None or get_proxy_mode() is not None or torch._C._get_tracing_state() is not None
+
+
+def is_eager() -> bool:
+    """Return True while PyTorch runs each op at once, and no mode, transform, autocast or profiler sees its calls."""
+    # Only `is_compiling` is public. The tests enter each state, and fail if a release moves another name.
+    return not (
+        is_compiling()
+        or transforms_active()
+        or _len_torch_function_stack()
+        or _len_torch_dispatch_stack()
+        or _get_tracing_state() is not None
+        or _is_any_autocast_enabled()
+        or _profiler_enabled()
+    )
+
+
+def _plain_keys() -> Iterator[int]:
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            yield _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+
+
+_PLAIN_KEYS = frozenset(_plain_keys())
+
+
+def is_plain(t: Tensor) -> bool:
+    """Return True for a dense CPU tensor that is just numbers in memory: no subclass, wrapper or negative view."""
+    # PyTorch has no public function for this. The tests pass each kind of tensor, and fail if a release moves the name.
+    return type(t) is Tensor and _dispatch_keys(t).raw_repr() in _PLAIN_KEYS
+
+
+def is_plain_call(arguments: Sequence[object]) -> bool:
+    """Return True if a call of an op may skip PyTorch's dispatcher, which would only pass it on to the backend."""
+    if not is_eager():
+        return False
+    grad = torch.is_grad_enabled()
+    for t in arguments:
+        if not isinstance(t, Tensor):
+            continue
+        if (grad and t.requires_grad) or not is_plain(t):
+            return False
+    return True
 
 
 def is_part_of_graph(t: Tensor) -> bool:
@@ -78,7 +130,7 @@ def on_device(name: str, value: Tensor, device: torch.device, dtype: torch.dtype
             number read now would be the same in every replay.
     """
     if value.device == device:
-        return value.to(dtype)
+        return value if value.dtype == dtype else value.to(dtype)
     if capturing():
         raise ValueError(
             f"{name} must be on {device} while a CUDA graph is captured, got a tensor on {value.device}: copy it to "

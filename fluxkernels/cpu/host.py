@@ -6,6 +6,7 @@ are loaded. Functions, arguments and shapes are those of `fluxkernels.implementa
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +18,6 @@ try:
 except ImportError as error:
     _import_error = error
     _kernels = None  # type: ignore[assignment]
-
-_TYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def missing() -> str | None:
@@ -41,14 +40,19 @@ def describe() -> str:
     return f"instruction set {_kernels.target()}{also}, threads: {_kernels.thread_source()}"
 
 
-def _view(t: Tensor | None) -> tuple[int, ...] | None:
-    """Address, type and strides of a tensor, as the kernels take it."""
-    return None if t is None else (t.data_ptr(), _TYPES[t.dtype], *t.stride())
-
-
 def _shape(queries: Tensor, refs: Tensor) -> tuple[int, int, int, int]:
     """(B, N, M, D)"""
-    return (*queries.shape[:2], refs.shape[1], queries.shape[2])
+    B, N, D = queries.shape
+    return B, N, refs.shape[1], D
+
+
+# A contiguous result in the shape of a tensor.
+_empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
+
+
+def is_finite(t: Tensor) -> bool:
+    """Return True if no number of a contiguous tensor is NaN or infinite."""
+    return _kernels.is_finite(t, t.numel())
 
 
 def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) -> Tensor:
@@ -60,25 +64,24 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
-    _kernels.kde(_shape(z, refs), torch.get_num_threads(), *map(_view, (z, refs, sigma2, shift, mean, log_density)))
+    shape = _shape(z, refs)
+    shift, mean, log_density = _empty(z), _empty(z), z.new_empty((shape[0], shape[1]))
+    _kernels.kde(shape, torch.get_num_threads(), z, refs, sigma2, shift, mean, log_density)
     return shift, mean, log_density
 
 
 def kde_backward(
     g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    results = z.new_empty(z.shape), refs.new_empty(refs.shape), sigma2.new_empty(sigma2.shape)
+    results = _empty(z), _empty(refs), _empty(sigma2)
     inputs = g_shift, g_mean, g_log_density, z, refs, sigma2
-    _kernels.kde_backward(_shape(z, refs), torch.get_num_threads(), *map(_view, (*inputs, *results)))
+    _kernels.kde_backward(_shape(z, refs), torch.get_num_threads(), *inputs, *results)
     return results
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
-    gradient = z.new_empty(z.shape)
-    _kernels.residual_gradient(
-        _shape(z, refs), torch.get_num_threads(), *map(_view, (z, field, refs, sigma2, gradient))
-    )
+    gradient = _empty(z)
+    _kernels.residual_gradient(_shape(z, refs), torch.get_num_threads(), z, field, refs, sigma2, gradient)
     return gradient
 
 
@@ -96,16 +99,21 @@ def _langevin(
         _shape(x, refs),
         torch.get_num_threads(),
         num_steps,
-        [] if noise is None else [_view(n) for n in noise],
+        None if noise is None else noise[0],
+        0 if noise is None else noise.stride(0),
         0 if seed is None else int(seed) % 2**64,
-        *map(_view, (x, refs, sigma2, tau, *results)),
+        x,
+        refs,
+        sigma2,
+        tau,
+        *results,
     )
 
 
 def langevin_chain(
     x0: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> Tensor:
-    xt = x0.new_empty(x0.shape)
+    xt = _empty(x0)
     _langevin(x0, refs, sigma2, tau, num_steps, noise, seed, (None, None, xt, None))
     return xt
 
@@ -113,21 +121,19 @@ def langevin_chain(
 def flux_pass(
     x: Tensor, refs: Tensor, sigma2: Tensor, tau: Tensor, num_steps: int, noise: Tensor | None, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x0, shift0, xt, shift_t = (x.new_empty(x.shape) for _ in range(4))
-    _langevin(x, refs, sigma2, tau, num_steps, noise, seed, (x0, shift0, xt, shift_t))
-    return x0, shift0, xt, shift_t
+    results = _empty(x), _empty(x), _empty(x), _empty(x)
+    _langevin(x, refs, sigma2, tau, num_steps, noise, seed, results)
+    return results
 
 
 def transition_weights(x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
     weights = x0.new_empty((*x0.shape[:2], xt.shape[1]))
-    _kernels.transition_weights(
-        _shape(xt, x0), torch.get_num_threads(), *map(_view, (x0, shift0, xt, sigma2, tau, weights))
-    )
+    _kernels.transition_weights(_shape(xt, x0), torch.get_num_threads(), x0, shift0, xt, sigma2, tau, weights)
     return weights
 
 
 def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
     average = values.new_empty((*x0.shape[:2], values.shape[-1]))
-    views = map(_view, (x0, shift0, xt, sigma2, tau, values, average))
-    _kernels.transition_average(_shape(xt, x0), torch.get_num_threads(), values.shape[-1], *views)
+    threads, width = torch.get_num_threads(), values.shape[-1]
+    _kernels.transition_average(_shape(xt, x0), threads, width, x0, shift0, xt, sigma2, tau, values, average)
     return average

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, group, pick_backend
+from fluxkernels.checks import Groups, as_number_tensor, check_groups, pick_backend
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
@@ -51,13 +51,16 @@ def prepare(
     function: str, x: Tensor, refs: Tensor, sigma2: float | Tensor, backend: str | None, points: str = "x"
 ) -> tuple[Groups, Tensor, Tensor, Tensor, str]:
     """Check the arguments of a kde op and flatten them: (groups, z `[B, N, D]`, refs, sigma2 `[B, N]`, backend)."""
-    check_points(function, points, x)
-    check_points(function, "refs", refs, like=x)
-    check_finite(function, **{points: x, "refs": refs})
+    groups = check_groups(function, **{points: x, "refs": refs})
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
-    groups = group(function, **{points: x, "refs": refs})
     queries = groups.per_query("sigma2", variance, x.shape[-2])
     return groups, groups.points(x), groups.points(refs), queries, pick_backend(backend, x.device)
+
+
+def quotient(shift: Tensor, sigma2: Tensor) -> Tensor:
+    """Score of a displacement m(z) - z in the dtype of the displacement: half precision is divided in float32."""
+    score = shift / sigma2
+    return score if score.dtype == shift.dtype else score.to(shift.dtype)
 
 
 def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
@@ -81,7 +84,7 @@ def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str |
     """
     groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
     shift, _, _ = kde_op(z, refs, variance, name)
-    return groups.unflatten((shift / variance.unsqueeze(-1)).to(x.dtype))
+    return groups.unflatten(quotient(shift, variance.unsqueeze(-1)))
 
 
 def kde_mean(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:

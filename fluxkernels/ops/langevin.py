@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,12 @@ from fluxkernels.checks import (
     Groups,
     as_number_tensor,
     check_finite,
+    check_groups,
     check_noise,
     check_num_steps,
-    check_points,
-    group,
     pick_backend,
 )
-from fluxkernels.ops.kde import kde_op
+from fluxkernels.ops.kde import kde_op, quotient
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 from fluxkernels.ops.transition import Transition
 
@@ -107,8 +106,7 @@ register_recomputed_autograd(langevin_chain_op, _chain_of_ops)
 register_recomputed_autograd(flux_pass_op, _pass_of_ops)
 
 
-@dataclass(frozen=True)
-class _Random:
+class _Random(NamedTuple):
     """The user's source of random numbers.
 
     Attributes:
@@ -125,7 +123,8 @@ class _Random:
         """(noise `[draws, B, N, D]` or None, seed `[]` or None), checked."""
         shape = (*(() if self.draws is None else (self.draws,)), *groups.batch, *x.shape[-2:])
         noise, seed = check_noise(function, self.noise, self.seed, shape, like=x)
-        check_finite(function, noise=noise)
+        if noise is not None:
+            check_finite(function, noise=noise)
         if noise is None and seed is None and backend == "torch":
             # Only here may the numbers differ between devices: torch's own generator is the fastest.
             noise = torch.randn(shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -134,8 +133,7 @@ class _Random:
         return noise.reshape(self.draws or 1, -1, *x.shape[-2:]), None
 
 
-@dataclass(frozen=True)
-class _Chain:
+class _Chain(NamedTuple):
     """Arguments of the chain ops, checked and flattened into B groups.
 
     Attributes:
@@ -174,12 +172,9 @@ def _prepare(
     """Check and flatten; `points` and `time` are given with the names of the arguments."""
     name, x = points
     time_name, time_value = time
-    check_points(function, name, x)
-    check_points(function, "refs", refs, like=x)
-    check_finite(function, **{name: x, "refs": refs})
+    groups = check_groups(function, **{name: x, "refs": refs})
     variance = as_number_tensor(function, "sigma2", sigma2, like=x)
     duration = as_number_tensor(function, time_name, time_value, like=x, zero=True)
-    groups = group(function, **{name: x, "refs": refs})
     chosen = pick_backend(backend, x.device)
     noise, seed = random.flat(function, groups, x, chosen)
     return _Chain(
@@ -324,16 +319,12 @@ def flux_pass(
     check_num_steps("flux_pass", num_steps)
     random = _Random(noise, seed, 1 + num_steps)
     chain = _prepare("flux_pass", ("x", x), refs, sigma2, ("tau", tau), random, backend)
-    groups, variance = chain.groups, chain.sigma2
+    groups, variance, scale = chain.groups, chain.sigma2, chain.sigma2.view(-1, 1, 1)
     x0, shift0, xt, shift_t = chain.run(flux_pass_op, num_steps)
-
-    def score(shift: Tensor) -> Tensor:
-        return groups.unflatten((shift / variance.view(-1, 1, 1)).to(x.dtype))
-
     return FluxPass(
         groups.unflatten(x0),
-        score(shift0),
+        groups.unflatten(quotient(shift0, scale)),
         groups.unflatten(xt),
-        score(shift_t),
+        groups.unflatten(quotient(shift_t, scale)),
         Transition(groups, x0, shift0, xt, variance, chain.time, chain.backend),
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxkernels import reference
 from fluxkernels.backend import implementation
-from fluxkernels.devices import check_derivatives_traceable, no_autocast
+from fluxkernels.devices import check_derivatives_traceable, is_plain_call, no_autocast
 from fluxkernels.transforms import transforms_active
 
 Formula = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -19,6 +19,8 @@ class Op:
     """`fluxkernels::name` for all backends; its last argument is `str backend`.
 
     Autocast is switched off inside: a kernel density estimate computed in bfloat16 has no correct digit.
+
+    A plain call goes straight to the backend: PyTorch's dispatcher takes longer than a small kernel.
 
     `torch.library` supports reverse-mode derivatives only: under `torch.func` and in forward mode a registered op would
     raise or, worse, silently lose the tangent. There the reference formula runs instead, which PyTorch can transform.
@@ -35,14 +37,17 @@ class Op:
             with _no_autocast(inputs):
                 return getattr(implementation(backend), name)(*inputs)
 
+        self.name = name
         self.reference: Callable[..., Any] = getattr(reference, name)
         self.registered = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
         self.registered.register_fake(fake)
 
     def __call__(self, *args: Any) -> Any:
+        *inputs, backend = args
+        if is_plain_call(inputs):
+            return getattr(implementation(backend), self.name)(*inputs)
         if not transforms_active():
             return self.registered(*args)
-        *inputs, _ = args
         with _no_autocast(inputs):
             return self.reference(*inputs)
 

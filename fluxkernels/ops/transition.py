@@ -1,10 +1,18 @@
 """Transition weights of the linearized chain (Eq. 52) and the average they define (Eq. 9)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from fluxkernels.checks import Groups, as_number_tensor, check_finite, check_points, group, pick_backend, shape_of
+from fluxkernels.checks import (
+    Groups,
+    as_number_tensor,
+    check_finite,
+    check_groups,
+    check_points,
+    pick_backend,
+    shape_of,
+)
 from fluxkernels.ops.kde import kde_op
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
@@ -33,8 +41,7 @@ register_recomputed_autograd(transition_weights_op)
 register_recomputed_autograd(transition_average_op)
 
 
-@dataclass(frozen=True)
-class Transition:
+class Transition(NamedTuple):
     """Arguments of the transition ops, checked and flattened into B groups.
 
     Attributes:
@@ -85,13 +92,9 @@ def _prepare(
     tau: float | Tensor,
     backend: str | None,
 ) -> Transition:
-    check_points(function, "x0", x0)
-    check_points(function, "xt", xt, like=x0)
-    check_points(function, "refs", refs, like=x0)
-    check_finite(function, x0=x0, xt=xt, refs=refs)
+    groups = check_groups(function, x0=x0, xt=xt, refs=refs)
     variance = as_number_tensor(function, "sigma2", sigma2, like=x0)
     time = as_number_tensor(function, "tau", tau, like=x0, zero=True)
-    groups = group(function, x0=x0, xt=xt, refs=refs)
     name = pick_backend(backend, x0.device)
     start, variance, time = (
         groups.points(x0),

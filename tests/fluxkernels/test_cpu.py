@@ -14,7 +14,6 @@ from torch import Tensor
 
 import fluxkernels as fk
 from fluxkernels import cpu, philox
-from fluxkernels.cpu.host import _view
 from tests.support import fuzzing
 from tests.support.ops import KERNELS, noises
 
@@ -177,7 +176,7 @@ def stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     z, count = -numbers.double().view(1, -1, 1), len(numbers)
     shift, mean = torch.empty(1, count, 1, dtype=dtype), torch.empty_like(z)
     ref, sigma2, log_density = z.new_zeros(1, 1, 1), z.new_ones(1, 1).expand(1, count), z.new_empty(1, count)
-    kernels.kde((1, count, 1, 1), 1, *map(_view, (z, ref, sigma2, shift, mean, log_density)))
+    kernels.kde((1, count, 1, 1), 1, z, ref, sigma2, shift, mean, log_density)
     return shift.flatten()
 
 
@@ -186,7 +185,7 @@ def loaded(numbers: Tensor) -> Tensor:
     z, count = numbers.view(1, -1, 1), len(numbers)
     shift, mean, log_density = (torch.empty(1, count, 1, dtype=torch.float64) for _ in range(3))
     ref, sigma2 = z.new_zeros(1, 1, 1), torch.ones(1, 1).expand(1, count)
-    kernels.kde((1, count, 1, 1), 1, *map(_view, (z, ref, sigma2, shift, mean, log_density[..., 0])))
+    kernels.kde((1, count, 1, 1), 1, z, ref, sigma2, shift, mean, log_density[..., 0])
     return -shift.flatten()
 
 
