@@ -10,9 +10,11 @@ from bench.workloads import Workload
 from fluxkernels import cpu
 
 
-def rates() -> tuple[float, float]:
-    """(double-precision exponentials, multiply-adds) per second on PyTorch's number of threads."""
-    return (math.nan, math.nan) if cpu.missing() else cpu._kernels.rates(torch.get_num_threads())
+def rates(dtype: torch.dtype) -> tuple[float, float]:
+    """(exponentials, multiply-adds) per second on PyTorch's number of threads, in float64 or in float32."""
+    if cpu.missing():
+        return math.nan, math.nan
+    return cpu._kernels.rates(torch.get_num_threads(), dtype != torch.float64)
 
 
 def model_seconds(task: Task, workload: Workload, rates: tuple[float, float]) -> float:

@@ -34,7 +34,7 @@ def describe(name: str, workload: Workload, implementation: str, dtype: torch.dt
         "implementation": implementation,
         "dtype": baselines.name_of(dtype),
         "threads": torch.get_num_threads(),
-        "rates": limits.rates(),
+        "rates": limits.rates(dtype),
     }
 
 

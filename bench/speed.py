@@ -40,22 +40,30 @@ NOTES = """\
   is wrong is not printed: above 1e-5 for our ops (gradients of the pass 1e-4), 1e-2 for the baselines, half precision
   and the loss. `controllable` has no error here: implementations that draw other numbers are compared by means, in
   `tests/bench/test_bench.py`.
-- *Limit*: the time that the exponentials and multiply-adds of all pairs need in double precision at the best rates
+- *Limit*: the time that the exponentials and multiply-adds of all pairs need at the best rates
   measured beside them (`bench/limits.py`), over the time taken. Above 100 % are those that skip pairs that cannot
-  matter, or compute in single precision. The loss has none: its network is PyTorch's. *Live*: the share of pairs whose
+  matter. The loss has none: its network is PyTorch's. *Live*: the share of pairs whose
   weight is above rounding.
 - *Memory*: growth of the resident set over one call, results included, in a process of its own that may have 12 GiB;
   empty: not measured.
 """
 
 
+def arithmetic(dtype: str) -> str:
+    """Return the type that numbers of a type are computed in."""
+    return "float64" if dtype == "float64" else "float32"
+
+
 def keep(raw: dict[str, Any]) -> dict[str, Any]:
     """All rows of pytest-benchmark's JSON, without the single times, and with the share of the limit in each row."""
     entries = raw["benchmarks"]
-    measured = [entry["extra_info"]["rates"] for entry in entries if "rates" in entry["extra_info"]]
+    measured = [entry["extra_info"] for entry in entries if "rates" in entry["extra_info"]]
     by_threads = max((e["extra_info"].get("threads", 1) for e in entries), default=1)
     # The highest: a machine that others use as well is not always as fast.
-    rates = [max((pair[k] for pair in measured), default=math.nan) for k in range(2)]
+    rates = {
+        kind: [max(info["rates"][k] for info in measured if arithmetic(info["dtype"]) == kind) for k in range(2)]
+        for kind in sorted({arithmetic(info["dtype"]) for info in measured})
+    }
     rows = []
     for entry in entries:
         info: Row = {name: value for name, value in entry["extra_info"].items() if name != "rates"}
@@ -65,7 +73,7 @@ def keep(raw: dict[str, Any]) -> dict[str, Any]:
         if "failed" not in row:
             row["seconds"] = entry["stats"]["median"]
             if row.get("task") in TASKS:
-                share = [rate * row["threads"] / by_threads for rate in rates]
+                share = [rate * row["threads"] / by_threads for rate in rates[arithmetic(row["dtype"])]]
                 limit = model_seconds(TASKS[row["task"]], Workload(**row["workload"]), (share[0], share[1]))
                 row["limit"] = limit / row["seconds"]
         rows.append(row)
@@ -145,13 +153,16 @@ def cores(rows: list[Row]) -> str:
 
 def document(results: dict[str, Any]) -> str:
     """Markdown with all tables."""
-    exponentials, multiply_adds = results["rates"]
+    rates = "; ".join(
+        f"{exponentials:.2g} exponentials and {multiply_adds:.2g} multiply-adds per second in {kind}"
+        for kind, (exponentials, multiply_adds) in results["rates"].items()
+    )
     rows = results["rows"]
     lines = [
         f"# Speed on a CPU, {results['date']}",
         "",
         f"`make bench`, one run, medians. {Origin.of(results).dated()} In the same run, all threads together: "
-        f"{exponentials:.2g} exponentials and {multiply_adds:.2g} multiply-adds per second, in double precision.",
+        f"{rates}.",
         "",
         *NOTES.splitlines(),
         cores(rows),

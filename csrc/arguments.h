@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "array.h"
@@ -72,8 +73,7 @@ struct TransitionArguments {
 struct Kernels {
     const char* name;
     void (*normals)(uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, double* out);
-    double (*exponentials_per_second)(int threads);
-    double (*multiply_adds_per_second)(int threads);
+    std::pair<double, double> (*rates)(int threads, bool floats);
 #define FLUX_DECLARE(kernel, Arguments) void (*kernel)(const Arguments&);
     FLUX_FOR_EACH_KERNEL(FLUX_DECLARE)
 #undef FLUX_DECLARE

@@ -218,10 +218,9 @@ PYBIND11_MODULE(_kernels, module) {
     });
     module.def(
         "rates",
-        [](int threads) {
+        [](int threads, bool floats) {
             py::gil_scoped_release release;
-            return std::make_pair(chosen.load()->exponentials_per_second(threads),
-                                  chosen.load()->multiply_adds_per_second(threads));
+            return chosen.load()->rates(threads, floats);
         },
-        "(exponentials, multiply-adds) of doubles per second on this machine with that number of threads.");
+        "(exponentials, multiply-adds) of floats or doubles per second on this machine with that number of threads.");
 }

@@ -18,27 +18,36 @@ static double rate_of(int threads, int64_t count, F pass) {
     return best;
 }
 
+template <class Number>
 static double exponentials_per_second(int threads) {
     constexpr int64_t COUNT = 1024;
     return rate_of(threads, COUNT, [] {
-        alignas(64) static thread_local double a[COUNT] = {}, w[COUNT];
+        alignas(64) static thread_local Number a[COUNT] = {}, w[COUNT];
         // The result is used, so that the compiler cannot leave the work out.
-        volatile double keep = exponentials(a, COUNT, 0.0, 1.0, 700.0, 1.0, w);
+        volatile double keep = exponentials(a, COUNT, 0.0, 1.0, 30.0, 1.0, w);
         (void)keep;
     });
 }
 
+template <class Number>
 static double multiply_adds_per_second(int threads) {
+    using Vector = std::conditional_t<std::is_same_v<Number, float>, Floats, Vec>;
     constexpr int64_t CHAINS = 12, LENGTH = 128;
-    return rate_of(threads, CHAINS * LENGTH * LANES, [] {
-        static thread_local double start = 1.0;
-        Vec total[CHAINS];
-        for (int u = 0; u < CHAINS; ++u) total[u] = broadcast(start + u);
-        const Vec factor = broadcast(start * 0.999);
+    return rate_of(threads, CHAINS * LENGTH * sizeof(Vector) / sizeof(Number), [] {
+        static thread_local Number start = 1;
+        Vector total[CHAINS];
+        for (int u = 0; u < CHAINS; ++u) total[u] = broadcast(static_cast<Number>(start + u));
+        const Vector factor = broadcast(static_cast<Number>(start * Number(0.999)));
         for (int64_t i = 0; i < LENGTH; ++i)
             for (int u = 0; u < CHAINS; ++u) total[u] = total[u] * factor + factor;
         for (int u = 1; u < CHAINS; ++u) total[0] += total[u];
         volatile double keep = sum(total[0]);
         (void)keep;
     });
+}
+
+/// Exponentials and multiply-adds per second, of floats or doubles.
+static std::pair<double, double> rates(int threads, bool floats) {
+    return floats ? std::make_pair(exponentials_per_second<float>(threads), multiply_adds_per_second<float>(threads))
+                  : std::make_pair(exponentials_per_second<double>(threads), multiply_adds_per_second<double>(threads));
 }
