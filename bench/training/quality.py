@@ -120,7 +120,7 @@ PROBLEMS = {
     ),
     "images": Problem(
         digits, lambda: UNet(8, 1, width=32, dropout=0.0, norm_num_groups=8, attention=(4,)), LogUniformNoise(0.02, 20.0),
-        batch=128, lr=1e-3, compared=700, mark=3.6, seconds=60.0, methods=(DSM, "flux, 1 stratum", FLUX),
+        batch=64, lr=2e-3, compared=300, mark=5.5, seconds=75.0, levels=12, methods=(DSM, "flux, 1 stratum", FLUX),
     ),
 }  # fmt: skip
 
