@@ -121,7 +121,8 @@ PROBLEMS = {
         ),
     ),
     "images": Problem(
-        digits, lambda: UNet(8, 1, width=32, dropout=0.0, norm_num_groups=8, attention=(4,)), LogUniformNoise(0.02, 20.0),
+        digits, lambda: UNet(8, 1, width=32, dropout=0.0, norm_num_groups=8, attention=(4,)),
+        LogUniformNoise(0.02, 20.0),
         batch=128, lr=1e-3, compared=700, mark=3.6, seconds=60.0, methods=(DSM, "flux, 1 stratum", FLUX),
     ),
 }  # fmt: skip

@@ -102,7 +102,9 @@ def test_score_matching_over_noise_levels(per_sample: bool | None, backend: str)
     expected = dsm_loss(lambda z: field(z, sigma), x, sigma, options, seed=3)
     assert torch.equal(loss, normalizer(expected, sigma).mean())
     field.accepts_sigma_per_sample = True
-    assert DenoisingScoreMatching(field, noise).sigma_per_sample is True
+    compiled = torch.compile(nn.DataParallel(field), backend="eager")
+    for declared in (field, nn.DataParallel(field), compiled):
+        assert DenoisingScoreMatching(declared, noise).sigma_per_sample is True
 
 
 @pytest.mark.parametrize("noise", [LogNormalNoise(-1.0, 0.5), LogUniformNoise(0.1, 2.0)])

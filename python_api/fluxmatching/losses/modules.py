@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fluxkernels import philox
 from fluxkernels.checks import check_seed, check_tensor
 from fluxmatching.distributed import rank_and_size, rank_seed, shared_seed
+from fluxmatching.engines import network_inside
 from fluxmatching.field_modules import networks_of
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
@@ -235,7 +236,7 @@ def takes_sigma_per_sample(field: object) -> bool:
 
     It cannot be tried: z/σ of a field that knows one number only is wrong without an error for some shapes.
     """
-    return bool(getattr(field, "accepts_sigma_per_sample", False))
+    return bool(getattr(network_inside(field), "accepts_sigma_per_sample", False))
 
 
 def draw_sigma(noise: NoiseLevels, key: Tensor, x: Tensor, count: int = 1) -> Tensor:

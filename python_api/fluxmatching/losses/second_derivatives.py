@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
-from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, pull_back
+from fluxmatching.engines import is_in_half_precision
+from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, own_generators, pull_back
 from fluxmatching.fields import Field, call_field
 from fluxmatching.randomness import SharedRandomNumbers, has_active_dropout, random_numbers_noticed
 
@@ -265,7 +266,7 @@ def _pull_back_both(
     of masks over a small step would be noise. So a field that draws random numbers is called twice.
     """
     if not _has_active_dropout(field):
-        with random_numbers_noticed(points[0].device) as drew:
+        with random_numbers_noticed(points[0].device, _own_generators(field)) as drew:
             gradient, f = _pull_back(field, torch.cat(points), torch.cat(cotangents))
         if not drew():
             (forward, backward), (f_forward, f_backward) = gradient.chunk(2), f.chunk(2)
@@ -284,6 +285,9 @@ def _pull_back_both(
 
 
 # The search for networks would be compiled anew for every object that it meets.
+_own_generators = torch.compiler.disable(own_generators)
+
+
 @torch.compiler.disable
 def _has_active_dropout(field: Field) -> bool:
     return any(has_active_dropout(network) for network in networks_of(field))
@@ -304,13 +308,17 @@ def _pull_back(field: Field, z: Tensor, cotangent: Tensor) -> Pulled:
 def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor:
     """Return the step of the central difference, which depends on the precision that the field computes in.
 
-    Half precision is detected by autocast around the loss or by half-precision parameters, not by autocast inside the
-    field.
+    Half precision is detected by autocast around the loss, by an engine's wrapper or by half-precision parameters, not
+    by autocast inside the field.
     """
-    half = autocast_enabled(z.device) or any(
-        parameter.dtype in (torch.float16, torch.bfloat16)
-        for network in networks_of(field)
-        for parameter in network.parameters()
+    half = (
+        autocast_enabled(z.device)
+        or is_in_half_precision(field)
+        or any(
+            parameter.dtype in (torch.float16, torch.bfloat16)
+            for network in networks_of(field)
+            for parameter in network.parameters()
+        )
     )
     step = torch.as_tensor((RELATIVE_STEP_HALF if half else RELATIVE_STEP) * scale, dtype=z.dtype, device=z.device)
     # A power of two: z ± step ε is then exact even where z is far from the origin, as ε has components 0 and ±1.
