@@ -8,6 +8,7 @@ DistributedDataParallel, FSDP, Fabric, Lightning, Accelerate. Inside, the field 
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -83,9 +84,9 @@ class LossModule(nn.Module):
         check_seed(name, seed)
         rank, processes = rank_and_size()
         if self.gather_across_ranks and processes > 1:
-            return shared_seed(seed, x.device)
-        key = philox.as_seed(seed, x.device)
-        return key if seed is None else rank_seed(key, rank)
+            return shared_seed(name, seed, x.device)
+        # Also where torch draws it: all processes may have called torch.manual_seed with the same number.
+        return rank_seed(philox.as_seed(seed, x.device), rank)
 
 
 class FluxMatching(LossModule):
@@ -207,10 +208,12 @@ class DenoisingScoreMatching(LossModule):
     ) -> None:
         check_options("DenoisingScoreMatching", options, DSMOptions)
         super().__init__(field, refs=refs)
-        self.noise = None if isinstance(noise, (int, float, Tensor)) else _check_noise("DenoisingScoreMatching", noise)
+        self.noise = None if isinstance(noise, (float, Real, Tensor)) else _check_noise("DenoisingScoreMatching", noise)
         if self.noise is None:
             _keep_sigma(self, noise)
         self.sigma_per_sample = takes_sigma_per_sample(field) if sigma_per_sample is None else sigma_per_sample
+        if normalizer is not None and not callable(normalizer):
+            raise TypeError(f"DenoisingScoreMatching: normalizer must be callable, got {type(normalizer).__name__}")
         self.normalizer, self.options = normalizer, options
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:

@@ -151,6 +151,7 @@ def _prepare(
     joint = JointMinibatch(options.gather_across_ranks)
     x, seed = joint.join(function, x, level, seed)
     grouping = Grouping(function, x, options.grouped)
+    joint.check_refs(function, refs)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
     if options.strata == 1 or list(level.shape) != [options.strata]:
         grouping.check_number("sigma", level)
