@@ -16,7 +16,7 @@ from lightning_fabric.loggers import CSVLogger
 from torch import Tensor, nn
 
 from fluxmatching import FluxMatching, Trainer, TrainingError
-from fluxmatching.training.engine import number_of_processes
+from fluxmatching.training.engine import number_of_processes, shard
 from tests.support.training import OPTIONS, assert_same, data, loss, trained
 
 ROOT = Path(__file__).parents[2]
@@ -384,6 +384,13 @@ def test_modules_that_cannot_be_trained_are_named() -> None:
             Trainer(FluxMatching(field, 0.7), data(), OPTIONS)
     with pytest.raises(TypeError, match="TrainingOptions: accelerator must be a string, got None"):
         replace(OPTIONS, accelerator=None)
+
+
+def test_parameters_of_several_dtypes_are_not_sharded() -> None:
+    module = FluxMatching(nn.Linear(2, 2), 0.7)
+    module.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"'fsdp' shards parameters of one dtype, got torch\.complex64, torch\.float32"):
+        shard(module, None)
 
 
 @pytest.mark.parametrize(
