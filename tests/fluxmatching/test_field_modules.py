@@ -261,6 +261,43 @@ def test_another_thread_sees_nothing_change(call: Callable[..., Tensor], dropout
     assert len(torch.stack(seen).unique()) == len(seen)
 
 
+class BesideAThread(nn.Module):
+    """A compiled network, in whose first evaluations another thread draws random numbers."""
+
+    def __init__(self, disturbed: int) -> None:
+        super().__init__()
+        self.net, self.disturbed = torch.compile(mlp(), backend="eager"), disturbed
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.disturbed -= 1
+        if self.disturbed >= 0:
+            thread = threading.Thread(target=lambda: torch.rand(3))
+            thread.start()
+            thread.join()
+        return self.net(z)
+
+
+def test_random_numbers_of_another_thread_are_not_those_of_a_compiled_field() -> None:
+    x = torch.randn(8, 2, dtype=F64)
+    options: dict[str, Any] = {"seed": 1, "second_derivatives": "finite_difference"}
+    expected = target_of(mlp(), x, 0.7, **options).target
+    assert torch.equal(target_of(BesideAThread(2), x, 0.7, **options).target, expected)
+    with pytest.raises(NotImplementedError, match="the field is compiled and draws random numbers"):
+        target_of(BesideAThread(3), x, 0.7, **options)
+
+
+def test_a_field_of_one_label_per_sample_is_explained() -> None:
+    net, x, labels = mlp(), torch.randn(8, 2, dtype=F64), torch.randn(8, 1, dtype=F64)
+    field = lambda z: net(z) * labels  # noqa: E731
+    assert target_of(field, x, 0.7, second_derivatives="double_backward").target.isfinite().all()
+    with pytest.raises(
+        RuntimeError, match=r"takes 8 rows but not 16 \(The size of tensor a .*must be part of z, or use"
+    ):
+        target_of(field, x, 0.7, second_derivatives="finite_difference")
+    with pytest.raises(RuntimeError, match=r"^The size of tensor a"):
+        target_of(lambda z: net(z) * labels[:3], x, 0.7, second_derivatives="finite_difference")
+
+
 def test_both_sides_of_a_difference_go_through_the_network_at_once() -> None:
     """Unless it draws random numbers, by a layer or by a function."""
     sizes: list[int] = []

@@ -34,6 +34,8 @@ METHODS = ("double_backward", "forward_over_reverse", "finite_difference", "clos
 # enough for a small bias. The bias matters more, because rounding averages out. Measured by bench/training/evidence.py.
 RELATIVE_STEP = 0.003
 RELATIVE_STEP_HALF = 0.01  # networks in bfloat16 or float16
+# Evaluations of a compiled field before random numbers count as its own, and not as those of another thread.
+TRIES = 3
 
 
 @runtime_checkable
@@ -266,11 +268,14 @@ def _pull_back_both(
     of masks over a small step would be noise. So a field that draws random numbers is called twice.
     """
     if not _has_active_dropout(field):
-        with random_numbers_noticed(points[0].device, _own_generators(field)) as drew:
-            gradient, f = _pull_back(field, torch.cat(points), torch.cat(cotangents))
-        if not drew():
-            (forward, backward), (f_forward, f_backward) = gradient.chunk(2), f.chunk(2)
-            return (forward, f_forward), (backward, f_backward)
+        for _ in range(TRIES):
+            with random_numbers_noticed(points[0].device, _own_generators(field)) as drew:
+                gradient, f = _pull_back_at_once(field, points, cotangents)
+            if not drew():
+                (forward, backward), (f_forward, f_backward) = gradient.chunk(2), f.chunk(2)
+                return (forward, f_forward), (backward, f_backward)
+            if not is_compiled(field):
+                break
     if is_compiled(field):
         raise NotImplementedError(
             "the field is compiled and draws random numbers, which differ between the two sides of a finite "
@@ -282,6 +287,28 @@ def _pull_back_both(
     with numbers.replayed():
         second = _pull_back(field, points[1], cotangents[1])
     return first, second
+
+
+def _pull_back_at_once(field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]) -> Pulled:
+    """Return (J_fᵀ v, f) of both sides, one below the other.
+
+    Raises:
+        RuntimeError: the field takes the rows of one side only.
+    """
+    try:
+        return _pull_back(field, torch.cat(points), torch.cat(cotangents))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        try:
+            _pull_back(field, *(pair[0] for pair in (points, cotangents)))
+        except Exception:
+            raise error from None
+        rows = len(points[0])
+        raise RuntimeError(
+            f"the field is called with several rows per sample, and takes {rows} rows but not {2 * rows} ({error}); "
+            f"what it depends on besides z must be part of z, or use second_derivatives='double_backward'"
+        ) from error
 
 
 # The search for networks would be compiled anew for every object that it meets.
