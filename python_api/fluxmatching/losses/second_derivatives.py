@@ -297,9 +297,9 @@ def _pull_back_at_once(field: Field, points: tuple[Tensor, Tensor], cotangents: 
     """
     try:
         return _pull_back(field, torch.cat(points), torch.cat(cotangents))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if not any(word in str(error).lower() for word in ("size", "shape", "dimension")):
+            raise
         try:
             _pull_back(field, *(pair[0] for pair in (points, cotangents)))
         except Exception:
