@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ def _check_same_layout(function: str, name: str, x: Tensor) -> None:
     own = [_DTYPES.index(x.dtype), x.ndim, *x.shape, *[0] * (_MAX_DIMENSIONS - x.ndim)]
     mine = torch.tensor(own, dtype=torch.int64, device="cpu")
     layouts = [torch.empty_like(mine) for _ in range(rank_and_size()[1])]
-    dist.all_gather(layouts, mine, group=_host_group(dist.group.WORLD))
+    dist.all_gather(layouts, mine, group=_host_group())
     if any(not torch.equal(layout, mine) for layout in layouts):
         found = "; ".join(
             f"rank {rank} {row[2 : 2 + row[1]]} {_DTYPES[row[0]]}"
@@ -50,12 +50,18 @@ def _check_same_layout(function: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{function}: {name} must have the same shape and dtype in all processes, got {found}")
 
 
-@lru_cache(maxsize=1)
-def _host_group(world: object) -> dist.ProcessGroup | None:
-    """Return a group that sends CPU tensors: the default one if it can. `world` renews it after a restart."""
+# By the default group, which is not kept alive: a group that outlives destroy_process_group ends in the middle of exit.
+_host_groups: WeakKeyDictionary[object, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def _host_group() -> dist.ProcessGroup | None:
+    """Return a group that sends CPU tensors: the default one (None) if it can."""
     if dist.get_backend() == "gloo" or "cpu:" in str(dist.get_backend_config()):
         return None
-    return dist.new_group(backend="gloo")
+    world = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups[world] = dist.new_group(backend="gloo")
+    return _host_groups[world]
 
 
 def shared_seed(function: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -85,7 +91,7 @@ def check_shared(function: str, name: str, value: Tensor, advice: str = "") -> N
         return
     _check_same_layout(function, name, value)
     least, most = value.clone(), value.clone()
-    group = _host_group(dist.group.WORLD)
+    group = _host_group()
     dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     if not torch.equal(least, most):
@@ -98,7 +104,7 @@ def check_shared(function: str, name: str, value: Tensor, advice: str = "") -> N
 def check_same_options(function: str, options: dict[str, Any]) -> None:
     """Raise ValueError in all processes, with the names of what differs, unless all of them have the same options."""
     every: list[dict[str, Any]] = [{} for _ in range(rank_and_size()[1])]
-    dist.all_gather_object(every, options, group=_host_group(dist.group.WORLD))
+    dist.all_gather_object(every, options, group=_host_group())
     for rank, other in enumerate(every):
         names = [name for name in {**every[0], **other} if every[0].get(name) != other.get(name)]
         if names:

@@ -1,10 +1,12 @@
 """Several processes under torchrun do what one does with the joint minibatch, whatever engine wraps the loss."""
 
 import csv
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from fluxmatching import FluxMatching, FluxOptions, Trainer, TrainingOptions
+from fluxmatching.distributed import check_shared
 from fluxmatching.training.checkpoint import read_newest_checkpoint
 from tests.programs.distributed_training import F64, SIGMA, data, network
 from tests.support.processes import environment
@@ -139,6 +142,16 @@ def test_training_ends_where_one_process_with_the_joint_minibatch_ends(
             assert [text in message for message in refused[what]] == [True] * processes, refused[what]
         # Dropout's random numbers repeat neither from iteration to iteration nor from process to process.
         assert rows["own numbers"]["different"] == rows["own numbers"]["drawn"] == 4 * processes
+
+
+def test_no_group_of_processes_is_kept_alive(tmp_path: Path) -> None:
+    """Its threads would run on while the interpreter ends."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    group = weakref.ref(torch.distributed.group.WORLD)
+    check_shared("f", "number", torch.ones(2))
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    assert group() is None
 
 
 SCRIPT = """

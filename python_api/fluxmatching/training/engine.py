@@ -168,7 +168,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def share_buffers(module: nn.Module) -> None:
     """Set buffers to those of rank 0, as replicas must be equal: forward may have changed them by its own samples."""
-    if buffers := [buffer for buffer in module.buffers() if buffer.numel()]:
+    if buffers := [buffer for buffer in module.buffers() if buffer.numel() and local(buffer) is buffer]:
         # As DistributedDataParallel does: it takes all dtypes and strides.
         distributed._broadcast_coalesced(distributed.group.WORLD, buffers, 2**28, 0)  # type: ignore[attr-defined,arg-type]
 

@@ -69,7 +69,7 @@ class Trainer:
         options: settings of the run.
         folder: for `last.pt`, the checkpoint before it `previous.pt`, and `metrics.csv`; None writes no files.
         lr_factor: factor of the learning rate as a function of the iteration (0, 1, ...), for a schedule; None for 1.
-            A resumed run must be given the same function.
+            Finite and not negative. A resumed run must be given the same function.
         loggers: loggers of Lightning, such as `TensorBoardLogger`, for the rows of metrics.csv and what the loss logs.
 
     Attributes:
@@ -281,6 +281,9 @@ class Trainer:
 
         With several processes, all of them must call it; the first one writes. Sharded parameters are gathered on it,
         so the file does not depend on the strategy.
+
+        Raises:
+            TrainingError: a parameter is not finite; the file before stays.
         """
         if self.folder is None:
             raise ValueError("Trainer: save needs the folder that Trainer(folder=...) was not given")
