@@ -13,7 +13,7 @@ import pytest
 
 import fluxkernels
 import fluxmatching
-from fluxmatching import velocity
+from fluxmatching import training, velocity
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -61,6 +61,16 @@ def test_the_api_page_names_everything_public() -> None:
     assert sorted(name for name in named if "." not in name) == sorted(public)
     for module, _, name in (name.rpartition(".") for name in named if "." in name):
         assert hasattr(importlib.import_module(module), name)
+    of_training = [n for n, v in vars(training).items() if not n.startswith("_") and not isinstance(v, ModuleType)]
+    assert set(of_training) <= {name.rpartition(".")[2] for name in named}
+
+
+def test_the_page_of_benchmarks_lists_the_files_on_training() -> None:
+    folder = README.parent / "bench"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in page.splitlines() if line.startswith("| `training/`")]
+    files = [file.name for file in (folder / "training").glob("*.py") if file.name != "__init__.py"]
+    assert [name for name in files if f"`{name}`" not in row] == []
 
 
 SHELL = [

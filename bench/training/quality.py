@@ -119,8 +119,9 @@ PROBLEMS = {
         methods=(DSM, "flux, uniform horizon, 1 stratum", "flux, 1 stratum", FLUX),
     ),
     "images": Problem(
-        digits, lambda: UNet(8, 1, width=32, dropout=0.0, norm_num_groups=8, attention=(4,)), LogUniformNoise(0.02, 20.0),
-        batch=64, lr=2e-3, compared=300, mark=5.5, seconds=75.0, levels=12, methods=(DSM, "flux, 1 stratum", FLUX),
+        digits, lambda: UNet(8, 1, width=32, dropout=0.0, norm_num_groups=8, attention=(4,)),
+        LogUniformNoise(0.02, 20.0), batch=64, lr=2e-3, compared=300, mark=5.5, seconds=75.0, levels=12,
+        methods=(DSM, "flux, 1 stratum", FLUX),
     ),
 }  # fmt: skip
 

@@ -27,6 +27,7 @@ def main() -> None:
             accelerator.backward(loss)
             optimizer.step()
     accelerator.print(f"loss {loss.item():.4g}")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

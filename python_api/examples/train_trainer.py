@@ -33,6 +33,8 @@ def main() -> None:
     trainer = Trainer(loss_module, data, options, folder=arguments.folder)
     trainer.run()
     trainer.fabric.print(f"{trainer.iteration} iterations, {trainer.processes} processes")
+    if trainer.processes > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def _check_same_layout(function: str, name: str, x: Tensor) -> None:
     own = [_DTYPES.index(x.dtype), x.ndim, *x.shape, *[0] * (_MAX_DIMENSIONS - x.ndim)]
     mine = torch.tensor(own, dtype=torch.int64, device="cpu")
     layouts = [torch.empty_like(mine) for _ in range(rank_and_size()[1])]
-    dist.all_gather(layouts, mine, group=_host_group(dist.group.WORLD))
+    dist.all_gather(layouts, mine, group=_host_group())
     if any(not torch.equal(layout, mine) for layout in layouts):
         found = "; ".join(
             f"rank {rank} {row[2 : 2 + row[1]]} {_DTYPES[row[0]]}"
@@ -49,19 +50,31 @@ def _check_same_layout(function: str, name: str, x: Tensor) -> None:
         raise ValueError(f"{function}: {name} must have the same shape and dtype in all processes, got {found}")
 
 
-@lru_cache(maxsize=1)
-def _host_group(world: object) -> dist.ProcessGroup | None:
-    """Return a group that sends CPU tensors: the default one if it can. `world` renews it after a restart."""
+# By the default group, which is not kept alive: a group that outlives destroy_process_group ends in the middle of exit.
+_host_groups: WeakKeyDictionary[object, dist.ProcessGroup] = WeakKeyDictionary()
+
+
+def _host_group() -> dist.ProcessGroup | None:
+    """Return a group that sends CPU tensors: the default one (None) if it can."""
     if dist.get_backend() == "gloo" or "cpu:" in str(dist.get_backend_config()):
         return None
-    return dist.new_group(backend="gloo")
+    world = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups[world] = dist.new_group(backend="gloo")
+    return _host_groups[world]
 
 
-def shared_seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    """Return `seed`, or one that the first process draws for all."""
+def shared_seed(function: str, seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """Return `seed`, or one that the first process draws for all.
+
+    Raises:
+        ValueError: the seed differs between processes.
+    """
     key = philox.as_seed(seed, device)
     if seed is None:
         dist.broadcast(key, 0)
+    else:
+        check_shared(function, "seed", key if isinstance(seed, Tensor) else philox.as_seed(seed, torch.device("cpu")))
     return key
 
 
@@ -72,19 +85,33 @@ def rank_seed(key: Tensor, rank: int) -> Tensor:
     return key + (step - 2**64 if step >= 2**63 else step)
 
 
-def check_shared(function: str, name: str, value: Tensor) -> None:
+def check_shared(function: str, name: str, value: Tensor, advice: str = "") -> None:
     """Raise ValueError in all processes unless all of them have the same value; not checked on an accelerator."""
     if not can_check_values(value):
         return
     _check_same_layout(function, name, value)
     least, most = value.clone(), value.clone()
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
+    group = _host_group()
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     if not torch.equal(least, most):
         raise ValueError(
             f"{function}: {name} must be the same in all processes, got values from {least.min().item():.6g} to "
-            f"{most.max().item():.6g}; draw it from a seed that they share"
+            f"{most.max().item():.6g}{advice}"
         )
+
+
+def check_same_options(function: str, options: dict[str, Any]) -> None:
+    """Raise ValueError in all processes, with the names of what differs, unless all of them have the same options."""
+    every: list[dict[str, Any]] = [{} for _ in range(rank_and_size()[1])]
+    dist.all_gather_object(every, options, group=_host_group())
+    for rank, other in enumerate(every):
+        names = [name for name in {**every[0], **other} if every[0].get(name) != other.get(name)]
+        if names:
+            found = "; ".join(f"{name} {every[0].get(name)} and {other.get(name)}" for name in names[:5])
+            raise ValueError(
+                f"{function}: processes 0 and {rank} must have the same options, data and loss, got {found}"
+            )
 
 
 class JointMinibatch:
@@ -106,13 +133,19 @@ class JointMinibatch:
         """Return the joint minibatch and a seed that all processes share.
 
         Raises:
-            ValueError: sigma differs between processes.
+            ValueError: sigma or seed differs between processes.
         """
         if self.size == 1:
             return x, seed
         samples = all_gather_samples(function, x)
-        check_shared(function, "sigma", sigma)
-        return samples, shared_seed(seed, x.device)
+        check_shared(function, "sigma", sigma, "; draw it from a seed that they share")
+        return samples, shared_seed(function, seed, x.device)
+
+    def check_refs(self, function: str, refs: Tensor | None) -> None:
+        """Raise ValueError if the shapes or the sums of the reference points differ between processes."""
+        if self.size > 1 and refs is not None:
+            _check_same_layout(function, "refs", refs)
+            check_shared(function, "the sum of refs", refs.detach().sum(dtype=torch.float64).nan_to_num())
 
     def own_endpoints(self, x: Tensor, endpoints: Tensor | None) -> Tensor | None:
         """Return the indices of `endpoints` (None: of all samples of x) that this process differentiates; None: all."""

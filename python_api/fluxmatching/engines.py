@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fluxmatching.field_modules import networks_of
+from fluxmatching.field_modules import networks_of, reachable_from
 
+_COUNTING = (DistributedDataParallel, DataParallel)
 _ADVICE = "wrap the loss module in place of the field, such as FluxMatching(field, sigma)"
 
 
@@ -26,7 +27,7 @@ def without_engine(function: str, field: Callable[..., Tensor]) -> Callable[...,
     Raises:
         TypeError: a wrapper that counts calls is hidden inside a function; it cannot be avoided there.
     """
-    if isinstance(field, (DistributedDataParallel, DataParallel)):
+    if isinstance(field, _COUNTING):
         network: nn.Module = field.module
         return network
     if _is_fabric_module(field):
@@ -43,6 +44,13 @@ def without_engine(function: str, field: Callable[..., Tensor]) -> Callable[...,
     return field
 
 
+def network_inside(field: object) -> object:
+    """Return what `torch.compile`, DistributedDataParallel and DataParallel have wrapped, or the field itself."""
+    while (inner := getattr(field, "module" if isinstance(field, _COUNTING) else "_orig_mod", None)) is not None:
+        field = inner
+    return field
+
+
 def check_differentiable_twice(function: str, field: Callable[..., Tensor], method: str) -> None:
     """Raise RuntimeError if the method differentiates a sharded network twice, which FSDP does not support."""
     if method not in ("double_backward", "forward_over_reverse"):
@@ -52,6 +60,17 @@ def check_differentiable_twice(function: str, field: Callable[..., Tensor], meth
             f"{function}: second_derivatives={method!r} does not work on a network whose parameters FSDP shards; "
             f"use second_derivatives='finite_difference' or 'closed_form'"
         )
+
+
+def is_in_half_precision(field: Callable[..., Tensor]) -> bool:
+    """Return whether an engine has a network inside a callable compute in bfloat16 or float16."""
+    # Accelerate replaces the method forward of a network by one under autocast.
+    return any(
+        "16" in str(getattr(thing.precision, "precision", ""))
+        if isinstance(thing, _InPrecision)
+        else isinstance(thing, nn.Module) and any("_original_forward" in vars(module) for module in thing.modules())
+        for thing in reachable_from(field)
+    )
 
 
 def _is_sharded(module: nn.Module) -> bool:

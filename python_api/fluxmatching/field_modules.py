@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -26,7 +27,7 @@ _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _MAX_DEPTH, _MAX_OBJECTS = 5, 2000
 
 
-def _reachable_from(field: Callable[..., Any]) -> Iterator[object]:
+def reachable_from(field: Callable[..., Any]) -> Iterator[object]:
     """Yield a callable and what it refers to: by closure, global name, argument, owner, attribute or container."""
     waiting: deque[tuple[Any, int]] = deque([(field, 0)])
     seen: set[int] = set()
@@ -78,13 +79,13 @@ def _belongs_to_library(thing: Any) -> bool:
 
 def networks_of(field: Callable[..., Any]) -> list[nn.Module]:
     """Return the modules reachable from a callable."""
-    return [thing for thing in _reachable_from(field) if isinstance(thing, nn.Module)]
+    return [thing for thing in reachable_from(field) if isinstance(thing, nn.Module)]
 
 
 def is_compiled(field: Callable[..., Any]) -> bool:
     """Return whether a callable, or one reachable from it, was made by `torch.compile`."""
     modules = (module for network in networks_of(field) for module in network.modules())
-    return any(hasattr(thing, "_torchdynamo_orig_callable") for thing in _reachable_from(field)) or any(
+    return any(hasattr(thing, "_torchdynamo_orig_callable") for thing in reachable_from(field)) or any(
         isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
         for module in modules
     )
@@ -99,6 +100,29 @@ def check_samples_are_independent(function: str, field: Callable[..., Any]) -> N
                     f"{function}: field must treat each sample by itself, but its layer {name or 'itself'!r} is a "
                     f"{type(module).__name__} in training mode; use GroupNorm or LayerNorm, or put it into eval()"
                 )
+
+
+def check_no_cached_parametrizations(function: str, field: Callable[..., Any]) -> None:
+    """Raise RuntimeError if parametrized weights are cached: derivatives in z would cache detached ones."""
+    if not parametrize._cache_enabled:
+        return
+    for network in networks_of(field):
+        for module in network.modules():
+            if parametrize.is_parametrized(module):
+                raise RuntimeError(
+                    f"{function}: torch.nn.utils.parametrize.cached() must not be active around a field with "
+                    f"parametrized weights ({type(module).__name__}): they would get no gradient"
+                )
+
+
+def own_generators(field: Callable[..., Any]) -> list[torch.Generator]:
+    """Return the random number generators that a callable, or a network of it, holds."""
+    found: list[torch.Generator] = []
+    for thing in reachable_from(field):
+        modules = thing.modules() if isinstance(thing, nn.Module) else ()
+        held = [thing, *(value for module in modules for value in vars(module).values())]
+        found += [value for value in held if isinstance(value, torch.Generator)]
+    return found
 
 
 class DetachedParameters(TorchFunctionMode):

@@ -7,7 +7,7 @@ are recorded, and the second one receives the recorded numbers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,28 +140,30 @@ def _probability(module: nn.Module) -> float:
 
 
 @contextmanager
-def random_numbers_noticed(device: torch.device) -> Iterator[Callable[[], bool]]:
+def random_numbers_noticed(
+    device: torch.device, generators: Sequence[torch.Generator] = ()
+) -> Iterator[Callable[[], bool]]:
     """Give a function that tells, after the block, whether a network on this device drew random numbers in it.
 
-    Its generators have then moved. Where their states cannot be read, under fake tensors and while a CUDA graph is
-    captured, every operation is looked at, which takes longer.
+    The generators of PyTorch, or those that the network holds, have then moved. Where their states cannot be read,
+    under fake tensors and while a CUDA graph is captured, every operation is looked at, which takes longer.
     """
-    before = _generator_states(device)
+    before = _generator_states(device, generators)
     if before is None:
         numbers = SharedRandomNumbers()
         with numbers.recorded():
             yield lambda: bool(numbers)
     else:
-        yield lambda: not all(map(torch.equal, before, _generator_states(device) or ()))
+        yield lambda: not all(map(torch.equal, before, _generator_states(device, generators) or ()))
 
 
-def _generator_states(device: torch.device) -> tuple[Tensor, ...] | None:
-    """Return copies of the states of the generators that a network on this device draws from, None if unreadable."""
+def _generator_states(device: torch.device, generators: Sequence[torch.Generator]) -> tuple[Tensor, ...] | None:
+    """Return copies of the states of these generators and of PyTorch's own for a device, None if unreadable."""
     if device.type == "meta" or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE):
         return None
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return None
-    states = [torch.get_rng_state()]
+    states = [torch.get_rng_state(), *(generator.get_state() for generator in generators)]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state())
     return tuple(states)

@@ -91,3 +91,11 @@ def test_compiled_step(backend: str) -> None:
     for number in (1, 2):
         seed = torch.tensor(number)
         torch.testing.assert_close(compiled(x, seed), step(x, seed))
+
+
+@pytest.mark.parametrize("method", ["double_backward", "finite_difference"])
+def test_batch_norm_is_refused_in_a_compiled_loss(method: str) -> None:
+    field = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    compiled = torch.compile(FluxMatching(field, 0.7, FluxOptions(second_derivatives=method)), backend="eager")
+    with pytest.raises(ValueError, match=r"flux_matching_loss: field must treat each sample by itself.*BatchNorm1d"):
+        compiled(torch.randn(8, 2), seed=torch.tensor(1))

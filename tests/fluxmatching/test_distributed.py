@@ -1,10 +1,12 @@
 """Several processes under torchrun do what one does with the joint minibatch, whatever engine wraps the loss."""
 
 import csv
+import gc
 import json
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from fluxmatching import FluxMatching, FluxOptions, Trainer, TrainingOptions
+from fluxmatching.distributed import check_shared
 from fluxmatching.training.checkpoint import read_newest_checkpoint
 from tests.programs.distributed_training import F64, SIGMA, data, network
 from tests.support.processes import environment
@@ -85,6 +88,9 @@ def test_every_option_of_the_loss_works_on_a_joint_minibatch(two: Rows) -> None:
             "x must have the same shape and dtype in all processes, got rank 0 [8, 2] torch.float32; rank 1 [7",
         ),
         ("dtypes", "got rank 0 [8, 2] torch.float32; rank 1 [8, 2] torch.float64"),
+        ("seed", "ValueError: flux_matching_loss: seed must be the same in all processes, got values from 3 to 4"),
+        ("refs", "flux_matching_loss: the sum of refs must be the same in all processes, got values from 8 to 16"),
+        ("layout of refs", "refs must have the same shape and dtype in all processes, got rank 0 [4, 2] torch.float32"),
         ("double backward under FSDP", "does not work on a network whose parameters FSDP shards"),
     ],
 )
@@ -94,11 +100,26 @@ def test_mistakes_raise_an_error_in_every_process(name: str, text: str, two: Row
     assert all(text in message for message in row["messages"]), row
 
 
+def test_processes_draw_numbers_of_their_own_without_a_seed_too(two: Rows) -> None:
+    (row,) = [row for row in two if row["what"] == "without a seed"]
+    assert len(set(row["sigma"])) == 2
+
+
+REFUSED = {
+    "options": "must have the same options, data and loss, got lr 0.1 and 0.2; seed 0 and 1",
+    "batch": "got batch_size 4 and 3",
+    "samples": "got samples 48 and 47",
+    "architecture": "got loss.field.0.weight [8, 2] torch.float64 and [9, 2] torch.float64",
+    "devices": "2 processes were started, TrainingOptions(devices=1, num_nodes=1) asks for 1",
+}
+
+
 @pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (2, "fsdp"), (4, "nested")])
 def test_training_ends_where_one_process_with_the_joint_minibatch_ends(
     processes: int, strategy: str, tmp_path: Path
 ) -> None:
-    rows = {row["what"]: row for row in rows_of(processes, "tests.programs.distributed_training", strategy, tmp_path)}
+    every = rows_of(processes, "tests.programs.distributed_training", strategy, tmp_path)
+    rows = {row["what"]: row for row in every}
     alone = trained_alone(7)
     for name, module in (("loss", alone.loss), ("average", alone.average.module)):
         wanted = torch.cat([p.detach().flatten() for p in module.parameters()])
@@ -111,11 +132,53 @@ def test_training_ends_where_one_process_with_the_joint_minibatch_ends(
             "replicas after three steps",
             "replicas with a reference set",
             "gradients",
+            "buffers",
         ):
             assert rows[what]["error"] == 0, what
         assert rows["replicas with a reference set"]["kept"] == 32
+        refused = {row["name"]: row["messages"] for row in every if row["what"] == "refused"}
+        assert set(refused) == set(REFUSED)
+        for what, text in REFUSED.items():
+            assert [text in message for message in refused[what]] == [True] * processes, refused[what]
         # Dropout's random numbers repeat neither from iteration to iteration nor from process to process.
         assert rows["own numbers"]["different"] == rows["own numbers"]["drawn"] == 4 * processes
+
+
+def test_no_group_of_processes_is_kept_alive(tmp_path: Path) -> None:
+    """Its threads would run on while the interpreter ends."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    group = weakref.ref(torch.distributed.group.WORLD)
+    check_shared("f", "number", torch.ones(2))
+    torch.distributed.destroy_process_group()
+    gc.collect()
+    assert group() is None
+
+
+SCRIPT = """
+import sys
+import torch
+from fluxmatching import FluxMatching, Trainer, TrainingOptions
+
+options = TrainingOptions(3, 8, progress=False, accelerator="cpu", devices=2)
+trainer = Trainer(FluxMatching(torch.nn.Linear(2, 2), 0.7), torch.randn(64, 2), options, folder=sys.argv[1])
+trainer.run()
+sys.stdout.write(f"rank {trainer.rank} of {trainer.processes} at {trainer.iteration}\\n")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_plain_script_starts_its_processes(tmp_path: Path) -> None:
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(file), str(tmp_path / "run")],
+        env=environment(), capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("rank")) == [
+        "rank 0 of 2 at 3",
+        "rank 1 of 2 at 3",
+    ]
 
 
 def trained_alone(iterations: int) -> Trainer:

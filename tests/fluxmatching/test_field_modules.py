@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fluxmatching import Draws, LossNormalizer, ODESolver, log_likelihood
-from fluxmatching.field_modules import DetachedParameters, _reachable_from, networks_of
+from fluxmatching.field_modules import DetachedParameters, networks_of, reachable_from
 from tests.support.losses import annealed_loss, flux_loss, target_of
 
 F64 = torch.float64
@@ -63,7 +63,7 @@ def test_a_field_may_close_over_a_data_set() -> None:
     rows, net = [[float(i)] for i in range(100_000)], mlp()
     field = lambda z: net(z) + len(rows)  # noqa: E731
     assert networks_of(field) == [net]
-    assert len(list(_reachable_from(field))) <= 2000
+    assert len(list(reachable_from(field))) <= 2000
 
 
 def test_networks_are_found_where_callables_show_them() -> None:
@@ -261,6 +261,43 @@ def test_another_thread_sees_nothing_change(call: Callable[..., Tensor], dropout
     assert len(torch.stack(seen).unique()) == len(seen)
 
 
+class BesideAThread(nn.Module):
+    """A compiled network, in whose first evaluations another thread draws random numbers."""
+
+    def __init__(self, disturbed: int) -> None:
+        super().__init__()
+        self.net, self.disturbed = torch.compile(mlp(), backend="eager"), disturbed
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.disturbed -= 1
+        if self.disturbed >= 0:
+            thread = threading.Thread(target=lambda: torch.rand(3))
+            thread.start()
+            thread.join()
+        return self.net(z)
+
+
+def test_random_numbers_of_another_thread_are_not_those_of_a_compiled_field() -> None:
+    x = torch.randn(8, 2, dtype=F64)
+    options: dict[str, Any] = {"seed": 1, "second_derivatives": "finite_difference"}
+    expected = target_of(mlp(), x, 0.7, **options).target
+    assert torch.equal(target_of(BesideAThread(2), x, 0.7, **options).target, expected)
+    with pytest.raises(NotImplementedError, match="the field is compiled and draws random numbers"):
+        target_of(BesideAThread(3), x, 0.7, **options)
+
+
+def test_a_field_of_one_label_per_sample_is_explained() -> None:
+    net, x, labels = mlp(), torch.randn(8, 2, dtype=F64), torch.randn(8, 1, dtype=F64)
+    field = lambda z: net(z) * labels  # noqa: E731
+    assert target_of(field, x, 0.7, second_derivatives="double_backward").target.isfinite().all()
+    with pytest.raises(
+        RuntimeError, match=r"takes 8 rows but not 16 \(The size of tensor a .*must be part of z, or use"
+    ):
+        target_of(field, x, 0.7, second_derivatives="finite_difference")
+    with pytest.raises(RuntimeError, match=r"^The size of tensor a"):
+        target_of(lambda z: net(z) * labels[:3], x, 0.7, second_derivatives="finite_difference")
+
+
 def test_both_sides_of_a_difference_go_through_the_network_at_once() -> None:
     """Unless it draws random numbers, by a layer or by a function."""
     sizes: list[int] = []
@@ -295,6 +332,46 @@ def test_a_finite_difference_has_the_same_random_numbers_on_both_sides(layer: nn
     torch.manual_seed(3)
     difference = target_of(net, x, 0.7, seed=1, second_derivatives="finite_difference").target
     torch.testing.assert_close(difference, exact, rtol=1e-3, atol=1e-4)
+
+
+class NoisyByItself(nn.Module):
+    """A network that draws from a generator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.generator, self.sizes = mlp(), torch.Generator(), []
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.sizes.append(len(z))
+        return self.net(z * (torch.rand(z.shape, generator=self.generator, dtype=z.dtype) < 0.5))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_random_numbers_of_a_generator_of_its_own_are_noticed(hidden: bool) -> None:
+    net, x, inner, generator = NoisyByItself(), torch.randn(8, 2, dtype=F64), mlp(), torch.Generator()
+    noisy = lambda z: inner(z * torch.rand(z.shape, generator=generator, dtype=z.dtype))  # noqa: E731
+    field = noisy if hidden else net
+    for own in (net.generator, generator):
+        own.manual_seed(3)
+        torch.rand(16, 2, generator=own, dtype=F64)  # the call for both sides at once
+    exact = target_of(field, x, 0.7, seed=1, second_derivatives="double_backward").target
+    for own in (net.generator, generator):
+        own.manual_seed(3)
+    difference = target_of(field, x, 0.7, seed=1, second_derivatives="finite_difference").target
+    torch.testing.assert_close(difference, exact, rtol=1e-3, atol=1e-4)
+    assert hidden or net.sizes == [8, 16, 8, 8]
+
+
+@pytest.mark.parametrize("second_derivatives", ["double_backward", "forward_over_reverse", "finite_difference"])
+def test_cached_parametrizations_are_refused(second_derivatives: str) -> None:
+    net, x = mlp(), torch.randn(8, 2, dtype=F64)
+    with nn.utils.parametrize.cached():
+        assert flux_loss(net, x, 0.7, second_derivatives=second_derivatives).isfinite().all()
+        nn.utils.parametrizations.weight_norm(net[0])
+        with pytest.raises(RuntimeError, match=r"flux_matching_loss: .*parametrize\.cached\(\) must not be active"):
+            flux_loss(net, x, 0.7, second_derivatives=second_derivatives)
+        with pytest.raises(RuntimeError, match=r"log_likelihood: .*parametrize\.cached\(\) must not be active"):
+            log_likelihood(lambda z, sigma: net(z), x)
 
 
 def test_random_numbers_that_cannot_be_drawn_again_are_refused() -> None:

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from lightning_fabric import Fabric
+from torch import Tensor, nn
 
 from experiments.common.mixture import GaussianMixture, triangle_means
 from fluxmatching import ODESolver, bits_per_dim, log_likelihood
@@ -117,3 +118,21 @@ def test_fields_without_derivatives_are_refused() -> None:
         log_likelihood(quiet, x)
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"does not depend on x differentiably"):
         log_likelihood(lambda z, s: -z / (1 + s**2), x)
+
+
+def test_a_network_of_fabric_is_called_in_its_precision() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(2, 2)
+
+        def forward(self, z: Tensor, sigma: Tensor) -> Tensor:
+            return self.last(z) / sigma
+
+    net, x, found = Network(), torch.randn(4, 2), []
+    wrapped = Fabric(accelerator="cpu", precision="bf16-mixed").setup_module(net)
+    for field in (wrapped, net):
+        torch.manual_seed(0)
+        found.append(log_likelihood(field, x, sigma_min=0.5, sigma_max=3.0))
+    torch.testing.assert_close(*found, rtol=0, atol=0.03)
+    assert not torch.equal(*found)

@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,9 @@ def test_score_matching_over_noise_levels(per_sample: bool | None, backend: str)
     expected = dsm_loss(lambda z: field(z, sigma), x, sigma, options, seed=3)
     assert torch.equal(loss, normalizer(expected, sigma).mean())
     field.accepts_sigma_per_sample = True
-    assert DenoisingScoreMatching(field, noise).sigma_per_sample is True
+    compiled = torch.compile(nn.DataParallel(field), backend="eager")
+    for declared in (field, nn.DataParallel(field), compiled):
+        assert DenoisingScoreMatching(declared, noise).sigma_per_sample is True
 
 
 @pytest.mark.parametrize("noise", [LogNormalNoise(-1.0, 0.5), LogUniformNoise(0.1, 2.0)])
@@ -142,6 +145,40 @@ def test_reference_points_are_given_or_the_newest_samples() -> None:
     assert torch.equal(few(batches[0], seed=1)[0], FluxMatching(field, 0.7, options)(batches[0], seed=1)[0])
 
 
+def test_a_reference_set_keeps_samples_of_the_training_only() -> None:
+    field, first, second = smooth_field(2), torch.randn(8, 2, dtype=F64), torch.randn(8, 2, dtype=F64)
+    module = FluxMatching(field, 0.7, refs=20)
+    module(first, seed=1)
+    with pytest.raises(ValueError, match="x must be finite"):
+        module(torch.full_like(first, float("nan")), seed=1)
+    assert torch.equal(module.refs.newest, first)
+    module.eval()
+    expected = flux_matching_loss(field, second, 0.7, refs=torch.cat([second, first]), seed=2).mean()
+    assert torch.equal(module(second, seed=2)[0], expected)
+    assert torch.equal(module.refs.newest, first)
+    with pytest.raises(ValueError, match=r"x must have the event of the samples before it, \[2\], got shape \[8, 3\]"):
+        module(torch.randn(8, 3, dtype=F64), seed=1)
+
+
+def test_fixed_reference_points_move_with_the_module_and_are_not_copied() -> None:
+    """No engine sends them, and a moving average shares them."""
+    module = FluxMatching(smooth_field(2), 0.7, refs=torch.randn(20, 2, dtype=F64))
+    assert not list(module.buffers())
+    assert copy.deepcopy(module).refs.points is module.refs.points
+    assert module.float().refs.points.dtype == torch.float32
+    assert copy.deepcopy(module).to("meta").refs.points.is_meta
+    assert not module.refs.points.is_meta
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    field, x = smooth_field(2), torch.randn(8, 2, dtype=F64)
+    for number in (np.float32(0.5), np.float64(0.5)):
+        assert torch.equal(FluxMatching(field, number)(x, seed=1)[0], FluxMatching(field, 0.5)(x, seed=1)[0])
+        expected = DenoisingScoreMatching(field, 0.5)(x, seed=1)[0]
+        assert torch.equal(DenoisingScoreMatching(field, number)(x, seed=1)[0], expected)
+    assert FluxMatching(field, 0.7, refs=np.int64(20)).refs.size == 20
+
+
 @pytest.mark.parametrize("refs", [0, -1, True, 1.5, "all"])
 def test_reference_points_of_another_kind_are_refused(refs: Any) -> None:
     with pytest.raises(ValueError, match="refs must be a tensor, a positive number of samples, or None, got"):
@@ -149,6 +186,8 @@ def test_reference_points_of_another_kind_are_refused(refs: Any) -> None:
 
 
 def test_a_noise_distribution_and_samples_are_checked() -> None:
+    with pytest.raises(TypeError, match="DenoisingScoreMatching: normalizer must be callable, got int"):
+        DenoisingScoreMatching(smooth_field(2), 0.7, normalizer=3)  # type: ignore[arg-type]
     for make in (NoiseAnnealedFluxMatching, DenoisingScoreMatching):
         with pytest.raises(TypeError, match=f"{make.__name__}: noise must be a distribution of σ with a method"):
             make(NoisyNetwork(), object())

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from fluxmatching import LossNormalizer
@@ -106,6 +107,27 @@ def answering(answer: Callable[[Tensor], Any]) -> nn.Module:
 def test_what_a_field_must_have(field: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         flux_loss(field, torch.randn(6, 2), 0.7, second_derivatives="closed_form", backend="torch")
+
+
+def accelerated(net: nn.Module) -> nn.Module:
+    from accelerate import Accelerator
+
+    prepared: nn.Module = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(net)
+    return prepared
+
+
+@pytest.mark.parametrize(
+    "wrapped", [lambda net: Fabric(accelerator="cpu", precision="bf16-mixed").setup_module(net), accelerated]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_network_in_half_precision_takes_the_larger_step_in_engines_too(wrapped: Callable[..., Any]) -> None:
+    """As under autocast around the loss, to the last bit."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 2)), torch.randn(16, 2)
+    options: dict[str, Any] = {"seed": 1, "second_derivatives": "finite_difference"}
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = flux_loss(net, x, 0.7, **options)
+    assert torch.equal(flux_loss(wrapped(net), x, 0.7, **options), expected)
 
 
 def test_errors_of_the_field_come_through() -> None:

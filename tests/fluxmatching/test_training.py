@@ -16,6 +16,7 @@ from lightning_fabric.loggers import CSVLogger
 from torch import Tensor, nn
 
 from fluxmatching import FluxMatching, Trainer, TrainingError
+from fluxmatching.training.engine import number_of_processes, shard
 from tests.support.training import OPTIONS, assert_same, data, loss, trained
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +89,14 @@ def test_learning_rate_follows_a_schedule_across_a_resume(tmp_path: Path) -> Non
     assert asked == list(range(8))
     assert_same(whole, resumed)
     assert not torch.equal(resumed.loss.field[0].weight, trained(options).loss.field[0].weight)
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0, torch.tensor(float("nan"))])
+def test_a_rate_that_is_no_rate_is_refused(factor: Any, tmp_path: Path) -> None:
+    trainer = Trainer(loss(), data(), OPTIONS, folder=tmp_path, lr_factor=lambda k: factor if k == 7 else 1.0)
+    with pytest.raises(ValueError, match=r"lr_factor must give a finite .*, got lr (nan|inf|-0\.001) at iteration 7"):
+        trainer.run()
+    assert Trainer(loss(), data(), OPTIONS, folder=tmp_path).iteration == 5
 
 
 def test_each_pass_shows_every_sample_once_in_an_order_of_its_own() -> None:
@@ -251,6 +260,11 @@ def test_what_is_logged_may_be_numbers_or_nothing() -> None:
     assert_same(alone, trained())
 
 
+def test_what_is_logged_is_no_string() -> None:
+    with pytest.raises(TypeError, match="what the loss logs must be tensors or numbers, got 'name': 'abc'"):
+        Trainer(loss(lambda found, x, seed: (found[0], {"name": "abc"})), data(), OPTIONS).step()
+
+
 def test_samples_need_not_be_a_tensor() -> None:
     class Squares:
         def __len__(self) -> int:
@@ -352,6 +366,60 @@ def test_a_loss_with_nothing_to_train() -> None:
     for nothing in (nn.Tanh(), loss().requires_grad_(False)):
         with pytest.raises(ValueError, match="loss must have parameters that need a gradient, got"):
             Trainer(nothing, data(), OPTIONS)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_cannot_be_trained_are_named() -> None:
+    layer = nn.Linear(2, 2)
+    for field, error, text in (
+        (layer.to("meta"), ValueError, r"loss must have values, field\.weight is on meta; its to_empty"),
+        (nn.LazyLinear(2), ValueError, r"loss must be initialized, field\.weight is lazy; call the loss once"),
+        (
+            nn.utils.weight_norm(nn.Linear(2, 2)),
+            TypeError,
+            r"field has torch\.nn\.utils\.weight_norm, .*torch\.nn\.utils\.parametrizations\.weight_norm",
+        ),
+    ):
+        with pytest.raises(error, match=text):
+            Trainer(FluxMatching(field, 0.7), data(), OPTIONS)
+    with pytest.raises(TypeError, match="TrainingOptions: accelerator must be a string, got None"):
+        replace(OPTIONS, accelerator=None)
+
+
+def test_parameters_of_several_dtypes_are_not_sharded() -> None:
+    module = FluxMatching(nn.Linear(2, 2), 0.7)
+    module.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"'fsdp' shards parameters of one dtype, got torch\.complex64, torch\.float32"):
+        shard(module, None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "expected"),
+    [
+        ({}, {}, (1, 1)),
+        ({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "6"}, {}, (2, 3)),
+        ({"WORLD_SIZE": "2"}, {"devices": 2}, (2, 1)),  # a process that Fabric has started
+        ({"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}, {}, (4, 2)),
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_NAME": "interactive"}, {}, (1, 1)),
+    ],
+)
+def test_processes_are_those_that_were_started(
+    environment: dict[str, str], given: dict[str, int], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert number_of_processes(replace(OPTIONS, **given)) == expected
+
+
+def test_processes_of_slurm_never_train_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(ValueError, match=r"Slurm starts 2 processes, .*use srun --nodes and --ntasks-per-node"):
+        Trainer(loss(), data(), OPTIONS)
+    names = ("NTASKS_PER_NODE", "NNODES", "PROCID", "LOCALID", "NODEID")
+    for name, value in zip(names, ("2", "1", "0", "0", "0"), strict=True):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(ValueError, match=r"2 processes were started, TrainingOptions\(devices=1, .*asks for 1"):
+        Trainer(loss(), data(), replace(OPTIONS, devices=1))
 
 
 def test_arguments_of_another_kind() -> None:

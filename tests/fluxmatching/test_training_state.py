@@ -29,14 +29,45 @@ class Pairs(torch.utils.data.Dataset[Any]):
             torch.utils.data.Subset(torch.utils.data.TensorDataset(data()), range(70)),
             "Subset does not take a tensor of indices",
         ),
-        (Pairs(), "data must return a tensor for indices, got tuple"),
+        (Pairs(), "data must be a tensor, or return one for a tensor of indices; got tuple from Pairs"),
         (iter([1]), "got list_iterator"),
         (data().to_sparse(), r"data must be a dense tensor, got layout torch\.sparse_coo"),
         (data().to_mkldnn(), r"data must be a dense tensor, got layout torch\._mkldnn"),
+        (torch.nested.nested_tensor([data(), data()]), "data must be a dense tensor, got a nested tensor"),
     ],
 )
 def test_data_that_cannot_be_used_is_named(samples: Any, text: str) -> None:
     with pytest.raises(TypeError, match=text):
+        Trainer(loss(), samples, OPTIONS)
+
+
+class Indexed:
+    """Data whose samples are found(indices)."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def __len__(self) -> int:
+        return 70
+
+    def __getitem__(self, indices: Any) -> Any:
+        return self.found(indices)
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "text"),
+    [
+        (torch.tensor(1.0), ValueError, r"data must have shape \[samples, \*event\], got \[\]"),
+        (data().to("meta"), ValueError, "data must have values, got a tensor on meta"),
+        (Indexed(lambda k: data()[int(k)]), TypeError, "Indexed does not take a tensor of indices"),
+        (Indexed(lambda k: data()[:5]), ValueError, r"Indexed returns shape \[5, 2\] for 2 indices"),
+        (Indexed(lambda k: torch.ones(())), ValueError, r"Indexed returns shape \[\] for 2 indices"),
+    ],
+)
+def test_data_without_samples_or_with_others_is_refused_at_once(
+    samples: Any, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
         Trainer(loss(), samples, OPTIONS)
 
 
@@ -80,13 +111,84 @@ def test_what_a_module_keeps_is_resumed(kept: Any, tmp_path: Path) -> None:
     assert str(module.extra.kept) == str(kept)
 
 
-@pytest.mark.parametrize("kept", [{"scale": np.float64(0.5)}, Path("x"), lambda: 0, [object()]])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"scale": np.float64(0.5)}, Path("x"), lambda: 0, [object()],
+        {1, 2}, [{"a": {1}}], 1j, torch.float32, torch.device("cpu"), bytearray(b"a"),
+    ],
+)  # fmt: skip
 def test_what_cannot_be_read_again_is_refused_before_training(kept: Any, tmp_path: Path) -> None:
     with pytest.raises(
         TypeError, match=r"'loss' cannot be kept in a checkpoint, .*convert what get_extra_state or stat"
     ):
         Trainer(loss_with(kept), data(), OPTIONS, folder=tmp_path)
     assert Trainer(loss_with(kept), data(), OPTIONS).iteration == 0  # without checkpoints there is nothing to keep
+
+
+class Kept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    def get_extra_state(self) -> Any:
+        return {"kept": self.kept}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.seen = state["kept"]
+
+
+def test_a_parameter_may_be_kept(tmp_path: Path) -> None:
+    for iterations in (3, 6):
+        module = loss()
+        module.extra = Kept()
+        Trainer(module, data(), replace(OPTIONS, iterations=iterations), folder=tmp_path).run()
+    assert torch.equal(module.extra.seen, torch.zeros(2))
+
+
+class WithUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = model(), nn.Linear(2, 2)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.used(z)
+
+
+def test_a_parameter_that_the_loss_does_not_use_is_resumed(tmp_path: Path) -> None:
+    def module() -> FluxMatching:
+        return FluxMatching(WithUnused(), 0.7)
+
+    whole = Trainer(module(), data(), OPTIONS)
+    whole.run()
+    Trainer(module(), data(), OPTIONS, folder=tmp_path).run(seconds=0.0)
+    resumed = Trainer(module(), data(), OPTIONS, folder=tmp_path)
+    assert resumed.iteration == 1
+    resumed.run()
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_state_before_the_first_step_changes_nothing(saved: bool, tmp_path: Path) -> None:
+    trainer = Trainer(loss(), data(), OPTIONS, folder=tmp_path)
+    if saved:
+        trainer.save()
+        trainer = Trainer(loss(), data(), OPTIONS, folder=tmp_path)
+    else:
+        trainer.state_dict()
+    trainer.run()
+    assert_same(trainer, trained())
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    trainer = Trainer(loss(), data(), OPTIONS, folder=tmp_path)
+    trainer.step()
+    trainer.save()
+    trainer.step()
+    nn.init.constant_(trainer.loss.field[0].bias, float("nan"))
+    with pytest.raises(TrainingError, match=r"iteration 2: parameter field\.0\.bias is not finite; nothing is written"):
+        trainer.save()
+    assert Trainer(loss(), data(), OPTIONS, folder=tmp_path).iteration == 1
 
 
 def test_a_type_that_turns_up_during_training_spoils_no_checkpoint(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -125,6 +127,49 @@ def check_layouts(options: TrainingOptions) -> None:
     report("gradients", error=spread([p.grad for p in module.parameters() if p.grad is not None]))
 
 
+class Counted(nn.Module):
+    """Change a buffer by the samples of this process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, dtype=F64))
+        self.register_buffer("mean", torch.zeros(3, 2, dtype=F64).t())
+
+    def forward(self, x: Tensor, *, seed: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(x.mean(0)[:, None])
+        return (x * self.weight - self.mean[:, 0]).square().mean()
+
+
+def check_buffers(options: TrainingOptions) -> None:
+    module = Counted()
+    trainer = Trainer(module, data(), options)
+    errors = []
+    for _ in range(2):
+        trainer.step()
+        errors.append(spread([module.mean, *trainer.average.module.buffers(), *module.parameters()]))
+    report("buffers", error=max(errors))
+
+
+def check_refusals(options: TrainingOptions) -> None:
+    rank = distributed.get_rank()
+    wide = nn.Sequential(nn.Linear(2, 8 + rank), nn.Linear(8 + rank, 2)).double()
+    attempts: dict[str, Callable[[], Trainer]] = {
+        "options": lambda: Trainer(loss(network()), data(), replace(options, lr=0.1 * (1 + rank), seed=rank)),
+        "batch": lambda: Trainer(loss(network()), data(), replace(options, batch_size=4 - rank)),
+        "samples": lambda: Trainer(loss(network()), data()[rank:], options),
+        "architecture": lambda: Trainer(loss(wide), data(), options),
+        "devices": lambda: Trainer(loss(network()), data(), replace(options, devices=1, num_nodes=1)),
+    }
+    for name, attempt in attempts.items():
+        try:
+            said = str(attempt())
+        except ValueError as problem:
+            said = f"ValueError: {problem}"
+        every: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(every, said)
+        report("refused", name=name, messages=every)
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     name, folder = sys.argv[1:3]
@@ -146,7 +191,10 @@ def main() -> None:
         report("average", values=flat(state["average"]["parameters"]))
         report("resumed", different=different(state, resumed))
     if name == "ddp":
-        check_layouts(TrainingOptions(3, 4, accelerator="cpu", progress=False))
+        few = TrainingOptions(3, 4, accelerator="cpu", progress=False)
+        check_layouts(few)
+        check_buffers(few)
+        check_refusals(few)
         drawing = Drawing()
         Trainer(drawing, data(), TrainingOptions(4, 4, accelerator="cpu", progress=False)).run()
         drawn = [torch.empty(4) for _ in range(processes)]

@@ -202,7 +202,7 @@ def compare_functions(engines: list[str], x: Tensor, mine: Tensor) -> None:
 
 
 def check_refusals(mine: Tensor) -> None:
-    rank = distributed.get_rank()
+    rank, joint = distributed.get_rank(), FluxOptions(gather_across_ranks=True)
     attempts: dict[str, Callable[[], Any]] = {
         "sigma": lambda: flux_matching_loss(
             Network(), mine, 0.1 + rank, FluxOptions(gather_across_ranks=True), seed=SEED
@@ -213,6 +213,9 @@ def check_refusals(mine: Tensor) -> None:
         "dtypes": lambda: flux_matching_loss(
             lambda z: -z, mine.double() if rank else mine, SIGMA, FluxOptions(gather_across_ranks=True), seed=SEED
         ),
+        "seed": lambda: flux_matching_loss(Network(), mine, SIGMA, joint, seed=SEED + rank),
+        "refs": lambda: flux_matching_loss(Network(), mine, SIGMA, joint, refs=torch.full((4, 2), 1.0 + rank)),
+        "layout of refs": lambda: flux_matching_loss(Network(), mine, SIGMA, joint, refs=torch.ones(4 + rank, 2)),
         "double backward under FSDP": lambda: flux_matching_loss(
             sharded(Network(), nested=False), mine, SIGMA, FluxOptions(second_derivatives="double_backward")
         ),
@@ -251,6 +254,15 @@ def check_options(x: Tensor, mine: Tensor) -> None:
         report("option", options=f"annealed, strata {strata}", error=error(gradient(fields[1]), gradient(fields[0])))
 
 
+def check_numbers_without_a_seed(mine: Tensor) -> None:
+    """Compare σ of processes that have seeded torch's generator alike."""
+    torch.manual_seed(0)
+    _, logged = NoiseAnnealedFluxMatching(Network(), NOISE)(mine)
+    every = [torch.empty(()) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(every, logged["sigma"])
+    report("without a seed", sigma=torch.stack(every).tolist())
+
+
 def main() -> None:
     warnings.simplefilter("ignore")
     distributed.init_process_group("gloo")
@@ -262,6 +274,7 @@ def main() -> None:
     compare_functions(engines, x, mine)
     check_options(x, mine)
     check_refusals(mine)
+    check_numbers_without_a_seed(mine)
     distributed.destroy_process_group()
 
 

@@ -8,6 +8,7 @@ DistributedDataParallel, FSDP, Fabric, Lightning, Accelerate. Inside, the field 
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fluxkernels import philox
 from fluxkernels.checks import check_seed, check_tensor
 from fluxmatching.distributed import rank_and_size, rank_seed, shared_seed
+from fluxmatching.engines import network_inside
 from fluxmatching.field_modules import networks_of
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
@@ -82,9 +84,9 @@ class LossModule(nn.Module):
         check_seed(name, seed)
         rank, processes = rank_and_size()
         if self.gather_across_ranks and processes > 1:
-            return shared_seed(seed, x.device)
-        key = philox.as_seed(seed, x.device)
-        return key if seed is None else rank_seed(key, rank)
+            return shared_seed(name, seed, x.device)
+        # Also where torch draws it: all processes may have called torch.manual_seed with the same number.
+        return rank_seed(philox.as_seed(seed, x.device), rank)
 
 
 class FluxMatching(LossModule):
@@ -206,10 +208,12 @@ class DenoisingScoreMatching(LossModule):
     ) -> None:
         check_options("DenoisingScoreMatching", options, DSMOptions)
         super().__init__(field, refs=refs)
-        self.noise = None if isinstance(noise, (int, float, Tensor)) else _check_noise("DenoisingScoreMatching", noise)
+        self.noise = None if isinstance(noise, (float, Real, Tensor)) else _check_noise("DenoisingScoreMatching", noise)
         if self.noise is None:
             _keep_sigma(self, noise)
         self.sigma_per_sample = takes_sigma_per_sample(field) if sigma_per_sample is None else sigma_per_sample
+        if normalizer is not None and not callable(normalizer):
+            raise TypeError(f"DenoisingScoreMatching: normalizer must be callable, got {type(normalizer).__name__}")
         self.normalizer, self.options = normalizer, options
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
@@ -235,7 +239,7 @@ def takes_sigma_per_sample(field: object) -> bool:
 
     It cannot be tried: z/σ of a field that knows one number only is wrong without an error for some shapes.
     """
-    return bool(getattr(field, "accepts_sigma_per_sample", False))
+    return bool(getattr(network_inside(field), "accepts_sigma_per_sample", False))
 
 
 def draw_sigma(noise: NoiseLevels, key: Tensor, x: Tensor, count: int = 1) -> Tensor:

@@ -28,8 +28,9 @@ class FluxOptions:
             own chain, differentiated pathwise (Sec. D.2).
         second_derivatives: how the field's second derivatives at x_τ are computed; see
             `fluxmatching.losses.second_derivatives`. "double_backward" and "forward_over_reverse" are exact.
-            "finite_difference" needs no double backward, and 0.3 to 1 of its time. "closed_form" calls the
-            field's own method; the field is then a `ClosedForm`. Default: "finite_difference", but
+            "finite_difference" needs no double backward, and 0.3 to 1 of its time; it calls the field with two rows
+            per sample, so a label per sample must be part of z. "closed_form" calls the field's own method; the field
+            is then a `ClosedForm`. Default: "finite_difference", but
             "double_backward" for float64 data or an exact divergence.
         divergence: "hutchinson" (one probe ε of random signs) or "exact" (one pass per coordinate; in a grouped loss
             per coordinate of a group, which requires that the field does not mix groups).

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
-from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, pull_back
+from fluxmatching.engines import is_in_half_precision
+from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, own_generators, pull_back
 from fluxmatching.fields import Field, call_field
 from fluxmatching.randomness import SharedRandomNumbers, has_active_dropout, random_numbers_noticed
 
@@ -33,6 +34,8 @@ METHODS = ("double_backward", "forward_over_reverse", "finite_difference", "clos
 # enough for a small bias. The bias matters more, because rounding averages out. Measured by bench/training/evidence.py.
 RELATIVE_STEP = 0.003
 RELATIVE_STEP_HALF = 0.01  # networks in bfloat16 or float16
+# Evaluations of a compiled field before random numbers count as its own, and not as those of another thread.
+TRIES = 3
 
 
 @runtime_checkable
@@ -265,11 +268,14 @@ def _pull_back_both(
     of masks over a small step would be noise. So a field that draws random numbers is called twice.
     """
     if not _has_active_dropout(field):
-        with random_numbers_noticed(points[0].device) as drew:
-            gradient, f = _pull_back(field, torch.cat(points), torch.cat(cotangents))
-        if not drew():
-            (forward, backward), (f_forward, f_backward) = gradient.chunk(2), f.chunk(2)
-            return (forward, f_forward), (backward, f_backward)
+        for _ in range(TRIES):
+            with random_numbers_noticed(points[0].device, _own_generators(field)) as drew:
+                gradient, f = _pull_back_at_once(field, points, cotangents)
+            if not drew():
+                (forward, backward), (f_forward, f_backward) = gradient.chunk(2), f.chunk(2)
+                return (forward, f_forward), (backward, f_backward)
+            if not is_compiled(field):
+                break
     if is_compiled(field):
         raise NotImplementedError(
             "the field is compiled and draws random numbers, which differ between the two sides of a finite "
@@ -283,7 +289,32 @@ def _pull_back_both(
     return first, second
 
 
+def _pull_back_at_once(field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]) -> Pulled:
+    """Return (J_fᵀ v, f) of both sides, one below the other.
+
+    Raises:
+        RuntimeError: the field takes the rows of one side only.
+    """
+    try:
+        return _pull_back(field, torch.cat(points), torch.cat(cotangents))
+    except Exception as error:
+        if not any(word in str(error).lower() for word in ("size", "shape", "dimension")):
+            raise
+        try:
+            _pull_back(field, *(pair[0] for pair in (points, cotangents)))
+        except Exception:
+            raise error from None
+        rows = len(points[0])
+        raise RuntimeError(
+            f"the field is called with several rows per sample, and takes {rows} rows but not {2 * rows} ({error}); "
+            f"what it depends on besides z must be part of z, or use second_derivatives='double_backward'"
+        ) from error
+
+
 # The search for networks would be compiled anew for every object that it meets.
+_own_generators = torch.compiler.disable(own_generators)
+
+
 @torch.compiler.disable
 def _has_active_dropout(field: Field) -> bool:
     return any(has_active_dropout(network) for network in networks_of(field))
@@ -304,13 +335,17 @@ def _pull_back(field: Field, z: Tensor, cotangent: Tensor) -> Pulled:
 def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor:
     """Return the step of the central difference, which depends on the precision that the field computes in.
 
-    Half precision is detected by autocast around the loss or by half-precision parameters, not by autocast inside the
-    field.
+    Half precision is detected by autocast around the loss, by an engine's wrapper or by half-precision parameters, not
+    by autocast inside the field.
     """
-    half = autocast_enabled(z.device) or any(
-        parameter.dtype in (torch.float16, torch.bfloat16)
-        for network in networks_of(field)
-        for parameter in network.parameters()
+    half = (
+        autocast_enabled(z.device)
+        or is_in_half_precision(field)
+        or any(
+            parameter.dtype in (torch.float16, torch.bfloat16)
+            for network in networks_of(field)
+            for parameter in network.parameters()
+        )
     )
     step = torch.as_tensor((RELATIVE_STEP_HALF if half else RELATIVE_STEP) * scale, dtype=z.dtype, device=z.device)
     # A power of two: z ± step ε is then exact even where z is far from the origin, as ε has components 0 and ±1.

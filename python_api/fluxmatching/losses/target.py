@@ -14,7 +14,7 @@ from fluxkernels.checks import can_check_values, check_seed, check_tensor
 from fluxkernels.devices import check_derivatives_traceable
 from fluxmatching.distributed import JointMinibatch
 from fluxmatching.engines import check_differentiable_twice, without_engine
-from fluxmatching.field_modules import check_samples_are_independent
+from fluxmatching.field_modules import check_no_cached_parametrizations, check_samples_are_independent
 from fluxmatching.fields import Field, call_field
 from fluxmatching.losses.draws import DrawRequest, Draws
 from fluxmatching.losses.grouping import Grouping
@@ -151,6 +151,7 @@ def _prepare(
     joint = JointMinibatch(options.gather_across_ranks)
     x, seed = joint.join(function, x, level, seed)
     grouping = Grouping(function, x, options.grouped)
+    joint.check_refs(function, refs)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
     if options.strata == 1 or list(level.shape) != [options.strata]:
         grouping.check_number("sigma", level)
@@ -189,9 +190,16 @@ def _check_field_and_samples(function: str, field: Field, x: Tensor, options: Fl
             f"{function}: x must be float32 or float64, got {x.dtype}; for a network in half precision keep the data "
             f"in float32 and use torch.autocast"
         )
-    if options.second_derivatives != "closed_form" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():  # where the whole loss is compiled, see `_differentiate_endpoints`
+        _check_networks(function, field, options.method_for(x.dtype))
+
+
+@torch.compiler.disable
+def _check_networks(function: str, field: Callable[..., Tensor], method: str) -> None:
+    check_no_cached_parametrizations(function, field)
+    if method != "closed_form":
         check_samples_are_independent(function, field)
-        check_differentiable_twice(function, field, options.method_for(x.dtype))
+        check_differentiable_twice(function, field, method)
 
 
 def _num_steps(function: str, num_steps: int | None, draws: Draws) -> int:
@@ -226,6 +234,8 @@ def _differentiate_endpoints(
     probe = batch.draws.probe if options.divergence == "hutchinson" else None
     method, sigma = options.method_for(batch.x.dtype), batch.per_sample(batch.sigma)
     scale = _length_scale(batch) if method == "finite_difference" else torch.ones_like(batch.variance.amin())
+    if torch.compiler.is_compiling() and method in ("double_backward", "finite_difference"):  # which break the graph
+        _check_networks(grouping.function, field, method)
     chosen = batch.joint.own_endpoints(batch.x, batch.draws.endpoints)
     if chosen is not None:
         ends, scores = ends[chosen], scores[chosen]

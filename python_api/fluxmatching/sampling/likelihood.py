@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxkernels.checks import check_choice, check_positive, check_sigma_range, check_tensor
 from fluxmatching.engines import without_engine
-from fluxmatching.field_modules import DetachedParameters, pull_back
+from fluxmatching.field_modules import DetachedParameters, check_no_cached_parametrizations, pull_back
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.losses.second_derivatives import basis
 from fluxmatching.sampling.langevin import check_samples
@@ -56,6 +56,7 @@ def log_likelihood(
     check_samples(function, x)
     check_sigma_range(function, sigma_min, sigma_max)
     check_choice(function, "divergence", divergence, ("hutchinson", "exact"))
+    check_no_cached_parametrizations(function, field)
     field = without_engine(function, field)
     probe = torch.empty_like(x).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 

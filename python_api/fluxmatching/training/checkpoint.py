@@ -39,10 +39,15 @@ def check_readable(state: State) -> None:
             file.seek(0)
             torch.load(file, weights_only=True)
         except Exception as error:  # whatever an object's own pickling raises
-            raise TypeError(
-                f"Trainer: {name!r} cannot be kept in a checkpoint, which takes tensors, Python's numbers, strings, "
-                f"lists and dictionaries; convert what get_extra_state or state_dict returns: {_refused(error)}"
-            ) from error
+            raise not_kept(name, error) from error
+
+
+def not_kept(name: str, error: Exception) -> TypeError:
+    """Return an error that says what a checkpoint takes."""
+    return TypeError(
+        f"Trainer: {name!r} cannot be kept in a checkpoint, which takes tensors, Python's numbers, strings, "
+        f"lists and dictionaries; convert what get_extra_state or state_dict returns: {_refused(error)}"
+    )
 
 
 def _without_numbers(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Minibatches:
 
     Raises:
         TypeError: data is neither a dense tensor nor `Samples`.
-        ValueError: fewer samples than a minibatch.
+        ValueError: fewer samples than a minibatch, or no values.
     """
 
     def __init__(
@@ -52,12 +52,7 @@ class Minibatches:
         order = _order(
             len(self.data), (self.seed * 1_000_003 + epoch) % 2**63, self.device if on_device else torch.device("cpu")
         )
-        x = self.data[order[first : first + self.size].tensor_split(self.processes)[self.rank]]
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"Trainer: data must be a tensor, or return one for a tensor of indices; got {type(x).__name__} from "
-                f"{type(self.data).__name__}"
-            )
+        x = _samples_at(self.data, order[first : first + self.size].tensor_split(self.processes)[self.rank])
         if x.device.type == "cpu" and self.device.type == "cuda":
             x = x.pin_memory()  # copied without a wait
         return x.to(self.device, non_blocking=True)
@@ -65,22 +60,44 @@ class Minibatches:
 
 def _check_data(data: object) -> None:
     if isinstance(data, Tensor):
+        if data.is_nested:
+            raise TypeError("Trainer: data must be a dense tensor, got a nested tensor")
         if data.layout != torch.strided or data.is_quantized:
             raise TypeError(f"Trainer: data must be a dense tensor, got layout {data.layout} and dtype {data.dtype}")
+        if data.is_meta:
+            raise ValueError("Trainer: data must have values, got a tensor on meta")
+        if not data.ndim:
+            raise ValueError("Trainer: data must have shape [samples, *event], got []")
         return
     takes = "a tensor [samples, *event], or an object with __len__ and with __getitem__ for a tensor of indices"
     if isinstance(data, (list, tuple)) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(f"Trainer: data must be {takes}; got {type(data).__name__}")
-    if isinstance(data, torch.utils.data.Dataset):
-        try:
-            found = data[torch.arange(min(2, len(data)), device="cpu")]  # type: ignore[arg-type]
-        except Exception as error:
-            raise TypeError(
-                f"Trainer: data must be {takes}; {type(data).__name__} does not take a tensor of indices "
-                f"({type(error).__name__}: {error}). torch.stack([sample for sample in data]) makes a tensor"
-            ) from error
-        if not isinstance(found, Tensor):
-            raise TypeError(f"Trainer: data must return a tensor for indices, got {type(found).__name__}")
+    if not len(data):
+        return
+    some = torch.arange(min(2, len(data)), device="cpu")
+    try:
+        data[some]
+    except Exception as error:
+        raise TypeError(
+            f"Trainer: data must be {takes}; {type(data).__name__} does not take a tensor of indices "
+            f"({type(error).__name__}: {error}). torch.stack([sample for sample in data]) makes a tensor"
+        ) from error
+    _samples_at(data, some)
+
+
+def _samples_at(data: Any, indices: Tensor) -> Tensor:
+    found = data[indices]
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"Trainer: data must be a tensor, or return one for a tensor of indices; got {type(found).__name__} from "
+            f"{type(data).__name__}"
+        )
+    if not found.ndim or len(found) != len(indices):
+        raise ValueError(
+            f"Trainer: data must return one sample per index, {type(data).__name__} returns shape {list(found.shape)} "
+            f"for {len(indices)} indices"
+        )
+    return found
 
 
 @lru_cache(maxsize=1)

@@ -27,15 +27,12 @@ def make_fabric(options: TrainingOptions, loggers: Sequence[Logger]) -> Fabric:
 
     Raises:
         ImportError: lightning-fabric is not installed.
-        ValueError: torch.distributed runs with another number of processes.
+        ValueError: another number of processes was started than the options say.
     """
     from lightning_fabric import Fabric
     from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    everywhere = int(os.environ.get("WORLD_SIZE", "1"))
-    devices = here if options.devices == "auto" else int(options.devices)
-    num_nodes = everywhere // here if options.num_nodes == "auto" else int(options.num_nodes)
+    devices, num_nodes = number_of_processes(options)
     strategy: Any = copy.deepcopy(options.strategy)  # an object serves one engine
     if strategy == "auto" and devices * num_nodes > 1:
         strategy = "ddp"
@@ -52,13 +49,47 @@ def make_fabric(options: TrainingOptions, loggers: Sequence[Logger]) -> Fabric:
         **precision,
     )  # fmt: skip
     fabric.launch()
+    _check_number_of_processes(fabric, options)
+    return fabric
+
+
+def number_of_processes(options: TrainingOptions) -> tuple[int, int]:
+    """Return (devices, num_nodes) of the options, where "auto" takes those that torchrun or Slurm started, or one.
+
+    Raises:
+        ValueError: Slurm does not say how many of several processes are on each machine.
+    """
+    here, nodes = 1, 1
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ.get("WORLD_SIZE", here)) // here
+    elif (tasks := _slurm_tasks()) > 1 and "auto" in (options.devices, options.num_nodes):
+        if "SLURM_NTASKS_PER_NODE" not in os.environ:
+            raise ValueError(
+                f"Trainer: Slurm starts {tasks} processes, and devices='auto' needs the number per machine; use srun "
+                f"--nodes and --ntasks-per-node in place of --ntasks"
+            )
+        here = int(os.environ["SLURM_NTASKS_PER_NODE"])
+        nodes = int(os.environ.get("SLURM_NNODES", tasks // here))
+    devices = here if options.devices == "auto" else int(options.devices)
+    return devices, nodes if options.num_nodes == "auto" else int(options.num_nodes)
+
+
+def _slurm_tasks() -> int:
+    """Return the number of processes that Slurm started, 1 in its interactive shells."""
+    shell = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return 1 if shell else int(os.environ.get("SLURM_NTASKS", "1"))
+
+
+def _check_number_of_processes(fabric: Fabric, options: TrainingOptions) -> None:
+    """Raise ValueError if processes would train alone, or wait for others."""
     started = distributed.is_available() and distributed.is_initialized()
-    if (size := distributed.get_world_size() if started else 1) != fabric.world_size:
+    size = int(os.environ.get("WORLD_SIZE", _slurm_tasks()))
+    if (size := distributed.get_world_size() if started else size) != fabric.world_size:
         raise ValueError(
-            f"Trainer: torch.distributed runs with {size} processes, TrainingOptions(devices={options.devices!r}, "
+            f"Trainer: {size} processes were started, TrainingOptions(devices={options.devices!r}, "
             f"num_nodes={options.num_nodes!r}) asks for {fabric.world_size}"
         )
-    return fabric
 
 
 def mixed_precision(precision: str, device: str) -> MixedPrecision:
@@ -95,6 +126,10 @@ def shard(module: nn.Module, mesh: Any) -> nn.Module:
     """Shard a module's parameters over processes with FSDP2, large submodules as units of their own."""
     from torch.distributed.fsdp import fully_shard
 
+    if len(dtypes := {parameter.dtype for parameter in module.parameters()}) > 1:
+        raise TypeError(
+            f"Trainer: strategy 'fsdp' shards parameters of one dtype, got {', '.join(sorted(map(str, dtypes)))}"
+        )
     mesh = mesh["data_parallel"] if mesh.ndim > 1 else mesh
     for part in reversed(list(module.modules())):
         has_forward = not isinstance(part, (nn.ModuleList, nn.ModuleDict))
@@ -117,6 +152,25 @@ def copy_from_first_process(fabric: Fabric, module: nn.Module) -> None:
     values: list[Tensor] = fabric.broadcast([tensor.detach().cpu() for tensor in tensors])
     for tensor, value in zip(tensors, values, strict=True):
         tensor.copy_(value)
+
+
+def layout_of(module: nn.Module) -> dict[str, str]:
+    """Return shape and dtype of every parameter and buffer, to compare them between processes."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {f"loss.{name}": f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in tensors}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a sharded tensor, or a whole tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Set buffers to those of rank 0, as replicas must be equal: forward may have changed them by its own samples."""
+    if buffers := [buffer for buffer in module.buffers() if buffer.numel() and local(buffer) is buffer]:
+        # As DistributedDataParallel does: it takes all dtypes and strides.
+        distributed._broadcast_coalesced(distributed.group.WORLD, buffers, 2**28, 0)  # type: ignore[attr-defined,arg-type]
 
 
 def cpu_by_default() -> AbstractContextManager[Any]:

@@ -38,8 +38,8 @@ class TrainingOptions:
         seed: determines minibatches, the random numbers of the loss, and dropout.
         precision: of Lightning Fabric: "32-true", "bf16-mixed", "16-mixed" or "64-true".
         accelerator: of Lightning Fabric: "auto", "cpu", "cuda", "mps", ...; "cuda:1" is the second GPU.
-        devices: processes on this machine, one per device; "auto" takes those that torchrun started, or one.
-        num_nodes: machines; "auto" takes those of torchrun, or one.
+        devices: processes on this machine, one per device; "auto" takes those that torchrun or Slurm started, or one.
+        num_nodes: machines; "auto" takes those of torchrun or Slurm, or one.
         strategy: of Lightning Fabric: "ddp", "fsdp" (FSDP2, parameters sharded over processes) or a `Strategy`
             object; "auto" takes "ddp" for several processes.
         checkpoint_every: iterations between checkpoints; the last iteration always makes one.
@@ -90,6 +90,8 @@ class TrainingOptions:
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"TrainingOptions: ema must lie in [0, 1), got {self.ema}")
+        if not isinstance(self.accelerator, str):
+            raise TypeError(f"TrainingOptions: accelerator must be a string, got {self.accelerator!r}")
         for name, choices in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):
             if (got := getattr(self, name)) not in choices:
                 takes = ", ".join(map(repr, choices))

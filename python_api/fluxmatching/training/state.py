@@ -18,15 +18,18 @@ from torch.optim.swa_utils import AveragedModel
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def state_of_module(module: nn.Module) -> dict[str, Any]:
+    """Return the state of a module; parameters that are sharded are gathered on the first process."""
+    return get_model_state_dict(module, options=WHOLE)
+
+
 def state_of(loss: nn.Module, average: AveragedModel, optimizer: Optimizer) -> dict[str, Any]:
     """Return the entries of a checkpoint; parameters that are sharded are gathered on the first process."""
     return {
-        "loss": get_model_state_dict(loss, options=WHOLE),
-        "average": {
-            "parameters": get_model_state_dict(average.module, options=WHOLE),
-            "updates": int(average.n_averaged),
-        },
-        "optimizer": get_optimizer_state_dict(loss, optimizer, options=WHOLE),
+        "loss": state_of_module(loss),
+        "average": {"parameters": state_of_module(average.module), "updates": int(average.n_averaged)},
+        # Before the first step there is none, and PyTorch would make one: of a step that was not taken.
+        "optimizer": get_optimizer_state_dict(loss, optimizer, options=WHOLE) if optimizer.state else {},
     }
 
 
@@ -40,6 +43,10 @@ def load_state(state: dict[str, Any], loss: nn.Module, average: AveragedModel, o
     set_model_state_dict(loss, state["loss"], options=options)
     set_model_state_dict(average.module, state["average"]["parameters"], options=options)
     average.n_averaged.fill_(state["average"]["updates"])
-    set_optimizer_state_dict(loss, optimizer, state["optimizer"], options=options)
+    if not state["optimizer"]:
+        return
+    # Parameters that the loss does not use have no state.
+    some = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(loss, optimizer, state["optimizer"], options=some)
     for group in optimizer.param_groups:
         group["betas"] = tuple(group["betas"])  # a list now, which the next checkpoint would hold

@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fluxmatching.distributed import check_shared
+from fluxmatching.distributed import check_same_options, check_shared
 from fluxmatching.training.checkpoint import (
     State,
     TrainingError,
-    check_readable,
     read_newest_checkpoint,
     remove_partial_checkpoints,
     write_checkpoint,
 )
+from fluxmatching.training.checks import check_arguments, check_state
 from fluxmatching.training.data import Minibatches, Samples
-from fluxmatching.training.engine import copy_from_first_process, cpu_by_default, is_sharded, make_fabric
+from fluxmatching.training.engine import (
+    copy_from_first_process,
+    cpu_by_default,
+    is_sharded,
+    layout_of,
+    local,
+    make_fabric,
+    share_buffers,
+)
 from fluxmatching.training.log import Log
 from fluxmatching.training.options import OPTIMIZERS, TrainingOptions
 from fluxmatching.training.state import load_state, state_of
@@ -60,7 +69,7 @@ class Trainer:
         options: settings of the run.
         folder: for `last.pt`, the checkpoint before it `previous.pt`, and `metrics.csv`; None writes no files.
         lr_factor: factor of the learning rate as a function of the iteration (0, 1, ...), for a schedule; None for 1.
-            A resumed run must be given the same function.
+            Finite and not negative. A resumed run must be given the same function.
         loggers: loggers of Lightning, such as `TensorBoardLogger`, for the rows of metrics.csv and what the loss logs.
 
     Attributes:
@@ -71,7 +80,8 @@ class Trainer:
 
     Raises:
         TypeError: an argument of another type, or a state that a checkpoint cannot hold.
-        ValueError: nothing to train, fewer samples than a minibatch, or a checkpoint of another run or model.
+        ValueError: nothing to train, fewer samples than a minibatch, a checkpoint of another run or model, or options,
+            data or modules that differ between processes.
         TrainingError: the loss or its gradient is not finite, or no checkpoint can be read. The last good checkpoint
             stays.
     """
@@ -86,17 +96,19 @@ class Trainer:
         lr_factor: Callable[[int], float] | None = None,
         loggers: Sequence[Logger] = (),
     ) -> None:
-        _check_arguments(loss, options)
+        check_arguments(loss, options)
         self.options, self.lr_factor = options, lr_factor
         self.folder = None if folder is None else Path(folder)
         self.loss = _without_compilation(loss)
         if self.folder is not None:
-            check_readable({"loss": self.loss.state_dict(), "options": options.that_decide_results()})
+            check_state(self.loss, options)
         self.fabric = make_fabric(options, loggers)
         self.rank, self.processes = self.fabric.global_rank, self.fabric.world_size
         self.minibatches = Minibatches(
             data, options.batch_size, self.rank, self.processes, options.seed, self.fabric.device
         )
+        if self.processes > 1:
+            check_same_options("Trainer", self._shared())
         self._set_up(loss)
         self.iteration = 0
         self.recent: list[Tensor] = []  # losses since the last row of metrics.csv
@@ -188,6 +200,8 @@ class Trainer:
             if self.fabric.device.type == "cpu":  # elsewhere the host would wait
                 self._check_finite()
             self.optimizer.step()
+            if self.processes > 1:
+                share_buffers(self.loss)
             self.average.update_parameters(self.loss)
         self.iteration += 1
         return values
@@ -218,11 +232,22 @@ class Trainer:
                 f"Trainer: forward of the loss must return its mean, a tensor of shape [], or that and a dictionary of "
                 f"tensors to log; got {got}"
             )
+        for name, number in logged.items():
+            if not isinstance(number, (Tensor, Real)):
+                raise TypeError(f"Trainer: what the loss logs must be tensors or numbers, got {name!r}: {number!r}")
         return value, {name: torch.as_tensor(v, device=value.device) for name, v in logged.items()}
 
     def _learning_rate(self) -> float:
         rate = self.options.lr * min(1.0, (self.iteration + 1) / max(1, self.options.warmup))
-        return rate if self.lr_factor is None else rate * self.lr_factor(self.iteration)
+        if self.lr_factor is None:
+            return rate
+        rate *= float(self.lr_factor(self.iteration))
+        if not 0 <= rate < math.inf:
+            raise ValueError(
+                f"Trainer: lr_factor must give a finite rate that is not negative, got lr {rate} at iteration "
+                f"{self.iteration}"
+            )
+        return rate
 
     def _check_finite(self) -> None:
         """Raise TrainingError at the first iteration since the last check whose loss or gradient is not finite."""
@@ -235,6 +260,17 @@ class Trainer:
                 what = "loss" if "loss" in bad else "gradient"
                 raise self._not_finite(iteration, f"the {what} is not finite ({numbers})")
 
+    def _check_finite_parameters(self) -> None:
+        """Raise TrainingError in all processes if a parameter of the loss or its average is not finite in one."""
+        named = [*self.loss.named_parameters(), *self.average.module.named_parameters()]
+        bad = [name for name, parameter in named if not local(parameter).isfinite().all()]
+        every = self.fabric.all_reduce(torch.tensor(float(len(bad)), device=self.fabric.device), reduce_op="sum")
+        if every:
+            raise TrainingError(
+                f"iteration {self.iteration}: {f'parameter {bad[0]}' if bad else 'a parameter'} is not finite; nothing "
+                f"is written to {self.folder}"
+            )
+
     def _not_finite(self, iteration: int, what: str) -> TrainingError:
         unchanged = "; the model is unchanged" if self.fabric.device.type == "cpu" else ""
         stored = f"; the last good checkpoint is in {self.folder}" if self.folder else ""
@@ -245,10 +281,14 @@ class Trainer:
 
         With several processes, all of them must call it; the first one writes. Sharded parameters are gathered on it,
         so the file does not depend on the strategy.
+
+        Raises:
+            TrainingError: a parameter is not finite; the file before stays.
         """
         if self.folder is None:
             raise ValueError("Trainer: save needs the folder that Trainer(folder=...) was not given")
         self._check_finite()
+        self._check_finite_parameters()
         state = self.state_dict()
         if self.rank == 0:
             write_checkpoint(self.folder, state)
@@ -286,11 +326,7 @@ class Trainer:
         self.recent[:] = [torch.tensor(value, device=self.fabric.device) for value in state["recent"]]
 
     def _check_same_run(self, state: State, file: Path) -> None:
-        here = {
-            "samples": len(self.minibatches.data),
-            "processes": self.processes,
-            **self.options.that_decide_results(),
-        }
+        here = self._decide_results()
         there = {name: state[name] for name in ("samples", "processes")} | state["options"]
         changed = [
             f"{name} {there.get(name)!r} there, {value!r} here"
@@ -299,6 +335,20 @@ class Trainer:
         ]
         if changed:
             raise ValueError(f"Trainer: {file} belongs to a run with other options: {'; '.join(changed)}")
+
+    def _shared(self) -> dict[str, Any]:
+        """Return what all processes must share, so that they end at the same numbers and wait for each other."""
+        names = ("iterations", "checkpoint_every")
+        more = {name: getattr(self.options, name) for name in names} | {"folder": self.folder is not None}
+        return self._decide_results() | more | layout_of(self.loss)
+
+    def _decide_results(self) -> dict[str, Any]:
+        """Return what a resumed run must share with its checkpoint."""
+        return {
+            "samples": len(self.minibatches.data),
+            "processes": self.processes,
+            **self.options.that_decide_results(),
+        }
 
     def _seed(self, index: int) -> int:
         seed = (self.options.seed * 0x9E3779B97F4A7C15 + index) % 2**63
@@ -317,15 +367,6 @@ class Trainer:
             elif device.type == "mps":
                 torch.mps.manual_seed(own)
             yield
-
-
-def _check_arguments(loss: Any, options: Any) -> None:
-    if not isinstance(loss, nn.Module):
-        raise TypeError(f"Trainer: loss must be a torch.nn.Module, got {type(loss).__name__}")
-    if not isinstance(options, TrainingOptions):
-        raise TypeError(f"Trainer: options must be TrainingOptions, got {type(options).__name__}")
-    if not any(p.requires_grad for p in loss.parameters()):
-        raise ValueError(f"Trainer: loss must have parameters that need a gradient, got {type(loss).__name__}")
 
 
 class _Call(nn.Module):
