@@ -3,7 +3,6 @@
 No time stands in a table whose answer is wrong.
 """
 
-import math
 from typing import Any
 
 import torch
