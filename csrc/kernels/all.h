@@ -24,10 +24,32 @@ namespace FLUX_TARGET {
 
 #include "limits.h"
 
+#include "float_rows.h"
+
+#include "float_product.h"
+
+#include "float_queries.h"
+
+#include "float_kde.h"
+
+/// Whether an op of many dimensions takes its arguments in float32.
+static bool narrow(const KdeArguments& args) {
+    return args.z.type != Type::float64 && args.refs.type != Type::float64;
+}
+template <class Arguments>
+static bool narrow(const Arguments&) {
+    return false;
+}
+template <class Arguments>
+static void floats(const Arguments&) {}
+static void floats(const KdeArguments& args) { kde_floats(args); }
+
 #define FLUX_BY_DIMENSION(name, Arguments)            \
     static void name(const Arguments& args) {         \
         if (args.shape.D <= Columns::MOST_DIMENSIONS) \
             name##_with<Columns>(args);               \
+        else if (narrow(args))                        \
+            floats(args);                             \
         else                                          \
             name##_with<Rows>(args);                  \
     }
