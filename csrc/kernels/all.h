@@ -65,6 +65,7 @@ FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 const Kernels FLUX_TABLE(FLUX_TARGET) = {
     FLUX_NAME(FLUX_TARGET), FLUX_TARGET::normals, FLUX_TARGET::exponentials_per_second,
     FLUX_TARGET::multiply_adds_per_second,
+    &FLUX_TARGET::float_debug,
     FLUX_FOR_EACH_KERNEL(FLUX_ENTRY)  //
 };
 

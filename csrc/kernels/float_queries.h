@@ -6,13 +6,10 @@
 //   - else the error of the products is measured on a sample. A query whose logits may be off by more than TOLERANCE is
 //     rejected: an op computes it in float64 instead, with the kernels of rows.h.
 
-/// Counts of queries for tests: those asked for, and those rejected.
-static std::atomic<int64_t> queries_seen{0}, queries_rejected{0};
-
 class FloatQueries {
 public:
     static constexpr double LOG2E = 1.4426950408889634;
-    static constexpr double TOLERANCE = 4e-6;
+    static constexpr double TOLERANCE = 1e-5;
 
     struct Query {
         double variance, scale;  // scale: log2(e)/2 sigma^2, so that weights are powers of two
@@ -90,7 +87,7 @@ public:
             weigh(from, std::min(from + columns, refs.padded), false);
         for (int64_t from = 0; from < refs.padded; from += columns) {
             const int64_t to = std::min(from + columns, refs.padded);
-            if (!one) refs.dots(set, x, rows, from, to, logit.get(), columns);
+            if (!one) refs.dots(set, x, rows, from, to, logit.get(), w.get(), columns);
             for (int64_t n = 0; n < rows; ++n) {
                 if (!one) weigh_again(n, from, to);
                 normalize(n, from, to);
@@ -174,8 +171,8 @@ public:
         std::vector<int64_t> list;
         for (int64_t n = 0; n < rows; ++n)
             if (query[n].rejected) list.push_back(n);
-        queries_seen += rows;
-        queries_rejected += static_cast<int64_t>(list.size());
+        float_debug.seen += rows;
+        float_debug.rejected += static_cast<int64_t>(list.size());
         return list;
     }
 
@@ -206,7 +203,7 @@ private:
     }
 
     void weigh(int64_t from, int64_t to, bool mean) {
-        refs.dots(set, x, rows, from, to, logit.get(), columns);
+        refs.dots(set, x, rows, from, to, logit.get(), w.get(), columns);
         std::vector<int64_t> many;
         for (int64_t n = 0; n < rows; ++n) {
             Query& q = query[n];

@@ -4,6 +4,9 @@
 // panel of all rows lies together. Squared distances are |x|^2 + |r|^2 - 2 x.r of centered coordinates, with the norms in
 // float64; queries.h of this family (float_queries.h) estimates what that costs and repairs it.
 
+typedef float HalfFloats __attribute__((vector_size(4 * FLUX_LANES)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
 /// Points as the caller gives them: the rows of an array, or those moved by `pull` times the rows of another one.
 struct Points {
     Array base, shift{};
@@ -27,8 +30,7 @@ struct Points {
 
 // Columns whose products are summed in float32; sums of several panels are added in float64.
 constexpr int64_t PANEL = 512;
-// A fault for tests: coordinates are rounded to bfloat16, which the estimates of errors must notice.
-static std::atomic<bool> coarse{false};
+static FloatDebug float_debug;
 
 /// Rows of floats in panels. Columns up to a multiple of 16 are filled with zeros.
 struct Panels {
@@ -62,7 +64,7 @@ struct Panels {
             points.read(from, first, first + here, exact);
             for (int64_t d = 0; d < here; ++d) to[d] = static_cast<float>(exact[d] - origin[first + d]);
         }
-        if (coarse)
+        if (float_debug.coarse)
             for (int64_t d = 0; d < here; ++d) to[d] = static_cast<float>(static_cast<double>(BFloat16(to[d])));
         std::fill(to + here, to + width(panel), 0.0f);
         return square(n, panel);
@@ -83,8 +85,7 @@ struct Panels {
 
     /// LANES floats as doubles.
     static Vec widened(const float* from) {
-        typedef float Half __attribute__((vector_size(4 * FLUX_LANES)));
-        Half half;
+        HalfFloats half;
         std::memcpy(&half, from, sizeof half);
         return __builtin_convertvector(half, Vec);
     }
@@ -130,18 +131,14 @@ FLUX_INLINE Floats folded(Floats a, Floats b) {
     return shuffled(a, b, Pattern<0>{}, lanes) + shuffled(a, b, Pattern<1>{}, lanes);
 }
 
-/// Adds the sums of four vectors to four doubles.
-FLUX_INLINE void add_sums(const Floats* v, double* out) {
-    typedef float Four __attribute__((vector_size(16)));
-    typedef double Doubles __attribute__((vector_size(32)));
-    typedef double UnalignedDoubles __attribute__((vector_size(32), aligned(8), may_alias));
+/// Stores the sums of four vectors.
+FLUX_INLINE void store_sums(const Floats* v, float* out) {
     const Floats all = folded<TwoAndTwo>(folded<Alternating>(v[0], v[1]), folded<Alternating>(v[2], v[3]));
-    Four part[FLOATS / 4];
+    FourFloats part[FLOATS / 4];
     std::memcpy(part, &all, sizeof all);
     for (int width = FLOATS / 8; width > 0; width /= 2)
         for (int i = 0; i < width; ++i) part[i] += part[i + width];
-    auto* to = reinterpret_cast<UnalignedDoubles*>(out);
-    *to += __builtin_convertvector(part[0], Doubles);
+    std::memcpy(out, part, sizeof part[0]);
 }
 
 class FloatRows {
@@ -190,24 +187,20 @@ public:
     double widest(int64_t set) const { return widest_[static_cast<size_t>(set)]; }
     float* row(int64_t set, int64_t panel, int64_t j) const { return panels.row(panel, set * padded + j); }
 
-    /// out_nj = v_n . r_j for rows of v and reference points [from, to).
-    __attribute__((noinline)) void dots(int64_t set, const Panels& v, int64_t rows, int64_t from, int64_t to,
-                                        double* out, int64_t out_pitch) const {
-        for (int64_t n = 0; n < rows; ++n) std::fill_n(out + n * out_pitch, to - from, 0.0);
-        for (int64_t p = 0; p < panels.count; ++p)
-            for (int64_t j = from; j < to; j += 8) {
-                int64_t n = 0;
-                const auto pairs = [&](auto height) {
-                    constexpr int HERE = decltype(height)::value;
-                    for (; n + HERE <= rows; n += HERE)
-                        for (int64_t u = j; u < j + 8; u += 4)
-                            products<HERE>(v.row(p, n), row(set, p, u), panels.width(p), out + n * out_pitch + u - from,
-                                           out_pitch);
-                };
-                pairs(std::integral_constant<int, QUERIES>{});
-                pairs(std::integral_constant<int, 2>{});
-                pairs(std::integral_constant<int, 1>{});
+    /// out_nj = v_n . r_j for rows of v and reference points [from, to). `scratch` is as large as `out`.
+    void dots(int64_t set, const Panels& v, int64_t rows, int64_t from, int64_t to, double* out, float* scratch,
+              int64_t out_pitch) const {
+        for (int64_t p = 0; p < panels.count; ++p) {
+            panel_dots(set, p, v, rows, from, to, scratch, out_pitch);
+            for (int64_t n = 0; n < rows; ++n) {
+                double* total = out + n * out_pitch;
+                const float* part = scratch + n * out_pitch;
+                for (int64_t j = 0; j < to - from; j += LANES) {
+                    const Vec added = Panels::widened(part + j);
+                    store(total + j, p == 0 ? added : load(total + j) + added);
+                }
             }
+        }
     }
 
     const int64_t M, D, padded, tile;
@@ -245,9 +238,26 @@ private:
         widest_[static_cast<size_t>(set)] = std::sqrt(widest);
     }
 
-    /// Adds the products of HEIGHT rows and four reference points over one panel.
+    __attribute__((noinline)) void panel_dots(int64_t set, int64_t panel, const Panels& v, int64_t rows, int64_t from,
+                                              int64_t to, float* out, int64_t out_pitch) const {
+        for (int64_t j = from; j < to; j += 8) {
+            int64_t n = 0;
+            const auto pairs = [&](auto height) {
+                constexpr int HERE = decltype(height)::value;
+                for (; n + HERE <= rows; n += HERE)
+                    for (int64_t u = j; u < j + 8; u += 4)
+                        products<HERE>(v.row(panel, n), row(set, panel, u), panels.width(panel),
+                                       out + n * out_pitch + u - from, out_pitch);
+            };
+            pairs(std::integral_constant<int, QUERIES>{});
+            pairs(std::integral_constant<int, 2>{});
+            pairs(std::integral_constant<int, 1>{});
+        }
+    }
+
+    /// The products of HEIGHT rows and four reference points over one panel.
     template <int HEIGHT>
-    void products(const float* x, const float* r, int64_t width, double* out, int64_t out_pitch) const {
+    void products(const float* x, const float* r, int64_t width, float* out, int64_t out_pitch) const {
         Floats total[HEIGHT][4] = {};
         for (int64_t d = 0; d < width; d += FLOATS) {
             Floats ref[4];
@@ -257,7 +267,7 @@ private:
                 FLUX_UNROLL for (int u = 0; u < 4; ++u) total[i][u] += query * ref[u];
             }
         }
-        FLUX_UNROLL for (int i = 0; i < HEIGHT; ++i) add_sums(total[i], out + i * out_pitch);
+        FLUX_UNROLL for (int i = 0; i < HEIGHT; ++i) store_sums(total[i], out + i * out_pitch);
     }
 
     std::vector<Points> points_;
