@@ -32,24 +32,30 @@ namespace FLUX_TARGET {
 
 #include "float_kde.h"
 
-/// Whether an op of many dimensions takes its arguments in float32.
-static bool narrow(const KdeArguments& args) {
-    return args.z.type != Type::float64 && args.refs.type != Type::float64;
+#include "float_backward.h"
+
+#include "float_langevin.h"
+
+#include "float_transition.h"
+
+#include "float_residual.h"
+
+/// Whether an op of many dimensions computes in float32: where no argument is float64.
+static bool narrow(const Array& one, const Array& other) {
+    return one.type != Type::float64 && other.type != Type::float64;
 }
-template <class Arguments>
-static bool narrow(const Arguments&) {
-    return false;
-}
-template <class Arguments>
-static void floats(const Arguments&) {}
-static void floats(const KdeArguments& args) { kde_floats(args); }
+static bool narrow(const KdeArguments& args) { return narrow(args.z, args.refs); }
+static bool narrow(const KdeBackwardArguments& args) { return narrow(args.z, args.refs); }
+static bool narrow(const ResidualArguments& args) { return narrow(args.z, args.refs); }
+static bool narrow(const LangevinArguments& args) { return narrow(args.x, args.refs); }
+static bool narrow(const TransitionArguments& args) { return narrow(args.x0, args.xt); }
 
 #define FLUX_BY_DIMENSION(name, Arguments)            \
     static void name(const Arguments& args) {         \
         if (args.shape.D <= Columns::MOST_DIMENSIONS) \
             name##_with<Columns>(args);               \
         else if (narrow(args))                        \
-            floats(args);                             \
+            name##_floats(args);                      \
         else                                          \
             name##_with<Rows>(args);                  \
     }

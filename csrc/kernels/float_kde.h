@@ -9,15 +9,32 @@ static FloatRows float_refs(const Array& refs, const Shape& shape, int threads) 
 }
 static int64_t set_of(const Array& refs, int64_t b) { return refs.stride[0] == 0 ? 0 : b; }
 
-/// Computes queries of a block anew in float64.
+/// Computes queries of a block anew in float64; the arguments are those of the block.
 static void repeat_kde(const KdeArguments& args, const std::vector<int64_t>& rows) {
     const int64_t D = args.shape.D;
-    const Gathered z(args.z, rows, D), sigma2(args.sigma2, rows, 1), shift(rows, D), mean(rows, D), log_density(rows, 1);
+    const Gathered z(args.z, rows, D), sigma2(args.sigma2, rows, 1), shift(rows, D), mean(rows, D),
+        log_density(rows, 1);
     const Shape shape{1, static_cast<int64_t>(rows.size()), args.shape.M, D};
     kde_with<Rows>({shape, 1, z.view, args.refs, sigma2.view, shift.view, mean.view, log_density.view});
     shift.place(args.shift);
     mean.place(args.mean);
     log_density.place(args.log_density);
+}
+
+/// Computes the displacements of rejected queries anew in float64.
+static void repeat_displacements(FloatQueries& q, const Array& refs, const std::vector<int64_t>& rows) {
+    const int64_t D = q.refs.D;
+    const Gathered z(rows, D), sigma2(rows, 1), shift(rows, D), mean(rows, D), log_density(rows, 1);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        q.exact(rows[i], z.row(i));
+        *sigma2.row(i) = q.query[rows[i]].variance;
+    }
+    const Shape shape{1, static_cast<int64_t>(rows.size()), q.refs.M, D};
+    kde_with<Rows>({shape, 1, z.view, refs, sigma2.view, shift.view, mean.view, log_density.view});
+    for (size_t i = 0; i < rows.size(); ++i)
+        for (int64_t p = 0; p < q.sum.count; ++p)
+            for (int64_t d = 0; d < q.sum.inside(p); ++d)
+                q.sum.row(p, rows[i])[d] = static_cast<float>(shift.row(i)[p * PANEL + d]);
 }
 
 static void kde_floats(const KdeArguments& args) {

@@ -455,7 +455,7 @@ public:
     Array view{};
 
 private:
-    const std::vector<int64_t>& rows_;
+    std::vector<int64_t> rows_;
     int64_t D_;
     Buffer<double> data_;
 };
