@@ -11,7 +11,7 @@ class FloatCoefficients {
 public:
     struct Sums {
         double head;                         // v.r_head
-        double first, second, near;  // sums of w e, w e^2 and w (a - a_head), e = v.(r_j - r_head) - slope (a_j - a_head)
+        double weight, first, second, near;  // sums of w, w e, w e^2 and w (a - a_head), e = v.(r_j - r_head) - slope (a_j - a_head)
         double mean;                 // of e
         double constant, slope;
         double total, rest, squares;  // sums of c, of c without the head, and of c (a - a_head)
@@ -106,16 +106,18 @@ private:
             const double *y = q_.logit.get() + n * q_.columns, *dot = dot_.get() + n * q_.columns;
             const float* w = q_.w.get() + n * q_.columns;
             const double across = 1 / query.scale, slope = sums[n].slope / query.scale, base = sums[n].head;
-            Vec first = {}, second = {}, near = {};
+            Vec weight = {}, first = {}, second = {}, near = {};
             for (int64_t j = 0; j < to - from; j += LANES) {
                 const Vec share = Panels::widened(w + j), drop = query.top - load(y + j);
                 const Vec inside = share > 0.0 ? drop : Vec{};
                 const Vec value = load(dot + j) - base - inside * slope;
+                weight += share;
                 first += share * value;
                 second += share * value * value;
                 near += share * inside;
             }
             Sums& s = sums[n];
+            s.weight += sum(weight);
             s.first += sum(first);
             s.second += sum(second);
             s.near += sum(near) * across;
@@ -129,7 +131,7 @@ private:
             if (query.rejected) continue;
             Sums& s = sums[n];
             const double others = query.rest / (1 + query.rest), widest = q_.refs.widest(q_.set);
-            s.mean = s.first;
+            s.mean = s.first / s.weight;
             const double level = s.constant - s.mean;
             // The sum of w (e - mean + constant)^2 without the head, whose e is 0.
             const double square = s.second + 2 * level * s.first + level * level * others;
@@ -139,7 +141,7 @@ private:
             if (!(error * others <= 1e-6 * (size + of_head))) query.rejected = true;
             // c (x - r) is the difference of c x and c r.
             const double away = std::sqrt(std::max(0.0, nearest(n))), around = std::sqrt(std::max(0.0, s.near / std::max(others, 1e-300) + nearest(n)));
-            const double lost = 1.2e-7 * (size + of_head) * (std::sqrt(query.norm) + widest) / query.variance;
+            const double lost = 1.2e-7 * size * (std::sqrt(query.norm) + widest) / query.variance;
             const double whole = (size * around + of_head * away) / query.variance + s.length;
             if (!(lost <= 1e-6 * whole)) query.rejected = true;
         }
@@ -191,9 +193,10 @@ static void repeat_backward(const KdeBackwardArguments& args, const std::vector<
     for (int64_t i = 0; i < M * D; ++i) sums[i] += g_refs.row(0)[i];
 }
 
-/// Writes the cotangent of the queries: sum_j c_j (r_j - x) - g_shift.
+/// Writes the cotangents of the queries, sum_j c_j (r_j - x) - g_shift, and of the variances; adds the heads' part of
+/// those of the reference points.
 static void store_query_cotangents(const KdeBackwardArguments& block, FloatQueries& q, const FloatCoefficients& k,
-                                   const Panels& sum) {
+                                   const Panels& sum, const Panels& g_refs) {
     const int64_t D = block.shape.D;
     Buffer<double> g_shift(D);
     for (int64_t n = 0; n < q.rows; ++n) {
@@ -202,12 +205,15 @@ static void store_query_cotangents(const KdeBackwardArguments& block, FloatQueri
         const auto& s = k.sums[n];
         block.g_shift.at(0, n).load(1, D, g_shift.get(), D);
         const auto scale = static_cast<float>(1 / query.variance), rest = static_cast<float>(s.rest),
-                   total = static_cast<float>(s.total);
+                   total = static_cast<float>(s.total),
+                   of_head = static_cast<float>((s.total - s.rest) / query.variance);
         write_row(block.g_z, n, D, [&](float* out) {
             for (int64_t p = 0; p < sum.count; ++p) {
                 const float *row = sum.row(p, n), *head = q.refs.row(q.set, p, query.head);
                 float displacement[PANEL];
                 q.head_displacement(n, p, displacement);
+                float* g_head = g_refs.row(p, query.head);
+                for (int64_t d = 0; d < sum.inside(p); ++d) g_head[d] -= of_head * displacement[d];
                 for (int64_t d = 0; d < sum.inside(p); ++d)
                     out[p * PANEL + d] = (row[d] - rest * head[d] + total * displacement[d]) * scale -
                                          static_cast<float>(g_shift[p * PANEL + d]);
@@ -247,19 +253,20 @@ static void kde_backward_floats(const KdeBackwardArguments& args) {
             }
             k.visit([&](int64_t from, int64_t to) {
                 outer.add(q.w.get(), 1, q.columns, to - from, count, k.v, 0, g_refs, from);
+                k.set_heads(from, to, false);
                 for (int64_t n = 0; n < count; ++n) {
                     const auto scale = static_cast<float>(1 / q.query[n].variance);
-                    float* c = k.c.get() + n * q.columns;
+                    const float* c = k.c.get() + n * q.columns;
+                    float* scaled = q.w.get() + n * q.columns;
                     for (int64_t j = 0; j < to - from; ++j) {
-                        q.w[n * q.columns + j] = c[j] * scale;
-                        weight[from + j] += static_cast<double>(c[j] * scale);
+                        scaled[j] = c[j] * scale;
+                        weight[from + j] += static_cast<double>(scaled[j]);
                     }
                 }
                 outer.add(q.w.get(), 1, q.columns, to - from, count, q.x, 0, g_refs, from);
-                k.set_heads(from, to, false);
                 q.add_products(k.c.get(), from, to, g_z);
             });
-            store_query_cotangents(block, q, k, g_z);
+            store_query_cotangents(block, q, k, g_z, g_refs);
             const std::vector<int64_t> rejected = q.rejected();
             if (!rejected.empty()) repeat_backward(block, rejected, sums);
         }

@@ -9,7 +9,8 @@
 class FloatQueries {
 public:
     static constexpr double LOG2E = 1.4426950408889634;
-    static constexpr double TOLERANCE = 1e-5;
+    // Of a logit, in nats; errors of most are far smaller. Means average over the errors of many.
+    static constexpr double TOLERANCE = 2e-5, TOLERANCE_OF_MEANS = 4e-5;
 
     struct Query {
         double variance, scale;  // scale: log2(e)/2 sigma^2, so that weights are powers of two
@@ -35,7 +36,7 @@ public:
           w(most * columns),
           product(most),
           exact_(2 * round_up(refs.D, 8)),
-          cut_((25 + std::log(static_cast<double>(refs.M))) * LOG2E) {
+          cut_(log_of_least_weight(refs.M) * LOG2E) {
         std::fill_n(exact_.get(), 2 * round_up(refs.D, 8), 0.0);
     }
 
@@ -69,6 +70,7 @@ public:
     /// The density estimate at every query: `top`, `rest` and, with `mean`, in `sum` the part of the mean that `displace`
     /// needs.
     void sweep(bool mean) {
+        tolerance_ = TOLERANCE_OF_MEANS;
         start(mean);
         for (int64_t from = 0; from < refs.padded; from += columns) {
             const int64_t to = std::min(from + columns, refs.padded);
@@ -81,6 +83,7 @@ public:
     /// and `logit` their logits, both [rows, columns]; those of rejected queries are 0.
     template <class Visit>
     void visit_weights(Visit visit) {
+        tolerance_ = TOLERANCE;
         start(false);
         const bool one = refs.padded <= columns;
         for (int64_t from = 0; from < refs.padded; from += columns)
@@ -209,6 +212,7 @@ private:
             Query& q = query[n];
             if (q.rejected) continue;
             find_logits(n, from, to);
+            if (is_reference_point(n, from)) logit[n * columns + q.at] = q.best = q.norm * q.scale;
             count_live(n, from, to, std::max(q.best, q.top));
             if (q.live > FEW)
                 many.push_back(n);
@@ -227,7 +231,8 @@ private:
     /// Rounding errors of logits are below this, times `scale`: a bound for any order of the sum.
     double margin(int64_t n) const {
         const double widest = refs.widest(set);
-        return 2e-5 * (std::sqrt(query[n].norm) + widest) * widest * query[n].scale;
+        const double size = std::sqrt(query[n].norm) + widest;
+        return 2e-5 * size * size * query[n].scale;
     }
 
     /// Turns inner products of query n into logits; `best` is the largest, `at` its place in the tile.
@@ -253,6 +258,16 @@ private:
                 q.best = best[i];
                 q.at = static_cast<int64_t>(at[i]);
             }
+    }
+
+    /// Whether the nearest reference point of a tile is the query: often the queries are the reference points. The error
+    /// of that logit, whose product is the largest, would scale all other weights.
+    bool is_reference_point(int64_t n, int64_t from) const {
+        const int64_t j = from + query[n].at;
+        if (query[n].norm != refs.norms(set)[j]) return false;
+        for (int64_t p = 0; p < x.count; ++p)
+            if (std::memcmp(x.row(p, n), refs.row(set, p, j), sizeof(float) * static_cast<size_t>(x.inside(p)))) return false;
+        return true;
     }
 
     /// Counts the reference points whose weight may be above rounding when the largest logit is `top`.
@@ -332,7 +347,7 @@ private:
         for (const int64_t n : many) {
             Query& q = query[n];
             q.bound = std::max(q.bound, 6 * deviation * size(q) * q.scale / LOG2E);
-            if (!(q.bound <= TOLERANCE)) q.rejected = true;
+            if (!(q.bound <= tolerance_)) q.rejected = true;
         }
     }
     /// What rounding errors of squared distances are proportional to.
@@ -431,7 +446,7 @@ private:
     Points given_{};
     bool is_given_ = false;
     Buffer<double> exact_;
-    double cut_;
+    double cut_, tolerance_ = 0;
 };
 
 /// Rows of some queries of an array in float64: arguments and results of those that float32 cannot serve.
