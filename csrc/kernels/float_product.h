@@ -18,7 +18,11 @@ public:
         inner_stride_ = inner_stride;
         for (int64_t k = 0; k < K; k += INNER) {
             const int64_t count = std::min(INNER, K - k);
-            find_used(P, k, count);
+            const bool dense = find_used(P, k, count);
+            if (const MatrixProduct multiply = dense ? matrix_product() : nullptr) {
+                with_blas(multiply, P, k, count, rows, first, out, first_out);
+                continue;
+            }
             for (int64_t panel = 0; panel < rows.count; ++panel) {
                 const float* from = rows.row(panel, first + k);
                 float* to = out.row(panel, first_out);
@@ -31,12 +35,29 @@ public:
     }
 
 private:
-    static constexpr int64_t INNER = 128;
+    static constexpr int64_t INNER = 256;
     static constexpr int HEIGHT = FLUX_REGISTERS >= 32 ? 6 : 4;
     static constexpr int VECTORS = FLUX_REGISTERS >= 32 ? 4 : 2;
 
-    /// The indices k in [begin, begin + count) at which a tile of rows has a weight other than 0.
-    void find_used(int64_t P, int64_t begin, int64_t count) {
+    void with_blas(MatrixProduct multiply, int64_t P, int64_t begin, int64_t count, const Panels& rows, int64_t first,
+                   const Panels& out, int64_t first_out) const {
+        // Its matrices are stored by columns: it computes the transpose of all.
+        const bool by_rows = inner_stride_ == 1;
+        const char plain = 'N', weights = by_rows ? 'N' : 'T';
+        const float one = 1;
+        const int n = static_cast<int>(P), k = static_cast<int>(count), pitch = static_cast<int>(rows.pitch),
+                  out_pitch = static_cast<int>(out.pitch),
+                  w_pitch = static_cast<int>(by_rows ? row_stride_ : inner_stride_);
+        for (int64_t panel = 0; panel < rows.count; ++panel) {
+            const int width = static_cast<int>(rows.width(panel));
+            multiply(&plain, &weights, &width, &n, &k, &one, rows.row(panel, first + begin), &pitch,
+                     w_ + begin * inner_stride_, &w_pitch, &one, out.row(panel, first_out), &out_pitch);
+        }
+    }
+
+    /// The indices k in [begin, begin + count) at which a tile of rows has a weight other than 0; whether most are such.
+    bool find_used(int64_t P, int64_t begin, int64_t count) {
+        int64_t all = 0;
         for (int64_t p = 0; p < P; p += HEIGHT) {
             const int64_t height = std::min<int64_t>(HEIGHT, P - p);
             uint32_t any[INNER] = {};
@@ -50,7 +71,9 @@ private:
                 used += any[k];
             }
             used_[p / HEIGHT] = used;
+            all += used * height;
         }
+        return 4 * all > 3 * P * count;
     }
 
     template <int WIDTH>

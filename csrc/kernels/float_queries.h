@@ -10,7 +10,7 @@ class FloatQueries {
 public:
     static constexpr double LOG2E = 1.4426950408889634;
     // Of a logit, in nats; errors of most are far smaller. Means average over the errors of many.
-    static constexpr double TOLERANCE = 2e-5, TOLERANCE_OF_MEANS = 4e-5;
+    static constexpr double TOLERANCE = 1.2e-5, TOLERANCE_OF_MEANS = 4e-5;
 
     struct Query {
         double variance, scale;  // scale: log2(e)/2 sigma^2, so that weights are powers of two
