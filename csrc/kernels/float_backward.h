@@ -84,18 +84,9 @@ private:
         for (int64_t n = 0; n < q_.rows; ++n) {
             const FloatQueries::Query& query = q_.query[n];
             if (query.rejected) continue;
-            if (from == 0) {
-                double head = 0;
-                for (int64_t p = 0; p < v.count; ++p) head += product(v.row(p, n), q_.refs.row(q_.set, p, query.head), v.width(p));
-                sums[n].head = head;
-            }
+            if (from == 0) sums[n].head = q_.refs.dot(q_.set, v, n, query.head);
             if (from <= query.head && query.head < to) dot_[n * q_.columns + query.head - from] = sums[n].head;
         }
-    }
-    static double product(const float* a, const float* b, int64_t count) {
-        Vec total = {};
-        for (int64_t d = 0; d < count; d += LANES) total += Panels::widened(a + d) * Panels::widened(b + d);
-        return sum(total);
     }
 
     void add_sums(int64_t from, int64_t to) {

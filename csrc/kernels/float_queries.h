@@ -212,7 +212,7 @@ private:
             Query& q = query[n];
             if (q.rejected) continue;
             find_logits(n, from, to);
-            if (is_reference_point(n, from)) logit[n * columns + q.at] = q.best = q.norm * q.scale;
+            refine_best(n, from);
             count_live(n, from, to, std::max(q.best, q.top));
             if (q.live > FEW)
                 many.push_back(n);
@@ -260,14 +260,14 @@ private:
             }
     }
 
-    /// Whether the nearest reference point of a tile is the query: often the queries are the reference points. The error
-    /// of that logit, whose product is the largest, would scale all other weights.
-    bool is_reference_point(int64_t n, int64_t from) const {
-        const int64_t j = from + query[n].at;
-        if (query[n].norm != refs.norms(set)[j]) return false;
-        for (int64_t p = 0; p < x.count; ++p)
-            if (std::memcmp(x.row(p, n), refs.row(set, p, j), sizeof(float) * static_cast<size_t>(x.inside(p)))) return false;
-        return true;
+    /// Computes the product of the largest logit of a tile in float64: its error would scale all other weights, and it is
+    /// the largest error where the query is a reference point itself, or near one.
+    void refine_best(int64_t n, int64_t from) {
+        Query& q = query[n];
+        const int64_t j = from + q.at;
+        if (q.best <= q.top || j >= refs.M) return;
+        q.best = (2 * refs.dot(set, x, n, j) - refs.norms(set)[j]) * q.scale;
+        logit[n * columns + q.at] = q.best;
     }
 
     /// Counts the reference points whose weight may be above rounding when the largest logit is `top`.

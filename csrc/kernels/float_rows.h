@@ -181,6 +181,17 @@ public:
 
     const Points& points(int64_t set) const { return points_[static_cast<size_t>(set)]; }
     const float* origin(int64_t set) const { return origin_.get() + set * D; }
+    /// x . r_j in float64, x row n of other panels.
+    double dot(int64_t set, const Panels& x, int64_t n, int64_t j) const {
+        Vec total[2] = {};
+        for (int64_t p = 0; p < x.count; ++p) {
+            const float *a = x.row(p, n), *b = row(set, p, j);
+            for (int64_t d = 0; d < x.width(p); d += 2 * LANES)
+                for (int u = 0; u < 2; ++u)
+                    total[u] += Panels::widened(a + d + u * LANES) * Panels::widened(b + d + u * LANES);
+        }
+        return sum(total[0] + total[1]);
+    }
     /// |r_j|^2 about the origin.
     const double* norms(int64_t set) const { return norm_.get() + set * padded; }
     /// Largest |r_j| of a set.
