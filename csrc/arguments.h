@@ -74,6 +74,8 @@ struct TransitionArguments {
 struct FloatDebug {
     std::atomic<int64_t> seen{0}, rejected{0};
     std::atomic<bool> coarse{false};
+    /// Where to write the estimated error of the logits of a block's queries, -1 for those rejected, or null.
+    std::atomic<double*> estimates{nullptr};
 };
 
 /// The kernels as compiled for one instruction set.

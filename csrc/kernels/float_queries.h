@@ -174,6 +174,8 @@ public:
         std::vector<int64_t> list;
         for (int64_t n = 0; n < rows; ++n)
             if (query[n].rejected) list.push_back(n);
+        if (double* estimates = float_debug.estimates)
+            for (int64_t n = 0; n < rows; ++n) estimates[n] = query[n].rejected ? -1 : query[n].bound;
         float_debug.seen += rows;
         float_debug.rejected += static_cast<int64_t>(list.size());
         return list;
@@ -193,6 +195,7 @@ private:
 
     void start(bool mean) {
         const double widest = refs.widest(set);
+        untrusted_ = false;
         for (int64_t n = 0; n < rows; ++n) {
             Query& q = query[n];
             q.top = -INFINITY;
@@ -208,19 +211,23 @@ private:
     void weigh(int64_t from, int64_t to, bool mean) {
         refs.dots(set, x, rows, from, to, logit.get(), w.get(), columns);
         std::vector<int64_t> many;
+        int64_t probes = 4;
         for (int64_t n = 0; n < rows; ++n) {
             Query& q = query[n];
             if (q.rejected) continue;
             find_logits(n, from, to);
             refine_best(n, from);
             count_live(n, from, to, std::max(q.best, q.top));
-            if (q.live > FEW)
+            if (q.live > FEW) {
                 many.push_back(n);
-            else if (q.live > 0)
+            } else if (q.live > 0) {
+                if (probes-- > 0) probe(n, from, to);
                 repair(n, from, to, true);
+            }
         }
         if (!many.empty()) judge(many, from, to);
         for (int64_t n = 0; n < rows; ++n) {
+            query[n].rejected |= untrusted_;
             if (query[n].rejected)
                 std::fill_n(w.get() + n * columns, to - from, 0.0f);
             else
@@ -300,18 +307,27 @@ private:
         return squared_distance(exact_.get(), ref, refs.D);
     }
 
-    /// Computes the logits of all live reference points from differences. Rejects the query if that does not confirm the
-    /// bound by which they were chosen.
+    /// Whether a logit found by a product is as far from the exact one as no rounding explains: then no product of the
+    /// block is trusted. Lanes sum up far more exactly than the bound allows.
+    bool is_off(int64_t n, double exact, double found) const { return !(std::abs(exact - found) <= margin(n) / 20); }
+
+    /// Checks the logit of some reference point.
+    void probe(int64_t n, int64_t from, int64_t to) {
+        const int64_t j = from + n * 7919 % (std::min(to, refs.M) - from);
+        exact(n, exact_.get());
+        untrusted_ |= is_off(n, (query[n].norm - distance(j)) * query[n].scale, logit[n * columns + j - from]);
+    }
+
+    /// Computes the logits of all live reference points from differences.
     void repair(int64_t n, int64_t from, int64_t to, bool check) {
         Query& q = query[n];
         double* y = logit.get() + n * columns;
-        const double most = margin(n);
         exact(n, exact_.get());
         q.best = -INFINITY;
         for (int64_t j = 0; j < to - from; ++j) {
             if (!(y[j] >= q.limit)) continue;
             const double value = (q.norm - distance(from + j)) * q.scale;
-            if (check && !(std::abs(value - y[j]) <= most)) q.rejected = true;
+            untrusted_ |= check && is_off(n, value, y[j]);
             y[j] = value;
             if (value > q.best) {
                 q.best = value;
@@ -344,6 +360,7 @@ private:
         }
         // Six standard deviations, so that the largest of many errors is below.
         const double deviation = std::max(std::sqrt(squares / static_cast<double>(sampled * each)), 0x1p-29);
+        untrusted_ |= deviation > 1e-6;
         for (const int64_t n : many) {
             Query& q = query[n];
             q.bound = std::max(q.bound, 6 * deviation * size(q) * q.scale / LOG2E);
@@ -444,7 +461,7 @@ private:
     }
 
     Points given_{};
-    bool is_given_ = false;
+    bool is_given_ = false, untrusted_ = false;
     Buffer<double> exact_;
     double cut_, tolerance_ = 0;
 };
