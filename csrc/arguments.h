@@ -1,6 +1,7 @@
 // Arguments of the kernels, the same for every instruction set, and the list of kernels.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -69,11 +70,21 @@ struct TransitionArguments {
     DO(transition_weights, TransitionArguments) \
     DO(transition_average, TransitionArguments)
 
+/// For tests of the kernels in float32. Queries that they were asked for and that they rejected; a fault: coordinates are
+/// rounded to bfloat16, which they must notice.
+struct FloatDebug {
+    std::atomic<int64_t> seen{0}, rejected{0};
+    std::atomic<bool> coarse{false};
+    /// Where to write the estimated error of the logits of a block's queries, -1 for those rejected, or null.
+    std::atomic<double*> estimates{nullptr};
+};
+
 /// The kernels as compiled for one instruction set.
 struct Kernels {
     const char* name;
     void (*normals)(uint64_t seed, uint64_t stream, uint64_t step, int64_t first, int64_t count, double* out);
     std::pair<double, double> (*rates)(int threads, bool floats);
+    FloatDebug* float_debug;
 #define FLUX_DECLARE(kernel, Arguments) void (*kernel)(const Arguments&);
     FLUX_FOR_EACH_KERNEL(FLUX_DECLARE)
 #undef FLUX_DECLARE

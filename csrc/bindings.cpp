@@ -217,6 +217,20 @@ PYBIND11_MODULE(_kernels, module) {
         });
     });
     module.def(
+        "float_counts",
+        [] {
+            FloatDebug* debug = chosen.load()->float_debug;
+            return std::make_pair(debug->seen.exchange(0), debug->rejected.exchange(0));
+        },
+        "Queries computed in float32 since the last call, and how many of them were repeated in float64.");
+    module.def(
+        "float_estimates",
+        [](uintptr_t out) { chosen.load()->float_debug->estimates = reinterpret_cast<double*>(out); },
+        "For tests with one block of queries: write the estimated error of each query's logits, -1 for those rejected.");
+    module.def(
+        "coarse", [](bool on) { chosen.load()->float_debug->coarse = on; },
+        "A fault for tests: round coordinates to bfloat16 in the instruction set in use.");
+    module.def(
         "rates",
         [](int threads, bool floats) {
             py::gil_scoped_release release;

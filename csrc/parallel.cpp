@@ -53,6 +53,18 @@ struct Work {
 
 const char* thread_source() { return openmp_parallel() ? "PyTorch's OpenMP pool" : "std::thread"; }
 
+MatrixProduct matrix_product() {
+#if defined(__linux__)
+    static const auto found = [] {
+        void* library = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+        return reinterpret_cast<MatrixProduct>(library ? dlsym(library, "sgemm_") : nullptr);
+    }();
+    return found;
+#else
+    return nullptr;
+#endif
+}
+
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& task) {
     Work work{tasks, task};
     const int workers = static_cast<int>(std::min<int64_t>(threads, tasks));

@@ -24,6 +24,22 @@ namespace FLUX_TARGET {
 
 #include "limits.h"
 
+#include "float_rows.h"
+
+#include "float_product.h"
+
+#include "float_queries.h"
+
+#include "float_kde.h"
+
+#include "float_backward.h"
+
+#include "float_langevin.h"
+
+#include "float_transition.h"
+
+#include "float_residual.h"
+
 /// Whether the kernels may compute in float: no array is in double, and all numbers are in the range for it.
 static bool fit_float(const Shape& shape, std::initializer_list<const Array*> queries, const Array& refs,
                       const Array& sigma2, std::initializer_list<const Array*> factors = {}) {
@@ -63,14 +79,28 @@ static bool fit_float(const TransitionArguments& args) {
            fit_float(starts, {&args.shift0}, args.x0, args.sigma2);
 }
 
+/// Whether an op of many dimensions computes in float32: where no argument is float64.
+static bool narrow(const Array& one, const Array& other) {
+    return one.type != Type::float64 && other.type != Type::float64;
+}
+static bool narrow(const KdeArguments& args) { return narrow(args.z, args.refs); }
+static bool narrow(const KdeBackwardArguments& args) { return narrow(args.z, args.refs); }
+static bool narrow(const ResidualArguments& args) { return narrow(args.z, args.refs); }
+static bool narrow(const LangevinArguments& args) { return narrow(args.x, args.refs); }
+static bool narrow(const TransitionArguments& args) { return narrow(args.x0, args.xt); }
+
 #define FLUX_BY_DIMENSION(name, Arguments)                \
     static void name(const Arguments& args) {             \
-        if (args.shape.D > Columns::MOST_DIMENSIONS)      \
-            name##_with<Rows>(args);                      \
-        else if (fit_float(args))                         \
+        if (args.shape.D > Columns::MOST_DIMENSIONS) {    \
+            if (narrow(args))                             \
+                name##_floats(args);                      \
+            else                                          \
+                name##_with<Rows>(args);                  \
+        } else if (fit_float(args)) {                     \
             name##_with<FloatColumns>(args);              \
-        else                                              \
+        } else {                                          \
             name##_with<Columns>(args);                   \
+        }                                                 \
     }
 FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 
@@ -83,6 +113,7 @@ FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 #define FLUX_ENTRY(kernel, Arguments) FLUX_TARGET::kernel,
 const Kernels FLUX_TABLE(FLUX_TARGET) = {
     FLUX_NAME(FLUX_TARGET), FLUX_TARGET::normals, FLUX_TARGET::rates,
+    &FLUX_TARGET::float_debug,
     FLUX_FOR_EACH_KERNEL(FLUX_ENTRY)  //
 };
 

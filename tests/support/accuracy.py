@@ -93,8 +93,8 @@ def wrong(case: Case, found: dict[str, float], of_torch: dict[str, float]) -> di
     # Weights between points far outside of all reference points hang on digits that their float32 mean does not have.
     factor = 10 if case.far else 1
     limits = {op.label: factor * op.tolerance for op in JUDGED}
-    # Float32 arithmetic with checked errors, beside what an op's float32 input costs in float64 arithmetic. How a number
-    # between two float32 ones is rounded is chance: hence 1 %.
+    # Beside what an op's float32 input costs in float64 arithmetic. How a number between two float32 ones is rounded is
+    # chance: hence 1 %.
     sound = 5e-6 if case.far else 1e-6
     return {
         label: error

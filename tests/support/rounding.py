@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fluxkernels import philox, reference
 
-# Spacing of numbers at 1, and the part of all weights together that may be left out, of the arithmetic in float64 and in
-# float32.
+# Spacing of numbers at 1, and the part of all weights together that may be left out, in float64 and in float32.
 WIDE, NARROW = (2.0**-52, 1e-18), (2.0**-23, 2e-11)
 FEW_DIMENSIONS = 24  # up to which kernels compute in float32 what is not in float64
 # Logits less certain than this leave nothing to compare.
