@@ -4,7 +4,7 @@ Shapes are flat: queries `[B, N, D]`, reference points `[B, M, D]`, B groups. Te
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from torch import Tensor
 class Kernels(Protocol):
     """Functions of points. The first argument of each is `[B, N, D]`; results have the dtype of the arguments."""
 
-    def kde(self, z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(m(z) - z, m(z), log p̂(z)) for sigma2 `[B, N]`."""
+    def kde(self, z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Any, Any, Tensor]:
+        """(m(z) - z, m(z), log p̂(z)) for sigma2 `[B, N]`; without `moments` the first two are not used."""
 
     def kde_backward(
         self, g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor

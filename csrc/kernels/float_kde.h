@@ -16,8 +16,10 @@ static void repeat_kde(const KdeArguments& args, const std::vector<int64_t>& row
         log_density(rows, 1);
     const Shape shape{1, static_cast<int64_t>(rows.size()), args.shape.M, D};
     kde_with<Rows>({shape, 1, z.view, args.refs, sigma2.view, shift.view, mean.view, log_density.view});
-    shift.place(args.shift);
-    mean.place(args.mean);
+    if (args.mean) {
+        shift.place(args.shift);
+        mean.place(args.mean);
+    }
     log_density.place(args.log_density);
 }
 
@@ -41,12 +43,12 @@ static void kde_floats(const KdeArguments& args) {
     const int64_t B = args.shape.B, N = args.shape.N, M = args.shape.M, D = args.shape.D;
     const FloatRows refs = float_refs(args.refs, args.shape, args.threads);
     const double constant = std::log(static_cast<double>(M)) + 0.5 * D * std::log(2 * PI);
-    const bool mean = args.shift || args.mean;
+    const bool mean = static_cast<bool>(args.mean);
     each_block(B, N, FloatRows::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         const int64_t set = set_of(args.refs, b);
         KdeArguments block = args;
         for (Array* array : {&block.z, &block.sigma2, &block.shift, &block.mean, &block.log_density})
-            *array = array->at(b, first);
+            if (*array) *array = array->at(b, first);
         block.refs = args.refs.at(b);
         FloatQueries q(refs, set, count, mean);
         q.take(Points{block.z}, block.sigma2, count);

@@ -106,17 +106,17 @@ public:
     }
 
     /// The density estimate at every query: `least` distance, `total` of e^{-(a - least) scale}, and the displacement
-    /// m - x to the mean in `moment`.
-    void sweep() {
+    /// m - x to the mean in `moment`, unless that is not needed.
+    void sweep(bool with_moments = true) {
         start();
         for (int64_t tile = 0; tile < refs.padded; tile += refs.tile)
             each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
                 if constexpr (IN_FLOAT)
-                    if (weigh_at_once(first, from, to)) return;
+                    if (with_moments && weigh_at_once(first, from, to)) return;
                 weigh(first, count, from, to);
-                add_moments(first, count, from, to);
+                if (with_moments) add_moments(first, count, from, to);
             });
-        finish(0, rows);
+        if (with_moments) finish(0, rows);
     }
 
     /// Calls visit(first, count, from, to) for queries first, ..., first + count - 1 and reference points [from, to).

@@ -103,5 +103,5 @@ def kde_log_density(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend:
     Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N]`, in nats.
     """
     groups, z, refs, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
-    _, _, log_density = kde_op(z, refs, variance, name)
+    _, _, log_density = kde_op(z, refs, variance, name, moments=False)
     return groups.unflatten(log_density)

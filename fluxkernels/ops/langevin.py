@@ -319,12 +319,12 @@ def flux_pass(
     check_num_steps("flux_pass", num_steps)
     random = _Random(noise, seed, 1 + num_steps)
     chain = _prepare("flux_pass", ("x", x), refs, sigma2, ("tau", tau), random, backend)
-    groups, variance, scale = chain.groups, chain.sigma2, chain.sigma2.view(-1, 1, 1)
+    groups, variance = chain.groups, chain.sigma2
     x0, shift0, xt, shift_t = chain.run(flux_pass_op, num_steps)
     return FluxPass(
         groups.unflatten(x0),
-        groups.unflatten(quotient(shift0, scale)),
+        groups.unflatten(quotient(shift0, variance.view(-1, 1, 1))),
         groups.unflatten(xt),
-        groups.unflatten(quotient(shift_t, scale)),
+        groups.unflatten(quotient(shift_t, variance.view(-1, 1, 1))),
         Transition(groups, x0, shift0, xt, variance, chain.time, chain.backend),
     )

@@ -42,10 +42,11 @@ class Op:
         self.registered = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
         self.registered.register_fake(fake)
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **hints: Any) -> Any:
+        """Call the op; hints tell a backend what it may leave out, which only a plain call can."""
         *inputs, backend = args
         if is_plain_call(inputs):
-            return getattr(implementation(backend), self.name)(*inputs)
+            return getattr(implementation(backend), self.name)(*inputs, **hints)
         if not transforms_active():
             return self.registered(*args)
         with _no_autocast(inputs):

@@ -1,6 +1,7 @@
 """Kernel density estimate (Eq. 7): displacement to the weighted mean, log-density, and their derivatives."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,11 +51,11 @@ def weights(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Te
     return distances, relative / total, (top + total.log()).squeeze(-1)
 
 
-def kde_formula(z: Tensor, sigma2: Tensor, refs: Tensor) -> tuple[Tensor, Tensor]:
-    """(m(z) `[B, N, D]`, log p̂(z) `[B, N]`) of one centered block."""
+def kde_formula(z: Tensor, sigma2: Tensor, refs: Tensor, moments: bool = True) -> tuple[Tensor, Tensor]:
+    """(m(z) `[B, N, D]`, or z without `moments`, log p̂(z) `[B, N]`) of one centered block."""
     _, w, normalizer = weights(z, refs, sigma2)
     M, D = refs.shape[-2:]
-    return w @ refs, normalizer - math.log(M) - 0.5 * D * (math.log(2 * math.pi) + sigma2.log())
+    return w @ refs if moments else z, normalizer - math.log(M) - 0.5 * D * (math.log(2 * math.pi) + sigma2.log())
 
 
 def kde_backward_formula(
@@ -75,11 +76,11 @@ def kde_backward_formula(
     return g_z, g_refs, g_sigma2
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """(m(z) - z, m(z), log p̂(z)) for z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`; each rounded once."""
     dtype = z.dtype
     z, refs, origin = center(z, refs)
-    mean, log_density = map_blocks(kde_formula, (z, *upcast(sigma2)), (refs,))
+    mean, log_density = map_blocks(partial(kde_formula, moments=moments), (z, *upcast(sigma2)), (refs,))
     return (mean - z).to(dtype), (mean + origin).to(dtype), log_density.to(dtype)
 
 

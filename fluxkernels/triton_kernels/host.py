@@ -26,13 +26,13 @@ def _by_points(name: str) -> Callable[..., Any]:
     few, many, in_float64 = (getattr(package, name) for package in (streaming, fixed_point, gram))
 
     @wraps(few)
-    def run(points: Tensor, *args: Any) -> Any:
+    def run(points: Tensor, *args: Any, **hints: Any) -> Any:
         D = points.shape[-1]
         if D <= MOST_STREAMED:
-            return few(points, *args)
+            return few(points, *args, **hints)
         if points.dtype == torch.float64 or D > fixed_point.MOST_DIMENSIONS:
-            return in_float64(points, *args)
-        return many(points, *args)
+            return in_float64(points, *args, **hints)
+        return many(points, *args, **hints)
 
     return run
 

@@ -231,13 +231,15 @@ def _blocks(
             yield at, _Block(points, at[1], x[at], refs[group], sigma2[at])
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, D), M = z.shape, refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
     z, refs = widened(z, refs)
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block, log_density=log_density[at], relative=True)
+            if not moments:
+                continue
             B, N = weights.totals.shape
             sums = _products(weights.words, block.points.right, N, D, M, across=(False, True))
             launch(

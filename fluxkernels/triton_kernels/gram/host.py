@@ -158,7 +158,7 @@ def _gather(weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Te
     )
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, _), M = z.shape, refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
     z, refs = widened(z, refs)
@@ -166,7 +166,8 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor
         for group, rows in _blocks(B, N, M):
             block = z[group, rows]
             weights, _, log_density[group, rows] = _weights(block, refs[group], sigma2[group, rows])
-            shift[group, rows], mean[group, rows] = _combine(weights, block, refs[group])
+            if moments:
+                shift[group, rows], mean[group, rows] = _combine(weights, block, refs[group])
     return shift, mean, log_density
 
 

@@ -101,7 +101,8 @@ def _group(t: Tensor) -> tuple[Tensor, int]:
     return t, t.stride(0)
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    # The moments, which one kernel sums with the rest, cost little here.
     N, M = z.shape[1], refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
     with on_device_of(z):
