@@ -163,6 +163,7 @@ options = TrainingOptions(3, 8, progress=False, accelerator="cpu", devices=2)
 trainer = Trainer(FluxMatching(torch.nn.Linear(2, 2), 0.7), torch.randn(64, 2), options, folder=sys.argv[1])
 trainer.run()
 sys.stdout.write(f"rank {trainer.rank} of {trainer.processes} at {trainer.iteration}\\n")
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
