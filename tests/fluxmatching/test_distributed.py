@@ -110,7 +110,7 @@ REFUSED = {
     "batch": "got batch_size 4 and 3",
     "samples": "got samples 48 and 47",
     "architecture": "got loss.field.0.weight [8, 2] torch.float64 and [9, 2] torch.float64",
-    "devices": "2 processes were started, TrainingOptions(devices=1, num_nodes=1) asks for 1",
+    "devices": "2 processes were started (WORLD_SIZE or SLURM_NTASKS), TrainingOptions(devices=1, num_nodes=1) asks",
 }
 
 
