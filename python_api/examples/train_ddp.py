@@ -38,6 +38,7 @@ def main() -> None:
 
     if rank == 0:
         print(f"loss {loss.item():.4g}, {processes} processes")
+    distributed.barrier()
     distributed.destroy_process_group()
 
 

@@ -34,6 +34,7 @@ def main() -> None:
     trainer.run()
     trainer.fabric.print(f"{trainer.iteration} iterations, {trainer.processes} processes")
     if trainer.processes > 1:
+        trainer.fabric.barrier()
         torch.distributed.destroy_process_group()
 
 

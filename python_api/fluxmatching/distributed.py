@@ -90,14 +90,13 @@ def check_shared(function: str, name: str, value: Tensor, advice: str = "") -> N
     if not can_check_values(value):
         return
     _check_same_layout(function, name, value)
-    least, most = value.clone(), value.clone()
-    group = _host_group()
-    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    if not torch.equal(least, most):
+    every = [torch.empty_like(value, memory_format=torch.contiguous_format) for _ in range(rank_and_size()[1])]
+    dist.all_gather(every, value.contiguous(), group=_host_group())
+    values = torch.stack(every)
+    if not (values == value).all():
         raise ValueError(
-            f"{function}: {name} must be the same in all processes, got values from {least.min().item():.6g} to "
-            f"{most.max().item():.6g}{advice}"
+            f"{function}: {name} must be the same in all processes, got values from {values.min().item():.6g} to "
+            f"{values.max().item():.6g}{advice}"
         )
 
 

@@ -64,13 +64,13 @@ def check_differentiable_twice(function: str, field: Callable[..., Tensor], meth
 
 def is_in_half_precision(field: Callable[..., Tensor]) -> bool:
     """Return whether an engine has a network inside a callable compute in bfloat16 or float16."""
-    # Accelerate replaces the method forward of a network by one under autocast.
-    return any(
-        "16" in str(getattr(thing.precision, "precision", ""))
-        if isinstance(thing, _InPrecision)
-        else isinstance(thing, nn.Module) and any("_original_forward" in vars(module) for module in thing.modules())
-        for thing in reachable_from(field)
-    )
+    for thing in reachable_from(field):
+        if isinstance(thing, _InPrecision) and "16" in str(getattr(thing.precision, "precision", "")):
+            return True
+        # Accelerate replaces the method forward of a network by one under autocast.
+        if isinstance(thing, nn.Module) and any("_original_forward" in vars(module) for module in thing.modules()):
+            return True
+    return False
 
 
 def _is_sharded(module: nn.Module) -> bool:

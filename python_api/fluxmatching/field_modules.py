@@ -116,13 +116,15 @@ def check_no_cached_parametrizations(function: str, field: Callable[..., Any]) -
 
 
 def own_generators(field: Callable[..., Any]) -> list[torch.Generator]:
-    """Return the random number generators that a callable, or a network of it, holds."""
-    found: list[torch.Generator] = []
-    for thing in reachable_from(field):
-        modules = thing.modules() if isinstance(thing, nn.Module) else ()
-        held = [thing, *(value for module in modules for value in vars(module).values())]
-        found += [value for value in held if isinstance(value, torch.Generator)]
-    return found
+    """Return the random number generators that a callable, a network of it or the code of that network refers to."""
+    held = list(reachable_from(field))
+    modules = [module for network in held if isinstance(network, nn.Module) for module in network.modules()]
+    for module in modules:
+        if not _belongs_to_library(module):
+            held += vars(module).values()
+    for kind in {type(module) for module in modules}:
+        held += _referred_to(kind.forward)
+    return [value for value in held if isinstance(value, torch.Generator)]
 
 
 class DetachedParameters(TorchFunctionMode):

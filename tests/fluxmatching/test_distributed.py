@@ -110,7 +110,7 @@ REFUSED = {
     "batch": "got batch_size 4 and 3",
     "samples": "got samples 48 and 47",
     "architecture": "got loss.field.0.weight [8, 2] torch.float64 and [9, 2] torch.float64",
-    "devices": "2 processes were started, TrainingOptions(devices=1, num_nodes=1) asks for 1",
+    "devices": "2 processes were started (WORLD_SIZE or SLURM_NTASKS), TrainingOptions(devices=1, num_nodes=1) asks",
 }
 
 
@@ -163,6 +163,7 @@ options = TrainingOptions(3, 8, progress=False, accelerator="cpu", devices=2)
 trainer = Trainer(FluxMatching(torch.nn.Linear(2, 2), 0.7), torch.randn(64, 2), options, folder=sys.argv[1])
 trainer.run()
 sys.stdout.write(f"rank {trainer.rank} of {trainer.processes} at {trainer.iteration}\\n")
+torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 

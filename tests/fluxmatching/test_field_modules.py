@@ -346,20 +346,28 @@ class NoisyByItself(nn.Module):
         return self.net(z * (torch.rand(z.shape, generator=self.generator, dtype=z.dtype) < 0.5))
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-def test_random_numbers_of_a_generator_of_its_own_are_noticed(hidden: bool) -> None:
+class NoisyByAGlobal(NoisyByItself):
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(z * torch.rand(z.shape, generator=GENERATOR, dtype=z.dtype))
+
+
+GENERATOR = torch.Generator()
+
+
+@pytest.mark.parametrize("held", ["by itself", "by a closure", "by a global name"])
+def test_random_numbers_of_a_generator_of_its_own_are_noticed(held: str) -> None:
     net, x, inner, generator = NoisyByItself(), torch.randn(8, 2, dtype=F64), mlp(), torch.Generator()
     noisy = lambda z: inner(z * torch.rand(z.shape, generator=generator, dtype=z.dtype))  # noqa: E731
-    field = noisy if hidden else net
-    for own in (net.generator, generator):
+    field = {"by itself": net, "by a closure": noisy, "by a global name": nn.Sequential(NoisyByAGlobal())}[held]
+    for own in (net.generator, generator, GENERATOR):
         own.manual_seed(3)
         torch.rand(16, 2, generator=own, dtype=F64)  # the call for both sides at once
     exact = target_of(field, x, 0.7, seed=1, second_derivatives="double_backward").target
-    for own in (net.generator, generator):
+    for own in (net.generator, generator, GENERATOR):
         own.manual_seed(3)
     difference = target_of(field, x, 0.7, seed=1, second_derivatives="finite_difference").target
     torch.testing.assert_close(difference, exact, rtol=1e-3, atol=1e-4)
-    assert hidden or net.sizes == [8, 16, 8, 8]
+    assert net.sizes == ([8, 16, 8, 8] if field is net else [])
 
 
 @pytest.mark.parametrize("second_derivatives", ["double_backward", "forward_over_reverse", "finite_difference"])

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,10 +92,12 @@ def test_learning_rate_follows_a_schedule_across_a_resume(tmp_path: Path) -> Non
     assert not torch.equal(resumed.loss.field[0].weight, trained(options).loss.field[0].weight)
 
 
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0, torch.tensor(float("nan"))])
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), 1e76, -1.0, torch.tensor(float("nan"))])
 def test_a_rate_that_is_no_rate_is_refused(factor: Any, tmp_path: Path) -> None:
     trainer = Trainer(loss(), data(), OPTIONS, folder=tmp_path, lr_factor=lambda k: factor if k == 7 else 1.0)
-    with pytest.raises(ValueError, match=r"lr_factor must give a finite .*, got lr (nan|inf|-0\.001) at iteration 7"):
+    with pytest.raises(
+        ValueError, match=r"lr_factor must give a finite .*, got lr (nan|inf|1\.0\d*e\+73|-0\.001) at iteration 7"
+    ):
         trainer.run()
     assert Trainer(loss(), data(), OPTIONS, folder=tmp_path).iteration == 5
 
@@ -390,7 +393,7 @@ def test_parameters_of_several_dtypes_are_not_sharded() -> None:
     module = FluxMatching(nn.Linear(2, 2), 0.7)
     module.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     with pytest.raises(TypeError, match=r"'fsdp' shards parameters of one dtype, got torch\.complex64, torch\.float32"):
-        shard(module, None)
+        shard(module, SimpleNamespace(ndim=1))
 
 
 @pytest.mark.parametrize(
@@ -418,7 +421,7 @@ def test_processes_of_slurm_never_train_alone(monkeypatch: pytest.MonkeyPatch) -
     names = ("NTASKS_PER_NODE", "NNODES", "PROCID", "LOCALID", "NODEID")
     for name, value in zip(names, ("2", "1", "0", "0", "0"), strict=True):
         monkeypatch.setenv(f"SLURM_{name}", value)
-    with pytest.raises(ValueError, match=r"2 processes were started, TrainingOptions\(devices=1, .*asks for 1"):
+    with pytest.raises(ValueError, match=r"2 processes were started .*, TrainingOptions\(devices=1, .*asks for 1"):
         Trainer(loss(), data(), replace(OPTIONS, devices=1))
 
 

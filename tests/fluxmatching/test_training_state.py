@@ -71,6 +71,16 @@ def test_data_without_samples_or_with_others_is_refused_at_once(
         Trainer(loss(), samples, OPTIONS)
 
 
+def test_a_trainer_that_is_made_draws_no_random_numbers() -> None:
+    samples = Indexed(lambda k: data()[k] + torch.rand(len(k), 1))
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    module = loss()
+    torch.manual_seed(3)
+    Trainer(module, samples, OPTIONS)
+    assert torch.equal(torch.rand(()), expected)
+
+
 def test_data_of_another_precision_than_the_network_is_named() -> None:
     with pytest.raises(
         TypeError, match=r"field has parameters in torch\.float32, its input is torch\.float64; convert"

@@ -182,10 +182,17 @@ def main() -> None:
     field = network()
     trainer = Trainer(loss(field), data(), options, folder=folder)
     trainer.run()
-    if len(sys.argv) > 3:
-        return
+    if len(sys.argv) <= 3:
+        check(trainer, name, options)
+    distributed.barrier()  # meanwhile gloo's threads release the tensors of the last collective
+    distributed.destroy_process_group()
+
+
+def check(trainer: Trainer, name: str, options: TrainingOptions) -> None:
+    """Report what a strategy made of the training; with "ddp" also what does not depend on the strategy."""
+    processes = trainer.processes
     state = trainer.state_dict()
-    resumed = Trainer(loss(network()), data(), options, folder=folder).state_dict()
+    resumed = Trainer(loss(network()), data(), options, folder=trainer.folder).state_dict()
     if trainer.rank == 0:
         report("loss", values=flat(state["loss"]))
         report("average", values=flat(state["average"]["parameters"]))
@@ -211,8 +218,6 @@ def main() -> None:
         newest = module.refs.newest
         assert newest is not None
         report("replicas with a reference set", error=spread([*module.parameters(), newest]), kept=len(newest))
-    distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

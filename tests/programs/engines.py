@@ -275,6 +275,7 @@ def main() -> None:
     check_options(x, mine)
     check_refusals(mine)
     check_numbers_without_a_seed(mine)
+    distributed.barrier()  # meanwhile gloo's threads release the tensors of the last collective
     distributed.destroy_process_group()
 
 

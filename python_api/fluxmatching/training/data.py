@@ -52,7 +52,8 @@ class Minibatches:
         order = _order(
             len(self.data), (self.seed * 1_000_003 + epoch) % 2**63, self.device if on_device else torch.device("cpu")
         )
-        x = _samples_at(self.data, order[first : first + self.size].tensor_split(self.processes)[self.rank])
+        indices = order[first : first + self.size].tensor_split(self.processes)[self.rank]
+        x = _check_samples(self.data[indices], self.data, len(indices))
         if x.device.type == "cpu" and self.device.type == "cuda":
             x = x.pin_memory()  # copied without a wait
         return x.to(self.device, non_blocking=True)
@@ -76,26 +77,26 @@ def _check_data(data: object) -> None:
         return
     some = torch.arange(min(2, len(data)), device="cpu")
     try:
-        data[some]
+        with torch.random.fork_rng(devices=[]):  # samples may be changed at random
+            found = data[some]
     except Exception as error:
         raise TypeError(
             f"Trainer: data must be {takes}; {type(data).__name__} does not take a tensor of indices "
             f"({type(error).__name__}: {error}). torch.stack([sample for sample in data]) makes a tensor"
         ) from error
-    _samples_at(data, some)
+    _check_samples(found, data, len(some))
 
 
-def _samples_at(data: Any, indices: Tensor) -> Tensor:
-    found = data[indices]
+def _check_samples(found: Any, data: object, count: int) -> Tensor:
     if not isinstance(found, Tensor):
         raise TypeError(
             f"Trainer: data must be a tensor, or return one for a tensor of indices; got {type(found).__name__} from "
             f"{type(data).__name__}"
         )
-    if not found.ndim or len(found) != len(indices):
+    if not found.ndim or len(found) != count:
         raise ValueError(
             f"Trainer: data must return one sample per index, {type(data).__name__} returns shape {list(found.shape)} "
-            f"for {len(indices)} indices"
+            f"for {count} indices"
         )
     return found
 

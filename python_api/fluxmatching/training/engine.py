@@ -87,8 +87,8 @@ def _check_number_of_processes(fabric: Fabric, options: TrainingOptions) -> None
     size = int(os.environ.get("WORLD_SIZE", _slurm_tasks()))
     if (size := distributed.get_world_size() if started else size) != fabric.world_size:
         raise ValueError(
-            f"Trainer: {size} processes were started, TrainingOptions(devices={options.devices!r}, "
-            f"num_nodes={options.num_nodes!r}) asks for {fabric.world_size}"
+            f"Trainer: {size} processes were started (WORLD_SIZE or SLURM_NTASKS), TrainingOptions("
+            f"devices={options.devices!r}, num_nodes={options.num_nodes!r}) asks for {fabric.world_size}"
         )
 
 
@@ -124,19 +124,29 @@ def is_sharded(fabric: Fabric) -> bool:
 
 def shard(module: nn.Module, mesh: Any) -> nn.Module:
     """Shard a module's parameters over processes with FSDP2, large submodules as units of their own."""
-    from torch.distributed.fsdp import fully_shard
-
-    if len(dtypes := {parameter.dtype for parameter in module.parameters()}) > 1:
-        raise TypeError(
-            f"Trainer: strategy 'fsdp' shards parameters of one dtype, got {', '.join(sorted(map(str, dtypes)))}"
-        )
     mesh = mesh["data_parallel"] if mesh.ndim > 1 else mesh
     for part in reversed(list(module.modules())):
         has_forward = not isinstance(part, (nn.ModuleList, nn.ModuleDict))
         if part is not module and has_forward and sum(p.numel() for p in part.parameters()) >= SHARD_UNIT:
-            fully_shard(part, mesh=mesh)
-    fully_shard(module, mesh=mesh)
+            _shard_unit(part, mesh)
+    _shard_unit(module, mesh)
     return module
+
+
+def _shard_unit(module: nn.Module, mesh: Any) -> None:
+    """Shard the parameters of a module that no unit inside of it has.
+
+    Raises:
+        TypeError: they have several dtypes.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    dtypes = {parameter.dtype for parameter in module.parameters() if local(parameter) is parameter}
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"Trainer: strategy 'fsdp' shards parameters of one dtype, got {', '.join(sorted(map(str, dtypes)))}"
+        )
+    fully_shard(module, mesh=mesh)
 
 
 @torch.no_grad()

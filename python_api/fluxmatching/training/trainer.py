@@ -242,7 +242,7 @@ class Trainer:
         if self.lr_factor is None:
             return rate
         rate *= float(self.lr_factor(self.iteration))
-        if not 0 <= rate < math.inf:
+        if not 0 <= rate <= torch.finfo(torch.float32).max:
             raise ValueError(
                 f"Trainer: lr_factor must give a finite rate that is not negative, got lr {rate} at iteration "
                 f"{self.iteration}"
