@@ -358,8 +358,9 @@ private:
                 squares += relative * relative;
             }
         }
-        // Six standard deviations, so that the largest of many errors is below.
-        const double deviation = std::max(std::sqrt(squares / static_cast<double>(sampled * each)), 0x1p-29);
+        // Six standard deviations, so that the largest of many errors is below; at least one rounding, which numbers with
+        // few digits seldom need.
+        const double deviation = std::max(std::sqrt(squares / static_cast<double>(sampled * each)), 0x1p-25);
         untrusted_ |= deviation > 1e-6;
         for (const int64_t n : many) {
             Query& q = query[n];
