@@ -69,7 +69,9 @@ FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 #define FLUX_TABLE(target) FLUX_JOIN(target, _kernels)
 #define FLUX_ENTRY(kernel, Arguments) FLUX_TARGET::kernel,
 const Kernels FLUX_TABLE(FLUX_TARGET) = {
-    FLUX_NAME(FLUX_TARGET), FLUX_TARGET::normals, FLUX_TARGET::exponentials_per_second,
+    FLUX_NAME(FLUX_TARGET),
+    FLUX_TARGET::normals,
+    FLUX_TARGET::exponentials_per_second,
     FLUX_TARGET::multiply_adds_per_second,
     &FLUX_TARGET::float_debug,
     FLUX_FOR_EACH_KERNEL(FLUX_ENTRY)  //
