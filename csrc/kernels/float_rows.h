@@ -2,7 +2,7 @@
 //
 // Included inside of a target's namespace. Coordinates lie in panels of PANEL columns: [panel][row][pitch], so that a
 // panel of all rows lies together. Squared distances are |x|^2 + |r|^2 - 2 x.r of centered coordinates, with the norms
-// in float64; queries.h of this family (float_queries.h) estimates what that costs and repairs it.
+// in float64; float_queries.h estimates what that costs and repairs it.
 
 typedef float HalfFloats __attribute__((vector_size(4 * FLUX_LANES)));
 typedef float FourFloats __attribute__((vector_size(16)));

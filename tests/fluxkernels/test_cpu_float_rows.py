@@ -69,7 +69,7 @@ def inputs(refs: Tensor, queries: int, variance: float, dtype: torch.dtype = tor
     """Arguments of every kernel, for one group."""
     z = (noised(refs, queries, variance) if queries else refs).to(dtype)
     refs = refs.to(dtype)
-    (N, D), M = z.shape, len(refs)
+    N, D = z.shape
     sigma2 = torch.full((1, N), variance)
     group, tau = sigma2[:, 0].contiguous(), torch.full((1,), TAU)
     size = math.sqrt(variance)

@@ -21,7 +21,7 @@ from tests.support import rounding
 from tests.support.ops import KERNELS, Inputs
 from tests.support.rounding import Comparison
 
-# Error of the kernels that compute in float32, those of more dimensions than MOST_COLUMNS, relative to the largest entry.
+# Error of the kernels that compute in float32, those above MOST_COLUMNS dimensions, relative to the largest entry.
 FLOAT32, MOST_COLUMNS = 4e-6, 24
 # Roundings that may add up, in units of the bounds, beside the square root of the number of reference points for a sum.
 # The largest of 10⁵ calls were 15 of them, with 549 reference points.
