@@ -95,7 +95,7 @@ def wrong(case: Case, found: dict[str, float], of_torch: dict[str, float]) -> di
     # Weights between points far outside of all reference points hang on digits that their float32 mean does not have.
     factor = 10 if case.far else 1
     limits = {op.label: factor * op.tolerance for op in JUDGED}
-    # What computes in float64 and rounds once has the error of that rounding, or what an op's float32 input costs. How a
+    # What computes in float64 and rounds once has that error, or what an op's float32 input costs. How a
     # number between two float32 ones is rounded is chance: hence 1 %.
     return {
         label: error
