@@ -160,8 +160,7 @@ def document(results: dict[str, Any]) -> str:
     lines = [
         f"# Speed on a CPU, {results['date']}",
         "",
-        f"`make bench`, one run, medians. {Origin.of(results).dated()} In the same run, all threads together: "
-        f"{rates}.",
+        f"`make bench`, one run, medians. {Origin.of(results).dated()} In the same run, all threads together: {rates}.",
         "",
         *NOTES.splitlines(),
         cores(rows),

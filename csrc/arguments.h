@@ -70,8 +70,8 @@ struct TransitionArguments {
     DO(transition_weights, TransitionArguments) \
     DO(transition_average, TransitionArguments)
 
-/// For tests of the kernels in float32. Queries that they were asked for and that they rejected; a fault: coordinates are
-/// rounded to bfloat16, which they must notice.
+/// For tests of the kernels in float32. Queries that they were asked for and that they rejected; a fault: coordinates
+/// are rounded to bfloat16, which they must notice.
 struct FloatDebug {
     std::atomic<int64_t> seen{0}, rejected{0};
     std::atomic<bool> coarse{false};

@@ -226,7 +226,8 @@ PYBIND11_MODULE(_kernels, module) {
     module.def(
         "float_estimates",
         [](uintptr_t out) { chosen.load()->float_debug->estimates = reinterpret_cast<double*>(out); },
-        "For tests with one block of queries: write the estimated error of each query's logits, -1 for those rejected.");
+        "For tests with one block of queries: write the estimated error of each query's logits, -1 for those "
+        "rejected.");
     module.def(
         "coarse", [](bool on) { chosen.load()->float_debug->coarse = on; },
         "A fault for tests: round coordinates to bfloat16 in the instruction set in use.");

@@ -16,9 +16,9 @@ const char* thread_source();
 
 /// The BLAS function sgemm of PyTorch's own library, or null where it has none: on its machine's processor it is faster
 /// than a product that was compiled for many.
-using MatrixProduct = void (*)(const char* transpose_a, const char* transpose_b, const int* m, const int* n, const int* k,
-                               const float* alpha, const float* a, const int* lda, const float* b, const int* ldb,
-                               const float* beta, float* c, const int* ldc);
+using MatrixProduct = void (*)(const char* transpose_a, const char* transpose_b, const int* m, const int* n,
+                               const int* k, const float* alpha, const float* a, const int* lda, const float* b,
+                               const int* ldb, const float* beta, float* c, const int* ldc);
 MatrixProduct matrix_product();
 
 }  // namespace flux

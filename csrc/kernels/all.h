@@ -89,18 +89,18 @@ static bool narrow(const ResidualArguments& args) { return narrow(args.z, args.r
 static bool narrow(const LangevinArguments& args) { return narrow(args.x, args.refs); }
 static bool narrow(const TransitionArguments& args) { return narrow(args.x0, args.xt); }
 
-#define FLUX_BY_DIMENSION(name, Arguments)                \
-    static void name(const Arguments& args) {             \
-        if (args.shape.D > Columns::MOST_DIMENSIONS) {    \
-            if (narrow(args))                             \
-                name##_floats(args);                      \
-            else                                          \
-                name##_with<Rows>(args);                  \
-        } else if (fit_float(args)) {                     \
-            name##_with<FloatColumns>(args);              \
-        } else {                                          \
-            name##_with<Columns>(args);                   \
-        }                                                 \
+#define FLUX_BY_DIMENSION(name, Arguments)             \
+    static void name(const Arguments& args) {          \
+        if (args.shape.D > Columns::MOST_DIMENSIONS) { \
+            if (narrow(args))                          \
+                name##_floats(args);                   \
+            else                                       \
+                name##_with<Rows>(args);               \
+        } else if (fit_float(args)) {                  \
+            name##_with<FloatColumns>(args);           \
+        } else {                                       \
+            name##_with<Columns>(args);                \
+        }                                              \
     }
 FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 
@@ -112,8 +112,7 @@ FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
 #define FLUX_TABLE(target) FLUX_JOIN(target, _kernels)
 #define FLUX_ENTRY(kernel, Arguments) FLUX_TARGET::kernel,
 const Kernels FLUX_TABLE(FLUX_TARGET) = {
-    FLUX_NAME(FLUX_TARGET), FLUX_TARGET::normals, FLUX_TARGET::rates,
-    &FLUX_TARGET::float_debug,
+    FLUX_NAME(FLUX_TARGET), FLUX_TARGET::normals, FLUX_TARGET::rates, &FLUX_TARGET::float_debug,
     FLUX_FOR_EACH_KERNEL(FLUX_ENTRY)  //
 };
 

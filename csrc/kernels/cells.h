@@ -7,8 +7,8 @@
 /// above rounding, which a bound on that coordinate proves.
 class Cells {
 public:
-    /// Orders the points of rows [M, D]; `finite` is false where numbers have no order. `widest` is the largest variance
-    /// of a query, `cut` the -log of the weight that may be dropped.
+    /// Orders the points of rows [M, D]; `finite` is false where numbers have no order. `widest` is the largest
+    /// variance of a query, `cut` the -log of the weight that may be dropped.
     void sort(const double* rows, int64_t M, int64_t D, bool finite, double widest, double cut, int32_t* order,
               int32_t* first) {
         M_ = M;

@@ -5,14 +5,15 @@
 /// The products v_n . r_j of a block of queries with one vector each, and coefficients made from them:
 /// c_j = w_j (v.r_j - v.m + constant - slope (a_j - a_head)), w and a from `FloatQueries::visit_weights`.
 ///
-/// All products are taken relative to that with the heaviest reference point, the head, whose weight may be close to one:
-/// so none of the coefficients is a small difference of large numbers.
+/// All products are taken relative to that with the heaviest reference point, the head, whose weight may be close to
+/// one: so none of the coefficients is a small difference of large numbers.
 class FloatCoefficients {
 public:
     struct Sums {
-        double head;                         // v.r_head
-        double weight, first, second, near;  // sums of w, w e, w e^2 and w (a - a_head), e = v.(r_j - r_head) - slope (a_j - a_head)
-        double mean;                 // of e
+        double head;  // v.r_head
+        double weight, first, second,
+            near;     // sums of w, w e, w e^2 and w (a - a_head), e = v.(r_j - r_head) - slope (a_j - a_head)
+        double mean;  // of e
         double constant, slope;
         double total, rest, squares;  // sums of c, of c without the head, and of c (a - a_head)
         double length;                // |v|
@@ -42,8 +43,8 @@ public:
         sums[n].slope = slope;
     }
 
-    /// Calls use(from, to) for tiles of reference points; `q.w` then holds the weights and `c` the coefficients, those of
-    /// rejected queries 0.
+    /// Calls use(from, to) for tiles of reference points; `q.w` then holds the weights and `c` the coefficients, those
+    /// of rejected queries 0.
     template <class Use>
     void visit(Use use) {
         const bool one = q_.refs.padded <= q_.columns;
@@ -131,7 +132,8 @@ private:
             const double error = 3e-7 * s.length * widest / std::sqrt(static_cast<double>(q_.refs.D));
             if (!(error * others <= 1e-6 * (size + of_head))) query.rejected = true;
             // c (x - r) is the difference of c x and c r.
-            const double away = std::sqrt(std::max(0.0, nearest(n))), around = std::sqrt(std::max(0.0, s.near / std::max(others, 1e-300) + nearest(n)));
+            const double away = std::sqrt(std::max(0.0, nearest(n))),
+                         around = std::sqrt(std::max(0.0, s.near / std::max(others, 1e-300) + nearest(n)));
             const double lost = 1.2e-7 * size * (std::sqrt(query.norm) + widest) / query.variance;
             const double whole = (size * around + of_head * away) / query.variance + s.length;
             if (!(lost <= 1e-6 * whole)) query.rejected = true;
@@ -162,14 +164,16 @@ private:
         s.total += added;
         s.squares += sum(squares) / query.scale;
         s.rest += added;
-        if (from <= query.head && query.head < to) s.rest -= (s.constant - s.mean) * static_cast<double>(w[query.head - from]);
+        if (from <= query.head && query.head < to)
+            s.rest -= (s.constant - s.mean) * static_cast<double>(w[query.head - from]);
     }
 
     FloatQueries& q_;
     Buffer<double> dot_;
 };
 
-/// Computes the cotangents of some queries of a block anew in float64; those of the reference points are added to `sums`.
+/// Computes the cotangents of some queries of a block anew in float64; those of the reference points are added to
+/// `sums`.
 static void repeat_backward(const KdeBackwardArguments& args, const std::vector<int64_t>& rows, double* sums) {
     const int64_t M = args.shape.M, D = args.shape.D;
     const Gathered g_shift(args.g_shift, rows, D), g_mean(args.g_mean, rows, D), g_log(args.g_log_density, rows, 1),
@@ -211,8 +215,7 @@ static void store_query_cotangents(const KdeBackwardArguments& block, FloatQueri
             }
         });
         const double g = s.constant, squares = s.squares + s.total * k.nearest(n);
-        const double g_sigma2 =
-            (squares / query.variance - g * static_cast<double>(D)) / query.variance / 2;
+        const double g_sigma2 = (squares / query.variance - g * static_cast<double>(D)) / query.variance / 2;
         block.g_sigma2.at(0, n).store(1, 1, &g_sigma2, 1);
     }
 }
@@ -233,8 +236,8 @@ static void kde_backward_floats(const KdeBackwardArguments& args) {
         for (int64_t first = begin; first < begin + share; first += most) {
             const int64_t count = std::min(most, begin + share - first);
             KdeBackwardArguments block = args;
-            for (Array* array : {&block.g_shift, &block.g_mean, &block.g_log_density, &block.z, &block.sigma2, &block.g_z,
-                                 &block.g_sigma2})
+            for (Array* array : {&block.g_shift, &block.g_mean, &block.g_log_density, &block.z, &block.sigma2,
+                                 &block.g_z, &block.g_sigma2})
                 *array = array->at(b, first);
             block.refs = args.refs.at(b);
             q.take(Points{block.z}, block.sigma2, count);

@@ -6,9 +6,9 @@
 ///
 /// Coordinates stay as they are given, so that differences of neighbors are exact. What a query, or a reference point
 /// that was computed, has beyond float is its low part, which the differences include. Sums of a tile are taken about
-/// the query's high part, so that nothing cancels, and added up in double. A query far from all reference points has its
-/// differences, distances and sums taken in double: one with a least squared distance above 2 FAR sigma^2, whose weights
-/// would lose digits, or above the squared diameter of the reference points, whose mean would.
+/// the query's high part, so that nothing cancels, and added up in double. A query far from all reference points has
+/// its differences, distances and sums taken in double: one with a least squared distance above 2 FAR sigma^2, whose
+/// weights would lose digits, or above the squared diameter of the reference points, whose mean would.
 class FloatColumns {
 public:
     using Number = float;
@@ -188,11 +188,12 @@ private:
         const int parts = has_low_ ? 2 : x.exact ? 0 : 1;
         const int64_t n = end - begin;
         switch (3 * std::min<int64_t>(D, 4) + parts) {
-#define FLUX_CASE(DIMENSIONS, PARTS)         \
+#define FLUX_CASE(DIMENSIONS, PARTS)                \
     case 3 * (DIMENSIONS ? DIMENSIONS : 4) + PARTS: \
         return distances_of<DIMENSIONS, PARTS>(r, beyond, x, n, a);
-            FLUX_CASE(1, 0) FLUX_CASE(1, 1) FLUX_CASE(1, 2) FLUX_CASE(2, 0) FLUX_CASE(2, 1) FLUX_CASE(2, 2)
-            FLUX_CASE(3, 0) FLUX_CASE(3, 1) FLUX_CASE(3, 2) FLUX_CASE(0, 0) FLUX_CASE(0, 1) FLUX_CASE(0, 2)
+            FLUX_CASE(1, 0)
+            FLUX_CASE(1, 1) FLUX_CASE(1, 2) FLUX_CASE(2, 0) FLUX_CASE(2, 1) FLUX_CASE(2, 2) FLUX_CASE(3, 0)
+                FLUX_CASE(3, 1) FLUX_CASE(3, 2) FLUX_CASE(0, 0) FLUX_CASE(0, 1) FLUX_CASE(0, 2)
 #undef FLUX_CASE
         }
         return 0;
@@ -208,7 +209,8 @@ private:
         return lowest(least);
     }
     template <int DIMENSIONS, int PARTS, int UNROLL>
-    __attribute__((always_inline)) void pairs(const float* r, const float* beyond, const Split& x, float* a, Floats& least) const {
+    __attribute__((always_inline)) void pairs(const float* r, const float* beyond, const Split& x, float* a,
+                                              Floats& least) const {
         Floats total[UNROLL] = {};
         for (int64_t d = 0; d < (DIMENSIONS ? DIMENSIONS : D); ++d) FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) {
                 Floats difference = load(r + d * stride_ + u * FLOATS) - x.high[d];
@@ -353,8 +355,8 @@ private:
         const int64_t start = tile_index_ * tile_;
         float* out = run_.get() + first * stride_ + start;
         Floats v[VALUES][TOGETHER];
-        FLUX_UNROLL for (int i = 0; i < VALUES; ++i) FLUX_UNROLL for (int n = 0; n < TOGETHER; ++n)
-            v[i][n] = broadcast(v_[(first + i) * TOGETHER + n]);
+        FLUX_UNROLL for (int i = 0; i < VALUES; ++i) FLUX_UNROLL for (int n = 0; n < TOGETHER; ++n) v[i][n] =
+            broadcast(v_[(first + i) * TOGETHER + n]);
         for (int64_t j = from_ - start; j < to_ - start; j += FLOATS) {
             Floats total[VALUES];
             FLUX_UNROLL for (int i = 0; i < VALUES; ++i) total[i] = load(out + i * stride_ + j);

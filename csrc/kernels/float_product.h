@@ -2,13 +2,12 @@
 //
 // Included inside of a target's namespace.
 
-/// Adds to rows of panels the products of weights and other rows, one register tile at a time. Rows k whose weights in a
-/// tile are all 0 cost nothing. Sums of INNER terms are added to those before, so that rounding grows slowly.
+/// Adds to rows of panels the products of weights and other rows, one register tile at a time. Rows k whose weights in
+/// a tile are all 0 cost nothing. Sums of INNER terms are added to those before, so that rounding grows slowly.
 class FloatProduct {
 public:
     /// For at most P rows of results.
-    explicit FloatProduct(int64_t P)
-        : index_(((P + HEIGHT - 1) / HEIGHT) * INNER), used_((P + HEIGHT - 1) / HEIGHT) {}
+    explicit FloatProduct(int64_t P) : index_(((P + HEIGHT - 1) / HEIGHT) * INNER), used_((P + HEIGHT - 1) / HEIGHT) {}
 
     /// out_p += sum_k w[p * row_stride + k * inner_stride] rows_{first + k}
     void add(const float* w, int64_t row_stride, int64_t inner_stride, int64_t P, int64_t K, const Panels& rows,
@@ -55,7 +54,8 @@ private:
         }
     }
 
-    /// The indices k in [begin, begin + count) at which a tile of rows has a weight other than 0; whether most are such.
+    /// The indices k in [begin, begin + count) at which a tile of rows has a weight other than 0; whether most are
+    /// such.
     bool find_used(int64_t P, int64_t begin, int64_t count) {
         int64_t all = 0;
         for (int64_t p = 0; p < P; p += HEIGHT) {

@@ -67,8 +67,8 @@ public:
         }
     }
 
-    /// The density estimate at every query: `top`, `rest` and, with `mean`, in `sum` the part of the mean that `displace`
-    /// needs.
+    /// The density estimate at every query: `top`, `rest` and, with `mean`, in `sum` the part of the mean that
+    /// `displace` needs.
     void sweep(bool mean) {
         tolerance_ = TOLERANCE_OF_MEANS;
         start(mean);
@@ -79,8 +79,8 @@ public:
         }
     }
 
-    /// Calls visit(from, to) for tiles of reference points. `w` then holds the weights, which sum to one over all tiles,
-    /// and `logit` their logits, both [rows, columns]; those of rejected queries are 0.
+    /// Calls visit(from, to) for tiles of reference points. `w` then holds the weights, which sum to one over all
+    /// tiles, and `logit` their logits, both [rows, columns]; those of rejected queries are 0.
     template <class Visit>
     void visit_weights(Visit visit) {
         tolerance_ = TOLERANCE;
@@ -203,7 +203,8 @@ private:
             q.head = -1;
             const double size = (std::sqrt(q.norm) + widest) * widest * q.scale;
             // Beyond these, products overflow, or a logit has too few digits even in float64. A NaN is beyond.
-            q.rejected = !(q.norm <= 1e30 && widest <= 1e15 && size <= 1e9 && q.variance >= 1e-24 && q.variance <= 1e24);
+            q.rejected =
+                !(q.norm <= 1e30 && widest <= 1e15 && size <= 1e9 && q.variance >= 1e-24 && q.variance <= 1e24);
             if (mean) sum.clear(n);
         }
     }
@@ -267,8 +268,8 @@ private:
             }
     }
 
-    /// Computes the product of the largest logit of a tile in float64: its error would scale all other weights, and it is
-    /// the largest error where the query is a reference point itself, or near one.
+    /// Computes the product of the largest logit of a tile in float64: its error would scale all other weights, and it
+    /// is the largest error where the query is a reference point itself, or near one.
     void refine_best(int64_t n, int64_t from) {
         Query& q = query[n];
         const int64_t j = from + q.at;
@@ -350,16 +351,19 @@ private:
             exact(n, exact_.get());
             const double nearest = distance(from + q.at);
             for (int64_t k = 0; k < each; ++k) {
-                int64_t j = static_cast<int64_t>((static_cast<uint64_t>(n + from) * 4 + static_cast<uint64_t>(k)) *
-                                                 0x9E3779B97F4A7C15u >> 40) % (to - from);
+                int64_t j =
+                    static_cast<int64_t>(
+                        (static_cast<uint64_t>(n + from) * 4 + static_cast<uint64_t>(k)) * 0x9E3779B97F4A7C15u >> 40) %
+                    (to - from);
                 while (!(y[j] >= q.limit) || j == q.at) j = (j + 1) % (to - from);
                 const double error = (y[j] - y[q.at]) / q.scale - (nearest - distance(from + j));
                 const double relative = error / size(q);
                 squares += relative * relative;
             }
         }
-        // Six standard deviations, so that the largest of many errors is below.
-        const double deviation = std::max(std::sqrt(squares / static_cast<double>(sampled * each)), 0x1p-29);
+        // Six standard deviations, so that the largest of many errors is below; at least one rounding, which numbers
+        // with few digits seldom need.
+        const double deviation = std::max(std::sqrt(squares / static_cast<double>(sampled * each)), 0x1p-25);
         untrusted_ |= deviation > 1e-6;
         for (const int64_t n : many) {
             Query& q = query[n];

@@ -13,18 +13,20 @@ static void repeat_residual(const ResidualArguments& args, const std::vector<int
 
 /// Writes the gradient of query n, or rejects the query: with S = sum_j w_j (r_j - r_head) without its last digits and
 /// G = sum_j c_j (r_j - m), it is ((G + 2 (m - z))/sigma^2 - f)/sigma^2.
-static void store_residual(const ResidualArguments& block, FloatQueries& q, const FloatCoefficients& k, const Panels& mean,
-                           const Panels& sum, int64_t n) {
+static void store_residual(const ResidualArguments& block, FloatQueries& q, const FloatCoefficients& k,
+                           const Panels& mean, const Panels& sum, int64_t n) {
     FloatQueries::Query& query = q.query[n];
     if (query.rejected) return;
     const auto& s = k.sums[n];
     const double others = query.rest / (1 + query.rest);
-    const auto share = static_cast<float>(others), rest = static_cast<float>(s.rest), total = static_cast<float>(s.total);
+    const auto share = static_cast<float>(others), rest = static_cast<float>(s.rest),
+               total = static_cast<float>(s.total);
     const auto scale = static_cast<float>(1 / query.variance);
     Buffer<float> gradient(block.shape.D);
     double square = 0;
     for (int64_t p = 0; p < sum.count; ++p) {
-        const float *head = q.refs.row(q.set, p, query.head), *m = mean.row(p, n), *g = sum.row(p, n), *f = k.v.row(p, n);
+        const float *head = q.refs.row(q.set, p, query.head), *m = mean.row(p, n), *g = sum.row(p, n),
+                    *f = k.v.row(p, n);
         float displacement[PANEL];
         q.head_displacement(n, p, displacement);
         for (int64_t d = 0; d < sum.inside(p); ++d) {
@@ -40,7 +42,8 @@ static void store_residual(const ResidualArguments& block, FloatQueries& q, cons
     if (!(error <= 1e-6 * std::sqrt(square)))
         query.rejected = true;
     else
-        write_row(block.gradient, n, block.shape.D, [&](float* out) { std::copy_n(gradient.get(), block.shape.D, out); });
+        write_row(block.gradient, n, block.shape.D,
+                  [&](float* out) { std::copy_n(gradient.get(), block.shape.D, out); });
 }
 
 static void residual_gradient_floats(const ResidualArguments& args) {

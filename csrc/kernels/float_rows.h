@@ -1,8 +1,8 @@
 // Reference points in many dimensions, for arguments in float32: inner products in float32 about an origin.
 //
 // Included inside of a target's namespace. Coordinates lie in panels of PANEL columns: [panel][row][pitch], so that a
-// panel of all rows lies together. Squared distances are |x|^2 + |r|^2 - 2 x.r of centered coordinates, with the norms in
-// float64; queries.h of this family (float_queries.h) estimates what that costs and repairs it.
+// panel of all rows lies together. Squared distances are |x|^2 + |r|^2 - 2 x.r of centered coordinates, with the norms
+// in float64; float_queries.h estimates what that costs and repairs it.
 
 typedef float HalfFloats __attribute__((vector_size(4 * FLUX_LANES)));
 typedef float FourFloats __attribute__((vector_size(16)));
@@ -233,8 +233,7 @@ private:
         for (int64_t d = 0; d < last - first; ++d) {
             const double a = row[0][d], b = row[1][d], c = row[2][d], e = row[3][d];
             const double middle = high(low(a, b), low(c, e)), other = low(high(a, b), high(c, e));
-            origin[first + d] =
-                static_cast<float>(high(low(middle, other), low(high(middle, other), row[4][d])));
+            origin[first + d] = static_cast<float>(high(low(middle, other), low(high(middle, other), row[4][d])));
         }
     }
 

@@ -28,8 +28,7 @@ static double exponentials(const double* a, int64_t n, double least, double scal
 }
 
 /// The same for floats.
-static double exponentials(const float* a, int64_t n, double least, double scale, double cut, double factor,
-                           float* w) {
+static double exponentials(const float* a, int64_t n, double least, double scale, double cut, double factor, float* w) {
     const FloatWeight weight(least, scale, cut);
     const Floats times = broadcast(static_cast<float>(factor));
     Floats total[2] = {};
@@ -224,7 +223,8 @@ private:
     /// Turns sums into means, and means into displacements from the query.
     void finish(int64_t first, int64_t count) {
         for (int64_t n = first; n < first + count; ++n)
-            for (int64_t d = 0; d < refs.D; ++d) at(moment, n)[d] = at(moment, n)[d] / total[n] - refs.local(at(x, n)[d]);
+            for (int64_t d = 0; d < refs.D; ++d)
+                at(moment, n)[d] = at(moment, n)[d] / total[n] - refs.local(at(x, n)[d]);
     }
 
     void find_distances(int64_t first, int64_t count, int64_t from, int64_t to) {
@@ -282,6 +282,6 @@ private:
     }
 
     double cut_;
-    double low_ = 0;     // with one query per subblock: the least distance of the last tile,
+    double low_ = 0;    // with one query per subblock: the least distance of the last tile,
     bool far_ = false;  // and whether its sums are taken in double
 };

@@ -4,8 +4,7 @@
 
 /// c_j <- w_j (c_j - (a_j - least) precision), or 0 where w_j is 0 (a_j may be infinite there); returns their sum.
 template <class Number>
-static double residual_weights(const Number* w, const Number* a, int64_t n, double least, double precision,
-                               Number* c) {
+static double residual_weights(const Number* w, const Number* a, int64_t n, double least, double precision, Number* c) {
     using Vector = decltype(load(w));
     const Vector lowest = broadcast(static_cast<Number>(least)), times = broadcast(static_cast<Number>(precision));
     Vector total = {};
@@ -29,8 +28,7 @@ static void residual_gradient_with(const ResidualArguments& args) {
     each_block(B, N, Refs::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         Queries<Refs> q(refs, source.set_of(b), count);
         const int64_t pitch = q.pitch, columns = q.columns;
-        Buffer<double> field(count * pitch), gradient(count * pitch), total(count),
-            mean(count);
+        Buffer<double> field(count * pitch), gradient(count * pitch), total(count), mean(count);
         Buffer<typename Refs::Number> c(std::min(count, Refs::SUBBLOCK) * columns);
         q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
         std::fill_n(field.get(), count * pitch, 0.0);

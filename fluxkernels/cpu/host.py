@@ -63,9 +63,7 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
     return numbers.to(dtype)
 
 
-def kde(
-    z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor]:
     shape = _shape(z, refs)
     shift, mean = (_empty(z), _empty(z)) if moments else (None, None)
     log_density = z.new_empty((shape[0], shape[1]))

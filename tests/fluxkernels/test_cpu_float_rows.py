@@ -69,7 +69,7 @@ def inputs(refs: Tensor, queries: int, variance: float, dtype: torch.dtype = tor
     """Arguments of every kernel, for one group."""
     z = (noised(refs, queries, variance) if queries else refs).to(dtype)
     refs = refs.to(dtype)
-    (N, D), M = z.shape, len(refs)
+    N, D = z.shape
     sigma2 = torch.full((1, N), variance)
     group, tau = sigma2[:, 0].contiguous(), torch.full((1,), TAU)
     size = math.sqrt(variance)
@@ -189,7 +189,7 @@ def coarse() -> Iterator[None]:
         kernels.coarse(False)
 
 
-@pytest.mark.parametrize("problem", ["plain, D = 64", "narrow", "very narrow", "clusters of size 0.1", "D = 3072"])
+@pytest.mark.parametrize("problem", ["plain, D = 64", "narrow", "clusters of size 0.1"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_coordinates_rounded_to_bfloat16_are_noticed(name: str, problem: str, target: str) -> None:
     """Every query falls back to float64, so results stay right."""
@@ -246,7 +246,7 @@ def measured_errors(refs: Tensor, z: Tensor, variance: float) -> tuple[Tensor, T
     return estimates, difference
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     D=st.sampled_from([25, 33, 64, 200, 530, 1100]),
     M=st.integers(9, 300),
