@@ -1,5 +1,5 @@
-// Strided arrays of the four floating types of PyTorch tensors. Kernels compute in double: numbers are converted when
-// they are loaded, and rounded once when they are stored.
+// Strided arrays of the four floating types of PyTorch tensors. Numbers are converted when they are loaded, and rounded
+// once when they are stored.
 #pragma once
 
 #include <algorithm>

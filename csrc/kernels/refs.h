@@ -1,10 +1,12 @@
-// The reference points of a density estimate as doubles, in two layouts that make pairs (query, reference point) fast.
+// The reference points of a density estimate, in layouts that make pairs (query, reference point) fast: few dimensions
+// as doubles (columns.h) and as floats (float_columns.h), many as doubles (rows.h). Many dimensions as floats have
+// kernels of their own (float_rows.h).
 //
-// Included inside of a target's namespace. Coordinates are relative to the mean of a group's reference points: a common
+// Included inside of a target's namespace. Doubles are relative to the mean of a group's reference points: a common
 // translation changes no result, but far from the origin it would cost digits. Distances are always sums of squared
 // differences, never |a|^2 + |b|^2 - 2ab, so nothing cancels.
 //
-// Both layouts offer the same operations on a few queries (rows) and a range of reference points [begin, end):
+// All layouts offer the same operations on a few queries (rows) and a range of reference points [begin, end):
 //   distances   a_nj = |x_n - r_j|^2
 //   dots        v_n . r_j
 //   moments     out_n += sum_j w_nj r_j

@@ -1,7 +1,7 @@
 """The `cpu` backend: the kernels of csrc/, compiled C++ for every CPU.
 
-They compute in float64 for every input dtype and round once, like the `torch` backend; numbers are converted when they
-are loaded. Functions, arguments and shapes are those of `fluxkernels.implementation`.
+Arguments in float32 or narrower are computed in float32 with checked errors, others in float64; see section 9 of
+MATH.md. Functions, arguments and shapes are those of `fluxkernels.implementation`.
 """
 
 import math
