@@ -111,8 +111,11 @@ def test_what_a_field_must_have(field: Any, error: type[Exception], text: str) -
 
 def accelerated(net: nn.Module) -> nn.Module:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a test before, whose precision it would keep
     prepared: nn.Module = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(net)
+    AcceleratorState._reset_state(reset_partial_state=True)
     return prepared
 
 
