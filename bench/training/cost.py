@@ -154,7 +154,6 @@ CPU = [
     Setting("perceptron", _POINTS, 32, size=0),
     Setting("perceptron-compiled", _POINTS + ", torch.compile", 32, size=0, run="compiled"),
     Setting("unet", _UNET, 8, size=32, width=32, dropout=0.0),
-    Setting("unet-compiled", _UNET + ", torch.compile", 8, size=32, width=32, dropout=0.0, run="compiled"),
     Setting("springs", "springs transformer, 38 M parameters, batch 16", 16, width=512),
 ]
 GPU = [
