@@ -185,18 +185,22 @@ private:
 
     double near_distances(int64_t set, const Split& x, int64_t begin, int64_t end, float* a) const {
         const float *r = data(set) + begin, *beyond = low(set) + (has_low_ ? begin : 0);
-        const int parts = has_low_ ? 2 : x.exact ? 0 : 1;
-        const int64_t n = end - begin;
-        switch (3 * std::min<int64_t>(D, 4) + parts) {
-#define FLUX_CASE(DIMENSIONS, PARTS)                \
-    case 3 * (DIMENSIONS ? DIMENSIONS : 4) + PARTS: \
-        return distances_of<DIMENSIONS, PARTS>(r, beyond, x, n, a);
-            FLUX_CASE(1, 0)
-            FLUX_CASE(1, 1) FLUX_CASE(1, 2) FLUX_CASE(2, 0) FLUX_CASE(2, 1) FLUX_CASE(2, 2) FLUX_CASE(3, 0)
-                FLUX_CASE(3, 1) FLUX_CASE(3, 2) FLUX_CASE(0, 0) FLUX_CASE(0, 1) FLUX_CASE(0, 2)
-#undef FLUX_CASE
-        }
-        return 0;
+        const auto by_dimension = [&](auto parts) {
+            constexpr int PARTS = decltype(parts)::value;
+            switch (D) {
+                case 1:
+                    return distances_of<1, PARTS>(r, beyond, x, end - begin, a);
+                case 2:
+                    return distances_of<2, PARTS>(r, beyond, x, end - begin, a);
+                case 3:
+                    return distances_of<3, PARTS>(r, beyond, x, end - begin, a);
+                default:
+                    return distances_of<0, PARTS>(r, beyond, x, end - begin, a);
+            }
+        };
+        if (has_low_) return by_dimension(std::integral_constant<int, 2>{});
+        if (x.exact) return by_dimension(std::integral_constant<int, 0>{});
+        return by_dimension(std::integral_constant<int, 1>{});
     }
     /// DIMENSIONS 0 is any number. PARTS: 0 no low parts, 1 those of the query, 2 those of the reference points, which
     /// only queries in float meet.
