@@ -1,5 +1,6 @@
 """Few dimensions in float32 on the cpu backend: errors against float64, and numbers that float32 cannot square."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -106,6 +107,19 @@ def test_a_far_query_among_near_ones() -> None:
         got = op(z, refs, field, sigma2)
         for n in (7, 8):
             assert relative(got[n], truth[n]) < 5 * limit, name
+
+
+@pytest.mark.parametrize("D", [1, 2, 16])
+def test_queries_between_two_reference_points(D: int) -> None:
+    """Both have half of the weight, which hangs on the difference of two distances of hundreds of σ²."""
+    _, refs, _, _ = problem(D, 200, 4, 1.0, 0.0, 1.0, 0.0, 0)
+    nearest, neighbor = torch.cdist(refs.double(), refs.double()).fill_diagonal_(math.inf).min(1)
+    z = (refs + refs[neighbor]) / 2
+    sigma2 = (nearest / 60).square().float()
+    got, truth = (fk.kde_score(z.to(t), refs.to(t), sigma2.to(t), backend="cpu").double() for t in (F32, F64))
+    # The score is a small difference of displacements of that length.
+    error = (got - truth).norm(dim=1) * sigma2 / nearest
+    assert error.amax() < 1e-6
 
 
 @pytest.mark.parametrize("threads", [1, 2])
