@@ -26,14 +26,14 @@ Rows = list[dict[str, Any]]
 def started(processes: int, *arguments: object) -> subprocess.Popen[str]:
     command = [
         sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), "-m", *map(str, arguments),
+        "--nproc-per-node", str(processes), "-m", "tests.programs.process", *map(str, arguments),
     ]  # fmt: skip
     return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def rows_of(processes: int, *arguments: object) -> Rows:
     process = started(processes, *arguments)
-    out, errors = process.communicate(timeout=600)
+    out, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors[-4000:]
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 

@@ -42,7 +42,7 @@ def test_an_example_trains_under_torchrun(name: str, said: str, tmp_path: Path) 
     arguments = ["--folder", str(tmp_path), "--accelerator", "cpu"] if name == "train_trainer" else []
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(EXAMPLES / f"{name}.py"), *arguments],
+         "-m", "tests.programs.process", str(EXAMPLES / f"{name}.py"), *arguments],
         env=environment(CUDA_VISIBLE_DEVICES=""), capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
