@@ -41,42 +41,34 @@ namespace FLUX_TARGET {
 #include "float_residual.h"
 
 /// Whether the kernels may compute in float: no array is in double, and all numbers are in the range for it.
-static bool fit_float(const Shape& shape, std::initializer_list<const Array*> queries, const Array& refs,
-                      const Array& sigma2, std::initializer_list<const Array*> factors = {}) {
-    using Limits = FloatColumns;
-    const auto fits = [&](const Array& points, int64_t rows) {
-        return points.type != Type::float64 && points.largest(shape.B, rows, shape.D) <= Limits::LARGEST;
-    };
-    if (!fits(refs, shape.M) || sigma2.type == Type::float64) return false;
-    for (const Array* points : queries)
-        if (!fits(*points, shape.N)) return false;
-    for (const Array* factor : factors) {
-        if (!fits(*factor, shape.N)) return false;
-        const double largest = factor->largest(shape.B, shape.N, shape.D);
-        if (largest != 0 && largest < Limits::LEAST_FACTOR) return false;
-    }
+static bool fit_float(const Array& points, const Shape& shape, int64_t rows) {
+    return points.type != Type::float64 && points.largest(shape.B, rows, shape.D) <= LARGEST;
+}
+/// The same for factors of coordinates in derivatives, of which even the largest may be too small.
+static bool fit_float_as_factor(const Array& points, const Shape& shape) {
+    constexpr double LEAST = 1e-12;
+    if (points.type == Type::float64) return false;
+    const double largest = points.largest(shape.B, shape.N, shape.D);
+    return largest == 0 || (largest >= LEAST && largest <= LARGEST);
+}
+static bool fit_float(const Array& z, const Array& refs, const Array& sigma2, const Shape& shape) {
+    if (!fit_float(z, shape, shape.N) || !fit_float(refs, shape, shape.M) || sigma2.type == Type::float64) return false;
     for (int64_t b = 0; b < shape.B; ++b)
-        for (int64_t n = 0; n < (sigma2.stride[1] ? shape.N : 1); ++n) {
-            const double variance = sigma2.number(b, n);
-            if (!(variance >= Limits::LEAST_VARIANCE && variance <= Limits::LARGEST_VARIANCE)) return false;
-        }
+        for (int64_t n = 0; n < (sigma2.stride[1] ? shape.N : 1); ++n)
+            if (!fits_float(sigma2.number(b, n))) return false;
     return true;
 }
-static bool fit_float(const KdeArguments& args) { return fit_float(args.shape, {&args.z}, args.refs, args.sigma2); }
+static bool fit_float(const KdeArguments& args) { return fit_float(args.z, args.refs, args.sigma2, args.shape); }
 static bool fit_float(const KdeBackwardArguments& args) {
-    return fit_float(args.shape, {&args.z}, args.refs, args.sigma2, {&args.g_shift, &args.g_mean});
+    return fit_float(args.z, args.refs, args.sigma2, args.shape) && fit_float_as_factor(args.g_shift, args.shape) &&
+           fit_float_as_factor(args.g_mean, args.shape);
 }
 static bool fit_float(const ResidualArguments& args) {
-    return fit_float(args.shape, {&args.z}, args.refs, args.sigma2, {&args.field});
+    return fit_float(args.z, args.refs, args.sigma2, args.shape) && fit_float_as_factor(args.field, args.shape);
 }
-static bool fit_float(const LangevinArguments& args) {
-    return fit_float(args.shape, {&args.x}, args.refs, args.sigma2);
-}
+static bool fit_float(const LangevinArguments& args) { return fit_float(args.x, args.refs, args.sigma2, args.shape); }
 static bool fit_float(const TransitionArguments& args) {
-    Shape starts = args.shape;
-    starts.N = starts.M;
-    return fit_float(args.shape, {&args.xt}, args.x0, args.sigma2) &&
-           fit_float(starts, {&args.shift0}, args.x0, args.sigma2);
+    return fit_float(args.xt, args.x0, args.sigma2, args.shape) && fit_float(args.shift0, args.shape, args.shape.M);
 }
 
 /// Whether an op of many dimensions computes in float32: where no argument is float64.

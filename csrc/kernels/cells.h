@@ -21,6 +21,7 @@ public:
                 most = std::max(most, rows[j * D + d]);
             }
             finite = finite && std::isfinite(most - least);
+            diameter += (most - least) * (most - least);
             if (most - least > range) {
                 range = most - least;
                 coordinate = static_cast<int32_t>(d);
@@ -42,19 +43,29 @@ public:
         const double place = (value - least_) * per_unit_;
         return place > 0 ? static_cast<int64_t>(std::min(place, static_cast<double>(M_ - 1))) : 0;
     }
+    /// The places [begin, end), multiples of `lanes`, of all points that can matter to a query x: those with a squared
+    /// distance up to `excess` above the least. least_at(place) is the least squared distance to `lanes` points.
+    template <class LeastAt>
+    void window(const double* x, double excess, int64_t lanes, int64_t padded, LeastAt least_at, int64_t& begin,
+                int64_t& end) const {
+        begin = 0;
+        end = padded;
+        if (coordinate < 0) return;
+        // The distance to the nearest of a few points bounds that to the nearest of all.
+        const double at = x[coordinate], reach = std::sqrt(least_at(place_before(at, lanes)) + excess);
+        begin = place_before(at - reach, lanes);
+        end = std::max(round_up(first_[cell(at + reach) + 1], lanes), begin + lanes);
+    }
+
+    int32_t coordinate = -1;  // that of the cells; -1: none, the order is that of the source
+    double diameter = 0;      // squared, of a box around the points
+
+private:
     /// A multiple of `lanes` near the place of a value, and below M.
     int64_t place_before(double value, int64_t lanes) const {
         return std::min<int64_t>(first_[cell(value)], M_ - 1) / lanes * lanes;
     }
-    /// The places [begin, end), multiples of `lanes`, of all points within `reach` of a value.
-    void window(double value, double reach, int64_t lanes, int64_t& begin, int64_t& end) const {
-        begin = place_before(value - reach, lanes);
-        end = std::max(round_up(first_[cell(value + reach) + 1], lanes), begin + lanes);
-    }
 
-    int32_t coordinate = -1;  // that of the cells; -1: none, the order is that of the source
-
-private:
     /// Fills `order` with the points cell by cell, and `first_` with the first place of each cell.
     void sort_by_cell(const double* rows, int64_t D, int32_t* order) const {
         Buffer<int32_t> where(M_);

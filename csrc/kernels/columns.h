@@ -35,15 +35,12 @@ public:
 
     /// Finds the reference points that can matter to a query: [begin, end), multiples of LANES.
     void window(int64_t set, const double* x, double scale, int64_t& begin, int64_t& end) const {
-        begin = 0;
-        end = padded;
-        const Cells& cells = cells_[set];
-        if (cells.coordinate < 0) return;
-        const double at = x[cells.coordinate];
-        // The distance to the nearest of a few reference points bounds that to the nearest of all.
-        double a[LANES];
-        pairs<false, 1>(data_.get() + set * D * stride_ + cells.place_before(at, LANES), x, a);
-        cells.window(at, std::sqrt(lowest(load(a)) + cut() / scale), LANES, begin, end);
+        const auto least_at = [&](int64_t place) {
+            double a[LANES];
+            pairs<false, 1>(data_.get() + set * D * stride_ + place, x, a);
+            return lowest(load(a));
+        };
+        cells_[set].window(x, cut() / scale, LANES, padded, least_at, begin, end);
     }
 
     void distances(int64_t set, const double* x, int64_t, int64_t begin, int64_t end, double* a, int64_t) const {

@@ -100,7 +100,7 @@ private:
             const double across = 1 / query.scale, slope = sums[n].slope / query.scale, base = sums[n].head;
             Vec weight = {}, first = {}, second = {}, near = {};
             for (int64_t j = 0; j < to - from; j += LANES) {
-                const Vec share = Panels::widened(w + j), drop = query.top - load(y + j);
+                const Vec share = widen(w + j), drop = query.top - load(y + j);
                 const Vec inside = share > 0.0 ? drop : Vec{};
                 const Vec value = load(dot + j) - base - inside * slope;
                 weight += share;
@@ -153,7 +153,7 @@ private:
         const double slope = s.slope / query.scale, level = s.constant - s.mean - s.head;
         Vec total = {}, squares = {};
         for (int64_t j = 0; j < to - from; j += LANES) {
-            const Vec share = Panels::widened(w + j), drop = query.top - load(y + j);
+            const Vec share = widen(w + j), drop = query.top - load(y + j);
             const Vec inside = share > 0.0 ? drop : Vec{};
             const Vec value = share * (load(dot + j) + level - inside * slope);
             total += value;

@@ -15,9 +15,6 @@ public:
     static constexpr int64_t BLOCK = 32;
     static constexpr int64_t SUBBLOCK = 1;
     static constexpr double FAR = 64;
-    /// Limits within which no product overflows or becomes denormal: of coordinates and of the factors they have in
-    /// derivatives, and of sigma^2.
-    static constexpr double LARGEST = 1e15, LEAST_FACTOR = 1e-12, LEAST_VARIANCE = 1e-24, LARGEST_VARIANCE = 1e24;
 
     FloatColumns(const Source& source, int threads)
         : M(source.count),
@@ -32,7 +29,6 @@ public:
           order_(source.sets * M),
           cells_(source.sets),
           first_(source.sets * (M + 1)),
-          diameters_(source.sets),
           cut_(25 + std::log(static_cast<double>(M))) {
         parallel_for(source.sets, threads, [&](int64_t set) { pack(source, set); });
     }
@@ -46,15 +42,11 @@ public:
 
     /// Finds the reference points that can matter to a query: [begin, end), multiples of FLOATS.
     void window(int64_t set, const double* x, double scale, int64_t& begin, int64_t& end) const {
-        begin = 0;
-        end = padded;
-        const Cells& cells = cells_[set];
-        if (cells.coordinate < 0) return;
-        const double at = x[cells.coordinate];
-        float a[FLOATS];
-        const int64_t near = cells.place_before(at, FLOATS);
-        const double least = near_distances(set, Split(x, D), near, near + FLOATS, a);
-        cells.window(at, std::sqrt(least * 1.00001 + cut() / scale), FLOATS, begin, end);
+        const auto least_at = [&](int64_t place) {
+            float a[FLOATS];
+            return near_distances(set, Split(x, D), place, place + FLOATS, a) * 1.00001;
+        };
+        cells_[set].window(x, cut() / scale, FLOATS, padded, least_at, begin, end);
     }
 
     /// Squared distances less `base` for reference points [begin, end); returns the least of them. `least` is that of
@@ -63,7 +55,7 @@ public:
                      double& base, bool& far) const {
         const double here = near_distances(set, Split(x, D), begin, end, a);
         base = 0;
-        far = std::min(here, least) > std::min(FAR / scale, diameters_[set]);
+        far = std::min(here, least) > std::min(FAR / scale, cells_[set].diameter);
         return far ? far_distances(set, x, begin, end, a, base) : here;
     }
 
@@ -165,14 +157,7 @@ private:
         int32_t* order = order_.get() + set * M;
         cells_[set] = {};
         cells_[set].sort(rows.get(), M, D, true, source.widest(set), cut(), order, first_.get() + set * (M + 1));
-        double& diameter = diameters_[set] = 0;
         for (int64_t d = 0; d < D; ++d) {
-            double least = INFINITY, most = -INFINITY;
-            for (int64_t j = 0; j < M; ++j) {
-                least = std::min(least, rows[j * D + d]);
-                most = std::max(most, rows[j * D + d]);
-            }
-            diameter += (most - least) * (most - least);
             float* high = data_.get() + (set * D + d) * stride_;
             for (int64_t j = 0; j < M; ++j) high[j] = static_cast<float>(rows[order[j] * D + d]);
             std::fill(high + M, high + padded, PADDING);
@@ -292,7 +277,6 @@ private:
     Buffer<int32_t> order_;
     Buffer<Cells> cells_;
     Buffer<int32_t> first_;
-    Buffer<double> diameters_;  // squared, of a box around the reference points
     double cut_;
 };
 

@@ -8,7 +8,6 @@
 
 class FloatQueries {
 public:
-    static constexpr double LOG2E = 1.4426950408889634;
     // Of a logit, in nats; errors of most are far smaller. Means average over the errors of many.
     static constexpr double TOLERANCE = 1.2e-5, TOLERANCE_OF_MEANS = 4e-5;
 
@@ -36,13 +35,13 @@ public:
           w(most * columns),
           product(most),
           exact_(2 * round_up(refs.D, 8)),
-          cut_(log_of_least_weight(refs.M) * LOG2E) {
+          cut_(log_of_least_weight(refs.M) * LOG2_E) {
         std::fill_n(exact_.get(), 2 * round_up(refs.D, 8), 0.0);
     }
 
     void set_variance(int64_t n, double variance) {
         query[n].variance = variance;
-        query[n].scale = 0.5 * LOG2E / variance;
+        query[n].scale = 0.5 * LOG2_E / variance;
     }
     /// Loads points, their variances being set.
     void take(const Points& points, int64_t count) {
@@ -167,7 +166,7 @@ public:
     /// log of the sum of weights: log p without its constant.
     double log_sum(int64_t n) const {
         const Query& q = query[n];
-        return std::log1p(q.rest) + (q.top - q.norm * q.scale) / LOG2E;
+        return std::log1p(q.rest) + (q.top - q.norm * q.scale) / LOG2_E;
     }
 
     std::vector<int64_t> rejected() const {
@@ -203,8 +202,7 @@ private:
             q.head = -1;
             const double size = (std::sqrt(q.norm) + widest) * widest * q.scale;
             // Beyond these, products overflow, or a logit has too few digits even in float64. A NaN is beyond.
-            q.rejected =
-                !(q.norm <= 1e30 && widest <= 1e15 && size <= 1e9 && q.variance >= 1e-24 && q.variance <= 1e24);
+            q.rejected = !(q.norm <= LARGEST * LARGEST && widest <= LARGEST && size <= 1e9 && fits_float(q.variance));
             if (mean) sum.clear(n);
         }
     }
@@ -367,7 +365,7 @@ private:
         untrusted_ |= deviation > 1e-6;
         for (const int64_t n : many) {
             Query& q = query[n];
-            q.bound = std::max(q.bound, 6 * deviation * size(q) * q.scale / LOG2E);
+            q.bound = std::max(q.bound, 6 * deviation * size(q) * q.scale / LOG2_E);
             if (!(q.bound <= tolerance_)) q.rejected = true;
         }
     }

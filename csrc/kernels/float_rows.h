@@ -4,7 +4,6 @@
 // panel of all rows lies together. Squared distances are |x|^2 + |r|^2 - 2 x.r of centered coordinates, with the norms
 // in float64; float_queries.h estimates what that costs and repairs it.
 
-typedef float HalfFloats __attribute__((vector_size(4 * FLUX_LANES)));
 typedef float FourFloats __attribute__((vector_size(16)));
 
 /// Points as the caller gives them: the rows of an array, or those moved by `pull` times the rows of another one.
@@ -74,7 +73,7 @@ struct Panels {
         Vec total[2] = {};
         for (int64_t d = 0; d < width(panel); d += 2 * LANES)
             for (int u = 0; u < 2; ++u) {
-                const Vec v = widened(from + d + u * LANES);
+                const Vec v = widen(from + d + u * LANES);
                 total[u] += v * v;
             }
         return sum(total[0] + total[1]);
@@ -82,13 +81,6 @@ struct Panels {
 
     const int64_t rows, D, count, pitch;
     Buffer<float> data;
-
-    /// LANES floats as doubles.
-    static Vec widened(const float* from) {
-        HalfFloats half;
-        std::memcpy(&half, from, sizeof half);
-        return __builtin_convertvector(half, Vec);
-    }
 };
 
 /// |a - b|^2; both have zeros up to a multiple of LANES.
@@ -187,8 +179,7 @@ public:
         for (int64_t p = 0; p < x.count; ++p) {
             const float *a = x.row(p, n), *b = row(set, p, j);
             for (int64_t d = 0; d < x.width(p); d += 2 * LANES)
-                for (int u = 0; u < 2; ++u)
-                    total[u] += Panels::widened(a + d + u * LANES) * Panels::widened(b + d + u * LANES);
+                for (int u = 0; u < 2; ++u) total[u] += widen(a + d + u * LANES) * widen(b + d + u * LANES);
         }
         return sum(total[0] + total[1]);
     }
@@ -207,7 +198,7 @@ public:
                 double* total = out + n * out_pitch;
                 const float* part = scratch + n * out_pitch;
                 for (int64_t j = 0; j < to - from; j += LANES) {
-                    const Vec added = Panels::widened(part + j);
+                    const Vec added = widen(part + j);
                     store(total + j, p == 0 ? added : load(total + j) + added);
                 }
             }

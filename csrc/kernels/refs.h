@@ -37,6 +37,12 @@ struct Source {
     int64_t set_of(int64_t b) const { return sets == 1 ? 0 : b; }
 };
 
+/// Limits within which no product of floats overflows or becomes denormal: of coordinates and of sigma^2.
+constexpr double LARGEST = 1e15, LEAST_VARIANCE = 1e-24, LARGEST_VARIANCE = 1e24;
+static bool fits_float(double variance) { return variance >= LEAST_VARIANCE && variance <= LARGEST_VARIANCE; }
+
+constexpr double LOG2_E = 1.4426950408889634;
+
 /// The weight e^{-(a - least) scale} of a squared distance a, or 0 where it is below e^-cut, for vectors of floats.
 class FloatWeight {
 public:
@@ -50,7 +56,6 @@ public:
     }
 
 private:
-    static constexpr double LOG2_E = 1.4426950408889634;
     Floats least_, scale_, limit_;
 };
 

@@ -21,8 +21,8 @@ from tests.support import rounding
 from tests.support.ops import KERNELS, Inputs
 from tests.support.rounding import Comparison
 
-# Error of the kernels that compute in float32, those above MOST_COLUMNS dimensions, relative to the largest entry.
-FLOAT32, MOST_COLUMNS = 4e-6, 24
+# Error of the kernels that compute in float32 in many dimensions, relative to the largest entry.
+FLOAT32 = 4e-6
 # Roundings that may add up, in units of the bounds, beside the square root of the number of reference points for a sum.
 # The largest of 10⁵ calls were 15 of them, with 549 reference points.
 SLACK = 16.0
@@ -216,7 +216,7 @@ def check(problem: Inputs, report: Report, where: str) -> None:
     """Compare every kernel on one problem."""
     slack = SLACK + math.sqrt(problem["refs"].shape[1])
     exact = rounding.Exact(problem)
-    in_float32 = problem["x"].dtype != torch.float64 and problem["x"].shape[-1] > MOST_COLUMNS
+    in_float32 = problem["x"].dtype != torch.float64 and problem["x"].shape[-1] > rounding.FEW_DIMENSIONS
     for kernel in KERNELS:
         for variant, arguments in kernel.variants(problem).items():
             seeded = variant != kernel.name
