@@ -1,7 +1,6 @@
 """Best rates of a GPU, measured: exponentials, multiply-adds, matrix products, memory."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import triton
@@ -17,7 +16,7 @@ DIGIT_PRODUCTS = 13  # of a product of points in many dimensions
 
 
 @triton.jit
-def exponentials_kernel(out: Any, ROUNDS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def exponentials_kernel(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     x = tl.arange(0, BLOCK).to(tl.float32) * -1e-3
     for _ in range(ROUNDS):
         x = tl.exp2(-x)
@@ -25,7 +24,7 @@ def exponentials_kernel(out: Any, ROUNDS: tl.constexpr, BLOCK: tl.constexpr) -> 
 
 
 @triton.jit
-def multiply_adds_kernel(out: Any, ROUNDS: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def multiply_adds_kernel(out, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     x = tl.arange(0, BLOCK).to(tl.float32) * 1e-3
     a = x
     b = x + 1

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bench import records
 from bench.origin import Origin
@@ -40,6 +39,7 @@ from fluxmatching import (
     edm_heun,
     karras_schedule,
 )
+from fluxmatching.training.average import MovingAverage
 
 Make = Callable[[nn.Module, LogUniformNoise], nn.Module]
 
@@ -134,7 +134,7 @@ class Run:
         self.problem, self.train, self.seed = problem, train, seed
         field = EDMField(problem.network(), train.std().item())
         self.loss = METHODS[method](field, problem.noise)
-        self.average = AveragedModel(self.loss, multi_avg_fn=get_ema_multi_avg_fn(0.99), use_buffers=False)
+        self.average = MovingAverage(self.loss, 0.99)
         self.optimizer = torch.optim.Adam(self.loss.parameters(), lr=problem.lr)
         self.order = torch.Generator().manual_seed(seed)
         self.seconds, self.steps = 0.0, 0

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _DROPOUT = torch.ops.aten.native_dropout.default
@@ -76,6 +78,68 @@ class SharedRandomNumbers:
         return result
 
 
+class SharedDropout:
+    """Masks of `torch.nn.functional.dropout` in one evaluation, kept for the next: the quick way for most networks.
+
+    Calls of functions are looked at instead of every operation. Other random numbers are not shared: whether there were
+    any is for `random_numbers_noticed` to say.
+    """
+
+    def __init__(self) -> None:
+        self._masks: list[Tensor] = []
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Record the masks that this thread draws inside the block."""
+        with _Dropout(self._draw):
+            yield
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Use the recorded masks inside the block, in their order.
+
+        Raises:
+            RuntimeError: the block needs more masks than the recorded one did, or others.
+        """
+        waiting = iter(self._masks)
+
+        def replay(x: Tensor, probability: float) -> Tensor:
+            mask = next(waiting, None)
+            if mask is None or mask.shape != x.shape:
+                raise RuntimeError(
+                    "the field draws other masks of dropout in one evaluation than in another one; a finite difference "
+                    "needs the same random numbers in both"
+                )
+            return mask
+
+        with _Dropout(replay):
+            yield
+
+    def _draw(self, x: Tensor, probability: float) -> Tensor:
+        mask = torch.empty_like(x).bernoulli_(1 - probability).mul_(1 / (1 - probability) if probability < 1 else 0.0)
+        self._masks.append(mask)
+        return mask
+
+
+class _Dropout(TorchFunctionMode):
+    """Take the masks of dropout from a function of its input and its probability."""
+
+    def __init__(self, mask_of: Callable[[Tensor, float], Tensor]) -> None:
+        super().__init__()
+        self.mask_of = mask_of
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return self.drop(*args, **kwargs) if func is functional.dropout else func(*args, **kwargs)
+
+    def drop(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        """`torch.nn.functional.dropout`."""
+        if not training or p == 0:
+            return functional.dropout(input, p, training, inplace)
+        mask = self.mask_of(input.detach(), p)
+        return input.mul_(mask) if inplace else input * mask
+
+
 class _Dispatch(TorchDispatchMode):
     """Pass every operation that draws random numbers in this thread to a handler."""
 
@@ -126,9 +190,9 @@ def _result(operation: Any, args: Any, numbers: Tensor) -> Any:
     return numbers.clone()
 
 
-def has_active_dropout(network: nn.Module) -> bool:
-    """Return whether a layer of a known kind draws random numbers in its present mode."""
-    return any(module.training and _probability(module) > 0 for module in network.modules())
+def random_layers(network: nn.Module) -> list[nn.Module]:
+    """Return the layers of known kinds that draw random numbers in their present mode."""
+    return [module for module in network.modules() if module.training and _probability(module) > 0]
 
 
 def _probability(module: nn.Module) -> float:

@@ -293,4 +293,4 @@ def test_a_pass_of_many_groups_takes_few_launches() -> None:
     x = points(2000, 256, 200).cuda()
     sigma2 = torch.full((2000,), 20.0, device="cuda")
     names = launches(lambda: fk.flux_pass(x, x, sigma2, 1.0, seed=7))
-    assert 0 < len(names) <= 45, len(names)
+    assert 0 < len(names) <= 48, len(names)  # seven for each of six parts, and fills of scalars

@@ -6,7 +6,9 @@ The interpreter needs an environment variable before the kernels are imported, s
 import importlib
 import importlib.util
 import pkgutil
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,6 +45,15 @@ def test_every_kernel_has_a_case() -> None:
     kernels = {f"{name}.{kernel}" for name in modules for kernel in kernels_of(name)}
     assert len(kernels) > 30
     assert {kernel for row in cases() for kernel in row["kernels"]} == kernels
+
+
+def test_no_kernel_takes_a_number_from_itself() -> None:
+    """x - x is not 0 where x is a product: a fused multiply-add makes it the product's rounding error."""
+    triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
+    sources = [Path(path) for folder in triton_kernels.__path__ for path in Path(folder).rglob("*.py")]
+    assert len(sources) > 15
+    found = [re.findall(r"\b(\w+) - \1\b", path.read_text()) for path in sources]
+    assert [names for names in found if names] == [["value"]]  # the sentence that says so
 
 
 def kernels_of(module: str) -> list[str]:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fluxmatching import Draws, LossNormalizer, ODESolver, log_likelihood
 from fluxmatching.field_modules import DetachedParameters, networks_of, reachable_from
+from fluxmatching.losses.second_derivatives import endpoint_gradient
 from tests.support.losses import annealed_loss, flux_loss, target_of
 
 F64 = torch.float64
@@ -451,3 +452,27 @@ class TestShareOfEndpoints:
     def test_bad_choice(self, chosen: list[float], error: type[Exception]) -> None:
         with pytest.raises(error, match=r"draws\.endpoints must be"):
             flux_loss(lambda z: -z, torch.randn(4, 2), 0.7, draws=Draws(endpoints=torch.tensor(chosen)))
+
+
+class DropoutAndOthers(nn.Module):
+    """A field with a layer of dropout, and other random numbers if asked for."""
+
+    def __init__(self, other: bool) -> None:
+        super().__init__()
+        self.net, self.other = mlp(nn.Dropout(0.5)), other
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.net(z) + (0.1 * z * torch.rand_like(z) if self.other else 0)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_dropout_beside_other_random_numbers(other: bool) -> None:
+    """A difference of unequal masks or numbers over a small step would be large."""
+    field, z = DropoutAndOthers(other), torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(3)
+    found = [
+        endpoint_gradient(field, z, torch.zeros_like(z), torch.ones_like(z), method="finite_difference")[0]
+        for _ in range(20)
+    ]
+    assert all(gradient.abs().max() < 50 for gradient in found)
+    assert not torch.equal(found[0], found[1])

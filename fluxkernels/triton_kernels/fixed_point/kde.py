@@ -19,8 +19,8 @@ from fluxkernels.triton_kernels.fixed_point.numbers import (
     as_long,
     digits,
     exponent_above,
+    is_finite,
     nearest_word,
-    not_finite,
     power_of_two,
     power_of_two_single,
     word_of,
@@ -263,7 +263,7 @@ def moments_kernel(
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         c = tl.load(coefficients + row * M + j, mask=j < M, other=0.0)
-        word = tl.where((j == h) | not_finite(c), 0, nearest_word(c * scale))
+        word = tl.where((j != h) & is_finite(c), nearest_word(c * scale), 0)
         used += tl.sum(word, 0)
         tl.store(words + row * width + j, digits(word), mask=(j < width) & (j != h))
         if not RESIDUAL:
@@ -289,13 +289,13 @@ def words_kernel(coefficients, sizes, heaviest, words, exponents, M, N, width, B
     for start in range(0, N, BLOCK):
         n = start + tl.arange(0, BLOCK)
         each = tl.load(sizes + b * N + n, mask=n < N, other=0.0)
-        size = tl.maximum(size, tl.where(not_finite(each), 0.0, each))
+        size = tl.maximum(size, tl.where(is_finite(each), each, 0.0))
     e = tl.minimum(tl.maximum(exponent_above(tl.max(size, 0)), -90), 120)
     scale = power_of_two_single(30 - e)
     for start in range(0, width, BLOCK):
         j = start + tl.arange(0, BLOCK)
         c = tl.load(coefficients + row * M + j, mask=j < M, other=0.0)
-        word = tl.where(not_finite(c) | (j == tl.load(heaviest + row)), 0, nearest_word(c * scale))
+        word = tl.where(is_finite(c) & (j != tl.load(heaviest + row)), nearest_word(c * scale), 0)
         tl.store(words + row * width + j, digits(word), mask=j < width)
     if row % N == 0:
         tl.store(exponents + b, e)

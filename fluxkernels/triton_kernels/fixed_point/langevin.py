@@ -81,7 +81,7 @@ def chain_extent_kernel(
             j = first + tl.arange(0, ROWS)
             point = centered(load_tile(refs, j, r_m, M, d, r_d, D), j, M, origin)
             of_refs = finite_extent(of_refs, point)
-            bad += (point - point).to(tl.float32)
+            bad += (point * 0).to(tl.float32)
     extents += 4 * b * parts + part
     tl.store(extents, tl.max(tl.max(of_x, 1), 0))
     tl.store(extents + parts, tl.max(tl.max(of_refs, 1), 0))
@@ -151,7 +151,7 @@ def chain_points_kernel(
                 store_words(left + (1 + k) * as_long(N) * width, n, N, d, width, spread * xi, e_left)
             point = point - pull * point + spread * xi
         tl.store(drifts + at, point, mask=inside)
-        bad = (point - point).to(tl.float32)  # also of noise and step sizes that are not finite
+        bad = (point * 0).to(tl.float32)  # also of noise and step sizes that are not finite
         invalid = tl.sum(bad, 1) + sum_of(extents + 3 * parts, parts, 128)
         tl.store(valid + (b * N + n) * across + program % across, invalid, mask=n < N)
     else:

@@ -46,9 +46,13 @@ def nearest_word(number):
 
 
 @triton.jit
-def not_finite(value):
-    """True for infinities and NaN."""
-    return (value - value) != 0
+def is_finite(value):
+    """False for infinities and NaN.
+
+    The usual test, value - value, is not one here: of a product, a fused multiply-add makes it the product's rounding
+    error.
+    """
+    return tl.abs(value) < float("inf")
 
 
 @triton.jit

@@ -15,9 +15,9 @@ from fluxkernels.triton_kernels.fixed_point.numbers import (
     LOWEST,
     digits,
     exponent_above,
+    is_finite,
     largest,
     nearest_word,
-    not_finite,
     power_of_two,
 )
 from fluxkernels.triton_kernels.scalars import one_minus_exp
@@ -42,7 +42,7 @@ def pull_of(tau, MOVED: tl.constexpr):
 def finite_extent(top, value):
     """Largest of `top` and of the finite magnitudes of `value`, as float32."""
     size = tl.abs(value).to(tl.float32)
-    return tl.maximum(top, tl.where(not_finite(size), 0.0, size))
+    return tl.maximum(top, tl.where(is_finite(size), size, 0.0))
 
 
 @triton.jit
@@ -84,7 +84,7 @@ def extent_kernel(
 @triton.jit
 def store_words(out, rows, count, d, width, value, e):
     """Store values as words of 2^e in rows of `width`, and return word² as float64."""
-    word = nearest_word(tl.where(not_finite(value), 0.0, value) * power_of_two(30 - e))
+    word = nearest_word(tl.where(is_finite(value), value, 0.0) * power_of_two(30 - e))
     at = rows.to(tl.int64)[:, None] * width + d[None, :]
     tl.store(out + at, digits(word), mask=(rows < count)[:, None] & (d < width)[None, :])
     square = word.to(tl.float64)
@@ -128,7 +128,7 @@ def points_kernel(
             if CENTERED:
                 value = centered(value, n, N, load_row(refs, d, r_d, D))
             store_words(left + b * N * width, n, N, d, width, value, e_x)
-            bad += (value - value).to(tl.float32)
+            bad += (value * 0).to(tl.float32)
         tl.store(valid + b * N + n, tl.sum(bad, 1), mask=n < N)
     else:
         j = (block - blocks_x) * ROWS + tl.arange(0, ROWS)
@@ -137,10 +137,10 @@ def points_kernel(
             value = load_refs(refs, r_m, r_d, move, m_m, m_d, pull, j, M, d, D, MOVED)
             value = centered(value, j, M, load_row(refs, d, r_d, D))
             square += store_words(right + b * M * width, j, M, d, width, value, e_refs)
-            bad += (value - value).to(tl.float32)
+            bad += (value * 0).to(tl.float32)
         # A word of a reference point counts 2^(e_refs-30), and a unit of products 2^(e_x+e_refs-44).
         half = tl.floor(tl.sum(square, 1) * power_of_two(e_refs - e_x - 17) + 0.5).to(tl.int64)
-        tl.store(halves + b * M + j, tl.where(not_finite(tl.sum(bad, 1)), -LOWEST, half), mask=j < M)
+        tl.store(halves + b * M + j, tl.where(is_finite(tl.sum(bad, 1)), half, -LOWEST), mask=j < M)
     if block == 0:
         tl.store(exponents + 2 * b, e_x)
         tl.store(exponents + 2 * b + 1, e_refs)

@@ -18,13 +18,13 @@ from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
 from fluxmatching.engines import is_in_half_precision
 from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, own_generators, pull_back
 from fluxmatching.fields import Field, call_field
-from fluxmatching.randomness import SharedRandomNumbers, has_active_dropout, random_numbers_noticed
+from fluxmatching.randomness import SharedDropout, SharedRandomNumbers, random_layers, random_numbers_noticed
 
 # The annotations of torch allow for has_aux, and so for results of two or three parts.
 _jvp: Any = torch.func.jvp
@@ -267,7 +267,8 @@ def _pull_back_both(
     One call for both sides takes half as many launches; but dropout then draws a mask for each side, and a difference
     of masks over a small step would be noise. So a field that draws random numbers is called twice.
     """
-    if not _has_active_dropout(field):
+    layers = _random_layers(field)
+    if not layers:
         for _ in range(TRIES):
             with random_numbers_noticed(points[0].device, _own_generators(field)) as drew:
                 gradient, f = _pull_back_at_once(field, points, cotangents)
@@ -281,12 +282,30 @@ def _pull_back_both(
             "the field is compiled and draws random numbers, which differ between the two sides of a finite "
             "difference; call eval(), or give the loss the field before torch.compile"
         )
+    if layers and all(type(layer) is nn.Dropout for layer in layers):
+        both = _pull_back_with_shared_dropout(field, points, cotangents)
+        if both is not None:
+            return both
     numbers = SharedRandomNumbers()
     with numbers.recorded():
         first = _pull_back(field, points[0], cotangents[0])
     with numbers.replayed():
         second = _pull_back(field, points[1], cotangents[1])
     return first, second
+
+
+# The network is not compiled here, for it draws masks that are kept in a list.
+@torch.compiler.disable
+def _pull_back_with_shared_dropout(
+    field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]
+) -> tuple[Pulled, Pulled] | None:
+    """Return the result of `_pull_back_both`, or None if the field draws other random numbers than dropout."""
+    dropout = SharedDropout()
+    with dropout.recorded():
+        first = _pull_back(field, points[0], cotangents[0])
+    with random_numbers_noticed(points[0].device, _own_generators(field)) as drew, dropout.replayed():
+        second = _pull_back(field, points[1], cotangents[1])
+    return None if drew() else (first, second)
 
 
 def _pull_back_at_once(field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]) -> Pulled:
@@ -316,8 +335,8 @@ _own_generators = torch.compiler.disable(own_generators)
 
 
 @torch.compiler.disable
-def _has_active_dropout(field: Field) -> bool:
-    return any(has_active_dropout(network) for network in networks_of(field))
+def _random_layers(field: Field) -> list[nn.Module]:
+    return [layer for network in networks_of(field) for layer in random_layers(network)]
 
 
 def _pull_back(field: Field, z: Tensor, cotangent: Tensor) -> Pulled:

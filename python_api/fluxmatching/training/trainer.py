@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fluxmatching.distributed import check_same_options, check_shared
+from fluxmatching.training.average import MovingAverage
 from fluxmatching.training.checkpoint import (
     State,
     TrainingError,
@@ -132,20 +132,16 @@ class Trainer:
         if sharded and loss is not self.loss:
             raise TypeError("Trainer: a compiled loss cannot be sharded; compile its field instead")
         if sharded:  # copied while it is whole, then sharded in the same way
-            self.average = self._averaged()
+            self.average = MovingAverage(self.loss, options.ema)
             self.fabric.setup_module(self.average.module)
         self.engine = self.fabric.setup_module(loss if loss is self.loss else _Call(loss))
         if not sharded:
-            self.average = self._averaged()
+            self.average = MovingAverage(self.loss, options.ema)
         kind = OPTIMIZERS[options.optimizer]
         optimizer = kind(self.loss.parameters(), lr=options.lr, weight_decay=options.weight_decay)
         # With gradients of an earlier training, PyTorch takes the optimizer's empty state for a complete one.
         optimizer.zero_grad(set_to_none=True)
         self.optimizer: Any = self.fabric.setup_optimizers(optimizer)
-
-    def _averaged(self) -> AveragedModel:
-        with torch.device("cpu"):  # of its counter; the parameters stay where they are
-            return AveragedModel(self.loss, multi_avg_fn=get_ema_multi_avg_fn(self.options.ema), use_buffers=False)
 
     def run(self, seconds: float = math.inf) -> None:
         """Train up to `options.iterations`, or until the time is up, but for at least one iteration.
