@@ -468,7 +468,7 @@ class DropoutAndOthers(nn.Module):
 @pytest.mark.parametrize("other", [False, True])
 def test_dropout_beside_other_random_numbers(other: bool) -> None:
     """A difference of unequal masks or numbers over a small step would be large."""
-    field, z = DropoutAndOthers(other), torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    field, z = DropoutAndOthers(other), torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(3)
     found = [
         endpoint_gradient(field, z, torch.zeros_like(z), torch.ones_like(z), method="finite_difference")[0]
