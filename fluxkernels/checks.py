@@ -61,7 +61,7 @@ def check_finite(function: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is None:
             continue
-        if eager and is_plain(t) and t.is_contiguous() and cpu.missing() is None:
+        if eager and t.is_cpu and is_plain(t) and t.is_contiguous() and cpu.missing() is None:
             finite = cpu.is_finite(t)
         else:
             # The sum is finite only if every entry is; the slower test is for sums that overflow.
@@ -238,7 +238,7 @@ def group(function: str, **tensors: Tensor) -> Groups:
 def check_groups(function: str, **points: Tensor) -> Groups:
     """Groups of finite tensors `[..., N, D]`, all with the dtype and device of the first, by `group`."""
     first, *others = points.values()
-    if is_eager() and cpu.missing() is None and _are_sound(first, others):
+    if is_eager() and _are_sound(first, others):
         return Groups(function, first.shape[:-2])
     for name, t in points.items():
         check_points(function, name, t, like=None if t is first else first)
@@ -250,9 +250,9 @@ def _are_sound(first: Tensor, others: Sequence[Tensor]) -> bool:
     """Return True if plain tensors pass every check of `check_groups`; False leaves the decision to the checks."""
     if not (is_plain(first) and first.dtype in FLOATS and first.ndim >= 2 and _is_sound(first)):
         return False
-    dtype, shape = first.dtype, first.shape
+    dtype, shape, device = first.dtype, first.shape, first.device
     for t in others:
-        if not (is_plain(t) and t.dtype == dtype and t.ndim == len(shape) and _is_sound(t)):
+        if not (is_plain(t) and t.dtype == dtype and t.device == device and t.ndim == len(shape) and _is_sound(t)):
             return False
         if t.shape[:-2] != shape[:-2] or t.shape[-1] != shape[-1]:
             return False
@@ -260,7 +260,9 @@ def _are_sound(first: Tensor, others: Sequence[Tensor]) -> bool:
 
 
 def _is_sound(t: Tensor) -> bool:
-    return t.is_contiguous() and t.numel() > 0 and cpu.is_finite(t)
+    if not t.is_contiguous() or t.numel() == 0:
+        return False
+    return t.is_cuda or (cpu.missing() is None and cpu.is_finite(t))  # a GPU's values are not waited for
 
 
 def check_positive(function: str, name: str, value: object) -> float:

@@ -1,7 +1,8 @@
 """Values of tensors: where they can be read, and how a number reaches a device without making the host wait."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -53,19 +54,24 @@ def is_eager() -> bool:
     )
 
 
-def _plain_keys() -> Iterator[int]:
+@cache
+def _plain_keys(kind: str) -> frozenset[int]:
+    found = []
     for inference in (False, True):
         with torch.inference_mode(inference):
-            yield _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
-
-
-_PLAIN_KEYS = frozenset(_plain_keys())
+            found.append(_dispatch_keys(torch.empty(0, device=kind)).raw_repr())
+    return frozenset(found)
 
 
 def is_plain(t: Tensor) -> bool:
-    """Return True for a dense CPU tensor that is just numbers in memory: no subclass, wrapper or negative view."""
+    """Return True for a dense tensor that is just numbers in the memory of a CPU or a CUDA device.
+
+    That is no subclass, wrapper or negative view.
+    """
     # PyTorch has no public function for this. The tests pass each kind of tensor, and fail if a release moves the name.
-    return type(t) is Tensor and _dispatch_keys(t).raw_repr() in _PLAIN_KEYS
+    if type(t) is not Tensor or not (t.is_cpu or t.is_cuda):
+        return False
+    return _dispatch_keys(t).raw_repr() in _plain_keys("cpu" if t.is_cpu else "cuda")
 
 
 def is_plain_call(arguments: Sequence[object]) -> bool:

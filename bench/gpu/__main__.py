@@ -7,6 +7,7 @@ the JSON has what was measured until then.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ TESTS_SECONDS = 600  # after which the tests count as failed
 # Seconds without a new result after which a process is ended: a kernel may hang, and a compiler may take minutes.
 PATIENCE = 300
 MOST_PROCESSES = 8
+MOST_WORKERS = 12  # of the tests, which share the card's memory
 
 
 def run_tests() -> dict[str, Any]:
@@ -41,6 +43,8 @@ def run_tests() -> dict[str, Any]:
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/fluxkernels/test_gpu.py",
         "tests/fluxmatching/test_gpu_training.py", "tests/fluxkernels/test_triton.py", "-k", "not compile_for",
     ]  # fmt: skip
+    if importlib.util.find_spec("xdist"):  # most of the time goes into compilation, on one core
+        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
     environment = {**os.environ, "FLUXKERNELS_AUTOTUNE": "0"}
     try:
         done = subprocess.run(

@@ -95,14 +95,17 @@ def graph_of(call: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def measure(run: GPURun, limit: dict[str, float] | None, deadline: float) -> Iterator[dict[str, Any]]:
+def measure(
+    run: GPURun, limit: dict[str, float] | None, deadline: float, compiled: bool = False
+) -> Iterator[dict[str, Any]]:
     """Yield a row per contender; one that fails has its error's text instead of figures.
 
     Args:
         limit: best rates of the card, or None if they could not be measured.
+        compiled: measure torch.compile alone.
     """
     found: dict[str, float] = {}
-    for name, call in contenders(run, *run.inputs()).items():
+    for name, call in contenders(run, *run.inputs(), compiled).items():
         row: dict[str, Any] = {"run": run.described(), "implementation": name}
         try:
             if time.time() > deadline:
@@ -110,6 +113,7 @@ def measure(run: GPURun, limit: dict[str, float] | None, deadline: float) -> Ite
             with torch.no_grad():
                 if name == OURS:
                     row["bound"] = run.task.tolerance()
+                if name in (OURS, COMPILED):
                     found |= errors(run)
                 row |= {"seconds": on_gpu(call), "memory": gpu_peak_memory(call, beyond_present=True)}
                 if name == OURS:
@@ -145,13 +149,13 @@ def measure_rates(progress: Progress, _: float) -> None:
     print("rates per second:", {name: f"{rate:.3g}" for name, rate in found.items()}, flush=True)
 
 
-def run_step(run: GPURun) -> Step:
+def run_step(run: GPURun, compiled: bool = False) -> Step:
     def measured(progress: Progress, deadline: float) -> None:
-        for row in measure(run, progress.results["rates"], deadline):
+        for row in measure(run, progress.results["rates"], deadline, compiled):
             progress.results["rows"].append(row)
             progress.save()
 
-    return Step(f"{run.kind}: {run.name}", measured)
+    return Step(f"{run.kind}: {run.name}{', torch.compile' if compiled else ''}", measured)
 
 
 def training_step(setting: cost.Setting) -> Step:
@@ -195,8 +199,9 @@ def all_steps() -> list[Step]:
     """The most wanted first, for time may run out; what takes a compiler minutes comes last."""
     return [
         Step("rates", measure_rates, optional=False),
-        *(training_step(setting) for setting in cost.GPU if setting.run != "compiled"),
         *map(run_step, RUNS),
+        *(training_step(setting) for setting in cost.GPU if setting.run != "compiled"),
+        *(run_step(run, compiled=True) for run in RUNS if run.compiled),
         *(training_step(setting) for setting in cost.GPU if setting.run == "compiled"),
         Step("velocity", measure_velocity, optional=False),
         Step("presets", measure_presets, optional=False),

@@ -31,6 +31,7 @@ from fluxkernels.triton_kernels.fixed_point.products import products_kernel
 from fluxkernels.triton_kernels.launch import (
     OPTIONS,
     accumulator,
+    fastest,
     launch,
     multiprocessors,
     on_device_of,
@@ -53,7 +54,10 @@ MOST_REFS = 1024
 # Dimensions up to which sums of products of words fit in 64 bits.
 MOST_DIMENSIONS = 2**16
 CHAINS = 16  # chains that one program runs together
-ROWS, COLUMNS, DEPTH = 32, 64, 64  # a tile of the product
+# (rows, columns, warps) of a tile of the product: the larger ones use the matrix units of a whole group of four warps
+# at once and load fewer words, but need many tiles to fill a GPU.
+TILES = ((32, 64, 4), (64, 64, 4), (128, 64, 8))
+DEPTH = 64  # terms of a tile at once
 LONGEST = 2**15  # terms whose sums of products of digits fit in 32 bits
 MOST_SPLITS = 8
 EXTENTS = 128  # partial maxima per group
@@ -76,10 +80,9 @@ def _tile(rows: int, length: int, numbers: int = 1024) -> dict[str, int]:
     return {"ROWS": min(numbers // block, 1 << (rows - 1).bit_length()), "BLOCK": block, "num_warps": 4, **OPTIONS}
 
 
-def _splits(B: int, rows: int, columns: int, length: int, device: torch.device) -> tuple[int, int]:
+def _splits(tiles: int, length: int, device: torch.device) -> tuple[int, int]:
     """(terms per part, parts): a split of a product's terms that gives work to the whole GPU."""
-    programs = B * -(-rows // ROWS) * -(-columns // COLUMNS)
-    wanted = min(MOST_SPLITS, -(-2 * multiprocessors(device) // programs), -(-length // (4 * DEPTH)))
+    wanted = min(MOST_SPLITS, -(-2 * multiprocessors(device) // tiles), -(-length // (4 * DEPTH)))
     parts = max(wanted, -(-length // LONGEST))
     span = -(-length // (parts * DEPTH)) * DEPTH
     return span, -(-length // span)
@@ -89,29 +92,36 @@ def _products(
     left: Tensor, right: Tensor, rows: int, columns: int, length: int, *, across: tuple[bool, bool] = (False, False)
 ) -> Tensor:
     """Sums of products `[B, rows, columns]` over `length` terms; `across`: whether a row of left or right is a term."""
-    B = left.shape[0]
-    span, splits = _splits(B, rows, columns, length, left.device)
-    new = torch.zeros if splits > 1 else torch.empty
-    products = new((B, rows, columns), dtype=torch.int64, device=left.device)
+    B, device = left.shape[0], left.device
+    products = torch.empty((B, rows, columns), dtype=torch.int64, device=device)
     side = [
         words.stride()[i]
         for words, a in ((left, across[0]), (right, across[1]))
         for i in ((0, 2, 1) if a else (0, 1, 2))
     ]
-    tiles = B * splits * -(-rows // ROWS) * -(-columns // COLUMNS)
-    launch(
-        products_kernel,
-        (tiles,),
-        *(left, *side[:3], right, *side[3:], products, rows, columns, length, span, splits),
-        LEFT_ACROSS=across[0],
-        RIGHT_ACROSS=across[1],
-        SPLIT=splits > 1,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-        DEPTH=DEPTH,
-        num_warps=4,
-        **OPTIONS,
-    )
+
+    def run(tile: tuple[int, int, int]) -> None:
+        height, width, num_warps = tile
+        tiles = B * -(-rows // height) * -(-columns // width)
+        span, splits = _splits(tiles, length, device)
+        if splits > 1:
+            products.zero_()
+        launch(
+            products_kernel,
+            (tiles * splits,),
+            *(left, *side[:3], right, *side[3:], products, rows, columns, length, span, splits),
+            LEFT_ACROSS=across[0],
+            RIGHT_ACROSS=across[1],
+            SPLIT=splits > 1,
+            ROWS=height,
+            COLUMNS=width,
+            DEPTH=DEPTH,
+            num_warps=num_warps,
+            **OPTIONS,
+        )
+
+    sizes = [(size - 1).bit_length() for size in (B, rows, columns, length)]
+    fastest((products_kernel.__name__, *across, *sizes), TILES, run)
     return products
 
 

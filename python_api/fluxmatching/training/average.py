@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
@@ -21,7 +21,8 @@ class MovingAverage(AveragedModel):
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Move toward the parameters of `model`; the first update, and all updates of buffers, copy."""
-        averaged, current = list(self.module.parameters()), list(model.parameters())
+        averaged: list[Tensor] = list(self.module.parameters())
+        current: list[Tensor] = list(model.parameters())
         if self.n_averaged:
             assert self.multi_avg_fn is not None
             self.multi_avg_fn(averaged, current, self.n_averaged)
