@@ -69,7 +69,8 @@ bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-max-time=0.5 --benchmark-json=bench.json
 	$(BIN)/python -m bench.report bench.json
 
-# With the PyTorch and Triton of PYTHON itself, which suit the card's driver; pytest is all else it needs.
+# With the PyTorch and Triton of PYTHON itself, which suit the card's driver; it needs pytest and what the networks of
+# the benchmarks import: diffusers, lightning, matplotlib, tyro, and torchdiffeq. pytest-xdist makes the tests quicker.
 gpu:
 	PYTHONPATH=$(CURDIR):$(CURDIR)/python_api:$$PYTHONPATH $(PYTHON) -m bench.gpu $(if $(COMMIT),--commit $(COMMIT))
 

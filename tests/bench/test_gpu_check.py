@@ -327,7 +327,7 @@ def test_the_report_copes_with_files_cut_short(progress: Progress, tmp_path: Pat
     }
     progress.save()
     text = report.report(tmp_path)
-    assert "| score | a | 1 ms | 1.0e+09 | – | – |" in text
+    assert "| score | a | 2 ms | 1 ms | 1.0e+09 | – | – |" in text
     assert "| score | b | – |" in text
     assert "| score | c | RuntimeError |" in text
     assert "tests: no summary." in text

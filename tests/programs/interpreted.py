@@ -279,6 +279,8 @@ def checks(complete: bool) -> Iterator[Check]:
                 yield case.name, dtype, limit(case, dtype), partial(errors, case, dtype, ON_KINDS, False)
         for case in CASES if complete else ():
             quick = (case.M <= MOST_REFS or case.outlier > 0) and case.name not in TILES_OF_CPU | SLOW
+            if dtype == torch.float64 and case.clusters and case.outlier:
+                continue  # see above
             if DEVICE == "cuda" or (quick and (dtype == torch.float32 or case.name in IN_FLOAT64)):
                 seeded = case.D <= triton_kernels.MOST_STREAMED or case.name in SEEDED
                 yield case.name, dtype, limit(case, dtype), partial(errors, case, dtype, ALL, seeded)
@@ -315,7 +317,12 @@ def ways() -> Iterator[Check]:
     parts = Case("parts", N=3, M=70, D=140, sigma2=50.0)
     yield "split products", torch.float32, 1e-6, patched(parts, fixed_point, ("flux_pass", "kde"), LONGEST=64)
     for tile in fixed_point.TILES:
-        yield f"tile {tile}", torch.float32, 1e-6, patched(parts, fixed_point, ("kde", "kde_backward"), TILES=(tile,))
+        yield (
+            f"tile {tile}",
+            torch.float32,
+            1e-6,
+            patched(parts, fixed_point, ("kde", "kde_backward"), TILES=(tile,) * 2),
+        )
 
 
 @contextmanager

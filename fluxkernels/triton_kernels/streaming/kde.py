@@ -8,7 +8,6 @@ import triton.language as tl
 
 from fluxkernels.triton_kernels.scalars import HALF_LOG2_E, normalized_log_density
 from fluxkernels.triton_kernels.streaming.tiles import (
-    NO_LOGIT,
     displacement,
     load_points,
     load_tile,
@@ -16,6 +15,7 @@ from fluxkernels.triton_kernels.streaming.tiles import (
     place,
     store_points,
     sweep,
+    weight,
     zeros,
 )
 
@@ -32,7 +32,7 @@ def kde_kernel(
     x = load_points(z + b * z_b, n * z_n, z_d, inside, D, ACC)
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
     scale = HALF_LOG2_E / variance
-    top, total, step = sweep(x, lane, scale, refs + b * r_b, refs, 0.0, M, D, ROWS, LANES, True, False)
+    nearest, total, step = sweep(x, lane, scale, refs + b * r_b, refs, 0.0, M, D, ROWS, LANES, True, False)
     inside = inside & (lane == 0)
     at = (b * N + n) * D
     store_points(shift, at, 1, step, inside, D)
@@ -40,7 +40,7 @@ def kde_kernel(
     for d in tl.static_range(D):
         centroid = centroid + (x[d] + step[d],)
     store_points(mean, at, 1, centroid, inside, D)
-    log_p = normalized_log_density(total, -top / scale, variance, M, D)
+    log_p = normalized_log_density(total, nearest, variance, M, D)
     tl.store(log_density + b * N + n, log_p.to(log_density.dtype.element_ty), mask=inside)
 
 
@@ -54,10 +54,10 @@ def logit_cotangent(e, step, v, g, D: tl.constexpr):
 
 
 @triton.jit
-def add_query_cotangents(gradient, of_variance, x, scale, top, step, v, g, points, k, inside, D: tl.constexpr):
+def add_query_cotangents(gradient, of_variance, x, scale, nearest, step, v, g, points, k, inside, D: tl.constexpr):
     """Add Σ_d c (r - x)_d and c |r - x|² of reference point k, where c is the cotangent of its logit."""
     e, a = displacement(x, points, k, D)
-    w = tl.exp2(tl.where(inside, a * -scale - top, NO_LOGIT))
+    w = tl.where(inside, weight(a, nearest, scale), 0.0)
     c = w * logit_cotangent(e, step, v, g, D)
     summed = ()
     for d in tl.static_range(D):
@@ -80,7 +80,7 @@ def kde_backward_queries_kernel(
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
     scale = HALF_LOG2_E / variance
     base = refs + b * r_b
-    top, total, step = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
+    nearest, total, step = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
     of_shift = load_points(g_shift + b * gs_b, n * gs_n, gs_d, inside, D, ACC)
     of_mean = load_points(g_mean + b * gm_b, n * gm_n, gm_d, inside, D, ACC)
     g = tl.load(g_log_density + b * gl_b + n * gl_n, mask=inside, other=0.0).to(ACC)
@@ -95,13 +95,13 @@ def kde_backward_queries_kernel(
         at += ROWS * LANES * D
         for k in tl.static_range(ROWS):
             gradient, of_variance = add_query_cotangents(
-                gradient, of_variance, x, scale, top, step, v, g, points, k, True, D
+                gradient, of_variance, x, scale, nearest, step, v, g, points, k, True, D
             )
     for start in range(whole * (ROWS * LANES), M, LANES):
         exists = start + lane < M
         points = load_points(base, (start + lane).to(tl.int64) * D, 1, exists, D, ACC)
         gradient, of_variance = add_query_cotangents(
-            gradient, of_variance, x, scale, top, step, v, g, points, 0, exists, D
+            gradient, of_variance, x, scale, nearest, step, v, g, points, 0, exists, D
         )
     inverse = 1 / total
     written = inside & (lane == 0)
@@ -114,7 +114,7 @@ def kde_backward_queries_kernel(
     of_variance = 0.5 * (over_lanes(of_variance, LANES) * inverse / variance - D * g) / variance
     tl.store(g_sigma2 + b * N + n, of_variance.to(g_sigma2.dtype.element_ty), mask=written)
     row = b * p_b + n * WIDTH
-    for_refs = x + step + scaled + (g * inverse, -scale, top, 1 / variance)
+    for_refs = x + step + scaled + (g * inverse, scale, nearest, 1 / variance)
     store_points(packed, row, 1, for_refs, written, 3 * D + 4)
 
 
@@ -126,7 +126,7 @@ def add_ref_cotangents(gradient, r, query, k, D: tl.constexpr, WIDTH: tl.constex
         x = x + (query[k * WIDTH + d],)
         step = step + (query[k * WIDTH + D + d],)
         v = v + (query[k * WIDTH + 2 * D + d],)
-    g, scale, top, precision = (
+    g, scale, nearest, precision = (
         query[k * WIDTH + 3 * D],
         query[k * WIDTH + 3 * D + 1],
         query[k * WIDTH + 3 * D + 2],
@@ -138,7 +138,7 @@ def add_ref_cotangents(gradient, r, query, k, D: tl.constexpr, WIDTH: tl.constex
         difference = r[d] - x[d]
         e = e + (difference,)
         a = difference * difference if d == 0 else a + difference * difference
-    w = tl.exp2(a * scale - top)
+    w = weight(a, nearest, scale)
     c = logit_cotangent(e, step, v, g, D) * precision
     summed = ()
     for d in tl.static_range(D):

@@ -41,7 +41,7 @@ def langevin_kernel(
     # A pass begins with a step of noise alone, and computes the mean after each step; a chain computes it before.
     for k in range(steps + PASS):
         if not PASS:
-            _top, _total, shift = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
+            _nearest, _total, shift = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
         stream, step, size = CHAIN, k, spread
         if PASS:
             stream, step = tl.where(k == 0, START, CHAIN), tl.where(k == 0, 0, k - 1)
@@ -59,7 +59,7 @@ def langevin_kernel(
             moved = moved + (to,)
         x = moved
         if PASS:
-            _top, _total, shift = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
+            _nearest, _total, shift = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
             if k == 0:
                 store_points(x0_out, row * D, 1, x, written, D)
                 store_points(shift0_out, row * D, 1, shift, written, D)

@@ -21,10 +21,10 @@ from fluxkernels.triton_kernels.streaming.tiles import (
 
 
 @triton.jit
-def add_moment(moment, x, f, scale, top, step, points, k, inside, D: tl.constexpr):
+def add_moment(moment, x, f, scale, nearest, step, points, k, inside, D: tl.constexpr):
     """Add w_k e_k [e_k·f - (a_k - least)/σ²] of reference point k, with the weight relative to that of the nearest."""
     e, a = displacement(x, points, k, D)
-    logit = tl.where(inside, a * -scale - top, NO_LOGIT)
+    logit = tl.where(inside, (nearest - a) * scale, NO_LOGIT)
     centered = ()
     along = logit * (1 / HALF_LOG2_E)
     for d in tl.static_range(D):
@@ -52,7 +52,7 @@ def residual_kernel(
     variance = tl.load(sigma2 + b * s_b + n * s_n, mask=inside, other=1.0).to(ACC)
     scale = HALF_LOG2_E / variance
     base = refs + b * r_b
-    top, total, step = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
+    nearest, total, step = sweep(x, lane, scale, base, base, 0.0, M, D, ROWS, LANES, True, False)
     moment = zeros(x[0], D)
     at = base + lane * (ROWS * D)
     whole = M // (ROWS * LANES)
@@ -60,11 +60,11 @@ def residual_kernel(
         points = load_tile(at, ROWS * D, ACC)
         at += ROWS * LANES * D
         for k in tl.static_range(ROWS):
-            moment = add_moment(moment, x, f, scale, top, step, points, k, True, D)
+            moment = add_moment(moment, x, f, scale, nearest, step, points, k, True, D)
     for start in range(whole * (ROWS * LANES), M, LANES):
         exists = start + lane < M
         points = load_points(base, (start + lane).to(tl.int64) * D, 1, exists, D, ACC)
-        moment = add_moment(moment, x, f, scale, top, step, points, 0, exists, D)
+        moment = add_moment(moment, x, f, scale, nearest, step, points, 0, exists, D)
     result = ()
     for d in tl.static_range(D):
         of_points = over_lanes(moment[d], LANES) / total

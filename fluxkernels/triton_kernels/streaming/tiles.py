@@ -102,18 +102,29 @@ def moved_displacement(x, points, moves, pull, k, D: tl.constexpr):
     out = ()
     square = 0.0
     for d in tl.static_range(D):
-        e = (points[k * D + d] - x[d]) + pull * moves[k * D + d]
+        # Fused by name, so that every kernel finds the same distance of a pair.
+        e = tl.fma(pull, moves[k * D + d], points[k * D + d] - x[d])
         out = out + (e,)
         square = e * e if d == 0 else square + e * e
     return out, square
 
 
 @triton.jit
+def weight(a, nearest, scale):
+    """exp(-a/2σ²) relative to that of the least squared distance, exactly 1 for the least.
+
+    The difference comes first: a·scale - nearest·scale in one fused multiply-add would leave the rounding of the second
+    product, which is of any size for far queries, and the weight would be 0 or infinite.
+    """
+    return tl.exp2((nearest - a) * scale)
+
+
+@triton.jit
 def add_tile(
-    top, total, shift, x, scale, points, moves, pull, inside,
+    nearest, total, shift, x, scale, points, moves, pull, inside,
     D: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
-    """Add the ROWS reference points of a tile, or those `inside`, to the softmax (top, total, shift) of `sweep`."""
+    """Add the ROWS reference points of a tile, or those `inside`, to the softmax (nearest, total, shift) of `sweep`."""
     e = ()
     a = ()
     for k in tl.static_range(ROWS):
@@ -126,8 +137,8 @@ def add_tile(
     least = a[0]
     for k in tl.static_range(1, ROWS):
         least = tl.minimum(least, a[k])
-    higher = tl.maximum(top, least * -scale)
-    keep = tl.exp2(top - higher)
+    lower = tl.minimum(nearest, least)
+    keep = tl.exp2((lower - nearest) * scale)
     total = total * keep
     if MEAN:
         kept = ()
@@ -135,14 +146,14 @@ def add_tile(
             kept = kept + (shift[d] * keep,)
         shift = kept
     for k in tl.static_range(ROWS):
-        w = tl.exp2(a[k] * -scale - higher)
+        w = weight(a[k], lower, scale)
         total += w
         if MEAN:
             added = ()
             for d in tl.static_range(D):
                 added = added + (shift[d] + w * e[k * D + d],)
             shift = added
-    return higher, total, shift
+    return lower, total, shift
 
 
 @triton.jit
@@ -152,12 +163,11 @@ def sweep(
 ):  # fmt: skip
     """Online softmax of the logits -|x - r_j|² scale log 2 over all reference points `[M, D]`.
 
-    Returns (greatest logit in powers of two, as rounded; total of the weights relative to it; m - x or zeros). `scale`
-    is log₂e/2σ²: the hardware computes powers of two. Relative to the rounded logit, a weight is a power of one fused
-    multiply-add. With MOVED, the reference points are r + pull·move instead.
+    Returns (least squared distance; total of the weights relative to its own; m - x or zeros). `scale` is log₂e/2σ²:
+    the hardware computes powers of two. With MOVED, the reference points are r + pull·move instead.
     """
     ACC: tl.constexpr = x[0].dtype
-    top = tl.zeros(x[0].shape, ACC) - far(ACC)
+    nearest = tl.zeros(x[0].shape, ACC) + far(ACC)
     total = tl.zeros(x[0].shape, ACC)
     shift = zeros(x[0], D if MEAN else 0)
     at = refs + lane * (ROWS * D)
@@ -170,7 +180,9 @@ def sweep(
             moves = load_tile(at_move, ROWS * D, ACC)
         at += ROWS * LANES * D
         at_move += ROWS * LANES * D
-        top, total, shift = add_tile(top, total, shift, x, scale, points, moves, pull, True, D, ROWS, MEAN, MOVED)
+        nearest, total, shift = add_tile(
+            nearest, total, shift, x, scale, points, moves, pull, True, D, ROWS, MEAN, MOVED
+        )
     for start in range(whole * (ROWS * LANES), M, LANES):
         inside = start + lane < M
         index = (start + lane).to(tl.int64) * D
@@ -178,12 +190,14 @@ def sweep(
         moves = points
         if MOVED:
             moves = load_points(move, index, 1, inside, D, ACC)
-        top, total, shift = add_tile(top, total, shift, x, scale, points, moves, pull, inside, D, 1, MEAN, MOVED)
+        nearest, total, shift = add_tile(
+            nearest, total, shift, x, scale, points, moves, pull, inside, D, 1, MEAN, MOVED
+        )
     if LANES > 1:
-        lanes = tl.reshape(top, [LANES, top.shape[0] // LANES])
-        higher = tl.reshape(tl.broadcast_to(tl.max(lanes, 0)[None, :], lanes.shape), top.shape)
-        keep = tl.exp2(top - higher)
-        top, total = higher, over_lanes(total * keep, LANES)
+        lanes = tl.reshape(nearest, [LANES, nearest.shape[0] // LANES])
+        lower = tl.reshape(tl.broadcast_to(tl.min(lanes, 0)[None, :], lanes.shape), nearest.shape)
+        keep = tl.exp2((lower - nearest) * scale)
+        nearest, total = lower, over_lanes(total * keep, LANES)
         if MEAN:
             kept = ()
             for d in tl.static_range(D):
@@ -194,4 +208,4 @@ def sweep(
         for d in tl.static_range(D):
             mean = mean + (shift[d] / total,)
         shift = mean
-    return top, total, shift
+    return nearest, total, shift

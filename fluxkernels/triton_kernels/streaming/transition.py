@@ -18,6 +18,7 @@ from fluxkernels.triton_kernels.streaming.tiles import (
     place,
     store_points,
     sweep,
+    weight,
     zeros,
 )
 
@@ -34,10 +35,10 @@ def pull_and_scale(sigma2, tau, ACC: tl.constexpr):
 
 
 @triton.jit
-def store_weight(weights, y, scale, top, inverse, points, moves, pull, k, exists, D: tl.constexpr):
+def store_weight(weights, y, scale, nearest, inverse, points, moves, pull, k, exists, D: tl.constexpr):
     """Store the weight of start k."""
     _, a = moved_displacement(y, points, moves, pull, k, D)
-    w = tl.exp2(a * -scale - top) * inverse
+    w = weight(a, nearest, scale) * inverse
     tl.store(weights, w.to(weights.dtype.element_ty), mask=exists)
 
 
@@ -54,7 +55,7 @@ def transition_weights_kernel(
     pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
     scale = tl.zeros([COLUMNS * LANES], ACC) + scale
     starts, moved = x0 + b * x_b, shift0 + b * h_b
-    top, total, _none = sweep(y, lane, scale, starts, moved, pull, N, D, ROWS, LANES, False, True)
+    nearest, total, _none = sweep(y, lane, scale, starts, moved, pull, N, D, ROWS, LANES, False, True)
     inverse = 1 / total
     at, at_move = starts + lane * (ROWS * D), moved + lane * (ROWS * D)
     out = weights + b * N * E + j
@@ -66,13 +67,13 @@ def transition_weights_kernel(
         at += ROWS * LANES * D
         at_move += ROWS * LANES * D
         for k in tl.static_range(ROWS):
-            store_weight(at_weight + k * stride, y, scale, top, inverse, points, moves, pull, k, inside, D)
+            store_weight(at_weight + k * stride, y, scale, nearest, inverse, points, moves, pull, k, inside, D)
         at_weight += ROWS * LANES * stride
     for start in range(whole * (ROWS * LANES), N, LANES):
         i = (start + lane).to(tl.int64)
         exists = inside & (i < N)
         points, moves = load_points(starts, i * D, 1, exists, D, ACC), load_points(moved, i * D, 1, exists, D, ACC)
-        store_weight(out + i * stride, y, scale, top, inverse, points, moves, pull, 0, exists, D)
+        store_weight(out + i * stride, y, scale, nearest, inverse, points, moves, pull, 0, exists, D)
 
 
 @triton.jit
@@ -84,17 +85,17 @@ def transition_ends_kernel(
     COLUMNS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Per end and COUNT columns of the values, the WIDTH adjacent numbers that `transition_average_kernel` reads: the
-    end, the greatest logit of a start, and the values over the total of the weights."""
+    end, its least squared distance from a start, and the values over the total of the weights."""
     b, j, inside, lane = place(E, COLUMNS, LANES)
     y = load_points(xt + b * t_b, j * t_n, t_d, inside, D, ACC)
     pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
     scale = tl.zeros([COLUMNS * LANES], ACC) + scale
-    top, total, _none = sweep(y, lane, scale, x0 + b * x_b, shift0 + b * h_b, pull, N, D, ROWS, LANES, False, True)
+    nearest, total, _none = sweep(y, lane, scale, x0 + b * x_b, shift0 + b * h_b, pull, N, D, ROWS, LANES, False, True)
     inverse = 1 / total
     written = inside & (lane == 0)
     row = packed + b * p_b + j * WIDTH
     for first in range(0, V, COUNT):
-        store_points(row, 0, 1, y + (top,), written, D + 1)
+        store_points(row, 0, 1, y + (nearest,), written, D + 1)
         for u in tl.static_range(COUNT):
             column = tl.zeros_like(j) + first + u
             value = tl.load(values + b * v_b + j * v_n + column * v_d, mask=written & (column < V), other=0.0).to(ACC)
@@ -103,13 +104,13 @@ def transition_ends_kernel(
 
 
 @triton.jit
-def add_values(result, point, move, scale, ends, k, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+def add_values(result, point, shift, pull, scale, ends, k, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
     """Add the values of end k of a tuple of packed numbers, times their weight: nothing if all of them are zero."""
     a = 0.0
     for d in tl.static_range(D):
-        difference = (point[d] - ends[k * WIDTH + d]) + move[d]
+        difference = tl.fma(pull, shift[d], point[d] - ends[k * WIDTH + d])  # as in `moved_displacement`
         a = difference * difference if d == 0 else a + difference * difference
-    w = tl.exp2(a * -scale - ends[k * WIDTH + D])
+    w = weight(a, ends[k * WIDTH + D], scale)
     summed = ()
     for u in tl.static_range(COUNT):
         summed = summed + (result[u] + w * ends[k * WIDTH + D + 1 + u],)
@@ -130,9 +131,6 @@ def transition_average_kernel(
     pull, scale = pull_and_scale(sigma2 + b * s_b, tau + b * a_b, ACC)
     point = load_points(x0 + b * x_b, i * D, 1, inside, D, ACC)
     shift = load_points(shift0 + b * h_b, i * D, 1, inside, D, ACC)
-    move = ()
-    for d in tl.static_range(D):
-        move = move + (pull * shift[d],)
     result = zeros(point[0], COUNT)
     base = packed + b * p_b + chunk * c_b
     at = base + lane * (ROWS * WIDTH)
@@ -141,11 +139,11 @@ def transition_average_kernel(
         ends = load_tile(at, ROWS * WIDTH, ACC)
         at += ROWS * LANES * WIDTH
         for k in tl.static_range(ROWS):
-            result = add_values(result, point, move, scale, ends, k, D, COUNT, WIDTH)
+            result = add_values(result, point, shift, pull, scale, ends, k, D, COUNT, WIDTH)
     for start in range(whole * (ROWS * LANES), E, LANES):
         exists = start + lane < E
         ends = load_points(base, (start + lane).to(tl.int64) * WIDTH, 1, exists, WIDTH, ACC)
-        result = add_values(result, point, move, scale, ends, 0, D, COUNT, WIDTH)
+        result = add_values(result, point, shift, pull, scale, ends, 0, D, COUNT, WIDTH)
     for u in tl.static_range(COUNT):
         column = tl.zeros_like(i) + chunk * COUNT + u
         value = over_lanes(result[u], LANES).to(average.dtype.element_ty)
