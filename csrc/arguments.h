@@ -24,7 +24,7 @@ struct KdeArguments {
     Shape shape;
     int threads;
     Array z, refs, sigma2;           // [B, N, D], [B, M, D], [B, N]
-    Array shift, mean, log_density;  // results: [B, N, D] twice, both or neither, and [B, N]
+    Array shift, mean, log_density;  // those results that are wanted: [B, N, D] twice, and [B, N]
 };
 
 struct KdeBackwardArguments {

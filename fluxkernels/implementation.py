@@ -9,12 +9,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+KDE_RESULTS = ("shift", "mean", "log_density")
+
 
 class Kernels(Protocol):
     """Functions of points. The first argument of each is `[B, N, D]`; results have the dtype of the arguments."""
 
-    def kde(self, z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Any, Any, Tensor]:
-        """(m(z) - z, m(z), log p̂(z)) for sigma2 `[B, N]`; without `moments` the first two are not used."""
+    def kde(
+        self, z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS
+    ) -> tuple[Any, Any, Any]:
+        """(m(z) - z, m(z), log p̂(z)) for sigma2 `[B, N]`; `results` are those that are used."""
 
     def kde_backward(
         self, g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor

@@ -16,10 +16,8 @@ static void repeat_kde(const KdeArguments& args, const std::vector<int64_t>& row
         log_density(rows, 1);
     const Shape shape{1, static_cast<int64_t>(rows.size()), args.shape.M, D};
     kde_with<Rows>({shape, 1, z.view, args.refs, sigma2.view, shift.view, mean.view, log_density.view});
-    if (args.mean) {
-        shift.place(args.shift);
-        mean.place(args.mean);
-    }
+    shift.place(args.shift);
+    mean.place(args.mean);
     log_density.place(args.log_density);
 }
 
@@ -43,22 +41,24 @@ static void kde_floats(const KdeArguments& args) {
     const int64_t B = args.shape.B, N = args.shape.N, M = args.shape.M, D = args.shape.D;
     const FloatRows refs = float_refs(args.refs, args.shape, args.threads);
     const double constant = std::log(static_cast<double>(M)) + 0.5 * D * std::log(2 * PI);
-    const bool mean = static_cast<bool>(args.mean);
+    const bool moments = args.shift || args.mean;
     each_block(B, N, FloatRows::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         const int64_t set = set_of(args.refs, b);
         KdeArguments block = args;
         for (Array* array : {&block.z, &block.sigma2, &block.shift, &block.mean, &block.log_density})
             if (*array) *array = array->at(b, first);
         block.refs = args.refs.at(b);
-        FloatQueries q(refs, set, count, mean);
+        FloatQueries q(refs, set, count, moments);
         q.take(Points{block.z}, block.sigma2, count);
-        q.sweep(mean);
+        q.sweep(moments);
         for (int64_t n = 0; n < count; ++n) {
-            const double log_density = q.log_sum(n) - constant - 0.5 * D * std::log(q.query[n].variance);
-            block.log_density.at(0, n).store(1, 1, &log_density, 1);
-            if (!mean || q.query[n].rejected) continue;
+            if (block.log_density) {
+                const double log_density = q.log_sum(n) - constant - 0.5 * D * std::log(q.query[n].variance);
+                block.log_density.at(0, n).store(1, 1, &log_density, 1);
+            }
+            if (!moments || q.query[n].rejected) continue;
             write_row(block.mean, n, D, [&](float* out) { q.mean(n, out); });
-            q.displace(n);
+            q.displace(n);  // which may reject it, too
             write_row(block.shift, n, D, [&](float* out) { q.sum.copy(n, out); });
         }
         const std::vector<int64_t> rejected = q.rejected();

@@ -20,7 +20,7 @@ public:
         int64_t head;
         bool rejected;
         // Of the present tile:
-        double best, limit, widest;
+        double best, limit, widest, added;  // added: sum of the weights in `w`
         int64_t at, live;
     };
 
@@ -89,7 +89,7 @@ public:
             weigh(from, std::min(from + columns, refs.padded), false);
         for (int64_t from = 0; from < refs.padded; from += columns) {
             const int64_t to = std::min(from + columns, refs.padded);
-            if (!one) refs.dots(set, x, rows, from, to, logit.get(), w.get(), columns);
+            if (!one) find_products(from, to);
             for (int64_t n = 0; n < rows; ++n) {
                 if (!one) weigh_again(n, from, to);
                 normalize(n, from, to);
@@ -207,8 +207,16 @@ private:
         }
     }
 
+    /// Inner products of all queries with a tile: floats in `w` if there is one panel, else doubles in `logit`.
+    void find_products(int64_t from, int64_t to) {
+        if (refs.is_one_panel())
+            refs.panel_dots(set, 0, x, rows, from, to, w.get(), columns);
+        else
+            refs.dots(set, x, rows, from, to, logit.get(), w.get(), columns);
+    }
+
     void weigh(int64_t from, int64_t to, bool mean) {
-        refs.dots(set, x, rows, from, to, logit.get(), w.get(), columns);
+        find_products(from, to);
         std::vector<int64_t> many;
         int64_t probes = 4;
         for (int64_t n = 0; n < rows; ++n) {
@@ -216,12 +224,15 @@ private:
             if (q.rejected) continue;
             find_logits(n, from, to);
             refine_best(n, from);
-            count_live(n, from, to, std::max(q.best, q.top));
+            find_weights_of_others(n, from, to);
             if (q.live > FEW) {
                 many.push_back(n);
             } else if (q.live > 0) {
                 if (probes-- > 0) probe(n, from, to);
                 repair(n, from, to, true);
+                const int64_t live = q.live;
+                find_weights_of_others(n, from, to);
+                q.live = live;
             }
         }
         if (!many.empty()) judge(many, from, to);
@@ -247,11 +258,14 @@ private:
         Query& q = query[n];
         double* y = logit.get() + n * columns;
         const double* norm = refs.norms(set) + from;
+        const float* product_of = w.get() + n * columns;
+        const bool one_panel = refs.is_one_panel();
         Vec best = broadcast(-static_cast<double>(INFINITY));
         Word at = {}, place;
         std::memcpy(&place, COUNT, sizeof place);
         for (int64_t j = 0; j < to - from; j += LANES) {
-            const Vec value = (load(y + j) * 2.0 - load(norm + j)) * q.scale;
+            const Vec product_with = one_panel ? widen(product_of + j) : load(y + j);
+            const Vec value = (product_with * 2.0 - load(norm + j)) * q.scale;
             store(y + j, value);
             at = value > best ? place : at;
             best = value > best ? value : best;
@@ -276,27 +290,54 @@ private:
         logit[n * columns + q.at] = q.best;
     }
 
-    /// Counts the reference points whose weight may be above rounding when the largest logit is `top`.
-    void count_live(int64_t n, int64_t from, int64_t to, double top) {
+    /// The weights 2^(y - top) of a tile, or 0 where that is below rounding of the sum. Counts the reference points
+    /// whose weight may be above it, given the errors of logits.
+    void find_weights(int64_t n, int64_t from, int64_t to, double top) {
         Query& q = query[n];
+        const double *y = logit.get() + n * columns, *norm = refs.norms(set) + from;
+        float* out = w.get() + n * columns;
         q.limit = top - cut_ - 2 * margin(n);
         q.live = 0;
-        if (q.best < q.limit) return;
-        const double *y = logit.get() + n * columns, *norm = refs.norms(set) + from;
+        q.widest = q.added = 0;
+        if (q.best < q.limit) {
+            std::fill_n(out, to - from, 0.0f);
+            return;
+        }
         Word live = {};
         Vec widest = {};
         for (int64_t j = 0; j < to - from; j += LANES) {
-            const auto inside = load(y + j) >= q.limit;
+            const Vec value = load(y + j), square = load(norm + j);
+            const auto inside = value >= q.limit;
             live -= reinterpret_cast<Word>(inside);
-            const Vec square = load(norm + j);
             widest = inside && square > widest ? square : widest;
+            narrow(out + j, value - top);
         }
-        q.widest = 0;
         for (int i = 0; i < LANES; ++i) {
             q.live += static_cast<int64_t>(live[i]);
             q.widest = std::max(q.widest, widest[i]);
         }
         q.widest = std::sqrt(q.widest);
+        const float cut = static_cast<float>(-cut_);
+        Floats total = {};
+        for (int64_t j = 0; j < to - from; j += FLOATS) {
+            const Floats exponent = load(out + j);
+            const Floats weight = exponent > cut ? power_of_two(exponent) : Floats{};
+            store(out + j, weight);
+            total += weight;
+        }
+        q.added = static_cast<double>(FLUX_TARGET::sum(total));
+    }
+
+    /// The same relative to the largest logit so far. If that is in this tile it will be the head, which has no entry.
+    void find_weights_of_others(int64_t n, int64_t from, int64_t to) {
+        Query& q = query[n];
+        double& largest = logit[n * columns + q.at];
+        if (!(q.best > q.top)) return find_weights(n, from, to, q.top);
+        largest = -INFINITY;
+        find_weights(n, from, to, q.best);
+        largest = q.best;
+        ++q.live;
+        q.widest = std::max(q.widest, std::sqrt(refs.norms(set)[from + q.at]));
     }
 
     /// |x_n - r_j|^2 from exact differences; x is exact_.
@@ -372,12 +413,10 @@ private:
     /// What rounding errors of squared distances are proportional to.
     double size(const Query& q) const { return (std::sqrt(q.norm) + q.widest) * q.widest + 1e-300; }
 
-    /// Weights of a tile relative to the largest so far, which becomes the head and has no entry.
+    /// Adds the weights of a tile; its largest logit, if it is the largest so far, becomes the head.
     void settle(int64_t n, int64_t from, int64_t to, bool mean) {
         Query& q = query[n];
-        double* y = logit.get() + n * columns;
-        const bool rises = q.best > q.top;
-        if (rises) {
+        if (q.best > q.top) {
             if (q.head >= 0) {
                 const double factor = std::exp2(q.top - q.best);
                 if (mean) push(n, from + q.at, factor);
@@ -386,36 +425,19 @@ private:
             }
             q.head = from + q.at;
             q.top = q.best;
-            y[q.at] = -INFINITY;
         }
-        float* to_row = w.get() + n * columns;
-        const double added = powers(y, to - from, q.top, 1, to_row);
-        if (rises) y[q.at] = q.best;
-        q.rest += added;
+        q.rest += q.added;
         if (!mean) return;
         if (q.live > FEW) {
-            q.share += added;
+            q.share += q.added;
             return;
         }
+        float* to_row = w.get() + n * columns;
         for (int64_t j = 0; q.live > 0 && j < to - from; ++j)
             if (to_row[j] != 0) {
                 add_difference(n, static_cast<double>(to_row[j]), from + j, q.head);
                 to_row[j] = 0;
             }
-    }
-
-    /// w_j = factor 2^(y_j - top), or 0 where that is below rounding of the sum; returns their sum.
-    double powers(const double* y, int64_t count, double top, float factor, float* out) const {
-        for (int64_t j = 0; j < count; ++j) out[j] = static_cast<float>(y[j] - top);
-        const float cut = static_cast<float>(-cut_);
-        Floats total = {};
-        for (int64_t j = 0; j < count; j += FLOATS) {
-            const Floats exponent = load(out + j);
-            const Floats weight = exponent > cut ? power_of_two(exponent) * factor : Floats{};
-            store(out + j, weight);
-            total += weight;
-        }
-        return static_cast<double>(FLUX_TARGET::sum(total));
     }
 
     /// Scales what was summed, and makes reference point j the head instead.
@@ -448,9 +470,10 @@ private:
             return;
         }
         find_logits(n, from, to);
-        count_live(n, from, to, q.top);
-        if (q.live > 0 && q.live <= FEW) repair(n, from, to, false);
-        powers(logit.get() + n * columns, to - from, q.top, 1, to_row);
+        find_weights(n, from, to, q.top);
+        if (q.live == 0 || q.live > FEW) return;
+        repair(n, from, to, false);
+        find_weights(n, from, to, q.top);
     }
 
     void normalize(int64_t n, int64_t from, int64_t to) {

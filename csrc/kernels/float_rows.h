@@ -189,6 +189,7 @@ public:
     double widest(int64_t set) const { return widest_[static_cast<size_t>(set)]; }
     float* row(int64_t set, int64_t panel, int64_t j) const { return panels.row(panel, set * padded + j); }
 
+    bool is_one_panel() const { return panels.count == 1; }
     /// out_nj = v_n . r_j for rows of v and reference points [from, to). `scratch` is as large as `out`.
     void dots(int64_t set, const Panels& v, int64_t rows, int64_t from, int64_t to, double* out, float* scratch,
               int64_t out_pitch) const {
@@ -202,6 +203,24 @@ public:
                     store(total + j, p == 0 ? added : load(total + j) + added);
                 }
             }
+        }
+    }
+
+    /// The same over one panel.
+    __attribute__((noinline)) void panel_dots(int64_t set, int64_t panel, const Panels& v, int64_t rows, int64_t from,
+                                              int64_t to, float* out, int64_t out_pitch) const {
+        for (int64_t j = from; j < to; j += 8) {
+            int64_t n = 0;
+            const auto pairs = [&](auto height) {
+                constexpr int HERE = decltype(height)::value;
+                for (; n + HERE <= rows; n += HERE)
+                    for (int64_t u = j; u < j + 8; u += 4)
+                        products<HERE>(v.row(panel, n), row(set, panel, u), panels.width(panel),
+                                       out + n * out_pitch + u - from, out_pitch);
+            };
+            pairs(std::integral_constant<int, QUERIES>{});
+            pairs(std::integral_constant<int, 2>{});
+            pairs(std::integral_constant<int, 1>{});
         }
     }
 
@@ -237,23 +256,6 @@ private:
             if (j < M && !(total <= widest)) widest = total;  // a NaN stays
         }
         widest_[static_cast<size_t>(set)] = std::sqrt(widest);
-    }
-
-    __attribute__((noinline)) void panel_dots(int64_t set, int64_t panel, const Panels& v, int64_t rows, int64_t from,
-                                              int64_t to, float* out, int64_t out_pitch) const {
-        for (int64_t j = from; j < to; j += 8) {
-            int64_t n = 0;
-            const auto pairs = [&](auto height) {
-                constexpr int HERE = decltype(height)::value;
-                for (; n + HERE <= rows; n += HERE)
-                    for (int64_t u = j; u < j + 8; u += 4)
-                        products<HERE>(v.row(panel, n), row(set, panel, u), panels.width(panel),
-                                       out + n * out_pitch + u - from, out_pitch);
-            };
-            pairs(std::integral_constant<int, QUERIES>{});
-            pairs(std::integral_constant<int, 2>{});
-            pairs(std::integral_constant<int, 1>{});
-        }
     }
 
     /// The products of HEIGHT rows and four reference points over one panel.

@@ -12,15 +12,15 @@ static void kde_with(const KdeArguments& args) {
     each_block(B, N, Refs::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         Queries<Refs> q(refs, source.set_of(b), count);
         q.take(args.z.at(b, first), args.sigma2.at(b, first), count);
-        q.sweep(static_cast<bool>(args.mean));
+        q.sweep(args.shift || args.mean);
+        if (args.shift) args.shift.at(b, first).store(count, D, q.moment.get(), q.pitch);
         if (args.mean) {
-            args.shift.at(b, first).store(count, D, q.moment.get(), q.pitch);
             for (int64_t n = 0; n < count; ++n)
                 for (int64_t d = 0; d < D; ++d) q.at(q.moment, n)[d] += q.at(q.x, n)[d];
             q.decenter(q.moment.get());
             args.mean.at(b, first).store(count, D, q.moment.get(), q.pitch);
         }
-        for (int64_t n = 0; n < count; ++n) {
+        for (int64_t n = 0; args.log_density && n < count; ++n) {
             const double log_density =
                 std::log(q.total[n]) - q.least[n] * q.scale[n] - constant - 0.5 * D * std::log(q.variance[n]);
             args.log_density.at(b, first + n).store(1, 1, &log_density, 1);

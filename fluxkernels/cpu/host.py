@@ -11,6 +11,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fluxkernels.implementation import KDE_RESULTS
+
 _import_error: ImportError | None = None
 try:
     # Not `from fluxkernels.cpu import`, which reports a missing module as a circular import.
@@ -63,10 +65,13 @@ def normal(seed: Tensor, shape: Sequence[int], stream: int, dtype: torch.dtype) 
     return numbers.to(dtype)
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor | None, Tensor | None, Tensor]:
+def kde(
+    z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     shape = _shape(z, refs)
-    shift, mean = (_empty(z), _empty(z)) if moments else (None, None)
-    log_density = z.new_empty((shape[0], shape[1]))
+    shift = _empty(z) if "shift" in results else None
+    mean = _empty(z) if "mean" in results else None
+    log_density = z.new_empty((shape[0], shape[1])) if "log_density" in results else None
     _kernels.kde(shape, torch.get_num_threads(), z, refs, sigma2, shift, mean, log_density)
     return shift, mean, log_density
 

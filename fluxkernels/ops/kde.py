@@ -83,7 +83,7 @@ def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str |
         BackendError: the requested backend cannot run here.
     """
     groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
-    shift, _, _ = kde_op(z, refs, variance, name)
+    shift, _, _ = kde_op(z, refs, variance, name, results=("shift",))
     return groups.unflatten(quotient(shift, variance.unsqueeze(-1)))
 
 
@@ -93,7 +93,7 @@ def kde_mean(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | 
     Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N, D]`, in units of x.
     """
     groups, z, refs, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
-    _, mean, _ = kde_op(z, refs, variance, name)
+    _, mean, _ = kde_op(z, refs, variance, name, results=("mean",))
     return groups.unflatten(mean)
 
 
@@ -103,5 +103,5 @@ def kde_log_density(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend:
     Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N]`, in nats.
     """
     groups, z, refs, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
-    _, _, log_density = kde_op(z, refs, variance, name, moments=False)
+    _, _, log_density = kde_op(z, refs, variance, name, results=("log_density",))
     return groups.unflatten(log_density)

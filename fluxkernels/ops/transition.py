@@ -101,7 +101,9 @@ def _prepare(
         groups.per_group("sigma2", variance),
         groups.per_group("tau", time),
     )
-    shift0, _, _ = kde_op(start, groups.points(refs), variance.unsqueeze(-1).expand(start.shape[:2]), name)
+    shift0, _, _ = kde_op(
+        start, groups.points(refs), variance.unsqueeze(-1).expand(start.shape[:2]), name, results=("shift",)
+    )
     return Transition(groups, start, shift0, groups.points(xt), variance, time, name)
 
 

@@ -1,12 +1,14 @@
 """Kernel density estimate (Eq. 7): displacement to the weighted mean, log-density, and their derivatives."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from fluxkernels.devices import has_values
+from fluxkernels.implementation import KDE_RESULTS
 from fluxkernels.reference.blocks import DIRECT_DIMENSIONS, blocks, center, map_blocks, upcast
 
 # Dimensions whose differences are formed at once, for all pairs of a block, where values cannot be read.
@@ -76,11 +78,12 @@ def kde_backward_formula(
     return g_z, g_refs, g_sigma2
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS) -> tuple[Tensor, Tensor, Tensor]:
     """(m(z) - z, m(z), log p̂(z)) for z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`; each rounded once."""
     dtype = z.dtype
     z, refs, origin = center(z, refs)
-    mean, log_density = map_blocks(partial(kde_formula, moments=moments), (z, *upcast(sigma2)), (refs,))
+    formula = partial(kde_formula, moments="shift" in results or "mean" in results)
+    mean, log_density = map_blocks(formula, (z, *upcast(sigma2)), (refs,))
     return (mean - z).to(dtype), (mean + origin).to(dtype), log_density.to(dtype)
 
 

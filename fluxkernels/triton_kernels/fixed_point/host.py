@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fluxkernels.implementation import KDE_RESULTS
 from fluxkernels.triton_kernels.fixed_point.kde import (
     derivative_results_kernel,
     gathered_results_kernel,
@@ -242,14 +243,14 @@ def _blocks(
             yield at, _Block(points, at[1], x[at], refs[group], sigma2[at])
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, D), M = z.shape, refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
     z, refs = widened(z, refs)
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block, log_density=log_density[at], relative=True)
-            if not moments:
+            if "shift" not in results and "mean" not in results:
                 continue
             B, N = weights.totals.shape
             sums = _products(weights.words, block.points.right, N, D, M, across=(False, True))

@@ -4,12 +4,13 @@ Inner products with the reference points run on the matrix units, give the weigh
 the matrix units again. A chain runs in Gram space. Queries are taken in blocks, so that matrices of pairs stay small.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fluxkernels.implementation import KDE_RESULTS
 from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
 from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
 from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
@@ -158,7 +159,7 @@ def _gather(weights: Tensor, values: Tensor, out: Tensor, pull: tuple[Tensor, Te
     )
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, _), M = z.shape, refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
     z, refs = widened(z, refs)
@@ -166,7 +167,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[
         for group, rows in _blocks(B, N, M):
             block = z[group, rows]
             weights, _, log_density[group, rows] = _weights(block, refs[group], sigma2[group, rows])
-            if moments:
+            if "shift" in results or "mean" in results:
                 shift[group, rows], mean[group, rows] = _combine(weights, block, refs[group])
     return shift, mean, log_density
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxkernels.implementation import KDE_RESULTS
 from fluxkernels.triton_kernels.launch import launch_streaming, on_device_of, random_arguments, rows, strided, wide
 from fluxkernels.triton_kernels.streaming.kde import (
     kde_backward_queries_kernel,
@@ -101,8 +102,8 @@ def _group(t: Tensor) -> tuple[Tensor, int]:
     return t, t.stride(0)
 
 
-def kde(z: Tensor, refs: Tensor, sigma2: Tensor, moments: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    # The moments, which one kernel sums with the rest, cost little here.
+def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS) -> tuple[Tensor, Tensor, Tensor]:
+    # One kernel sums all of them: none costs much.
     N, M = z.shape[1], refs.shape[1]
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:-1])
     with on_device_of(z):
