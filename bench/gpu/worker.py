@@ -113,6 +113,8 @@ def measure(
             with torch.no_grad():
                 if name == OURS:
                     row["bound"] = run.task.tolerance()
+                if name == COMPILED:
+                    row["mode"] = run.compiled
                 if name in (OURS, COMPILED):
                     found |= errors(run)
                 row |= {"seconds": on_gpu(call), "memory": gpu_peak_memory(call, beyond_present=True)}

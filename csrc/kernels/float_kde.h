@@ -58,6 +58,7 @@ static void kde_floats(const KdeArguments& args) {
             }
             if (!moments || q.query[n].rejected) continue;
             write_row(block.mean, n, D, [&](float* out) { q.mean(n, out); });
+            if (!block.shift) continue;
             q.displace(n);  // which may reject it, too
             write_row(block.shift, n, D, [&](float* out) { q.sum.copy(n, out); });
         }

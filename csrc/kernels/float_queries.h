@@ -79,7 +79,8 @@ public:
     }
 
     /// Calls visit(from, to) for tiles of reference points. `w` then holds the weights, which sum to one over all
-    /// tiles, and `logit` their logits, both [rows, columns]; those of rejected queries are 0.
+    /// tiles, and `logit` their logits, both [rows, columns]; weights of rejected queries are 0, their logits
+    /// undefined.
     template <class Visit>
     void visit_weights(Visit visit) {
         tolerance_ = TOLERANCE;
@@ -328,7 +329,8 @@ private:
         q.added = static_cast<double>(FLUX_TARGET::sum(total));
     }
 
-    /// The same relative to the largest logit so far. If that is in this tile it will be the head, which has no entry.
+    /// Weights of a tile relative to the largest logit so far. If that is in this tile it will be the head, which has
+    /// no entry.
     void find_weights_of_others(int64_t n, int64_t from, int64_t to) {
         Query& q = query[n];
         double& largest = logit[n * columns + q.at];

@@ -190,6 +190,7 @@ public:
     float* row(int64_t set, int64_t panel, int64_t j) const { return panels.row(panel, set * padded + j); }
 
     bool is_one_panel() const { return panels.count == 1; }
+
     /// out_nj = v_n . r_j for rows of v and reference points [from, to). `scratch` is as large as `out`.
     void dots(int64_t set, const Panels& v, int64_t rows, int64_t from, int64_t to, double* out, float* scratch,
               int64_t out_pitch) const {
@@ -206,7 +207,7 @@ public:
         }
     }
 
-    /// The same over one panel.
+    /// Inner products over one panel, in float32.
     __attribute__((noinline)) void panel_dots(int64_t set, int64_t panel, const Panels& v, int64_t rows, int64_t from,
                                               int64_t to, float* out, int64_t out_pitch) const {
         for (int64_t j = from; j < to; j += 8) {

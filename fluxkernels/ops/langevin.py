@@ -76,7 +76,7 @@ def _chain_of_ops(
     variance = sigma2.unsqueeze(-1).expand(x.shape[:2])
     dtype = x.dtype
     for k in range(num_steps):
-        shift, _, _ = kde_op(x, refs, variance, backend)
+        shift, _, _ = kde_op(x, refs, variance, backend, results=("shift",))
         x = (x - torch.expm1(-h) * shift + diffusion * noise[k]).to(dtype)
     return x
 
@@ -99,7 +99,8 @@ def _pass_of_ops(
     x0 = (x + sigma2.view(-1, 1, 1).sqrt() * start).to(x.dtype)
     xt = _chain_of_ops(x0, refs, sigma2, tau, num_steps, None if noise is None else noise[1:], seed, backend)
     variance = sigma2.unsqueeze(-1).expand(x.shape[:2])
-    return x0, kde_op(x0, refs, variance, backend)[0], xt, kde_op(xt, refs, variance, backend)[0]
+    shift0, shift_t = (kde_op(end, refs, variance, backend, results=("shift",))[0] for end in (x0, xt))
+    return x0, shift0, xt, shift_t
 
 
 register_recomputed_autograd(langevin_chain_op, _chain_of_ops)

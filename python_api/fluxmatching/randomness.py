@@ -78,11 +78,15 @@ class SharedRandomNumbers:
         return result
 
 
+class UnequalMasksError(RuntimeError):
+    """Two evaluations do not call dropout in the same way."""
+
+
 class SharedDropout:
     """Masks of `torch.nn.functional.dropout` in one evaluation, kept for the next: the quick way for most networks.
 
-    Calls of functions are looked at instead of every operation. Other random numbers are not shared: whether there were
-    any is for `random_numbers_noticed` to say.
+    Calls of functions are looked at instead of every operation. Other random numbers are not shared;
+    `random_numbers_noticed` tells whether there were any.
     """
 
     def __init__(self) -> None:
@@ -99,14 +103,14 @@ class SharedDropout:
         """Use the recorded masks inside the block, in their order.
 
         Raises:
-            RuntimeError: the block needs more masks than the recorded one did, or others.
+            UnequalMasksError: the block needs more masks than the recorded one did, or others.
         """
         waiting = iter(self._masks)
 
         def replay(x: Tensor, probability: float) -> Tensor:
             mask = next(waiting, None)
             if mask is None or mask.shape != x.shape:
-                raise RuntimeError(
+                raise UnequalMasksError(
                     "the field draws other masks of dropout in one evaluation than in another one; a finite difference "
                     "needs the same random numbers in both"
                 )
@@ -116,9 +120,8 @@ class SharedDropout:
             yield
 
     def _draw(self, x: Tensor, probability: float) -> Tensor:
-        mask = torch.empty_like(x).bernoulli_(1 - probability).mul_(1 / (1 - probability) if probability < 1 else 0.0)
-        self._masks.append(mask)
-        return mask
+        self._masks.append(torch.empty_like(x).bernoulli_(1 - probability).bool())
+        return self._masks[-1]
 
 
 class _Dropout(TorchFunctionMode):
@@ -136,8 +139,12 @@ class _Dropout(TorchFunctionMode):
         """`torch.nn.functional.dropout`."""
         if not training or p == 0:
             return functional.dropout(input, p, training, inplace)
-        mask = self.mask_of(input.detach(), p)
-        return input.mul_(mask) if inplace else input * mask
+        mask, scale = self.mask_of(input.detach(), p), 1 / (1 - p) if p < 1 else 0.0
+        return input.mul_(mask).mul_(scale) if inplace else input * mask * scale
+
+
+for _function in (_Dropout.__torch_function__, _Dropout.drop):
+    skip_code(_function.__code__)  # see `fluxmatching.field_modules`
 
 
 class _Dispatch(TorchDispatchMode):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from fluxmatching import Draws, LossNormalizer, ODESolver, log_likelihood
 from fluxmatching.field_modules import DetachedParameters, networks_of, reachable_from
 from fluxmatching.losses.second_derivatives import endpoint_gradient
+from fluxmatching.randomness import SharedDropout
 from tests.support.losses import annealed_loss, flux_loss, target_of
 
 F64 = torch.float64
@@ -455,24 +456,43 @@ class TestShareOfEndpoints:
 
 
 class DropoutAndOthers(nn.Module):
-    """A field with a layer of dropout, and other random numbers if asked for."""
+    """Layers of dropout, one of them twice, and other random numbers: noise, or ones that leave a layer out."""
 
-    def __init__(self, other: bool) -> None:
+    def __init__(self, other: str, dropout: float = 0.5) -> None:
         super().__init__()
-        self.net, self.other = mlp(nn.Dropout(0.5)), other
+        self.first, self.last, self.dropout, self.other = mlp(), mlp(), nn.Dropout(dropout), other
+        self.inplace = nn.Dropout(0.2, inplace=True)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.net(z) + (0.1 * z * torch.rand_like(z) if self.other else 0)
+        hidden = self.dropout(self.first(z))
+        if self.other != "layers" or torch.rand(()) < 0.5:
+            hidden = hidden + self.inplace(self.dropout(self.last(z)))
+        return hidden + (0.1 * z * torch.rand_like(z) if self.other == "noise" else 0)
 
 
-@pytest.mark.parametrize("other", [False, True])
-def test_dropout_beside_other_random_numbers(other: bool) -> None:
+@pytest.mark.parametrize(("other", "dropout"), [("none", 0.5), ("noise", 0.5), ("layers", 0.5), ("none", 1.0)])
+def test_dropout_beside_other_random_numbers(other: str, dropout: float) -> None:
     """A difference of unequal masks or numbers over a small step would be large."""
-    field, z = DropoutAndOthers(other), torch.randn(6, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(3)
+    field, z = DropoutAndOthers(other, dropout), torch.randn(6, 2, dtype=F64)
     found = [
         endpoint_gradient(field, z, torch.zeros_like(z), torch.ones_like(z), method="finite_difference")[0]
         for _ in range(20)
     ]
-    assert all(gradient.abs().max() < 50 for gradient in found)
-    assert not torch.equal(found[0], found[1])
+    assert all(gradient.abs().max() < 20 for gradient in found)
+    assert dropout == 1 or not torch.equal(found[0], found[1])
+
+
+def test_shared_dropout_is_that_of_pytorch() -> None:
+    x = torch.ones(1000, dtype=torch.bfloat16)
+    for p in (0.1, 0.5, 1.0):
+        shared = SharedDropout()
+        torch.manual_seed(1)
+        with shared.recorded():
+            first = torch.nn.functional.dropout(x, p)
+        with shared.replayed():
+            second = torch.nn.functional.dropout(x.clone(), p, inplace=True)
+        assert torch.equal(first, second)
+        assert first.unique().tolist() == sorted({0.0, *([] if p == 1 else [float(x[0] * (1 / (1 - p)))])})
+    with shared.replayed(), pytest.raises(RuntimeError, match="draws other masks"):
+        torch.nn.functional.dropout(x[:10], 0.5)

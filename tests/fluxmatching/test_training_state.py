@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fluxmatching import FluxMatching, Trainer, TrainingError, dsm_loss
+from fluxmatching.training.average import MovingAverage
 from tests.support.training import OPTIONS, ChangedLoss, assert_same, data, loss, model, trained
 
 
@@ -294,3 +296,22 @@ def test_precisions_of_the_engine_train(precision: str) -> None:
     trainer = trained(replace(OPTIONS, precision=precision))
     kind = torch.float64 if precision == "64-true" else torch.float32
     assert all(p.dtype == kind and p.isfinite().all() for p in trainer.loss.parameters())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float32), (torch.float32, torch.float64)])
+def test_moving_average_is_that_of_pytorch(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Also where parameters differ in dtype, one is frozen and one is shared."""
+    net = torch.nn.ModuleList([torch.nn.Linear(3, 3, dtype=dtype) for dtype in dtypes])
+    net[0].bias.requires_grad_(False)
+    net.append(net[0])
+    net.register_buffer("kept", torch.zeros(2))
+    ours, theirs = MovingAverage(net, 0.9), AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(3):
+        with torch.no_grad():
+            for tensor in (*net.parameters(), *net.buffers()):
+                tensor.add_(torch.randn_like(tensor))
+        for average in (ours, theirs):
+            average.update_parameters(net)
+        assert int(ours.n_averaged) == step + 1
+        for got, expected in zip(ours.module.state_dict().values(), theirs.module.state_dict().values(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)

@@ -9,7 +9,7 @@ TRITON_INTERPRET, which prevents compilation.
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -51,7 +51,10 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], D: int) -> dict[str, 
     }
 
 
-def problems(capability: int) -> Iterator[tuple[torch.dtype, tuple[int, int, int], int, list[str] | None]]:
+Problem = tuple[torch.dtype, tuple[int, int, int], int, list[str] | None]
+
+
+def problems(capability: int) -> Iterator[Problem]:
     """Yield (dtype, sizes, dimensions, names of functions or None for all)."""
     few = ["kde", "flux_pass"]
     if capability != 90:
@@ -69,16 +72,26 @@ def problems(capability: int) -> Iterator[tuple[torch.dtype, tuple[int, int, int
     yield torch.float64, SMALL, 200, [*few, "kde_backward", "transition_average"]
 
 
+def record(processors: int, wanted: Iterable[Problem]) -> None:
+    """Launch all kernels of the problems, as for a GPU with so many multiprocessors."""
+    many = {"multiprocessors": lambda device: processors}
+    with (
+        mock.patch.multiple(fixed_point, **many),
+        mock.patch.multiple(gram, **many),
+        mock.patch.object(launch, "layouts", return_value=launch.LAYOUTS[:1]),
+    ):
+        for dtype, sizes, D, names in wanted:
+            for name, call in calls(dtype, sizes, D).items():
+                if names is None or name in names:
+                    call()
+
+
 def launches(capability: int) -> Iterator[Launch]:
-    """Yield every launch that is compiled anew."""
+    """Yield every launch that is compiled anew: those of few points, then those that fill the GPU."""
     seen = set()
-    many = {"multiprocessors": lambda device: MULTIPROCESSORS}
-    with recorded() as found, mock.patch.multiple(fixed_point, **many), mock.patch.multiple(gram, **many):
-        for dtype, sizes, D, names in problems(capability):
-            with mock.patch.object(launch, "layouts", return_value=launch.LAYOUTS[:1]):
-                for name, call in calls(dtype, sizes, D).items():
-                    if names is None or name in names:
-                        call()
+    with recorded() as found:
+        record(MULTIPROCESSORS, problems(capability))
+        record(1, [(torch.float32, SMALL, 17, ["kde", "flux_pass"])])
     for each in found:
         constants = {p.name for p in each.kernel.params if p.is_constexpr}
         kinds = {

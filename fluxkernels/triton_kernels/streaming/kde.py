@@ -137,7 +137,7 @@ def add_ref_cotangents(gradient, r, query, k, D: tl.constexpr, WIDTH: tl.constex
     for d in tl.static_range(D):
         difference = r[d] - x[d]
         e = e + (difference,)
-        a = difference * difference if d == 0 else a + difference * difference
+        a = difference * difference if d == 0 else tl.fma(difference, difference, a)
     w = weight(a, nearest, scale)
     c = logit_cotangent(e, step, v, g, D) * precision
     summed = ()

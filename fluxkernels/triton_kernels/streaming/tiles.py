@@ -84,6 +84,7 @@ def far(ACC: tl.constexpr):
     return 1e308 if ACC == tl.float64 else 3e38
 
 
+# Multiply-adds of distances are fused by name: every kernel then finds the same distance of a pair, to the last bit.
 @triton.jit
 def displacement(x, points, k, D: tl.constexpr):
     """(r - x as a tuple, |r - x|²) for entry k of a tuple of coordinates."""
@@ -92,7 +93,7 @@ def displacement(x, points, k, D: tl.constexpr):
     for d in tl.static_range(D):
         e = points[k * D + d] - x[d]
         out = out + (e,)
-        square = e * e if d == 0 else square + e * e
+        square = e * e if d == 0 else tl.fma(e, e, square)
     return out, square
 
 
@@ -102,10 +103,9 @@ def moved_displacement(x, points, moves, pull, k, D: tl.constexpr):
     out = ()
     square = 0.0
     for d in tl.static_range(D):
-        # Fused by name, so that every kernel finds the same distance of a pair.
         e = tl.fma(pull, moves[k * D + d], points[k * D + d] - x[d])
         out = out + (e,)
-        square = e * e if d == 0 else square + e * e
+        square = e * e if d == 0 else tl.fma(e, e, square)
     return out, square
 
 

@@ -109,7 +109,7 @@ def add_values(result, point, shift, pull, scale, ends, k, D: tl.constexpr, COUN
     a = 0.0
     for d in tl.static_range(D):
         difference = tl.fma(pull, shift[d], point[d] - ends[k * WIDTH + d])  # as in `moved_displacement`
-        a = difference * difference if d == 0 else a + difference * difference
+        a = difference * difference if d == 0 else tl.fma(difference, difference, a)
     w = weight(a, ends[k * WIDTH + D], scale)
     summed = ()
     for u in tl.static_range(COUNT):

@@ -13,6 +13,7 @@ a directional derivative of one vector-Jacobian product. Four methods compute it
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
@@ -24,7 +25,13 @@ from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
 from fluxmatching.engines import is_in_half_precision
 from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, own_generators, pull_back
 from fluxmatching.fields import Field, call_field
-from fluxmatching.randomness import SharedDropout, SharedRandomNumbers, random_layers, random_numbers_noticed
+from fluxmatching.randomness import (
+    SharedDropout,
+    SharedRandomNumbers,
+    UnequalMasksError,
+    random_layers,
+    random_numbers_noticed,
+)
 
 # The annotations of torch allow for has_aux, and so for results of two or three parts.
 _jvp: Any = torch.func.jvp
@@ -282,16 +289,21 @@ def _pull_back_both(
             "the field is compiled and draws random numbers, which differ between the two sides of a finite "
             "difference; call eval(), or give the loss the field before torch.compile"
         )
-    if layers and all(type(layer) is nn.Dropout for layer in layers):
+    if layers and all(type(layer) is nn.Dropout and layer not in _BESIDE_OTHERS for layer in layers):
         both = _pull_back_with_shared_dropout(field, points, cotangents)
         if both is not None:
             return both
+        _BESIDE_OTHERS.update(layers)
     numbers = SharedRandomNumbers()
     with numbers.recorded():
         first = _pull_back(field, points[0], cotangents[0])
     with numbers.replayed():
         second = _pull_back(field, points[1], cotangents[1])
     return first, second
+
+
+# Layers of dropout beside which a field has drawn other random numbers: the quick way does not suit it.
+_BESIDE_OTHERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 # The network is not compiled here, for it draws masks that are kept in a list.
@@ -303,9 +315,18 @@ def _pull_back_with_shared_dropout(
     dropout = SharedDropout()
     with dropout.recorded():
         first = _pull_back(field, points[0], cotangents[0])
-    with random_numbers_noticed(points[0].device, _own_generators(field)) as drew, dropout.replayed():
-        second = _pull_back(field, points[1], cotangents[1])
-    return None if drew() else (first, second)
+    unequal: UnequalMasksError | None = None
+    with random_numbers_noticed(points[0].device, _own_generators(field)) as drew:
+        try:
+            with dropout.replayed():
+                second = _pull_back(field, points[1], cotangents[1])
+        except UnequalMasksError as error:  # other random numbers may decide which layers there are
+            unequal = error
+    if drew():
+        return None
+    if unequal is not None:
+        raise unequal
+    return first, second
 
 
 def _pull_back_at_once(field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]) -> Pulled:
