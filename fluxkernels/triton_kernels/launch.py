@@ -75,6 +75,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; interpreted kernels have enough."""
+    return (
+        int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) if device.type == "cuda" else 2**20
+    )
+
+
 def on_device_of(t: Tensor) -> AbstractContextManager[Any]:
     """Launch kernels on the device of `t`, which need not be the current device."""
     if not t.is_cuda or t.get_device() == torch.cuda.current_device():

@@ -69,12 +69,13 @@ def compilations(capability: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("capability", [90, *(pytest.param(other, marks=complete_only) for other in (100, 120))])
 def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
-    """Almost nothing spills, shared memory suffices, and products have the type of their package."""
+    """Loops do not spill, shared memory suffices, and products have the type of their package."""
     rows = compilations(capability)
     assert {row["kernel"] for row in rows} >= {"kde_kernel", "langevin_kernel", "products_kernel", "chain_kernel"}
     largest = {90: 227, 100: 227, 120: 99}[capability] * 1024
-    # Bytes per thread: every release of the assembler spills a few words.
-    assert [row for row in rows if row["stack"] > 64 or row["shared"] > largest] == []
+    # Bytes per thread: every release of the assembler spills a few words. Some kernels spill sums after their loops, once.
+    spilled = [row for row in rows if row["stack"] > 64 and row["spills in loops"]]
+    assert spilled + [row for row in rows if row["shared"] > largest] == []
     in_products = {(row["package"], row["kernel"]): row["products"] for row in rows if row["products"]}
     float64 = {"gram": ["f64"]} if capability != 120 else {}  # sm_120 has no matrix units for float64
     assert set(in_products) >= {(package, name) for package in float64 for name in ("products_kernel", "chain_kernel")}

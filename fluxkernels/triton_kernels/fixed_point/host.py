@@ -36,6 +36,7 @@ from fluxkernels.triton_kernels.launch import (
     multiprocessors,
     on_device_of,
     random_arguments,
+    shared_memory,
     strided,
     widened,
 )
@@ -54,9 +55,10 @@ MOST_REFS = 1024
 # Dimensions up to which sums of products of words fit in 64 bits.
 MOST_DIMENSIONS = 2**16
 CHAINS = 16  # chains that one program runs together
-# (rows, columns, warps) of a tile of the product. The larger one loads fewer words, and on an H200 takes 0.78 times as
-# long; but many tiles are needed to fill a GPU, and where terms are rows of the arrays it takes 1.3 times as long.
-TILES = ((32, 64, 4), (128, 64, 8))
+# (rows, columns, warps, bytes of shared memory) of a tile of the product. The larger one loads fewer words, and on an
+# H200 takes 0.78 times as long; but many tiles are needed to fill a GPU, and where terms are rows of the arrays it takes
+# 1.3 times as long.
+TILES = ((32, 64, 4, 49152), (128, 64, 8, 114688))
 DEPTH = 64  # terms of a tile at once
 LONGEST = 2**15  # terms whose sums of products of digits fit in 32 bits
 MOST_SPLITS = 8
@@ -88,10 +90,10 @@ def _splits(tiles: int, length: int, device: torch.device) -> tuple[int, int]:
     return span, -(-length // span)
 
 
-def _tile_for(B: int, rows: int, columns: int, device: torch.device) -> tuple[int, int, int]:
-    """The largest tile of TILES of which there are enough for the whole GPU."""
-    wanted = 2 * multiprocessors(device)
-    fitting = [tile for tile in TILES if B * -(-rows // tile[0]) * -(-columns // tile[1]) >= wanted]
+def _tile_for(B: int, rows: int, columns: int, device: torch.device) -> tuple[int, int, int, int]:
+    """The largest tile of TILES that fits, and of which there are enough for the whole GPU."""
+    wanted, most = 2 * multiprocessors(device), shared_memory(device)
+    fitting = [tile for tile in TILES if tile[3] <= most and B * -(-rows // tile[0]) * -(-columns // tile[1]) >= wanted]
     return (fitting or TILES[:1])[-1]
 
 
@@ -106,7 +108,7 @@ def _products(
         for words, a in ((left, across[0]), (right, across[1]))
         for i in ((0, 2, 1) if a else (0, 1, 2))
     ]
-    height, width, num_warps = TILES[0] if any(across) else _tile_for(B, rows, columns, device)
+    height, width, num_warps, _ = TILES[0] if any(across) else _tile_for(B, rows, columns, device)
     tiles = B * -(-rows // height) * -(-columns // width)
     span, splits = _splits(tiles, length, device)
     if splits > 1:
