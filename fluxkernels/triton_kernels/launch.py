@@ -78,9 +78,10 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may have; interpreted kernels have enough."""
-    return (
-        int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin) if device.type == "cuda" else 2**20
-    )
+    if device.type != "cuda":
+        return 2**20
+    # PyTorch's types do not name it; 99 KiB is what the smaller cards have.
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 * 1024))
 
 
 def on_device_of(t: Tensor) -> AbstractContextManager[Any]:

@@ -56,8 +56,8 @@ MOST_REFS = 1024
 MOST_DIMENSIONS = 2**16
 CHAINS = 16  # chains that one program runs together
 # (rows, columns, warps, bytes of shared memory) of a tile of the product. The larger one loads fewer words, and on an
-# H200 takes 0.78 times as long; but many tiles are needed to fill a GPU, and where terms are rows of the arrays it takes
-# 1.3 times as long.
+# H200 takes 0.78 times as long; but many tiles are needed to fill a GPU, and where terms are rows of the arrays it
+# takes 1.3 times as long.
 TILES = ((32, 64, 4, 49152), (128, 64, 8, 114688))
 DEPTH = 64  # terms of a tile at once
 LONGEST = 2**15  # terms whose sums of products of digits fit in 32 bits
