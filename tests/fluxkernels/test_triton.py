@@ -73,7 +73,7 @@ def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
     rows = compilations(capability)
     assert {row["kernel"] for row in rows} >= {"kde_kernel", "langevin_kernel", "products_kernel", "chain_kernel"}
     largest = {90: 227, 100: 227, 120: 99}[capability] * 1024
-    # Bytes per thread: every release of the assembler spills a few words. Some kernels spill sums after their loops, once.
+    # Bytes per thread: every release of the assembler spills a few words, and some kernels sums after their loops.
     spilled = [row for row in rows if row["stack"] > 64 and row["spills in loops"]]
     assert spilled + [row for row in rows if row["shared"] > largest] == []
     in_products = {(row["package"], row["kernel"]): row["products"] for row in rows if row["products"]}
