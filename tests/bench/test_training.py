@@ -149,13 +149,13 @@ def test_gpu_report_has_no_figure_of_a_wrong_answer() -> None:
     graph = {"graph": {"median": 1e-3}, "limit_seconds": 5e-4, "pairs_per_second": 1e9}
     results = {**GPU_ORIGIN, "tests": None}
     baselines = [gpu_row("plain PyTorch", 0.01, 1e-4), gpu_row("KeOps", 0.002, 0.5)]
-    lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 1e-6, **graph), *baselines]})
-    assert "| score | tiny | 1 ms | 1.0e+09 | 50% | 10 × | – | wrong | 1 / 1 | 1e-06 / 1e-04 / 5e-01 |" in lines
+    lines = gpu_report.table(results | {"rows": [gpu_row("triton", 2e-3, 1e-6, **graph), *baselines]})
+    assert "| score | tiny | 2 ms | 1 ms | 1.0e+09 | 50% | 5 × | – | wrong | 1 / 1 | 1e-06 / 1e-04 / 5e-01 |" in lines
     unjudged = {name: value for name, value in baselines[0].items() if name != "error"}
-    lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 1e-6, **graph), unjudged]})
-    assert "| score | tiny | 1 ms | 1.0e+09 | 50% | wrong | – | – | 1 / – | 1e-06 / – / – |" in lines
+    lines = gpu_report.table(results | {"rows": [gpu_row("triton", 2e-3, 1e-6, **graph), unjudged]})
+    assert "| score | tiny | 2 ms | 1 ms | 1.0e+09 | 50% | wrong | – | – | 1 / – | 1e-06 / – / – |" in lines
     lines = gpu_report.table(results | {"rows": [gpu_row("triton", 1e-3, 0.9, **graph), *baselines]})
-    assert "| score | tiny | wrong | | | | | | | 9e-01 / 1e-04 / 5e-01 |" in lines
+    assert "| score | tiny | wrong | | | | | | | | 9e-01 / 1e-04 / 5e-01 |" in lines
 
 
 def test_gpu_report_shows_training_steps() -> None:
