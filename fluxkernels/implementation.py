@@ -12,6 +12,11 @@ from torch import Tensor
 KDE_RESULTS = ("shift", "mean", "log_density")
 
 
+def wants_mean(results: Sequence[str]) -> bool:
+    """Return True if one of these results of `kde` needs the weighted mean of the reference points."""
+    return "shift" in results or "mean" in results
+
+
 class Kernels(Protocol):
     """Functions of points. The first argument of each is `[B, N, D]`; results have the dtype of the arguments."""
 

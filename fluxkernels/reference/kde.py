@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels.devices import has_values
-from fluxkernels.implementation import KDE_RESULTS
+from fluxkernels.implementation import KDE_RESULTS, wants_mean
 from fluxkernels.reference.blocks import DIRECT_DIMENSIONS, blocks, center, map_blocks, upcast
 
 # Dimensions whose differences are formed at once, for all pairs of a block, where values cannot be read.
@@ -82,7 +82,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RE
     """(m(z) - z, m(z), log p̂(z)) for z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]`; each rounded once."""
     dtype = z.dtype
     z, refs, origin = center(z, refs)
-    formula = partial(kde_formula, moments="shift" in results or "mean" in results)
+    formula = partial(kde_formula, moments=wants_mean(results))
     mean, log_density = map_blocks(formula, (z, *upcast(sigma2)), (refs,))
     return (mean - z).to(dtype), (mean + origin).to(dtype), log_density.to(dtype)
 

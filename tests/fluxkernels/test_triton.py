@@ -73,8 +73,12 @@ def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
     rows = compilations(capability)
     assert {row["kernel"] for row in rows} >= {"kde_kernel", "langevin_kernel", "products_kernel", "chain_kernel"}
     largest = {90: 227, 100: 227, 120: 99}[capability] * 1024
-    # Bytes per thread: every release of the assembler spills a few words, and some kernels sums after their loops.
-    spilled = [row for row in rows if row["stack"] > 64 and row["spills in loops"]]
+    # Bytes per thread: every release of the assembler spills a few words, and two kernels sums outside of their loops.
+    spilled = [
+        row
+        for row in rows
+        if row["stack"] > 64 and (row["spills in loops"] or row["kernel"] not in ("products_kernel", "chain_kernel"))
+    ]
     assert spilled + [row for row in rows if row["shared"] > largest] == []
     in_products = {(row["package"], row["kernel"]): row["products"] for row in rows if row["products"]}
     float64 = {"gram": ["f64"]} if capability != 120 else {}  # sm_120 has no matrix units for float64

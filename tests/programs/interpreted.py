@@ -317,12 +317,7 @@ def ways() -> Iterator[Check]:
     parts = Case("parts", N=3, M=70, D=140, sigma2=50.0)
     yield "split products", torch.float32, 1e-6, patched(parts, fixed_point, ("flux_pass", "kde"), LONGEST=64)
     for tile in fixed_point.TILES:
-        yield (
-            f"tile {tile}",
-            torch.float32,
-            1e-6,
-            patched(parts, fixed_point, ("kde", "kde_backward"), TILES=(tile,) * 2),
-        )
+        yield f"tile {tile}", torch.float32, 1e-6, patched(parts, fixed_point, ("kde", "kde_backward"), TILES=(tile,))
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fluxkernels.implementation import KDE_RESULTS
+from fluxkernels.implementation import KDE_RESULTS, wants_mean
 from fluxkernels.triton_kernels.fixed_point.kde import (
     derivative_results_kernel,
     gathered_results_kernel,
@@ -252,7 +252,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RE
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block, log_density=log_density[at], relative=True)
-            if "shift" not in results and "mean" not in results:
+            if not wants_mean(results):
                 continue
             B, N = weights.totals.shape
             sums = _products(weights.words, block.points.right, N, D, M, across=(False, True))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxkernels.implementation import KDE_RESULTS
+from fluxkernels.implementation import KDE_RESULTS, wants_mean
 from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
 from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
 from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
@@ -167,7 +167,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RE
         for group, rows in _blocks(B, N, M):
             block = z[group, rows]
             weights, _, log_density[group, rows] = _weights(block, refs[group], sigma2[group, rows])
-            if "shift" in results or "mean" in results:
+            if wants_mean(results):
                 shift[group, rows], mean[group, rows] = _combine(weights, block, refs[group])
     return shift, mean, log_density
 

@@ -315,18 +315,14 @@ def _pull_back_with_shared_dropout(
     dropout = SharedDropout()
     with dropout.recorded():
         first = _pull_back(field, points[0], cotangents[0])
-    unequal: UnequalMasksError | None = None
-    with random_numbers_noticed(points[0].device, _own_generators(field)) as drew:
-        try:
-            with dropout.replayed():
-                second = _pull_back(field, points[1], cotangents[1])
-        except UnequalMasksError as error:  # other random numbers may decide which layers there are
-            unequal = error
-    if drew():
-        return None
-    if unequal is not None:
-        raise unequal
-    return first, second
+    try:
+        with random_numbers_noticed(points[0].device, _own_generators(field)) as drew, dropout.replayed():
+            second = _pull_back(field, points[1], cotangents[1])
+    except UnequalMasksError:
+        if not drew():
+            raise
+        return None  # other random numbers decide which layers there are
+    return None if drew() else (first, second)
 
 
 def _pull_back_at_once(field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]) -> Pulled:

@@ -25,7 +25,8 @@ class MovingAverage(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Move toward the parameters of `model`; the first update, and all updates of buffers, copy."""
         if not self.is_uniform:
-            return super().update_parameters(model)
+            super().update_parameters(model)
+            return
         averaged: list[Tensor] = list(self.module.parameters())
         current: list[Tensor] = list(model.parameters())
         if self.n_averaged:
@@ -37,4 +38,3 @@ class MovingAverage(AveragedModel):
         for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             kept.copy_(buffer)
         self.n_averaged += 1
-        return None
