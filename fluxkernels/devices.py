@@ -76,15 +76,12 @@ def is_plain(t: Tensor) -> bool:
 
 def is_plain_call(arguments: Sequence[object]) -> bool:
     """Return True if a call of an op may skip PyTorch's dispatcher, which would only pass it on to the backend."""
-    if not is_eager():
-        return False
-    grad = torch.is_grad_enabled()
-    for t in arguments:
-        if not isinstance(t, Tensor):
-            continue
-        if (grad and t.requires_grad) or not is_plain(t):
-            return False
-    return True
+    return is_eager() and all(is_plain(t) for t in arguments if isinstance(t, Tensor))
+
+
+def needs_derivatives(arguments: Sequence[object]) -> bool:
+    """Return True if autograd records a call with these arguments."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in arguments if isinstance(t, Tensor))
 
 
 def is_part_of_graph(t: Tensor) -> bool:

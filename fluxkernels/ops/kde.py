@@ -38,8 +38,12 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, str], output:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    return *kde_backward_op(*cotangents, *ctx.saved_tensors, ctx.backend), None
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    z, refs, sigma2 = ctx.saved_tensors
+    shapes = z.shape, z.shape, z.shape[:-1]
+    # A result that the call left out has no cotangent.
+    filled = (z.new_zeros(shape) if g is None else g for g, shape in zip(cotangents, shapes, strict=True))
+    return *kde_backward_op(*filled, z, refs, sigma2, ctx.backend), None
 
 
 kde_op.register_autograd(_backward, setup_context=_setup_context)

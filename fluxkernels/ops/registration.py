@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fluxkernels import reference
 from fluxkernels.backend import implementation
-from fluxkernels.devices import check_derivatives_traceable, is_plain_call, no_autocast
+from fluxkernels.devices import check_derivatives_traceable, is_plain_call, needs_derivatives, no_autocast
 from fluxkernels.transforms import transforms_active
 
 Formula = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -20,7 +20,8 @@ class Op:
 
     Autocast is switched off inside: a kernel density estimate computed in bfloat16 has no correct digit.
 
-    A plain call goes straight to the backend: PyTorch's dispatcher takes longer than a small kernel.
+    A plain call goes straight to the backend, with derivatives through `_DirectCall`: PyTorch's dispatcher takes longer
+    than a small kernel.
 
     `torch.library` supports reverse-mode derivatives only: under `torch.func` and in forward mode a registered op would
     raise or, worse, silently lose the tangent. There the reference formula runs instead, which PyTorch can transform.
@@ -41,11 +42,15 @@ class Op:
         self.reference: Callable[..., Any] = getattr(reference, name)
         self.registered = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
         self.registered.register_fake(fake)
+        self.backward: Callable[..., Any] | None = None
+        self.setup_context: Callable[..., None] | None = None
 
     def __call__(self, *args: Any, **hints: Any) -> Any:
         """Call the op; hints tell a backend what it may leave out, which only a plain call can."""
         *inputs, backend = args
         if is_plain_call(inputs):
+            if self.setup_context is not None and needs_derivatives(inputs):
+                return _DirectCall.apply(self, hints, *args)
             return getattr(implementation(backend), self.name)(*inputs, **hints)
         if not transforms_active():
             return self.registered(*args)
@@ -53,7 +58,25 @@ class Op:
             return self.reference(*inputs)
 
     def register_autograd(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+        """Differentiate the op by these functions, which are those of `torch.library.register_autograd`."""
+        self.backward, self.setup_context = backward, setup_context
         self.registered.register_autograd(backward, setup_context=setup_context)
+
+
+class _DirectCall(torch.autograd.Function):
+    """A plain call of an op, with its derivatives."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, hints: dict[str, Any], *args: Any) -> Any:
+        *inputs, backend = args
+        output = getattr(implementation(backend), op.name)(*inputs, **hints)
+        ctx.op = op
+        op.setup_context(ctx, args, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.op.backward(ctx, *cotangents)
 
 
 def _no_autocast(inputs: Sequence[Any]) -> AbstractContextManager[object]:
@@ -109,6 +132,7 @@ def register_recomputed_autograd(op: Op, formula: Formula | None = None) -> None
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
         inputs = [next(tensors) if is_tensor else next(others) for is_tensor in ctx.is_tensor]
-        return tuple(vector_jacobian(formula, inputs, ctx.needs_input_grad, cotangents))
+        needs = ctx.needs_input_grad[-len(inputs) :]
+        return tuple(vector_jacobian(formula, inputs, needs, cotangents))
 
     op.register_autograd(backward, setup_context=setup_context)

@@ -99,16 +99,65 @@ def test_the_generators_numbers_are_the_same(op: Op, monkeypatch: pytest.MonkeyP
         assert all(map(torch.equal, fast, slow))
 
 
+def with_derivatives(given: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().requires_grad_() if isinstance(v, Tensor) else v for k, v in given.items()}
+
+
 @BY_OP
 def test_plain_calls_with_gradients_off(op: Op, dispatched: list[str]) -> None:
-    given = {k: v.requires_grad_() if isinstance(v, Tensor) else v for k, v in inputs().items()}
+    given = with_derivatives(inputs())
     for off in (torch.no_grad, torch.inference_mode):
         with off():
-            op.call(given)
-            op.call(inputs())
+            results = [*tensors(op.call(given), given["x"]), *tensors(op.call(inputs()), given["x"])]
+        assert not any(r.requires_grad for r in results)
     assert not dispatched
-    op.call(given)
+
+
+def derivatives(op: Op, given: dict[str, Any], **options: Any) -> list[Tensor]:
+    """First derivatives of an op in all of its arguments, and those of their squares."""
+    given = with_derivatives(given)
+    leaves = [v for v in given.values() if isinstance(v, Tensor)]
+    results = [r for r in tensors(op.call(given, **options), given["x"]) if r.requires_grad]
+    first = torch.autograd.grad(
+        results, leaves, [torch.cos(r.detach()) for r in results], create_graph=True, allow_unused=True
+    )
+    total = torch.stack([g.square().sum() for g in first if g is not None]).sum()
+    second = torch.autograd.grad(total, leaves, allow_unused=True)
+    return [g for g in (*first, *second) if g is not None]
+
+
+@BY_OP
+@pytest.mark.parametrize("numbers", [True, False], ids=["numbers", "tensors"])
+def test_derivatives_are_those_of_the_dispatcher(
+    op: Op, numbers: bool, dispatched: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(torch.float64, (2,), numbers)
+    options: dict[str, Any] = {"seed": 3} if op.noise else {}
+    fast = derivatives(op, given, **options)
+    assert fast and not dispatched
+    with dispatcher(monkeypatch):
+        slow = derivatives(op, given, **options)
     assert dispatched
+    for a, b in zip(fast, slow, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_modes_and_hooks_of_autograd_see_a_plain_call(backend: str) -> None:
+    x, refs = torch.randn(5, 2, requires_grad=True), torch.randn(4, 2)
+    saved: list[Tensor] = []
+
+    def pack(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        score = fk.kde_score(x, refs, 0.5)
+    assert any(t.shape[-2:] == refs.shape for t in saved)
+    (once,) = torch.autograd.grad(score.sum(), x, retain_graph=True)
+    (batched,) = torch.autograd.grad(score, x, torch.ones(3, *score.shape), is_grads_batched=True)
+    torch.testing.assert_close(batched, once.expand(3, -1, -1))
+    checkpointed = torch.utils.checkpoint.checkpoint(lambda t: fk.kde_score(t, refs, 0.5), x, use_reentrant=False)
+    assert torch.equal(torch.autograd.grad(checkpointed.sum(), x)[0], once)
 
 
 class Functions(TorchFunctionMode):
