@@ -42,14 +42,12 @@ class Op:
         self.reference: Callable[..., Any] = getattr(reference, name)
         self.registered = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
         self.registered.register_fake(fake)
-        self.backward: Callable[..., Any] | None = None
-        self.setup_context: Callable[..., None] | None = None
 
     def __call__(self, *args: Any, **hints: Any) -> Any:
         """Call the op; hints tell a backend what it may leave out, which only a plain call can."""
         *inputs, backend = args
         if is_plain_call(inputs):
-            if self.setup_context is not None and needs_derivatives(inputs):
+            if needs_derivatives(inputs):
                 return _DirectCall.apply(self, hints, *args)
             return getattr(implementation(backend), self.name)(*inputs, **hints)
         if not transforms_active():
