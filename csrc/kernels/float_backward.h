@@ -39,6 +39,7 @@ public:
             square += v.square(n, p);
         }
         sums[n].length = std::sqrt(square);
+        vanish_ = (n == 0 || vanish_) && square == 0;
         sums[n].constant = constant;
         sums[n].slope = slope;
     }
@@ -72,6 +73,9 @@ public:
         }
     }
 
+    /// Whether the vectors of all queries are 0, as with a cotangent of the log-density alone.
+    bool vanish() const { return vanish_; }
+
     /// Squared distance to the head.
     double nearest(int64_t n) const { return q_.query[n].norm - q_.query[n].top / q_.query[n].scale; }
 
@@ -81,6 +85,10 @@ public:
 
 private:
     void find_dots(int64_t from, int64_t to) {
+        if (vanish_) {
+            std::fill_n(dot_.get(), q_.rows * q_.columns, 0.0);
+            return;
+        }
         q_.refs.dots(q_.set, v, q_.rows, from, to, dot_.get(), c.get(), q_.columns);
         for (int64_t n = 0; n < q_.rows; ++n) {
             const FloatQueries::Query& query = q_.query[n];
@@ -170,6 +178,7 @@ private:
 
     FloatQueries& q_;
     Buffer<double> dot_;
+    bool vanish_ = true;
 };
 
 /// Computes the cotangents of some queries of a block anew in float64; those of the reference points are added to
@@ -246,7 +255,7 @@ static void kde_backward_floats(const KdeBackwardArguments& args) {
                 k.take(n, block.g_shift, block.g_mean, block.g_log_density.number(0, n), 0);
             }
             k.visit([&](int64_t from, int64_t to) {
-                outer.add(q.w.get(), 1, q.columns, to - from, count, k.v, 0, g_refs, from);
+                if (!k.vanish()) outer.add(q.w.get(), 1, q.columns, to - from, count, k.v, 0, g_refs, from);
                 k.set_heads(from, to, false);
                 for (int64_t n = 0; n < count; ++n) {
                     const auto scale = static_cast<float>(1 / q.query[n].variance);
