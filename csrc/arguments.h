@@ -38,6 +38,7 @@ struct ResidualArguments {
     Shape shape;
     int threads;
     Array z, field, refs, sigma2;
+    Array factor;    // [B, N] or none
     Array gradient;  // result, [B, N, D]
 };
 

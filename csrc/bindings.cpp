@@ -139,10 +139,12 @@ void kde_backward(const Sizes& sizes, int threads, View g_shift, View g_mean, Vi
                              array(z), array(refs), array(sigma2), array(g_z), array(g_refs), array(g_sigma2)});
 }
 
-void residual_gradient(const Sizes& sizes, int threads, View z, View field, View refs, View sigma2, View gradient) {
+void residual_gradient(const Sizes& sizes, int threads, View z, View field, View refs, View sigma2, View factor,
+                       View gradient) {
     const Shape shape = shape_of(sizes);
-    run(chosen.load()->residual_gradient, ResidualArguments{shape, threads_for(shape, threads), array(z), array(field),
-                                                            array(refs), array(sigma2), array(gradient)});
+    run(chosen.load()->residual_gradient,
+        ResidualArguments{shape, threads_for(shape, threads), array(z), array(field), array(refs), array(sigma2),
+                          array(factor), array(gradient)});
 }
 
 void langevin(const Sizes& sizes, int threads, int64_t steps, View noise, int64_t between, uint64_t seed, View x,

@@ -54,8 +54,10 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(x0, m(x0) - x0, x_τ, m(x_τ) - x_τ) for noise `[1 + num_steps, B, N, D]` or a seed `[]`."""
 
-    def residual_gradient(self, z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
-        """J_s f - ∇(Δp̂/p̂) `[B, N, D]` for a field `[B, N, D]` and sigma2 `[B, N]`."""
+    def residual_gradient(
+        self, z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None
+    ) -> Tensor:
+        """J_s f - c ∇(Δp̂/p̂) `[B, N, D]` for a field `[B, N, D]`, sigma2 and factors c `[B, N]`, None for 1."""
 
     def transition_weights(self, x0: Tensor, shift0: Tensor, xt: Tensor, sigma2: Tensor, tau: Tensor) -> Tensor:
         """w `[B, N, N']` for shift0 = m(x0) - x0, ends `[B, N', D]`, sigma2 and tau `[B]`."""

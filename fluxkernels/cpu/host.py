@@ -85,9 +85,9 @@ def kde_backward(
     return results
 
 
-def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None) -> Tensor:
     gradient = _empty(z)
-    _kernels.residual_gradient(_shape(z, refs), torch.get_num_threads(), z, field, refs, sigma2, gradient)
+    _kernels.residual_gradient(_shape(z, refs), torch.get_num_threads(), z, field, refs, sigma2, factor, gradient)
     return gradient
 
 

@@ -48,6 +48,7 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], D: int) -> dict[str, 
         "transition_average": lambda: of.transition_average(x, x, x, field, per_group, per_group),
         "transition_weights": lambda: of.transition_weights(x, x, x, per_group, per_group),
         "residual_gradient": lambda: of.residual_gradient(x, field, refs, per_query),
+        "residual_gradient with a factor": lambda: of.residual_gradient(x, field, refs, per_query, per_query),
         "kde_backward": lambda: of.kde_backward(field, field, field[..., 0], x, refs, per_query),
     }
 

@@ -142,6 +142,10 @@ def errors(case: Case, dtype: torch.dtype, names: Collection[str] = ALL, seeded:
                     truth = getattr(reference, kernel.name)(*double(args))
                     results = [f"{name}: {result}" for result in kernel.results]
                     found |= compare(results, as_tuple(got), as_tuple(truth))
+    if "residual_gradient" in names:
+        args = z, field, refs, sigma2, inputs["g_log_density"]
+        got, truth = triton_kernels.residual_gradient(*args), reference.residual_gradient(*double(args))
+        found |= compare(["residual_gradient with a factor: residual"], (got,), (truth,))
     return found
 
 

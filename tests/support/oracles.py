@@ -70,15 +70,15 @@ def transition_average(x0: Array, xt: Array, values: Array, refs: Array, sigma2:
     return transition_weights(x0, xt, refs, sigma2, tau) @ values.astype(np.longdouble)
 
 
-def residual_gradient(z: Array, field: Array, refs: Array, sigma2: float) -> Array:
-    """J_s f - ∇(Δp̂/p̂) from the covariances of the design's closed form, written out."""
+def residual_gradient(z: Array, field: Array, refs: Array, sigma2: float, factor: float = 1.0) -> Array:
+    """J_s f - c ∇(Δp̂/p̂) from the covariances of the design's closed form, written out."""
     w, a, difference, _ = kde_weights(z, refs, sigma2)
     s2 = np.longdouble(sigma2)
     shift = np.einsum("nm,nmd->nd", w, difference)
     e = difference - shift[:, None]
     covariance_f = np.einsum("nm,nmd,nm->nd", w, e, np.einsum("nmd,nd->nm", e, field.astype(np.longdouble)))
     covariance_a = np.einsum("nm,nmd,nm->nd", w, e, a)
-    return (covariance_f / s2 - field) / s2 - (-2 * shift + covariance_a / s2) / s2**2
+    return (covariance_f / s2 - field) / s2 - np.longdouble(factor) * (-2 * shift + covariance_a / s2) / s2**2
 
 
 def relative_error(got: Array, truth: Array) -> float:

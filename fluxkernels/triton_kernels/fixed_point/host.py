@@ -282,7 +282,7 @@ class _Moments:
         out: Tensor,
         *,
         added: Tensor,
-        g_log_density: Tensor | None = None,
+        g: Tensor | None = None,
         g_sigma2: Tensor | None = None,
     ) -> None:
         points, _, x, refs, sigma2 = block
@@ -294,16 +294,17 @@ class _Moments:
         self.scales = torch.empty((B, N), dtype=torch.float64, device=device)
         self.coefficients = torch.empty((B, N, M), dtype=torch.float32, device=device)
         self.sizes = torch.empty((B, N), dtype=torch.float32, device=device)
-        residual = g_log_density is None
-        g = sigma2 if g_log_density is None else g_log_density
+        residual = g_sigma2 is None
+        source = sigma2 if g is None else g  # a placeholder that is never read
         launch(
             moments_kernel,
             (B * N,),
             *(weights.logits, weights.totals, weights.heaviest, weights.least, along),
-            *(points.exponents, self.field.exponents, self.field.valid, *strided(field, refs, sigma2, g)),
+            *(points.exponents, self.field.exponents, self.field.valid, *strided(field, refs, sigma2, source)),
             *(self.words, self.scales, self.coefficients, self.sizes),
             *(self.sizes if g_sigma2 is None else g_sigma2, N, M, D, width),
             RESIDUAL=residual,
+            GIVEN=g is not None,
             **_vector(M),
         )
         sums = _products(self.words, points.right, N, D, M, across=(False, True))
@@ -311,8 +312,9 @@ class _Moments:
             derivative_results_kernel,
             (B * N,),
             *(sums, points.exponents, self.coefficients, weights.totals, self.scales, weights.heaviest),
-            *(*strided(x, added, refs, sigma2, g), out, N, M, D),
+            *(*strided(x, added, refs, sigma2, source), out, N, M, D),
             RESIDUAL=residual,
+            GIVEN=g is not None,
             **_vector(D),
         )
 
@@ -373,18 +375,19 @@ def kde_backward(
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block)
-            given = {"added": g_shift[at], "g_log_density": g_log_density[at], "g_sigma2": g_sigma2[at]}
+            given = {"added": g_shift[at], "g": g_log_density[at], "g_sigma2": g_sigma2[at]}
             moments = _Moments(block, weights, g_moved[at], g_z[at], **given)
             _gather(g_refs[at[0]], weights, moments.field, (moments, block))
     return g_z, g_refs.to(refs_dtype), g_sigma2
 
 
-def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None) -> Tensor:
     gradient = z.new_empty(z.shape)
     z, field, refs = widened(z, field, refs)
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
-            _Moments(block, _Weights(block, words=False), field[at], gradient[at], added=field[at])
+            given = None if factor is None else factor[at]
+            _Moments(block, _Weights(block, words=False), field[at], gradient[at], added=field[at], g=given)
     return gradient
 
 

@@ -204,13 +204,14 @@ def moments_kernel(
     field, f_b, f_n, f_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n, g_log_density, g_b, g_n,
     words, scales, coefficients, sizes, g_sigma2,
     N, M, D, width,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of the reference points in a derivative, for one query, relative to the heaviest one.
 
     V_j are the products `along` of a field with the reference points, l_j the logits, and bars are means under w. The
     cotangent of the logit of reference point j is w_j (V_j - V̄ + g). With RESIDUAL, the coefficient is
-    w_j (V_j - V̄ + 2(l_j - l̄) + 2), since -a_j/σ² is 2 l_j up to a constant. Coefficients are `words` times
+    w_j (V_j - V̄ + 2g (l_j - l̄) + 2g), since -a_j/σ² is 2 l_j up to a constant, with a factor g, which is 1 unless
+    GIVEN. Coefficients are `words` times
     2^(scale - 30). Without RESIDUAL, those divided by σ² go to `coefficients` `[B, N, M]` too, for the sum over
     queries, and their largest magnitudes to `sizes`.
     """
@@ -229,9 +230,11 @@ def moments_kernel(
         )  # fmt: skip
         tl.debug_barrier()
     top = tl.load(along + h)
-    g = tl.full([], 2.0, tl.float32)
-    if not RESIDUAL:
+    g = tl.full([], 1.0, tl.float32)
+    if GIVEN:
         g = tl.load(g_log_density + b * g_b + n * g_n).to(tl.float32)
+    if RESIDUAL:
+        g = 2 * g
     mean_along = tl.zeros([], tl.float32)
     mean_logit = tl.zeros([], tl.float32)
     for start in range(0, M, BLOCK):
@@ -248,7 +251,7 @@ def moments_kernel(
         w = tl.exp2(logit) * inverse
         v = (tl.load(along + j, mask=j < M, other=0) - top).to(tl.float32) * unit - mean_along
         if RESIDUAL:
-            v += 2 * LN_2 * (logit - mean_logit)
+            v += g * LN_2 * (logit - mean_logit)
         c = tl.where(w > 0, w * (v + g), w)
         tl.store(coefficients + row * M + j, c, mask=j < M)
         size = tl.maximum(size, tl.max(tl.where(j < M, tl.abs(c), 0.0), 0))
@@ -349,9 +352,10 @@ def derivative_results_kernel(
     x, x_b, x_n, x_d, field, f_b, f_n, f_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n, g_log_density, g_b, g_n,
     out,
     N, M, D,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(Σ_j c_j r_j + g (r_h - x))/σ² - field of one query; with RESIDUAL, g is 2 and the whole is divided by σ²."""
+    """(Σ_j c_j r_j + g (r_h - x))/σ² - field of one query; with RESIDUAL, g is doubled, and the whole is divided by
+    σ². Unless GIVEN, g is 1."""
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
     h = tl.load(heaviest + row).to(tl.int64)
@@ -361,9 +365,11 @@ def derivative_results_kernel(
     unit = power_of_two(e - 44) * tl.load(scales + row)
     total_weight = tl.load(totals + row).to(tl.float64)
     coarse = too_coarse(e, variance, total_weight)
-    g = tl.full([], 2.0, tl.float64)
-    if not RESIDUAL:
+    g = tl.full([], 1.0, tl.float64)
+    if GIVEN:
         g = tl.load(g_log_density + b * g_b + n * g_n).to(tl.float64)
+    if RESIDUAL:
+        g = 2 * g
     g += total_weight * 0
     for start in range(0, D, BLOCK):
         d = start + tl.arange(0, BLOCK)

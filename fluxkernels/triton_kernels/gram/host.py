@@ -173,20 +173,30 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RE
 
 
 def _moments(
-    weights: Tensor, distances: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, g_log_density: Tensor | None
+    weights: Tensor,
+    distances: Tensor,
+    field: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    g: Tensor | None,
+    residual: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(coefficients of refs `[B, N, M]`, of the query and of the field, and the cotangent of σ², `[B, N]`)."""
+    """(coefficients of refs `[B, N, M]`, of the query and of the field, and the cotangent of σ², `[B, N]`).
+
+    g is the cotangent of the log-density, or the factor of the residual, None for 1.
+    """
     (B, N, D), M = field.shape, refs.shape[1]
     along = _products(field, refs, False)
     of_point, of_field, g_sigma2 = torch.empty((3, B, N), dtype=torch.float64, device=field.device)
     coefficients = torch.empty_like(weights)
-    g = sigma2 if g_log_density is None else g_log_density
+    source = sigma2 if g is None else g  # a placeholder that is never read
     launch(
         moments_kernel,
         (B * N,),
-        *(weights, distances, along, along.shape[1], sigma2, *sigma2.stride(), g, *g.stride()),
+        *(weights, distances, along, along.shape[1], sigma2, *sigma2.stride(), source, *source.stride()),
         *(coefficients, of_point, of_field, g_sigma2, N, M, D),
-        RESIDUAL=g_log_density is None,
+        RESIDUAL=residual,
+        GIVEN=g is not None,
         **ROW,
     )
     return coefficients, of_point, of_field, g_sigma2
@@ -213,7 +223,7 @@ def kde_backward(
     return g_z, g_refs.to(refs_dtype), g_sigma2
 
 
-def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None) -> Tensor:
     (B, N, _), M = z.shape, refs.shape[1]
     gradient = z.new_empty(z.shape)
     z, field, refs = widened(z, field, refs)
@@ -221,7 +231,10 @@ def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) ->
         for group, rows in _blocks(B, N, M):
             at, of_group = (group, rows), refs[group]
             weights, distances, _ = _weights(z[at], of_group, sigma2[at])
-            coefficients, of_point, of_field, _ = _moments(weights, distances, field[at], of_group, sigma2[at], None)
+            given = None if factor is None else factor[at]
+            coefficients, of_point, of_field, _ = _moments(
+                weights, distances, field[at], of_group, sigma2[at], given, residual=True
+            )
             gradient[at], _ = _combine(coefficients, z[at], of_group, (of_point, of_field, field[at]))
     return gradient
 

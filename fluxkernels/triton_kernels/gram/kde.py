@@ -85,22 +85,22 @@ def moments_kernel(
     weights, distances, along, splits, sigma2, s_b, s_n, g_log_density, g_b, g_n,
     coefficients, of_point, of_field, g_sigma2,
     N, M, D,
-    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of the reference points, of the query and of the field in a derivative, for one query.
 
     V_j are the products `along` of a field with the reference points, and bars are means under w. The cotangent of the
     logit of reference point j is w_j (V_j - V̄ + g). With RESIDUAL, the coefficient is
-    w_j (V_j - V̄ - (a_j - ā)/σ² + 2)/σ⁴.
+    w_j (V_j - V̄ - g (a_j - ā)/σ² + 2g)/σ⁴, with a factor g, which is 1 unless GIVEN.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
     width = tl.zeros([], tl.int64) + M + 1
     along += (b * splits * (N + 1) + n) * width
     variance = tl.load(sigma2 + b * s_b + n * s_n).to(tl.float64)
-    g = tl.zeros([], tl.float64)
-    if not RESIDUAL:
-        g += tl.load(g_log_density + b * g_b + n * g_n).to(tl.float64)
+    g = tl.full([], 1.0, tl.float64)
+    if GIVEN:
+        g = tl.load(g_log_density + b * g_b + n * g_n).to(tl.float64)
     mean_along = tl.zeros([], tl.float64)
     mean_distance = tl.zeros([], tl.float64)
     for start in range(0, M, BLOCK):
@@ -118,13 +118,13 @@ def moments_kernel(
         for s in range(splits):
             v += tl.load(along + s * (N + 1) * width + j, mask=j < M, other=0.0)
         if RESIDUAL:
-            c = w * (v - (a - mean_distance) / variance + 2) / (variance * variance)
+            c = w * (v - g * (a - mean_distance) / variance + 2 * g) / (variance * variance)
         else:
             c = w * (v + g) / variance
             of_variance += tl.sum(c * a, 0)
         tl.store(coefficients + row * M + j, c, mask=j < M)
     if RESIDUAL:
-        tl.store(of_point + row, -2 / (variance * variance))
+        tl.store(of_point + row, -2 * g / (variance * variance))
         tl.store(of_field + row, -1 / variance)
     else:
         tl.store(of_point + row, -g / variance)

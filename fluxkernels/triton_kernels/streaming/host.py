@@ -127,12 +127,13 @@ def kde_backward(
     return g_z, g_refs, g_sigma2
 
 
-def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor) -> Tensor:
+def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None) -> Tensor:
     N, M = z.shape[1], refs.shape[1]
     gradient = z.new_empty(z.shape)
     with on_device_of(z):
-        inputs = [*strided(z, field), *_group(refs), *strided(sigma2)]
-        _launch(residual_kernel, [*inputs, gradient, N, M], z, N, M)
+        # Without a factor, a placeholder that is never read.
+        inputs = [*strided(z, field), *_group(refs), *strided(sigma2, sigma2 if factor is None else factor)]
+        _launch(residual_kernel, [*inputs, gradient, N, M], z, N, M, FACTOR=factor is not None)
     return gradient
 
 
