@@ -14,7 +14,15 @@ from fluxmatching.fields import (
     field_from_noise_prediction,
     field_from_velocity,
 )
+from fluxmatching.flows.closed_form import marginal_velocity
+from fluxmatching.flows.couplings import Coupling, ExactCoupling, IndependentCoupling, SinkhornCoupling, couple
+from fluxmatching.flows.guidance import GuidedField
+from fluxmatching.flows.losses import FlowMatching, FlowOptions, conditional_flow_matching_loss
+from fluxmatching.flows.paths import CosinePath, LinearPath, VarianceExplodingPath, VariancePreservingPath
+from fluxmatching.flows.times import LogitNormalTimes, UniformTimes
+from fluxmatching.flows.v_flux import VFluxMatching, v_flux_loss
 from fluxmatching.losses.annealed import LossNormalizer, noise_annealed_flux_loss
+from fluxmatching.losses.augmentation import augmentation_loss
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
 from fluxmatching.losses.flux import flux_matching_loss
@@ -24,7 +32,15 @@ from fluxmatching.losses.modules import DenoisingScoreMatching, FluxMatching, No
 from fluxmatching.losses.noise_levels import LogNormalNoise, LogUniformNoise
 from fluxmatching.losses.options import FluxOptions
 from fluxmatching.losses.reference_set import ReferenceSet
-from fluxmatching.losses.target import FluxTarget, flux_target
+from fluxmatching.losses.target import FluxTarget, MatchedField, flux_target
+from fluxmatching.sampling.flow import (
+    SDEOptions,
+    flow_log_likelihood,
+    integrate_flow,
+    rectified_pairs,
+    stochastic_flow,
+    straightness,
+)
 from fluxmatching.sampling.langevin import unadjusted_langevin
 from fluxmatching.sampling.likelihood import bits_per_dim, log_likelihood
 from fluxmatching.sampling.ode import ODESolver, edm_heun, probability_flow
@@ -34,28 +50,47 @@ from fluxmatching.training import Trainer, TrainingError, TrainingOptions
 from fluxmatching.unet import UNet
 
 __all__ = [
+    "CosinePath",
+    "Coupling",
     "DSMOptions",
     "DenoisingScoreMatching",
     "Draws",
     "EDMField",
+    "ExactCoupling",
+    "FlowMatching",
+    "FlowOptions",
     "FluxMatching",
     "FluxOptions",
     "FluxTarget",
+    "GuidedField",
     "Horizon",
+    "IndependentCoupling",
     "LearnedHorizon",
+    "LinearPath",
     "LogNormalNoise",
     "LogUniformNoise",
+    "LogitNormalTimes",
     "LossNormalizer",
+    "MatchedField",
     "NoiseAnnealedFluxMatching",
     "ODESolver",
     "ReferenceSet",
+    "SDEOptions",
+    "SinkhornCoupling",
     "Trainer",
     "TrainingError",
     "TrainingOptions",
     "TruncatedExponentialHorizon",
     "UNet",
     "UniformHorizon",
+    "UniformTimes",
+    "VFluxMatching",
+    "VarianceExplodingPath",
+    "VariancePreservingPath",
+    "augmentation_loss",
     "bits_per_dim",
+    "conditional_flow_matching_loss",
+    "couple",
     "dsm_loss",
     "edm_heun",
     "exponential_schedule",
@@ -63,15 +98,22 @@ __all__ = [
     "field_from_diffusers",
     "field_from_noise_prediction",
     "field_from_velocity",
+    "flow_log_likelihood",
     "flux_matching_loss",
     "flux_target",
+    "integrate_flow",
     "karras_schedule",
     "log_likelihood",
+    "marginal_velocity",
     "mixing_loss",
     "noise_annealed_flux_loss",
     "predictor_corrector",
     "probability_flow",
+    "rectified_pairs",
     "reverse_ve",
     "sinkhorn_divergence",
+    "stochastic_flow",
+    "straightness",
     "unadjusted_langevin",
+    "v_flux_loss",
 ]

@@ -19,14 +19,14 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
 
 
-def all_gather_samples(function: str, x: Tensor) -> Tensor:
-    """Concatenate x of all processes in the order of their ranks.
+def all_gather_samples(function: str, x: Tensor, name: str = "x") -> Tensor:
+    """Concatenate x, the argument called `name`, of all processes in the order of their ranks.
 
     Raises:
         ValueError: in every process, before any data travel, if shapes or dtypes differ between processes.
     """
     _, size = rank_and_size()
-    _check_same_layout(function, "x", x)
+    _check_same_layout(function, name, x)
     whole = x.new_empty((size * x.shape[0], *x.shape[1:]))
     dist.all_gather_into_tensor(whole, x.contiguous())
     return whole

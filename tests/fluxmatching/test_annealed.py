@@ -55,7 +55,7 @@ def test_every_stratum_has_a_noise_level_and_a_horizon_of_its_own() -> None:
         module(torch.randn(8, 2), seed=seed)
         levels = field.sigma.unflatten(0, (4, 2))
         assert torch.equal(levels[:, 0], levels[:, 1])
-        assert ((levels[:, 0].log() / math.log(10) + 2) * 2).floor().tolist() == [0, 1, 2, 3]
+        assert sorted(((levels[:, 0].log() / math.log(10) + 2) * 2).floor().tolist()) == [0, 1, 2, 3]
         target = flux_target(
             lambda z: -z, torch.randn(8, 2), 0.5, FluxOptions(strata=4, horizon=UniformHorizon()), seed=seed
         )

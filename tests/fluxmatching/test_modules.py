@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fluxkernels import philox
 from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
@@ -30,7 +31,7 @@ from fluxmatching import (
 )
 from fluxmatching.fields import NoisyField
 from fluxmatching.losses.annealed import annealed_terms
-from fluxmatching.losses.modules import draw_sigma
+from fluxmatching.losses.modules import draw_from
 from tests.support.problems import smooth_field
 
 F64 = torch.float64
@@ -66,7 +67,7 @@ def test_flux_matching(backend: str) -> None:
 def test_noise_annealed_flux_matching(backend: str) -> None:
     field, normalizer, horizon = NoisyNetwork(), LossNormalizer(8).double(), LearnedHorizon(8).double()
     options, x, noise = FluxOptions(horizon=horizon), torch.randn(8, 2, dtype=F64), LogUniformNoise(0.1, 2.0)
-    sigma = draw_sigma(noise, torch.tensor(4), x)
+    sigma = draw_from(noise, torch.tensor(4), x, philox.NOISE_LEVEL)
     module = NoiseAnnealedFluxMatching(field, noise, options, normalizer=normalizer)
     assert {id(p) for p in module.parameters()} == {
         id(p) for part in (field, normalizer, horizon) for p in part.parameters()
@@ -99,7 +100,7 @@ def test_score_matching_over_noise_levels(per_sample: bool | None, backend: str)
     noise, options = LogUniformNoise(0.1, 2.0), DSMOptions()
     module = DenoisingScoreMatching(field, noise, options, normalizer=normalizer, sigma_per_sample=per_sample)
     loss, _ = module(x, seed=3)
-    sigma = draw_sigma(noise, torch.tensor(3), x, 8 if per_sample else 1)
+    sigma = draw_from(noise, torch.tensor(3), x, philox.NOISE_LEVEL, 8 if per_sample else 1)
     expected = dsm_loss(lambda z: field(z, sigma), x, sigma, options, seed=3)
     assert torch.equal(loss, normalizer(expected, sigma).mean())
     field.accepts_sigma_per_sample = True
@@ -112,7 +113,7 @@ def test_score_matching_over_noise_levels(per_sample: bool | None, backend: str)
 def test_noise_levels_of_seeds_follow_their_distribution(noise: Any) -> None:
     """The quantiles of the samples that the distribution draws itself."""
     x = torch.zeros(1, 2)
-    drawn = torch.stack([draw_sigma(noise, torch.tensor(seed), x) for seed in range(2000)])
+    drawn = torch.stack([draw_from(noise, torch.tensor(seed), x, philox.NOISE_LEVEL) for seed in range(2000)])
     uniform = torch.linspace(0.05, 0.95, 10)
     torch.testing.assert_close(drawn.quantile(uniform), noise.quantile(uniform), rtol=0.1, atol=0.0)
     own = noise.sample((20000,), generator=torch.Generator().manual_seed(0))

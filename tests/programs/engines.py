@@ -20,19 +20,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
+from fluxkernels import philox
 from fluxmatching import (
     DenoisingScoreMatching,
+    FlowMatching,
     FluxMatching,
     FluxOptions,
+    LearnedHorizon,
     LogUniformNoise,
     LossNormalizer,
     NoiseAnnealedFluxMatching,
+    UniformTimes,
+    VFluxMatching,
     dsm_loss,
     flux_matching_loss,
     noise_annealed_flux_loss,
 )
 from fluxmatching.distributed import rank_seed
-from fluxmatching.losses.modules import draw_sigma
+from fluxmatching.losses.modules import draw_from
 
 SEED, SIGMA, SAMPLES = 3, 0.7, 8
 NOISE = LogUniformNoise(0.3, 3.0)
@@ -66,12 +71,16 @@ class Loss:
 
 
 def annealed(field: Any, normalizer: LossNormalizer, x: Tensor, key: Tensor, options: FluxOptions) -> Tensor:
-    sigma = draw_sigma(NOISE, key, x)
+    sigma = draw_from(NOISE, key, x, philox.NOISE_LEVEL)
     return noise_annealed_flux_loss(field, x, sigma, normalizer, options, seed=key).mean()
 
 
 def score_matching(field: Any, normalizer: LossNormalizer, x: Tensor, key: Tensor, options: FluxOptions) -> Tensor:
     return dsm_loss(field, x, SIGMA, seed=key).mean()
+
+
+def along_a_path(field: Any, normalizer: LossNormalizer, options: FluxOptions) -> nn.Module:
+    return VFluxMatching(field, options=options, times=UniformTimes(0.1, 0.9), normalizer=normalizer)
 
 
 LOSSES = {
@@ -83,8 +92,20 @@ LOSSES = {
         lambda field, normalizer, options: NoiseAnnealedFluxMatching(field, NOISE, options, normalizer=normalizer),
         annealed,
     ),
+    "v-flux": Loss(
+        lambda field, normalizer, options: along_a_path(field, normalizer, options),
+        lambda field, normalizer, x, key, options: along_a_path(field, normalizer, options)(x, seed=key)[0],
+    ),
+    "flow matching": Loss(
+        lambda field, normalizer, options: FlowMatching(field),
+        lambda field, normalizer, x, key, options: FlowMatching(field)(x, seed=key)[0],
+    ),
     "score matching": Loss(lambda field, normalizer, options: DenoisingScoreMatching(field, SIGMA), score_matching),
 }
+
+
+FLOWS = ("v-flux", "flow matching")  # modules like the others, so with some engines only
+NO_FLUX = ("flow matching", "score matching")  # nothing to gather, no second derivatives
 
 
 def ddp(module: nn.Module, **options: Any) -> DistributedDataParallel:
@@ -163,9 +184,11 @@ def compare_modules(engines: list[str], x: Tensor, mine: Tensor) -> None:
     """Compare what engines make of the loss modules."""
     for engine in engines:
         for name, loss in LOSSES.items():
-            for gathered in (True, False) if name != "score matching" else (False,):
+            if name in FLOWS and engine not in ("DDP", "FSDP2, nested", "Fabric"):
+                continue
+            for gathered in (True, False) if name not in NO_FLUX else (False,):
                 for method in ("finite_difference", "double_backward"):
-                    if method == "double_backward" and (engine != "DDP" or name == "score matching"):
+                    if method == "double_backward" and (engine != "DDP" or name in NO_FLUX):
                         continue
                     field, normalizer = parts()
                     options = {"second_derivatives": method}
@@ -244,14 +267,14 @@ def check_options(x: Tensor, mine: Tensor) -> None:
         module(mine.double(), seed=SEED)[0].backward()
         report("option", options=str(options), error=error(gradient(part), gradient(whole)))
     for strata in (1, 4):  # each with its own noise level
-        fields = [parts()[0].double() for _ in range(2)]
-        for field, samples, gather in zip(fields, (x, mine), (False, True), strict=True):
-            options = FluxOptions(strata=strata, gather_across_ranks=gather)
+        learned = [nn.ModuleList([*parts()[:1], LearnedHorizon(8)]).double() for _ in range(2)]
+        for (field, horizon), samples, gather in zip(learned, (x, mine), (False, True), strict=True):
+            options = FluxOptions(strata=strata, horizon=horizon, gather_across_ranks=gather)
             normalizer = parts()[1].double().requires_grad_(False)
             module = NoiseAnnealedFluxMatching(field, NOISE, options, normalizer=normalizer)
             called = ddp(module) if gather else module  # kept: its gradients are averaged as long as it exists
             called(samples.double(), seed=SEED)[0].backward()
-        report("option", options=f"annealed, strata {strata}", error=error(gradient(fields[1]), gradient(fields[0])))
+        report("option", options=f"annealed, strata {strata}", error=error(gradient(learned[1]), gradient(learned[0])))
 
 
 def check_numbers_without_a_seed(mine: Tensor) -> None:

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from fluxkernels.checks import as_number_tensor, check_tensor
 from fluxmatching.engines import without_engine
-from fluxmatching.fields import NoisyField
+from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.noise_levels import LinearInLogSigma
 from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
-from fluxmatching.losses.target import flux_target
+from fluxmatching.losses.second_derivatives import ConditionedField
+from fluxmatching.losses.target import FluxTarget, flux_target
 
 
 class LossNormalizer(nn.Module):
@@ -43,6 +44,25 @@ class LossNormalizer(nn.Module):
             )
         log_scale = self.log_scale(sigma)
         return loss * (-log_scale).exp() + log_scale
+
+
+class FixedScale:
+    """Known scale of the losses, in place of a learned one.
+
+    Args:
+        scale: positive, `[]` or `[N]`.
+    """
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def log_scale(self, sigma: Tensor) -> Tensor:
+        """Return the logarithm of the scale."""
+        return self.scale.log()
+
+    def __call__(self, loss: Tensor, sigma: Tensor) -> Tensor:
+        """Return loss / scale, `[N]`."""
+        return loss / self.scale
 
 
 @dataclass(frozen=True)
@@ -118,12 +138,23 @@ def annealed_terms(
             f"{function}: second_derivatives='closed_form' is for fields f(z) without a noise level; give one that "
             f"holds its own σ to flux_matching_loss"
         )
-    inner = without_engine(function, field)
-    target = flux_target(inner, x, level, options, refs=refs, draws=draws, seed=seed, conditioned=True)
-    levels = target.sigma
-    flux = target.loss(lambda z: field(z, levels))
-    total = normalizer(flux, levels)
+    bound = ConditionedField(without_engine(function, field), level)
+    target = flux_target(bound, x, level, options, refs=refs, draws=draws, seed=seed)
+    return normalized_terms(target, lambda z: field(z, target.sigma), normalizer, options, level)
+
+
+def normalized_terms(
+    target: FluxTarget, field: Field, normalizer: LossNormalizer | FixedScale, options: FluxOptions, level: Tensor
+) -> AnnealedTerms:
+    """Bring the loss of a target to the scale of all noise levels (Eq. 11), with that of a learned horizon (Eq. 51).
+
+    Args:
+        field: f(z) at the noise levels of the target; differentiable in its parameters.
+        level: σ, `[]` or `[strata]`.
+    """
+    flux = target.loss(field)
+    total = normalizer(flux, target.sigma)
     if options.horizon is not None and options.horizon.learned:
-        relative = flux.detach() * (-normalizer.log_scale(levels).detach()).exp()
-        total = total + options.horizon.fit_loss(target.tau_per_sample(len(flux)), relative, levels)
+        relative = flux.detach() * (-normalizer.log_scale(target.sigma).detach()).exp()
+        total = total + options.horizon.fit_loss(target.per_sample(target.tau), relative, target.sigma)
     return AnnealedTerms(total, flux.detach(), target.tau, level)

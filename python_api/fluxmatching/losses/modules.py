@@ -169,7 +169,7 @@ class NoiseAnnealedFluxMatching(LossModule):
         key = self.key(x, seed)
         processes = rank_and_size()[1] if self.gather_across_ranks else 1
         options = self.options.with_strata(self._strata(len(x) * processes))
-        sigma = draw_sigma(self.noise, key, x, options.strata or 1)
+        sigma = draw_from(self.noise, key, x, philox.NOISE_LEVEL, options.strata or 1)
         terms = annealed_terms(self.field, x, sigma, self.normalizer, options, refs=self.refs(x), seed=key)
         loss = terms.total.mean()
         return loss, {
@@ -177,10 +177,10 @@ class NoiseAnnealedFluxMatching(LossModule):
         }  # fmt: skip
 
     def _strata(self, samples: int) -> int:
-        """Return how many strata a minibatch has by default: with at least 8 samples each, so that chains share."""
+        """Return how many strata a minibatch has by default."""
         if not takes_sigma_per_sample(self.field):
             return 1
-        return next((count for count in (16, 8, 4, 2) if samples % count == 0 and samples >= 8 * count), 1)
+        return strata_for(samples)
 
 
 class DenoisingScoreMatching(LossModule):
@@ -227,7 +227,7 @@ class DenoisingScoreMatching(LossModule):
         if self.noise is None:
             field, sigma = self.field, torch.as_tensor(self.sigma, device=x.device, dtype=x.dtype)
         else:
-            sigma = draw_sigma(self.noise, key, x, len(x) if self.sigma_per_sample else 1)
+            sigma = draw_from(self.noise, key, x, philox.NOISE_LEVEL, len(x) if self.sigma_per_sample else 1)
             field = lambda z: self.field(z, sigma)  # noqa: E731
         values = dsm_loss(field, x, sigma, self.options, refs=self.refs(x), seed=key)
         loss = (values if self.normalizer is None else self.normalizer(values, sigma)).mean()
@@ -242,13 +242,25 @@ def takes_sigma_per_sample(field: object) -> bool:
     return bool(getattr(network_inside(field), "accepts_sigma_per_sample", False))
 
 
-def draw_sigma(noise: NoiseLevels, key: Tensor, x: Tensor, count: int = 1) -> Tensor:
-    """Draw σ from a seed, on the device of x: `[]`; or `[count]`, each from an equally probable interval."""
+def strata_for(samples: int) -> int:
+    """Return how many strata a minibatch has by default: up to 16, of at least 8 samples, so that chains share."""
+    return next((count for count in (16, 8, 4, 2) if samples % count == 0 and samples >= 8 * count), 1)
+
+
+def draw_from(distribution: NoiseLevels, key: Tensor, x: Tensor, stream: int, count: int = 1) -> Tensor:
+    """Draw σ or t from a seed, on the device of x: `[]`; or `[count]`, one from each of as many equal intervals.
+
+    The intervals are equally probable and in random order: else a sample that is always in the same row would always
+    get the same one.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    uniform = philox.uniform(key, (1, count), philox.NOISE_LEVEL, dtype)[0]
+    uniform = philox.uniform(key, (1, count), stream, dtype)[0]
     if count == 1:
-        return noise.quantile(uniform[0])
-    return noise.quantile((torch.arange(count, device=x.device) + uniform) / count)
+        return distribution.quantile(uniform[0])
+    interval = philox.uniform(key, (1, count), philox.ORDER, torch.float32)[0].argsort(stable=True)
+    # In float64, and not rounded to 1 in float32 afterwards.
+    position = ((interval + uniform.double()) / count).clamp_max(1 - 2.0**-24)
+    return distribution.quantile(position.to(dtype))
 
 
 def _check_noise(name: str, noise: NoiseLevels) -> NoiseLevels:

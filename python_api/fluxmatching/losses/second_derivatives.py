@@ -79,7 +79,7 @@ def basis(z: Tensor, grouped: bool) -> Iterator[Tensor]:
 
 
 class ConditionedField:
-    """A field f(z, σ) at given σ, as a function of z.
+    """A field f(z, σ) at given σ, as a function of z; or a field with another condition, such as a time.
 
     Args:
         field: f(z, σ).
@@ -89,7 +89,7 @@ class ConditionedField:
     def __init__(self, field: Callable[..., Tensor], condition: Tensor) -> None:
         self.field, self.condition = field, condition
 
-    def rows(self, rows: slice) -> ConditionedField:
+    def rows(self, rows: slice | Tensor) -> ConditionedField:
         """Return the field for some of the samples."""
         return ConditionedField(self.field, _rows_of(self.condition, rows))
 
@@ -153,7 +153,7 @@ def endpoint_gradient(
     return torch.cat(gradients), torch.cat(values)
 
 
-def _rows_of(number: Tensor, rows: slice) -> Tensor:
+def _rows_of(number: Tensor, rows: slice | Tensor) -> Tensor:
     return number[rows] if number.ndim else number
 
 

@@ -15,7 +15,7 @@ from fluxkernels.devices import check_derivatives_traceable
 from fluxmatching.distributed import JointMinibatch
 from fluxmatching.engines import check_differentiable_twice, without_engine
 from fluxmatching.field_modules import check_no_cached_parametrizations, check_samples_are_independent
-from fluxmatching.fields import Field, call_field
+from fluxmatching.fields import Field, call_field, per_sample
 from fluxmatching.losses.draws import DrawRequest, Draws
 from fluxmatching.losses.grouping import Grouping
 from fluxmatching.losses.horizons import DEFAULT_HORIZON, Horizon
@@ -24,30 +24,61 @@ from fluxmatching.losses.second_derivatives import ConditionedField, endpoint_gr
 
 
 @dataclass(frozen=True)
+class MatchedField:
+    """Field w(z) = a z + b s(z) whose flux a loss matches; the score itself is a = 0, b = 1.
+
+    Attributes:
+        linear: a, a number, or a tensor `[]`, or one per stratum, `[strata]`.
+        score: b, likewise.
+    """
+
+    linear: float | Tensor = 0.0
+    score: float | Tensor = 1.0
+
+    def __call__(self, z: Tensor, score: Tensor) -> Tensor:
+        """Return w(z), both numbers broadcast against z."""
+        return self.linear * z + self.score * score
+
+    def to(self, z: Tensor) -> MatchedField:
+        """Return the numbers as tensors with the dtype and device of z."""
+        return MatchedField(*(torch.as_tensor(n, dtype=z.dtype, device=z.device) for n in (self.linear, self.score)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MatchedField:
+        """Return the field with `function` applied to both tensors."""
+        assert isinstance(self.linear, Tensor)
+        assert isinstance(self.score, Tensor)
+        return MatchedField(function(self.linear), function(self.score))
+
+
+@dataclass(frozen=True)
 class FluxTarget:
-    """Regression target of a Flux Matching step; ℓ_i = -2 (f(x0_i) - s(x0_i))·q̂_i. All tensors are detached.
+    """Regression target of a Flux Matching step; ℓ_i = -2 (f(x0_i) - w(x0_i))·q̂_i. All tensors are detached.
 
     Attributes:
         x0: starts of the chains, `[N, *event]`.
         score: s(x0), shape of x0.
+        matched: w(x0), the field whose flux is matched, shape of x0; the score unless a `MatchedField` was given.
         target: q̂, shape of x0.
         tau: the horizon that was drawn, `[]`, or `[G]` in a grouped loss, or `[strata]`.
         sigma: σ, `[]`, or `[G]` in a grouped loss, or one per sample, `[N]`, where strata differ in it.
+        stratum: index of each sample's stratum, `[N]`, or None for a single one.
     """
 
     x0: Tensor
     score: Tensor
+    matched: Tensor
     target: Tensor
     tau: Tensor
     sigma: Tensor
+    stratum: Tensor | None
 
-    def tau_per_sample(self, samples: int) -> Tensor:
-        """Return τ as one number `[]`, or one per sample, `[N]`, where there are strata."""
-        return self.tau.repeat_interleave(samples // len(self.tau)) if self.tau.ndim else self.tau
+    def per_sample(self, number: Tensor) -> Tensor:
+        """Return one number per sample, `[N]`, of one per stratum, `[strata]`; any other as it is."""
+        return number if self.stratum is None or not number.ndim else number[self.stratum]
 
     def terms(self, field: Field) -> Tensor:
         """Return the products -2 u(x0) q̂ before the sum over the event, shape of x0; differentiable in the field."""
-        return -2 * (call_field(field, self.x0.clone()) - self.score) * self.target
+        return -2 * (call_field(field, self.x0.clone()) - self.matched) * self.target
 
     def loss(self, field: Field) -> Tensor:
         """Return ℓ, one number per sample, `[N]`; differentiable in the field."""
@@ -63,21 +94,24 @@ def flux_target(
     refs: Tensor | None = None,
     draws: Draws | None = None,
     seed: int | Tensor | None = None,
-    conditioned: bool = False,
+    matched: MatchedField | None = None,
 ) -> FluxTarget:
     """Compute the regression target of Flux Matching and the points where it holds, without gradients.
 
     Arguments and errors as in `flux_matching_loss`. Useful where a loss needs more than one number per sample, such
     as one per group: `FluxTarget.terms` keeps the dimensions of the event.
 
-    With `conditioned` the field is f(z, σ), σ of shape `[]`; or one per sample, `[n]`, if sigma is one per stratum,
-    `[strata]`.
+    Args:
+        field: also a `ConditionedField` f(z, c), with c of shape `[]`, or one per stratum, `[strata]`: the field then
+            receives one per sample, `[n]`.
+        matched: field whose flux is matched; None for the score.
     """
     check_options("flux_matching_loss", options, FluxOptions)
     batch = _prepare(field, x, sigma, options.with_strata(1), refs=refs, draws=draws, seed=seed)
+    target = None if matched is None else matched.to(batch.x)
     chains = _run_chains(batch)
-    gradient = _differentiate_endpoints(without_engine("flux_matching_loss", field), batch, chains, conditioned)
-    return _average_over_chains(batch, chains, gradient)
+    gradient = _differentiate_endpoints(field, batch, chains, target)
+    return _average_over_chains(batch, chains, gradient, target)
 
 
 @dataclass(frozen=True)
@@ -118,6 +152,10 @@ class _Minibatch:
         """Return one number per sample, `[N]`, where there is one per stratum; any other number as it is."""
         strata = self.strata
         return number.repeat_interleave(self.x.shape[0] // strata) if strata > 1 and number.ndim else number
+
+    def spread(self, matched: MatchedField) -> MatchedField:
+        """Return the field with one number per sample where it has one per stratum, to broadcast against x."""
+        return matched.map(lambda number: per_sample(self.per_sample(number), self.x) if number.ndim else number)
 
     def to_strata(self, points: Tensor) -> Tensor:
         """Return points `[..., N, D]` as `[..., strata, N / strata, D]` where there are several strata."""
@@ -182,6 +220,7 @@ def _prepare(
 
 
 def _check_field_and_samples(function: str, field: Field, x: Tensor, options: FluxOptions) -> None:
+    field = field.field if isinstance(field, ConditionedField) else field
     if not callable(field):
         raise TypeError(f"{function}: field must be callable, got {type(field).__name__}")
     check_tensor(function, "x", x)
@@ -225,14 +264,22 @@ def _run_chains(batch: _Minibatch) -> FluxPass:
         )
 
 
+def _inner_field(function: str, field: Callable[..., Tensor], batch: _Minibatch) -> Callable[..., Tensor]:
+    """Return the field without an engine around it, its condition as one number or one per sample."""
+    if isinstance(field, ConditionedField):
+        return ConditionedField(without_engine(function, field.field), batch.per_sample(field.condition))
+    return without_engine(function, field)
+
+
 def _differentiate_endpoints(
-    field: Callable[..., Tensor], batch: _Minibatch, chains: FluxPass, conditioned: bool
+    field: Callable[..., Tensor], batch: _Minibatch, chains: FluxPass, matched: MatchedField | None
 ) -> Tensor:
     """Return ∇r at all endpoints, in the layout of the ops; zero at omitted endpoints, the others rescaled."""
     options, grouping = batch.options, batch.grouping
+    field = _inner_field(grouping.function, field, batch)
     ends, scores = (grouping.from_points(batch.from_strata(points)) for points in (chains.xt, chains.score_t))
     probe = batch.draws.probe if options.divergence == "hutchinson" else None
-    method, sigma = options.method_for(batch.x.dtype), batch.per_sample(batch.sigma)
+    method = options.method_for(batch.x.dtype)
     scale = _length_scale(batch) if method == "finite_difference" else torch.ones_like(batch.variance.amin())
     if torch.compiler.is_compiling() and method in ("double_backward", "finite_difference"):  # which break the graph
         _check_networks(grouping.function, field, method)
@@ -240,9 +287,10 @@ def _differentiate_endpoints(
     if chosen is not None:
         ends, scores = ends[chosen], scores[chosen]
         probe = None if probe is None else probe[chosen]
-        sigma, scale = (number[chosen] if batch.strata > 1 and number.ndim else number for number in (sigma, scale))
+        scale = scale[chosen] if batch.strata > 1 and scale.ndim else scale
+        field = field.rows(chosen) if isinstance(field, ConditionedField) else field
     bracket, field_at_end = endpoint_gradient(
-        ConditionedField(field, sigma) if conditioned else field,
+        field,
         ends,
         scores,
         probe,
@@ -255,7 +303,9 @@ def _differentiate_endpoints(
     with torch.no_grad():
         gradient = grouping.to_points(bracket)
         if ends.shape[0]:
-            gradient = gradient + _residual_gradient(batch, ends, field_at_end, chains, chosen)
+            gradient = gradient + _residual_gradient(batch, ends, field_at_end, chains, chosen, matched)
+            if matched is not None:
+                gradient = gradient - grouping.to_points(_rows(batch.spread(matched).linear, chosen) * scores)
         if chosen is not None:
             # Omitted endpoints count as zero and the others are rescaled, so the mean over choices is unbiased.
             fraction = 1.0 if batch.draws.endpoints is None else batch.draws.endpoints.shape[0] / batch.x.shape[0]
@@ -263,18 +313,35 @@ def _differentiate_endpoints(
         return batch.joint.sum(gradient)
 
 
+def _rows(number: float | Tensor, chosen: Tensor | None) -> float | Tensor:
+    return number if chosen is None or not isinstance(number, Tensor) or not number.ndim else number[chosen]
+
+
 def _residual_gradient(
-    batch: _Minibatch, ends: Tensor, field_at_end: Tensor, chains: FluxPass, chosen: Tensor | None
+    batch: _Minibatch,
+    ends: Tensor,
+    field_at_end: Tensor,
+    chains: FluxPass,
+    chosen: Tensor | None,
+    matched: MatchedField | None,
 ) -> Tensor:
-    """Return J_s f - ∇(Δp̂/p̂) at the chosen endpoints, in the layout of the ops."""
+    """Return J_s (f - a z) - b ∇(Δp̂/p̂) at the chosen endpoints, in the layout of the ops."""
+    factor: float | Tensor = 1.0
+    if matched is not None:
+        field_at_end = field_at_end - _rows(batch.spread(matched).linear, chosen) * ends
+        factor = matched.score
     points, values = (batch.grouping.to_points(t) for t in (ends, field_at_end))
-    if batch.strata == 1 or not batch.variance.ndim:
-        return residual_gradient(points, values, batch.refs, batch.variance, backend=batch.options.backend)
-    # Strata with a σ of their own: all endpoints, in their layout, with a field of zero at those that are not chosen.
+    backend = batch.options.backend
+    shared = not batch.variance.ndim and not (isinstance(factor, Tensor) and factor.ndim)
+    if batch.strata == 1 or shared:
+        return residual_gradient(points, values, batch.refs, batch.variance, factor=factor, backend=backend)
+    # Strata with numbers of their own: all endpoints, in their layout, with a field of zero at those not chosen.
     if chosen is not None:
         values = torch.zeros_like(batch.from_strata(chains.xt)).index_copy(0, chosen, values)
     found = batch.from_strata(
-        residual_gradient(chains.xt, batch.to_strata(values), batch.refs, batch.variance, backend=batch.options.backend)
+        residual_gradient(
+            chains.xt, batch.to_strata(values), batch.refs, batch.variance, factor=factor, backend=backend
+        )
     )
     return found if chosen is None else found[chosen]
 
@@ -287,7 +354,9 @@ def _check_finite_field(function: str, field_at_end: Tensor, batch: _Minibatch) 
     raise ValueError(f"{function}: field must be finite, got NaN or infinity at {at}")
 
 
-def _average_over_chains(batch: _Minibatch, chains: FluxPass, gradient: Tensor) -> FluxTarget:
+def _average_over_chains(
+    batch: _Minibatch, chains: FluxPass, gradient: Tensor, matched: MatchedField | None
+) -> FluxTarget:
     """Average ∇r over chains (Eq. 9) or pull it back along each chain (Sec. 3.3), weighted by 1/q(τ)."""
     gradient = batch.to_strata(gradient)
     with torch.no_grad():
@@ -300,13 +369,20 @@ def _average_over_chains(batch: _Minibatch, chains: FluxPass, gradient: Tensor) 
             target = importance * _pull_back(chains.x0, gradient, batch)
         target = target.reshape(chains.x0.shape).to(batch.x.dtype)
 
-    def own(points: Tensor) -> Tensor:
-        return batch.joint.own_samples(batch.grouping.from_points(batch.from_strata(points)))
+    def samples(points: Tensor) -> Tensor:
+        return batch.grouping.from_points(batch.from_strata(points))
+
+    own = batch.joint.own_samples
+    x0, score = samples(chains.x0), samples(chains.score0)
+    wanted = score if matched is None else batch.spread(matched)(x0, score)
 
     sigma = batch.per_sample(batch.sigma)
     if sigma.ndim and not batch.options.grouped:
         sigma = batch.joint.own_samples(sigma)
-    return FluxTarget(own(chains.x0), own(chains.score0), own(target), batch.tau, sigma)
+    stratum = None
+    if batch.strata > 1:
+        stratum = own(batch.per_sample(torch.arange(batch.strata, device=x0.device)))
+    return FluxTarget(own(x0), own(score), own(wanted), own(samples(target)), batch.tau, sigma, stratum)
 
 
 def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:

@@ -51,12 +51,12 @@ def unadjusted_langevin(
     return x
 
 
-def check_samples(function: str, x: Tensor) -> None:
+def check_samples(function: str, x: Tensor, name: str = "x") -> None:
     """Raise TypeError or ValueError unless x is a finite `[N, *event]`."""
-    check_tensor(function, "x", x)
+    check_tensor(function, name, x)
     if x.ndim < 2:
-        raise ValueError(f"{function}: x must have shape [N, *event], got {list(x.shape)}")
-    check_finite(function, x=x)
+        raise ValueError(f"{function}: {name} must have shape [N, *event], got {list(x.shape)}")
+    check_finite(function, **{name: x})
 
 
 def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:

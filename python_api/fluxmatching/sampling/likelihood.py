@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fluxmatching.field_modules import DetachedParameters, check_no_cached_param
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.losses.second_derivatives import basis
 from fluxmatching.sampling.langevin import check_samples
-from fluxmatching.sampling.ode import ODESolver, integrate
+from fluxmatching.sampling.ode import ODESolver, check_adaptive, integrate
 
 
 def log_likelihood(
@@ -43,53 +44,98 @@ def log_likelihood(
         divergence: "hutchinson" (one probe of random signs for the whole path: unbiased, one backward pass per
             evaluation) or "exact" (one backward pass per coordinate).
         generator: makes the probe, on the device of x; None uses torch's own.
-        solver: method and tolerances.
+        solver: an adaptive method and its tolerances.
 
     Returns:
         `[N]`, dtype of x. In float32 the rounding of a step is about 10⁻⁷ of D log(σ_max/σ_min) nats.
 
     Raises:
         ImportError: torchdiffeq is not installed.
+        ValueError: the solver takes equal steps of σ, as in `probability_flow`.
         RuntimeError: the field's derivatives cannot be taken, or the tolerance cannot be met.
     """
     function = "log_likelihood"
     check_samples(function, x)
     check_sigma_range(function, sigma_min, sigma_max)
+    check_adaptive(function, solver)
+    inner, probe = prepare_divergence(function, field, x, divergence, generator)
+
+    def velocity(z: Tensor, sigma: Tensor) -> Tensor:
+        return -sigma * call_field(inner, z, sigma)
+
+    return integrate_density(function, velocity, x, (sigma_min, sigma_max), solver, base_std=sigma_max, probe=probe)
+
+
+def prepare_divergence(
+    function: str, field: NoisyField, x: Tensor, divergence: str, generator: torch.Generator | None
+) -> tuple[NoisyField, Tensor | None]:
+    """Return the field to differentiate, without an engine's wrapper, and the probe: None for the exact divergence."""
     check_choice(function, "divergence", divergence, ("hutchinson", "exact"))
     check_no_cached_parametrizations(function, field)
     field = without_engine(function, field)
-    probe = torch.empty_like(x).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+    if divergence == "exact":
+        return field, None
+    return field, torch.empty_like(x).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
-    def velocity(sigma: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        level = sigma.to(x.dtype)
+
+def integrate_density(
+    function: str,
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    ends: tuple[float, float],
+    solver: ODESolver,
+    *,
+    base_std: float,
+    probe: Tensor | None,
+    variable: str = "sigma",
+) -> Tensor:
+    """Compute log p(x) at time ends[0], where the flow dx/dt = v(x, t) carries p to N(0, base_std² I) at ends[1].
+
+        log p(x) = log N(x(ends[1]); 0, base_std² I) + ∫ ∇·v(x(t), t) dt from ends[0] to ends[1].
+
+    Args:
+        function: name of the caller, for messages.
+        velocity: v(x, t), t of shape `[]`, made of a field of `prepare_divergence`.
+        x: `[N, *event]`.
+        ends: times of x and of the base distribution.
+        solver: see `ODESolver`.
+        base_std: standard deviation of the base distribution.
+        probe: of `prepare_divergence`.
+        variable: name of t in messages.
+
+    Returns:
+        `[N]`.
+    """
+
+    def rates(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         with DetachedParameters():
-            f, spread = _divergence(field, state[0], level, probe if divergence == "hutchinson" else None)
-        return -level * f, level * spread
+            return _divergence(function, velocity, state[0], t.to(x.dtype), probe)
 
-    start, ends = (x, x.new_zeros(len(x))), (sigma_min, sigma_max)
     with torch.no_grad():
-        z, gain = integrate(function, velocity, start, ends, solver)
-    norm = math.log(sigma_max * math.sqrt(2 * math.pi))
-    result: Tensor = -(z.square() / (2 * sigma_max**2) + norm).flatten(1).sum(1) - gain
+        z, gain = integrate(function, rates, (x, x.new_zeros(len(x))), ends, solver, variable)[-1]
+    norm = math.log(base_std * math.sqrt(2 * math.pi))
+    result: Tensor = gain - (z.square() / (2 * base_std**2) + norm).flatten(1).sum(1)
     return result
 
 
-def _divergence(field: NoisyField, x: Tensor, sigma: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return f and ∇·f, or its estimate εᵀ J_f ε, both detached."""
+def _divergence(
+    function: str, velocity: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, probe: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return v and ∇·v, or its estimate εᵀ J_v ε, both detached."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        f = call_field(field, x.clone(), sigma)  # some networks begin with an operation in place
+        v = velocity(x.clone(), t)  # some networks begin with an operation in place
         # Otherwise the divergence of a field that works under no_grad would silently count as zero.
-        if not f.requires_grad:
+        if not v.requires_grad:
             raise RuntimeError(
-                "log_likelihood: the field's result does not depend on x differentiably; does it use torch.no_grad(), "
+                f"{function}: the field's result does not depend on x differentiably; does it use torch.no_grad(), "
                 "detach() or torch.inference_mode()?"
             )
         total = x.new_zeros(len(x))
         for direction in basis(x, grouped=False) if probe is None else (probe,):
-            pulled = pull_back(f, x, direction, retain_graph=probe is None)
+            pulled = pull_back(v, x, direction, retain_graph=probe is None)
             total = total + (pulled * direction).flatten(1).sum(1)
-    return f.detach(), total
+    return v.detach(), total
 
 
 def bits_per_dim(log_likelihood: Tensor, dimensions: int, width: float = 2 / 255) -> Tensor:

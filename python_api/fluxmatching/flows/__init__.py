@@ -1,0 +1,1 @@
+"""Flows between distributions: paths, couplings, closed-form velocities, losses."""
