@@ -28,10 +28,10 @@ LABELS = {
     "sklearn": "scikit-learn",
 }
 NOTES = """\
-- `cpu` and `torch` are our backends: `cpu` computes float32 input in float32 with checked errors, `torch` in float64. *Plain
-  PyTorch* is the paper's formulas
-  with `torch.randn` noise (`tests/support/published.py`), in float32 unless said otherwise, of at most 4096 queries of
-  a group at once; *whole*: of all at once. *torch.compile* compiles them, *attention* is scaled_dot_product_attention
+- `cpu` and `torch` are our backends: `cpu` computes float32 input in float32 with checked errors, `torch` in float64.
+  *Plain PyTorch* is the paper's formulas with `torch.randn` noise (`tests/support/published.py`), in float32 unless
+  said otherwise, of at most 4096 queries of a group at once; *whole*: of all at once. *torch.compile* compiles them,
+  *attention* is scaled_dot_product_attention
   with keys and values = reference points, *KeOps* is compiled for this processor (`-march=native -ffast-math`),
   *scikit-learn* is `KernelDensity` with its default tolerances, which are zero. In parentheses: the time over that of
   `cpu`.
