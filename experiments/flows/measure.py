@@ -63,7 +63,7 @@ def log_distances(run: Run, problem: Problem, variant: Variant, seed: int, field
     start, new = start_and_new(run, problem, seed, 0)
     for name, (method, per_step) in SOLVERS.items():
         for count in config.evaluations:
-            if count % per_step:
+            if count % per_step or (name, count) in done:
                 continue
             solver = ODESolver(method, num_steps=count // per_step)
             found = integrate_flow(field, start, end=variant.end, solver=solver)

@@ -332,7 +332,6 @@ def test_of_a_finished_run_nothing_is_trained_again(copied: Run, monkeypatch: py
 @pytest.mark.parametrize(
     ("kept", "last"),
     [
-        (1, ("floor", None)),
         (3, ("repeat", INDEPENDENT)),
         (12, ("target", None)),
         (68, ("distance", RECTIFIED)),
