@@ -11,7 +11,9 @@ from scipy.optimize import linear_sum_assignment, linprog
 from scipy.stats import chi2
 from torch import Tensor
 
+from fluxmatching.distributed import rank_seed
 from fluxmatching.flows.couplings import Coupling, ExactCoupling, IndependentCoupling, SinkhornCoupling, couple
+from fluxmatching.flows.losses import normal_source
 from tests.programs.couplings import CASES, SEED, minibatch
 from tests.support.processes import run
 
@@ -336,6 +338,17 @@ def test_processes_share_the_numbers_that_no_seed_makes(two: Rows) -> None:
     x0, x1 = (torch.cat(parts) for parts in zip(*(minibatch(rank, 2) for rank in range(2)), strict=True))
     torch.manual_seed(0)
     assert torch.equal(torch.tensor(row["x0"], dtype=F64).flatten(0, 1), couple(ExactCoupling(), x0, x1)[0])
+
+
+def test_a_loss_module_couples_the_noise_of_all_processes(two: Rows) -> None:
+    """Each process draws noise of its own; with a field of zero the loss is |x1 - x0|² of the joint pairs."""
+    (row,) = [row for row in two if row["what"] == "module"]
+    data = [minibatch(rank, 2)[1] for rank in range(2)]
+    noise = [normal_source(x1, rank_seed(torch.tensor(SEED), rank)) for rank, x1 in enumerate(data)]
+    assert not torch.equal(*noise)
+    x0, x1 = couple(ExactCoupling(), torch.cat(noise), torch.cat(data), SEED)
+    wanted = (x1 - x0).square().sum(1).reshape(2, -1).mean(1)
+    torch.testing.assert_close(torch.tensor(row["loss"], dtype=F64), wanted)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from fluxmatching import FlowMatching
 from fluxmatching.flows.couplings import Coupling, ExactCoupling, IndependentCoupling, SinkhornCoupling, couple
 
 SEED = 5
@@ -28,6 +29,10 @@ def minibatch(rank: int, times: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rank)
     x0 = torch.randn(12 * times, 2, dtype=torch.float64, generator=generator) + 2 * rank
     return x0, torch.randn(12, 2, dtype=torch.float64, generator=generator)
+
+
+def still(x: Tensor, t: Tensor) -> Tensor:
+    return torch.zeros_like(x)
 
 
 def from_all(value: Any) -> list[Any]:
@@ -61,6 +66,7 @@ def main() -> None:
     joint = ExactCoupling(gather_across_ranks=True)
     torch.manual_seed(rank)
     report("without a seed", x0=from_all(couple(joint, x0, x1)[0].tolist()))
+    report("module", loss=from_all(FlowMatching(still, coupling=joint)(x1, seed=SEED)[0].item()))
     attempts: dict[str, Callable[[], Any]] = {
         "NaN in one process": lambda: couple(joint, x0, x1.where(torch.tensor(rank == 0), torch.nan), SEED),
         "shape": lambda: couple(joint, x0[rank:], x1, SEED),
