@@ -165,7 +165,8 @@ def kernel_arguments() -> dict[str, tuple[Any, tuple[Any, ...]]]:
 @pytest.mark.parametrize("name", kernel_arguments())
 def test_registration(name: str, backend: str) -> None:
     op, arguments = kernel_arguments()[name]
-    torch.library.opcheck(op, (*arguments, backend))
+    optional = [None] * (len(op._schema.arguments) - len(arguments) - 1)
+    torch.library.opcheck(op, (*arguments, *optional, backend))
 
 
 @pytest.mark.parametrize("name", CALLS)
