@@ -18,9 +18,9 @@ from experiments.common.distances import wasserstein2
 from experiments.common.run import Run
 from experiments.v_flux import experiment, gaussian
 from experiments.v_flux.experiment import EXPERIMENT, main, make_flow
-from experiments.v_flux.measure import averages, carry, held_out_loss, measure, measure_floor, starts
+from experiments.v_flux.measure import TIMES, averages, carry, fresh, held_out_loss, starts
 from experiments.v_flux.mixture import ComponentPath, MixtureFlow
-from experiments.v_flux.results import EXACT, EXACT_CAUSAL, EXACT_MASKED, FIELDS, marginals
+from experiments.v_flux.results import FIELDS
 from experiments.v_flux.training import CAUSAL, FLOW, FLUX, LEAST, TURNING, FlowField, LeastEnergyMatching, make_field
 from fluxmatching import FluxOptions, LinearPath, UniformTimes, marginal_velocity, v_flux_loss
 
@@ -269,17 +269,17 @@ def test_held_out_loss_is_the_squared_error_of_the_part_that_moves_the_marginals
         assert error < 0.1
 
 
-@pytest.mark.parametrize("t", [0.3, 0.5, 0.7])
+@pytest.mark.parametrize("t", [0.3, 0.7])
 def test_loss_sees_only_a_part_of_a_constant_error(t: float) -> None:
     """Data N(0, I) and f = v + c: ∇r = -c/Var, Var = t² + σ², so σ²ℓ/2 is |c|² (σ²/Var) (1 - e⁻⁴), not |c|²."""
-    uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(2048).clamp(1e-4, 1 - 1e-4)
+    uniform = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(1024).clamp(1e-4, 1 - 1e-4)
     data = torch.special.ndtri(uniform)
     offset, options = torch.tensor([0.6, -0.8]), FluxOptions(divergence="exact")
 
     def field(x: Tensor, t: Tensor) -> Tensor:
         return marginal_velocity(x, t, data) + offset
 
-    losses = [v_flux_loss(field, data[k::4], t, LinearPath(), options, refs=data, seed=k).mean() for k in range(4)]
+    losses = [v_flux_loss(field, data[k::2], t, LinearPath(), options, refs=data, seed=k).mean() for k in range(2)]
     seen = (1 - t) ** 2 / 2 * sum(losses) / len(losses)
     assert seen.item() == pytest.approx((1 - t) ** 2 / (t**2 + (1 - t) ** 2) * (1 - math.exp(-4)), rel=0.05)
 
@@ -301,19 +301,21 @@ def test_averages_of_exact_fields(tmp_path: Path, t: float) -> None:
 
 
 def test_exact_fields_keep_the_marginals_and_the_masked_velocity_does_not(tmp_path: Path) -> None:
-    run = make_run(tmp_path, samples=500, euler_steps=(2,), points=8)
+    run = make_run(tmp_path, samples=500)
     flow = make_flow(run)
-    measure_floor(run, flow)
-    fields = {EXACT: flow.velocity, EXACT_CAUSAL: flow.causal, EXACT_MASKED: flow.masked_velocity}
-    for name, field in fields.items():
-        measure(run, flow, name, field)
-    worst = {name: max(marginals(run)[name].values()) for name in fields}
-    assert worst[EXACT] < 1.4
-    assert worst[EXACT_CAUSAL] < 1.4
-    assert worst[EXACT_MASKED] > 1.45
+    x, late = starts(run), TIMES[-2:]
+    found = {field: carry(field, x)[-2:] for field in (flow.velocity, flow.causal, flow.masked_velocity)}
+    exact = {t: fresh(run, flow, t) for t in late}
+    floor = {t: wasserstein2(flow.sample(t, 500, generator(1)), exact[t]) for t in late}
+    velocity, causal, masked = (
+        max(wasserstein2(end, exact[t]) / floor[t] for end, t in zip(ends, late, strict=True))
+        for ends in found.values()
+    )
+    assert velocity < 1.4
+    assert causal < 1.4
+    assert masked > 1.5
     # The trajectories differ: the ends are farther from each other, point by point, than their distributions.
-    x = starts(run)
-    ends = [carry(fields[name], x)[-1] for name in (EXACT, EXACT_CAUSAL)]
+    ends = [found[field][-1] for field in (flow.velocity, flow.causal)]
     assert (ends[0] - ends[1]).square().sum(1).mean().sqrt() > 2 * wasserstein2(*ends)
 
 

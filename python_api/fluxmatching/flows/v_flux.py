@@ -129,9 +129,9 @@ class VFluxMatching(LossModule):
     """v-Flux Matching along the whole path (Eq. 61), `v_flux_loss` at random times, one per stratum.
 
     Horizon and normalizer are functions of σ(t)/α(t), and so of t. Without a normalizer the losses of all times are
-    in units of the velocity: ℓ σ(t)²/2 estimates the squared error of the part of the field that moves p_t (Eq. 57). A
-    learned one brings the losses to one size: times near t = 0, where the field is nearly right from the start, then
-    get nearly all the weight, and those near t = 1, where ℓ grows as 1/σ², have to be found first.
+    in units of the velocity: ℓ σ(t)²/2 estimates the squared error of the part of the field that moves p_t (Eq. 57).
+    Its gradient is half of that error's, as that of ℓ is, so a penalty added to it counts twice. A learned normalizer
+    follows the losses: times near t = 0, where the field is nearly right from the start, get nearly all the weight.
 
     Args:
         field: f(x, t), x `[n, *event]` and t `[n]`; a module or function.
