@@ -31,7 +31,7 @@ from fluxmatching.losses.modules import Logged, draw_from
 
 @dataclass(frozen=True)
 class Variant:
-    """What a field is trained by and what it may depend on.
+    """Loss that trains a field, and the coordinates that it may depend on.
 
     Attributes:
         flux: v-Flux Matching; else conditional flow matching.
