@@ -24,8 +24,8 @@ from fluxmatching import (
     UniformTimes,
     VFluxMatching,
 )
-from fluxmatching.flows.losses import normal_source
 from fluxmatching.flows.times import Times
+from fluxmatching.losses.draws import seeded_start
 from fluxmatching.losses.modules import Logged, draw_from
 
 
@@ -128,7 +128,7 @@ class LeastEnergyMatching(VFluxMatching):
         loss, logged = super().forward(x, seed=seed)
         key = self.key(x, seed)
         t = draw_from(self.times, key, x, philox.TIME, len(x))
-        energy = self.field(self.path.sample(normal_source(x, key), x, t), t).square().sum(1).mean()
+        energy = self.field(self.path.sample(seeded_start(x, key), x, t), t).square().sum(1).mean()
         loss = loss + self.energy_weight * energy
         return loss, {**logged, "loss": loss.detach(), "energy": energy.detach()}
 

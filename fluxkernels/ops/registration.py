@@ -36,12 +36,16 @@ class Op:
         def run(*args: Any) -> Any:
             *inputs, backend = args
             with _no_autocast(inputs):
-                return getattr(implementation(backend), name)(*inputs)
+                return self.run(inputs, backend)
 
         self.name = name
         self.reference: Callable[..., Any] = getattr(reference, name)
         self.registered = torch.library.custom_op(f"fluxkernels::{name}", run, mutates_args=(), schema=schema)
         self.registered.register_fake(fake)
+
+    def run(self, inputs: Sequence[Any], backend: str, **hints: Any) -> Any:
+        """Call the function of a backend."""
+        return getattr(implementation(backend), self.name)(*inputs, **hints)
 
     def __call__(self, *args: Any, **hints: Any) -> Any:
         """Call the op; hints tell a backend what it may leave out, which only a plain call can."""
@@ -49,7 +53,7 @@ class Op:
         if is_plain_call(inputs):
             if needs_derivatives(inputs):
                 return _DirectCall.apply(self, hints, *args)
-            return getattr(implementation(backend), self.name)(*inputs, **hints)
+            return self.run(inputs, backend, **hints)
         if not transforms_active():
             return self.registered(*args)
         with _no_autocast(inputs):
@@ -67,7 +71,7 @@ class _DirectCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Op, hints: dict[str, Any], *args: Any) -> Any:
         *inputs, backend = args
-        output = getattr(implementation(backend), op.name)(*inputs, **hints)
+        output = op.run(inputs, backend, **hints)
         ctx.op = op
         op.setup_context(ctx, args, output)
         return output

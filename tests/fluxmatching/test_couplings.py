@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fluxmatching.distributed import rank_seed
 from fluxmatching.flows.couplings import Coupling, ExactCoupling, IndependentCoupling, SinkhornCoupling, couple
-from fluxmatching.flows.losses import normal_source
+from fluxmatching.losses.draws import seeded_start
 from tests.programs.couplings import CASES, SEED, minibatch
 from tests.support.processes import run
 
@@ -344,7 +344,7 @@ def test_a_loss_module_couples_the_noise_of_all_processes(two: Rows) -> None:
     """Each process draws noise of its own; with a field of zero the loss is |x1 - x0|² of the joint pairs."""
     (row,) = [row for row in two if row["what"] == "module"]
     data = [minibatch(rank, 2)[1] for rank in range(2)]
-    noise = [normal_source(x1, rank_seed(torch.tensor(SEED), rank)) for rank, x1 in enumerate(data)]
+    noise = [seeded_start(x1, rank_seed(torch.tensor(SEED), rank)) for rank, x1 in enumerate(data)]
     assert not torch.equal(*noise)
     x0, x1 = couple(ExactCoupling(), torch.cat(noise), torch.cat(data), SEED)
     wanted = (x1 - x0).square().sum(1).reshape(2, -1).mean(1)

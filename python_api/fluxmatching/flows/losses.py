@@ -18,8 +18,9 @@ from fluxmatching.flows.closed_form import check_refs, over_sigma, posterior_mea
 from fluxmatching.flows.couplings import Coupling, couple
 from fluxmatching.flows.paths import PREDICTIONS, Coefficients, LinearPath, Path, check_pairs, check_path, check_times
 from fluxmatching.flows.times import Times, UniformTimes, check_distribution
+from fluxmatching.losses.draws import seeded_start
 from fluxmatching.losses.modules import Logged, LossModule, draw_from
-from fluxmatching.losses.options import check_options
+from fluxmatching.losses.options import check_not_half, check_options
 from fluxmatching.losses.reference_set import ReferenceSet
 
 FlowField = Callable[..., Tensor]  # v(x, t), or v(x, t, labels); x `[N, *event]`, t and labels `[N]`
@@ -116,17 +117,13 @@ def conditional_flow_matching_loss(
     if not callable(field):
         raise TypeError(f"{function}: field must be callable, got {type(field).__name__}")
     check_tensor(function, "x1", x1)
-    if x1.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{function}: x1 must be float32 or float64, got {x1.dtype}; for a network in half precision keep the data "
-            f"in float32 and use torch.autocast"
-        )
+    check_not_half(function, "x1", x1)
     if refs is not None and not options.stable_target:
         raise ValueError(f"{function}: refs are those of the stable target; give them with stable_target=True")
     key = philox.as_seed(check_seed(function, seed), x1.device)
     if x0 is not None and options.stable_target:
         raise ValueError(f"{function}: x0 must be None with stable_target, whose mean is for normal noise")
-    x0 = normal_source(x1, key) if x0 is None else x0
+    x0 = seeded_start(x1, key) if x0 is None else x0
     check_pairs(function, x0, x1)
     check_finite(function, x0=x0, x1=x1)
     classes = _classes(function, labels, x1, options, key)
@@ -234,12 +231,6 @@ def check_labels(function: str, labels: object, samples: int, classes: int, devi
         raise ValueError(f"{function}: labels must lie in [0, {classes}), got {bad}")
 
 
-def normal_source(x1: Tensor, key: Tensor) -> Tensor:
-    """Return the normal noise of a seed, shape of x1: the same numbers as those of the other losses."""
-    shape = (1, x1.shape[0], x1.shape[1:].numel())
-    return philox.normal(key, shape, philox.START, torch.promote_types(x1.dtype, torch.float32))[0].to(x1).view_as(x1)
-
-
 class FlowMatching(LossModule):
     """Conditional flow matching, `conditional_flow_matching_loss` as a module.
 
@@ -309,7 +300,7 @@ class FlowMatching(LossModule):
             return x[:, 0], x[:, 1]
         points = self.source(x)
         if points is None:
-            x0 = normal_source(x, key)
+            x0 = seeded_start(x, key)
         else:
             check_refs("FlowMatching", points, x, "x", name="source")
             words = philox.bits(key, (1, len(x)), philox.SOURCE).flatten()[: len(x)]

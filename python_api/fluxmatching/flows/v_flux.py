@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fluxkernels import philox
 from fluxkernels.checks import can_check_values, check_tensor
-from fluxmatching.distributed import rank_and_size
 from fluxmatching.engines import without_engine
 from fluxmatching.fields import per_sample
 from fluxmatching.flows.paths import LinearPath, Path, check_path, check_times
@@ -168,12 +167,13 @@ class VFluxMatching(LossModule):
         """
         name = "VFluxMatching"
         key = self.key(x, seed)
-        processes = rank_and_size()[1] if self.gather_across_ranks else 1
-        options = self.options.with_strata(strata_for(len(x) * processes))
+        options = self.options.with_strata(strata_for(self.joint_samples(x)))
         t = draw_from(self.times, key, x, philox.TIME, options.strata or 1)
         target, field = _v_flux_target(name, self.field, x, t, self.path, options, refs=self.refs(x), seed=key)
-        normalizer = self.normalizer
-        scale = 2 / self.path.coefficients(target.per_sample(t).double()).sigma.square().to(x.dtype)
-        terms = normalized_terms(target, field, FixedScale(scale) if normalizer is None else normalizer, options, t)
+        normalizer: LossNormalizer | FixedScale | None = self.normalizer
+        if normalizer is None:
+            sigma = self.path.coefficients(target.per_sample(t).double()).sigma
+            normalizer = FixedScale(2 / sigma.square().to(x.dtype))
+        terms = normalized_terms(target, field, normalizer, options, t)
         loss = terms.total.mean()
         return loss, {"loss": loss.detach(), "flux": terms.flux.mean(), "tau": terms.tau.mean(), "t": t.mean()}

@@ -128,6 +128,12 @@ class Draws:
         return Draws(seeded.tau(), seeded.start(), seeded.chain(), seeded.probe())
 
 
+def seeded_start(x: Tensor, key: Tensor) -> Tensor:
+    """Return the normal noise n0 of a seed, shape of x, in at least float32: `start` of `Draws.from_seed`."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return philox.normal(key, (1, x.shape[0], x.shape[1:].numel()), philox.START, dtype)[0].view(x.shape)
+
+
 @dataclass(frozen=True)
 class DrawRequest:
     """Everything that decides which random numbers a loss needs, apart from the seed.

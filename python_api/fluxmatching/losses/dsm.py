@@ -11,7 +11,7 @@ from fluxkernels import kde_mean, philox
 from fluxkernels.backend import check_backend
 from fluxkernels.checks import check_choice, check_finite, check_same_shape, check_seed, check_tensor
 from fluxmatching.fields import Field, call_field, per_sample
-from fluxmatching.losses.draws import Draws
+from fluxmatching.losses.draws import Draws, seeded_start
 from fluxmatching.losses.grouping import Grouping
 from fluxmatching.losses.options import as_sigma, check_options
 
@@ -82,7 +82,7 @@ def dsm_loss(
     level, variance = as_sigma(function, sigma, like=x)
     if level.ndim > 1 or (level.ndim == 1 and level.shape != x.shape[:1]):
         raise ValueError(f"{function}: sigma must be one number or one per sample, got shape {list(level.shape)}")
-    start = _start(function, x, draws, seed, grouping)
+    start = _start(function, x, draws, seed)
     scale, weight = per_sample(level, x), per_sample(variance, x)
     z = (x + scale * start).to(x.dtype).detach()
     mean = x
@@ -93,9 +93,7 @@ def dsm_loss(
     return (error.square() / (weight if options.form == "eps" else torch.ones_like(weight))).flatten(1).sum(1)
 
 
-def _start(
-    function: str, x: Tensor, draws: Draws | None, seed: int | Tensor | None, grouping: Grouping
-) -> Tensor:  # fmt: skip
+def _start(function: str, x: Tensor, draws: Draws | None, seed: int | Tensor | None) -> Tensor:
     """Return n0: the one of the draws, of the seed, or of torch's generator."""
     check_seed(function, seed)
     if draws is not None and not isinstance(draws, Draws):
@@ -108,6 +106,4 @@ def _start(
         return start
     if seed is None:
         return torch.randn_like(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    shape = (1, *grouping.to_points(x).shape)
-    return grouping.from_points(philox.normal(philox.as_seed(seed, x.device), shape, philox.START, dtype)[0])
+    return seeded_start(x, philox.as_seed(seed, x.device))

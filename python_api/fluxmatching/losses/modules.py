@@ -72,6 +72,10 @@ class LossModule(nn.Module):
         self.refs = ReferenceSet(refs)
         self.gather_across_ranks = gather_across_ranks
 
+    def joint_samples(self, x: Tensor) -> int:
+        """Return the number of samples of all processes whose minibatches are joined."""
+        return len(x) * (rank_and_size()[1] if self.gather_across_ranks else 1)
+
     def key(self, x: Tensor, seed: int | Tensor | None) -> Tensor:
         """Return the seed of this call, an int64 tensor `[]`; None draws one from torch's generator."""
         name = type(self).__name__
@@ -167,8 +171,7 @@ class NoiseAnnealedFluxMatching(LossModule):
             seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
         """
         key = self.key(x, seed)
-        processes = rank_and_size()[1] if self.gather_across_ranks else 1
-        options = self.options.with_strata(self._strata(len(x) * processes))
+        options = self.options.with_strata(self._strata(self.joint_samples(x)))
         sigma = draw_from(self.noise, key, x, philox.NOISE_LEVEL, options.strata or 1)
         terms = annealed_terms(self.field, x, sigma, self.normalizer, options, refs=self.refs(x), seed=key)
         loss = terms.total.mean()

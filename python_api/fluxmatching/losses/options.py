@@ -118,6 +118,15 @@ def check_options(function: str, options: object, kind: type) -> None:
         raise TypeError(f"{function}: options must be {kind.__name__}, got {options!r}")
 
 
+def check_not_half(function: str, name: str, x: Tensor) -> None:
+    """Raise TypeError for data in half precision."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{function}: {name} must be float32 or float64, got {x.dtype}; for a network in half precision keep the "
+            f"data in float32 and use torch.autocast"
+        )
+
+
 def as_sigma(function: str, sigma: float | Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     """Convert σ > 0 to a tensor of at least float32 and return (σ, σ²), both without a gradient.
 

@@ -91,7 +91,7 @@ class ConditionedField:
 
     def rows(self, rows: slice | Tensor) -> ConditionedField:
         """Return the field for some of the samples."""
-        return ConditionedField(self.field, _rows_of(self.condition, rows))
+        return ConditionedField(self.field, rows_of(self.condition, rows))
 
     def __call__(self, z: Tensor) -> Tensor:
         condition = self.condition
@@ -145,7 +145,7 @@ def endpoint_gradient(
         else:
             probes = basis(z[rows], grouped) if part is None else iter((part,))
             bound = field.rows(rows) if isinstance(field, ConditionedField) else field
-            step = _rows_of(torch.as_tensor(scale, device=z.device), rows)
+            step = rows_of(torch.as_tensor(scale, device=z.device), rows)
             step = step.reshape(-1, *(1 for _ in z.shape[1:])) if step.ndim else step
             gradient, value = _differentiated(bound, z[rows].detach(), score[rows], probes, method, step)
         gradients.append(gradient)
@@ -153,7 +153,8 @@ def endpoint_gradient(
     return torch.cat(gradients), torch.cat(values)
 
 
-def _rows_of(number: Tensor, rows: slice | Tensor) -> Tensor:
+def rows_of(number: Tensor, rows: slice | Tensor) -> Tensor:
+    """Return the rows of one number per sample, `[N]`; a single one, `[]`, is that of all samples."""
     return number[rows] if number.ndim else number
 
 

@@ -19,8 +19,8 @@ from fluxmatching.fields import Field, call_field, per_sample
 from fluxmatching.losses.draws import DrawRequest, Draws
 from fluxmatching.losses.grouping import Grouping
 from fluxmatching.losses.horizons import DEFAULT_HORIZON, Horizon
-from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
-from fluxmatching.losses.second_derivatives import ConditionedField, endpoint_gradient
+from fluxmatching.losses.options import FluxOptions, as_sigma, check_not_half, check_options
+from fluxmatching.losses.second_derivatives import ConditionedField, endpoint_gradient, rows_of
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,6 @@ class MatchedField:
 
     linear: float | Tensor = 0.0
     score: float | Tensor = 1.0
-
-    def __call__(self, z: Tensor, score: Tensor) -> Tensor:
-        """Return w(z), both numbers broadcast against z."""
-        return self.linear * z + self.score * score
-
-    def to(self, z: Tensor) -> MatchedField:
-        """Return the numbers as tensors with the dtype and device of z."""
-        return MatchedField(*(torch.as_tensor(n, dtype=z.dtype, device=z.device) for n in (self.linear, self.score)))
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> MatchedField:
-        """Return the field with `function` applied to both tensors."""
-        assert isinstance(self.linear, Tensor)
-        assert isinstance(self.score, Tensor)
-        return MatchedField(function(self.linear), function(self.score))
 
 
 @dataclass(frozen=True)
@@ -108,10 +94,9 @@ def flux_target(
     """
     check_options("flux_matching_loss", options, FluxOptions)
     batch = _prepare(field, x, sigma, options.with_strata(1), refs=refs, draws=draws, seed=seed)
-    target = None if matched is None else matched.to(batch.x)
     chains = _run_chains(batch)
-    gradient = _differentiate_endpoints(field, batch, chains, target)
-    return _average_over_chains(batch, chains, gradient, target)
+    gradient = _differentiate_endpoints(field, batch, chains, matched)
+    return _average_over_chains(batch, chains, gradient, matched)
 
 
 @dataclass(frozen=True)
@@ -153,9 +138,14 @@ class _Minibatch:
         strata = self.strata
         return number.repeat_interleave(self.x.shape[0] // strata) if strata > 1 and number.ndim else number
 
-    def spread(self, matched: MatchedField) -> MatchedField:
-        """Return the field with one number per sample where it has one per stratum, to broadcast against x."""
-        return matched.map(lambda number: per_sample(self.per_sample(number), self.x) if number.ndim else number)
+    def number(self, value: float | Tensor) -> Tensor:
+        """Return a number, or one per stratum, as a tensor with the dtype and device of x."""
+        return torch.as_tensor(value, dtype=self.x.dtype, device=self.x.device)
+
+    def per_event(self, value: float | Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Return a number, or one per stratum, to broadcast against x, or against the chosen samples of it."""
+        number = self.per_sample(self.number(value))
+        return per_sample(number if chosen is None else rows_of(number, chosen), self.x)
 
     def to_strata(self, points: Tensor) -> Tensor:
         """Return points `[..., N, D]` as `[..., strata, N / strata, D]` where there are several strata."""
@@ -224,11 +214,7 @@ def _check_field_and_samples(function: str, field: Field, x: Tensor, options: Fl
     if not callable(field):
         raise TypeError(f"{function}: field must be callable, got {type(field).__name__}")
     check_tensor(function, "x", x)
-    if x.dtype in (torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{function}: x must be float32 or float64, got {x.dtype}; for a network in half precision keep the data "
-            f"in float32 and use torch.autocast"
-        )
+    check_not_half(function, "x", x)
     if not torch.compiler.is_compiling():  # where the whole loss is compiled, see `_differentiate_endpoints`
         _check_networks(function, field, options.method_for(x.dtype))
 
@@ -287,7 +273,7 @@ def _differentiate_endpoints(
     if chosen is not None:
         ends, scores = ends[chosen], scores[chosen]
         probe = None if probe is None else probe[chosen]
-        scale = scale[chosen] if batch.strata > 1 and scale.ndim else scale
+        scale = rows_of(scale, chosen) if batch.strata > 1 else scale
         field = field.rows(chosen) if isinstance(field, ConditionedField) else field
     bracket, field_at_end = endpoint_gradient(
         field,
@@ -302,10 +288,13 @@ def _differentiate_endpoints(
     _check_finite_field(grouping.function, field_at_end, batch)
     with torch.no_grad():
         gradient = grouping.to_points(bracket)
-        if ends.shape[0]:
-            gradient = gradient + _residual_gradient(batch, ends, field_at_end, chains, chosen, matched)
-            if matched is not None:
-                gradient = gradient - grouping.to_points(_rows(batch.spread(matched).linear, chosen) * scores)
+        if ends.shape[0] and matched is None:
+            gradient = gradient + _residual_gradient(batch, ends, field_at_end, chains, chosen)
+        elif ends.shape[0] and matched is not None:
+            linear, factor = batch.per_event(matched.linear, chosen), batch.number(matched.score)
+            mismatch = field_at_end - linear * ends
+            gradient = gradient + _residual_gradient(batch, ends, mismatch, chains, chosen, factor)
+            gradient = gradient - grouping.to_points(linear * scores)
         if chosen is not None:
             # Omitted endpoints count as zero and the others are rescaled, so the mean over choices is unbiased.
             fraction = 1.0 if batch.draws.endpoints is None else batch.draws.endpoints.shape[0] / batch.x.shape[0]
@@ -313,24 +302,16 @@ def _differentiate_endpoints(
         return batch.joint.sum(gradient)
 
 
-def _rows(number: float | Tensor, chosen: Tensor | None) -> float | Tensor:
-    return number if chosen is None or not isinstance(number, Tensor) or not number.ndim else number[chosen]
-
-
 def _residual_gradient(
     batch: _Minibatch,
     ends: Tensor,
-    field_at_end: Tensor,
+    values: Tensor,
     chains: FluxPass,
     chosen: Tensor | None,
-    matched: MatchedField | None,
+    factor: float | Tensor = 1.0,
 ) -> Tensor:
-    """Return J_s (f - a z) - b ∇(Δp̂/p̂) at the chosen endpoints, in the layout of the ops."""
-    factor: float | Tensor = 1.0
-    if matched is not None:
-        field_at_end = field_at_end - _rows(batch.spread(matched).linear, chosen) * ends
-        factor = matched.score
-    points, values = (batch.grouping.to_points(t) for t in (ends, field_at_end))
+    """Return J_s g - b ∇(Δp̂/p̂) for a field's values g at the chosen endpoints and factors b, in the ops' layout."""
+    points, values = (batch.grouping.to_points(t) for t in (ends, values))
     backend = batch.options.backend
     shared = not batch.variance.ndim and not (isinstance(factor, Tensor) and factor.ndim)
     if batch.strata == 1 or shared:
@@ -374,7 +355,9 @@ def _average_over_chains(
 
     own = batch.joint.own_samples
     x0, score = samples(chains.x0), samples(chains.score0)
-    wanted = score if matched is None else batch.spread(matched)(x0, score)
+    wanted = score
+    if matched is not None:
+        wanted = batch.per_event(matched.linear) * x0 + batch.per_event(matched.score) * score
 
     sigma = batch.per_sample(batch.sigma)
     if sigma.ndim and not batch.options.grouped:
