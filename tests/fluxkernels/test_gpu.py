@@ -253,7 +253,7 @@ def test_two_processes_choose_the_same_layouts(tmp_path: Path) -> None:
 
 
 def test_memory_with_more_refs_than_a_block_holds() -> None:
-    """140,000 reference points: a matrix of pairs for 64 queries at once would be above the bound of 64 MiB."""
+    """140,000 reference points: of 4096 queries, a matrix of pairs would take 4 GiB."""
     refs = torch.randn(140_000, 24, device="cuda")
     x = refs[:4096] + 0.1
     fk.kde_score(x[:64], refs, 20.0)
@@ -261,8 +261,8 @@ def test_memory_with_more_refs_than_a_block_holds() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     fk.kde_score(x, refs, 20.0)
-    # Weights, distances and products of a block, of at most 64 MiB each, and the results.
-    assert torch.cuda.max_memory_allocated() - before < 4 * 2**26
+    # Products and weights of a block, of at most 256 MiB each, words of the points, and the results.
+    assert torch.cuda.max_memory_allocated() - before < 5 * 2**27
 
 
 def launches(call: Any) -> list[str]:

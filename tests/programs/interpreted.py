@@ -259,7 +259,7 @@ def of_groups() -> dict[str, float]:
         return [*step, *seeded, average, *backward, *triton_kernels.kde(x, refs, per_query)]
 
     together = results()
-    with mock.patch.multiple(fixed_point, MOST_GROUPED_PAIRS=6 * 6, MOST_PRODUCTS=5 * 6 * 6):
+    with mock.patch.multiple(fixed_point, MOST_PAIRS=6 * 6, MOST_PRODUCTS=5 * 6 * 6):
         apart = results()
     return {str(i): float(not torch.equal(a, b)) for i, (a, b) in enumerate(zip(together, apart, strict=True))}
 
@@ -320,6 +320,9 @@ def ways() -> Iterator[Check]:
     yield "blocks of queries", torch.float64, 1e-9, patched(many, gram, ALL, torch.float64, MOST_PAIRS=4 * 17)
     parts = Case("parts", N=3, M=70, D=140, sigma2=50.0)
     yield "split products", torch.float32, 1e-6, patched(parts, fixed_point, ("flux_pass", "kde"), LONGEST=64)
+    sums = "kde", "kde_backward", "residual_gradient"
+    large = {"LEAST_BY_COLUMNS": (1, 1), "MANY": 64}
+    yield "as with many reference points", torch.float32, 1e-6, patched(parts, fixed_point, sums, **large)
     for tile in fixed_point.TILES:
         yield f"tile {tile}", torch.float32, 1e-6, patched(parts, fixed_point, ("kde", "kde_backward"), TILES=(tile,))
 

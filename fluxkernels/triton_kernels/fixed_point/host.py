@@ -6,6 +6,7 @@ for rows whose weights need it. Queries are taken in blocks, so that matrices of
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from fluxkernels.triton_kernels.fixed_point.langevin import (
     chain_repair_kernel,
     chain_results_kernel,
 )
-from fluxkernels.triton_kernels.fixed_point.points import extent_kernel, points_kernel
+from fluxkernels.triton_kernels.fixed_point.points import columns_kernel, extent_kernel, points_kernel
 from fluxkernels.triton_kernels.fixed_point.products import products_kernel
 from fluxkernels.triton_kernels.launch import (
     OPTIONS,
@@ -42,10 +43,9 @@ from fluxkernels.triton_kernels.launch import (
 )
 from fluxkernels.triton_kernels.steps import chain_by_steps, pass_by_steps
 
-# Pairs of one group whose matrices are held at once: 64 MiB of products, and 20 bytes more per pair for derivatives.
-MOST_PAIRS = 2**23
-# The same for groups that are held whole: four times as many launches would take longer than the work of small groups.
-MOST_GROUPED_PAIRS = 2**25
+# Pairs whose matrices are held at once: 256 MiB of products, as much for weights, and 16 bytes more per pair for
+# derivatives. With a quarter of it, many launches of few queries take 1.2 times as long.
+MOST_PAIRS = 2**25
 # Products of chains in Gram space that are held at once: 1 GiB.
 MOST_PRODUCTS = 2**27
 # Words of points of chains that are held at once: 2 GiB.
@@ -55,14 +55,37 @@ MOST_REFS = 1024
 # Dimensions up to which sums of products of words fit in 64 bits.
 MOST_DIMENSIONS = 2**16
 CHAINS = 16  # chains that one program runs together
-# (rows, columns, warps, bytes of shared memory) of a tile of the product. The larger one loads fewer words, and on an
-# H200 takes 0.78 times as long; but many tiles are needed to fill a GPU, and where terms are rows of the arrays it
-# takes 1.3 times as long.
-TILES = ((32, 64, 4, 49152), (128, 64, 8, 114688))
+# (queries, reference points) from which sums over reference points are worth a copy of their words by columns.
+LEAST_BY_COLUMNS = 128, 4096
 DEPTH = 64  # terms of a tile at once
 LONGEST = 2**15  # terms whose sums of products of digits fit in 32 bits
 MOST_SPLITS = 8
 EXTENTS = 512  # partial maxima per group
+# Numbers of a program that walks along rows of pairs; the second with as many reference points.
+FEW, MANY = 512, 4096
+
+
+class Tile(NamedTuple):
+    """A tile of the product, and how it is computed.
+
+    Attributes:
+        memory: bytes of shared memory.
+        resident: programs that run on a multiprocessor of an H200 at once.
+        time: relative time of the same work.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+    memory: int
+    resident: int
+    time: float
+
+
+# The larger tile loads fewer words and takes 0.72 times as long on an H200; but many tiles are needed to fill a GPU,
+# and where terms are rows of the arrays it takes 1.3 times as long.
+TILES = (Tile(32, 64, 4, 3, 49152, 4, 1.0), Tile(128, 64, 8, 4, 163840, 1, 0.72))
 
 
 def _padded(length: int) -> int:
@@ -79,22 +102,41 @@ def _vector(length: int, most: int = 1024) -> dict[str, int]:
 def _tile(rows: int, length: int, numbers: int = 1024) -> dict[str, int]:
     """Rows, block and warps of a program with a tile of `numbers` of `rows` points."""
     block = max(32, min(numbers, 1 << (length - 1).bit_length()))
-    return {"ROWS": min(numbers // block, 1 << (rows - 1).bit_length()), "BLOCK": block, "num_warps": 4, **OPTIONS}
+    rows = min(numbers // block, 1 << (rows - 1).bit_length())
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, numbers // 256), **OPTIONS}
 
 
-def _splits(tiles: int, length: int, device: torch.device) -> tuple[int, int]:
-    """(terms per part, parts): a split of a product's terms that gives work to the whole GPU."""
-    wanted = min(MOST_SPLITS, -(-2 * multiprocessors(device) // tiles), -(-length // (4 * DEPTH)))
+def _most_splits(length: int) -> int:
+    """Parts into which a sum of so many terms is worth splitting."""
+    return min(MOST_SPLITS, -(-length // (4 * DEPTH)))
+
+
+def _splits(tile: Tile, tiles: int, length: int, device: torch.device) -> tuple[int, int]:
+    """(terms per part, parts): a split of a product's terms that gives work to the whole GPU.
+
+    Programs that do not run at once are not more than two per multiprocessor: a third would take as long as all.
+    """
+    programs = 2 * multiprocessors(device)
+    wanted = min(_most_splits(length), programs // tiles if tile.resident == 1 else -(-programs // tiles))
     parts = max(wanted, -(-length // LONGEST))
     span = -(-length // (parts * DEPTH)) * DEPTH
     return span, -(-length // span)
 
 
-def _tile_for(B: int, rows: int, columns: int, device: torch.device) -> tuple[int, int, int, int]:
-    """The largest tile of TILES that fits, and of which there are enough for the whole GPU."""
-    wanted, most = 2 * multiprocessors(device), shared_memory(device)
-    fitting = [tile for tile in TILES if tile[3] <= most and B * -(-rows // tile[0]) * -(-columns // tile[1]) >= wanted]
-    return (fitting or TILES[:1])[-1]
+def _tile_for(B: int, rows: int, columns: int, length: int, device: torch.device) -> Tile:
+    """The fastest tile that fits and of which, with sums split, a GPU has enough."""
+
+    def is_possible(tile: Tile) -> bool:
+        tiles = B * -(-rows // tile.rows) * -(-columns // tile.columns) * _most_splits(length)
+        return tile.memory <= shared_memory(device) and tiles >= 2 * multiprocessors(device)
+
+    possible = filter(is_possible, TILES)
+    return min(possible, key=lambda tile: tile.time * -(-rows // tile.rows) * tile.rows, default=TILES[0])
+
+
+def _whole_tiles(rows: int) -> int:
+    """At most so many rows, without a tile of few."""
+    return rows - rows % max(height for height in (1, *(tile.rows for tile in TILES)) if height <= rows)
 
 
 def _products(
@@ -108,9 +150,9 @@ def _products(
         for words, a in ((left, across[0]), (right, across[1]))
         for i in ((0, 2, 1) if a else (0, 1, 2))
     ]
-    height, width, num_warps, _ = TILES[0] if any(across) else _tile_for(B, rows, columns, device)
-    tiles = B * -(-rows // height) * -(-columns // width)
-    span, splits = _splits(tiles, length, device)
+    tile = TILES[0] if any(across) else _tile_for(B, rows, columns, length, device)
+    tiles = B * -(-rows // tile.rows) * -(-columns // tile.columns)
+    span, splits = _splits(tile, tiles, length, device)
     if splits > 1:
         products.zero_()
     launch(
@@ -120,10 +162,11 @@ def _products(
         LEFT_ACROSS=across[0],
         RIGHT_ACROSS=across[1],
         SPLIT=splits > 1,
-        ROWS=height,
-        COLUMNS=width,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
         DEPTH=DEPTH,
-        num_warps=num_warps,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
         **OPTIONS,
     )
     return products
@@ -146,23 +189,42 @@ class _Points:
         device, width = x.device, _padded(D)
         move, tau = transition or (refs, refs[:, 0, 0])
         inputs = strided(x, refs, move, tau)
-        kind = {"CENTERED": centered, "MOVED": transition is not None, **_tile(max(N, M), width)}
-        parts = min(EXTENTS, -(-max(N, M) // kind["ROWS"]))
+        kind = {"CENTERED": centered, "MOVED": transition is not None}
+        tile = _tile(max(N, M), width, MANY if M >= MANY else 1024)
+        parts = min(EXTENTS, -(-max(N, M) // tile["ROWS"]))
         extents = torch.empty((B, 2, parts), dtype=torch.float32, device=device)
-        launch(extent_kernel, (B * parts,), *inputs, extents, N, M, D, parts, **kind)
+        launch(extent_kernel, (B * parts,), *inputs, extents, N, M, D, parts, **kind, **tile)
         self.left = torch.empty((B, N, width), dtype=torch.int32, device=device)
         self.right = torch.empty((B, M, width), dtype=torch.int32, device=device)
         self.exponents = torch.empty((B, 2), dtype=torch.int32, device=device)
         self.halves = torch.empty((B, M), dtype=torch.int64, device=device)
         self.valid = torch.empty((B, N), dtype=torch.float32, device=device)
-        blocks = -(-N // kind["ROWS"]) - (-M // kind["ROWS"])
+        tile = _tile(max(N, M), width)
+        blocks = -(-N // tile["ROWS"]) - (-M // tile["ROWS"])
         launch(
             points_kernel,
             (B * blocks,),
             *(*inputs, extents, parts, self.left, self.right, self.exponents, self.halves, self.valid),
             *(N, M, D, width),
             **kind,
+            **tile,
         )
+
+    def sums(self, words: Tensor, D: int) -> Tensor:
+        """Σ_j words[n, j] r_j of some queries, as products `[B, N, D]`."""
+        N, M, all_queries = words.shape[1], self.right.shape[1], self.left.shape[1]
+        if all_queries < LEAST_BY_COLUMNS[0] or M < LEAST_BY_COLUMNS[1]:
+            return _products(words, self.right, N, D, M, across=(False, True))
+        return _products(words, self._columns, N, D, M)
+
+    @cached_property
+    def _columns(self) -> Tensor:
+        """Words of the reference points by columns, `[B, width, M]` and zeros up to whole tiles."""
+        (B, M, width), length = self.right.shape, _padded(self.right.shape[1])
+        columns = torch.empty((B, width, length), dtype=torch.int32, device=self.right.device)
+        tiles = B * -(-length // DEPTH) * -(-width // DEPTH)
+        launch(columns_kernel, (tiles,), self.right, columns, M, width, length, TILE=DEPTH, num_warps=4, **OPTIONS)
+        return columns
 
 
 class _Block(NamedTuple):
@@ -213,7 +275,7 @@ class _Weights:
             *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.least),
             *(self.totals if log_density is None else log_density, sensitive, N, M, D, width),
         ]
-        tile, single = _tile(N, M, 512), _tile(1, M, 512)
+        tile, single = _tile(N, M, MANY if M >= MANY else FEW), _tile(1, M, FEW)
         for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
             launch(
                 weights_kernel,
@@ -234,8 +296,8 @@ def _blocks(
 ) -> Iterator[tuple[tuple[slice, slice], _Block]]:
     """Yield (groups and queries, block): several whole groups, or some queries of one."""
     (B, N, D), M = x.shape, refs.shape[1]
-    groups = min(B, max(1, min(MOST_GROUPED_PAIRS // (N * M), MOST_WORDS // ((N + M) * D))))
-    rows = N if groups > 1 else max(1, min(MOST_PAIRS // M, MOST_WORDS // (8 * D)))
+    groups = min(B, max(1, min(MOST_PAIRS // (N * M), MOST_WORDS // ((N + M) * D))))
+    rows = N if groups > 1 else _whole_tiles(max(1, min(MOST_PAIRS // M, MOST_WORDS // (8 * D))))
     for start in range(0, B, groups):
         group = slice(start, start + groups)
         moves = transition and (transition[0][group], transition[1][group])
@@ -246,7 +308,7 @@ def _blocks(
 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS) -> tuple[Tensor, Tensor, Tensor]:
-    (B, N, D), M = z.shape, refs.shape[1]
+    B, N, D = z.shape
     shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
     z, refs = widened(z, refs)
     with on_device_of(z):
@@ -255,7 +317,7 @@ def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RE
             if not wants_mean(results):
                 continue
             B, N = weights.totals.shape
-            sums = _products(weights.words, block.points.right, N, D, M, across=(False, True))
+            sums = block.points.sums(weights.words, D)
             launch(
                 kde_results_kernel,
                 (B * N,),
@@ -307,7 +369,7 @@ class _Moments:
             GIVEN=g is not None,
             **_vector(M),
         )
-        sums = _products(self.words, points.right, N, D, M, across=(False, True))
+        sums = points.sums(self.words, D)
         launch(
             derivative_results_kernel,
             (B * N,),

@@ -144,3 +144,17 @@ def points_kernel(
     if block == 0:
         tl.store(exponents + 2 * b, e_x)
         tl.store(exponents + 2 * b + 1, e_refs)
+
+
+@triton.jit
+def columns_kernel(right, columns, M, width, length, TILE: tl.constexpr):
+    """Words `right` `[B, M, width]` of reference points by columns, `[B, width, length]`, with zeros after M."""
+    tiles_j, tiles_d = tl.cdiv(length, TILE), tl.cdiv(width, TILE)
+    tile = tl.program_id(0) % (tiles_j * tiles_d)
+    b = (tl.program_id(0) // (tiles_j * tiles_d)).to(tl.int64)
+    j = ((tile % tiles_j) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    d = ((tile // tiles_j) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    inside = (j < M)[:, None] & (d < width)[None, :]
+    words = tl.load(right + (b * M + j[:, None]) * width + d[None, :], mask=inside, other=0)
+    known = (d < width)[:, None] & (j < length)[None, :]
+    tl.store(columns + (b * width + d[:, None]) * length + j[None, :], tl.trans(words), mask=known)

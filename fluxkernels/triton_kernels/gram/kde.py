@@ -91,7 +91,8 @@ def moments_kernel(
 
     V_j are the products `along` of a field with the reference points, and bars are means under w. The cotangent of the
     logit of reference point j is w_j (V_j - V̄ + g). With RESIDUAL, the coefficient is
-    w_j (V_j - V̄ - g (a_j - ā)/σ² + 2g)/σ⁴, with a factor g, which is 1 unless GIVEN.
+    w_j (V_j - V̄ - g (a_j - ā)/σ² + 2g)/σ⁴, with a factor g, which is 1 unless GIVEN. That of the query is minus the
+    sum of all others as computed, not its formula: the rounding of V̄ would be multiplied by the distance of the origin.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
@@ -110,6 +111,7 @@ def moments_kernel(
             mean_along += tl.sum(w * tl.load(along + s * (N + 1) * width + j, mask=j < M, other=0.0), 0)
         mean_distance += tl.sum(w * tl.load(distances + row * M + j, mask=j < M, other=0.0), 0)
     of_variance = tl.zeros([], tl.float64)
+    all_others = tl.zeros([], tl.float64)
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
         w = tl.load(weights + row * M + j, mask=j < M, other=0.0)
@@ -122,12 +124,12 @@ def moments_kernel(
         else:
             c = w * (v + g) / variance
             of_variance += tl.sum(c * a, 0)
+        all_others += tl.sum(c, 0)
         tl.store(coefficients + row * M + j, c, mask=j < M)
+    tl.store(of_point + row, -all_others)
     if RESIDUAL:
-        tl.store(of_point + row, -2 * g / (variance * variance))
         tl.store(of_field + row, -1 / variance)
     else:
-        tl.store(of_point + row, -g / variance)
         tl.store(of_field + row, tl.full([], -1.0, tl.float64))
         of_variance = 0.5 * (of_variance - D * g) / variance
         tl.store(g_sigma2 + row, of_variance.to(g_sigma2.dtype.element_ty))
