@@ -136,7 +136,8 @@ def _tile_for(B: int, rows: int, columns: int, length: int, device: torch.device
 
 def _whole_tiles(rows: int) -> int:
     """At most so many rows, without a tile of few."""
-    return rows - rows % max(height for height in (1, *(tile.rows for tile in TILES)) if height <= rows)
+    height = max(height for height in (1, *(tile.rows for tile in TILES)) if height <= rows)
+    return rows // height * height
 
 
 def _products(
