@@ -254,7 +254,7 @@ def test_variants_of_a_seed_share_weights_and_minibatches(tmp_path: Path) -> Non
     assert not torch.equal(other["network.layers.0.weight"], first["network.layers.0.weight"])
     trainers = [make_trainer(run, CHECKERBOARD, variant, 0) for variant in VARIANTS[:4]]
     assert len({trainer.options for trainer in trainers}) == 1
-    assert torch.equal(trainers[0].minibatches[3], trainers[3].minibatches[3])
+    assert torch.equal(trainers[0].minibatches[3][0], trainers[3].minibatches[3][0])
 
 
 def test_variants_differ_as_their_names_say(tmp_path: Path) -> None:

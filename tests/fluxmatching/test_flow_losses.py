@@ -314,7 +314,6 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], text: str
         ({"prediction": "drift"}, ValueError, "prediction must be one of"),
         ({"error": "drift"}, ValueError, "error must be one of"),
         ({"num_classes": 0}, ValueError, "num_classes must be None or a positive integer"),
-        ({"num_classes": 3, "stable_target": True}, ValueError, "stable_target must be False with labels"),
         ({"label_dropout": 1.5}, ValueError, r"label_dropout must lie in \[0, 1\]"),
         ({"backend": "gpu"}, ValueError, "backend"),
     ],

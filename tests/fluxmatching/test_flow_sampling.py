@@ -421,7 +421,7 @@ def test_a_guided_field_is_integrated_and_owns_the_parameters_of_its_network() -
 
 def test_bad_guidance() -> None:
     for labels in (3, -1, 10**30, torch.tensor([0, 3]), torch.tensor([-1, 0])):
-        with pytest.raises(ValueError, match=r"GuidedField: labels must lie in 0 … 2, got"):
+        with pytest.raises(ValueError, match=r"GuidedField: labels must lie in \[0, 3\), got"):
             GuidedField(Labeled(), labels, 1.0, 3)
     for labels in (True, 1.0, torch.ones(2), [0, 1]):
         with pytest.raises(TypeError, match="GuidedField: labels must be an integer or an int64 tensor, got"):

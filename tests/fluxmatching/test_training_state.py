@@ -31,7 +31,7 @@ class Pairs(torch.utils.data.Dataset[Any]):
             torch.utils.data.Subset(torch.utils.data.TensorDataset(data()), range(70)),
             "Subset does not take a tensor of indices",
         ),
-        (Pairs(), "data must be a tensor, or return one for a tensor of indices; got tuple from Pairs"),
+        (Pairs(), r"data have labels, which the loss must take .*; ChangedLoss does not"),
         (iter([1]), "got list_iterator"),
         (data().to_sparse(), r"data must be a dense tensor, got layout torch\.sparse_coo"),
         (data().to_mkldnn(), r"data must be a dense tensor, got layout torch\._mkldnn"),

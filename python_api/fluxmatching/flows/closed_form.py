@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fluxkernels import kde_mean
 from fluxkernels.checks import check_finite, check_points, check_tensor, shape_of
+from fluxmatching.fields import per_sample
 from fluxmatching.flows.paths import Coefficients, LinearPath, Path, check_path, check_times
 
 
@@ -57,6 +60,18 @@ def posterior_mean(x: Tensor, c: Coefficients, refs: Tensor, backend: str | None
     sigma2 = (c.sigma / alpha).square().clamp_min(limits.tiny).to(torch.promote_types(x.dtype, torch.float32))
     points = x.flatten(1) / alpha.to(x.dtype).reshape(-1, 1)
     return kde_mean(points, refs.flatten(1), sigma2, backend=backend).reshape(x.shape)
+
+
+def posterior_mean_of_class(
+    x: Tensor, c: Coefficients, refs: Sequence[Tensor], labels: Tensor, backend: str | None
+) -> Tensor:
+    """Return the posterior mean given x and its class, over the reference points of that class."""
+    # All samples with every class, of which one is used: which samples have a label is not read from the device, and
+    # the cost is that of one mean over all points.
+    mean = x
+    for label, points in enumerate(refs):
+        mean = torch.where(per_sample(labels == label, x), posterior_mean(x, c, points, backend), mean)
+    return mean
 
 
 def over_sigma(difference: Tensor, size: Tensor, sigma: Tensor) -> Tensor:

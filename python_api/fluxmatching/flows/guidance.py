@@ -9,8 +9,9 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from fluxkernels.checks import can_check_values, check_dense, check_num_steps, check_tensor, shape_of
-from fluxmatching.fields import call_field
+from fluxkernels.checks import check_num_steps, check_tensor, shape_of
+from fluxmatching.fields import NoisyField, call_field
+from fluxmatching.flows.labels import check_labels
 from fluxmatching.flows.paths import check_times
 
 
@@ -22,11 +23,12 @@ class GuidedField(nn.Module):
     w = 1 need one of them only. For w > 1 samples are more typical of their class, and no longer those of the
     distribution given the label.
 
-    It is a module, so that parameters of a network are its own.
+    It is a module, so that parameters of a network are its own. With one label per sample it is a field of those N
+    samples; `rows` returns that of some of them, which `integrate_flow` and `rectified_pairs` use for their chunks.
 
     Args:
         field: v(x, t, labels), x `[n, *event]`, t `[n]`, labels `[n]` int64; returns the shape of x.
-        labels: y in 0 … num_classes - 1: one integer for all samples, or one per sample, `[N]` int64.
+        labels: y in [0, num_classes): one integer for all samples, or one per sample, `[N]` int64.
         scale: w, a finite number.
         num_classes: number of classes, and the label that means "no label".
 
@@ -47,7 +49,20 @@ class GuidedField(nn.Module):
             raise TypeError(f"{name}: field must be callable, got {type(field).__name__}")
         self.num_classes = check_num_steps(name, num_classes, "num_classes")
         self.field, self.scale = field, _check_scale(name, scale)
-        self.register_buffer("labels", _check_labels(name, labels, num_classes), persistent=False)
+        self.register_buffer("labels", check_labels(name, labels, num_classes), persistent=False)
+
+    def check_samples(self, samples: int) -> None:
+        """Raise ValueError unless there is one label for all samples, or one per sample."""
+        if self.labels.ndim and len(self.labels) != samples:
+            raise ValueError(
+                f"{type(self).__name__}: labels must be one number or one per sample of x, shape {[samples]}, got "
+                f"{shape_of(self.labels)}"
+            )
+
+    def rows(self, rows: slice) -> GuidedField:
+        """Return the field for some of the samples, with the same network."""
+        labels = self.labels[rows] if self.labels.ndim else self.labels
+        return GuidedField(self.field, labels, self.scale, self.num_classes)
 
     def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Return the guided velocity.
@@ -62,11 +77,7 @@ class GuidedField(nn.Module):
         name = type(self).__name__
         check_tensor(name, "x", x)
         t = check_times(name, t, x).to(x.dtype).expand(len(x))
-        if self.labels.ndim and self.labels.shape != x.shape[:1]:
-            raise ValueError(
-                f"{name}: labels must be one number or one per sample of x, shape {[x.shape[0]]}, got "
-                f"{shape_of(self.labels)}"
-            )
+        self.check_samples(len(x))
         labels = self.labels.to(x.device).expand(x.shape[0])
         unlabeled = torch.full_like(labels, self.num_classes)
         if self.scale in (0.0, 1.0):
@@ -84,19 +95,10 @@ def _check_scale(function: str, scale: object) -> float:
     return float(scale)
 
 
-def _check_labels(function: str, labels: object, num_classes: int) -> Tensor:
-    """Return labels in 0 … num_classes - 1, `[]` or `[N]` int64."""
-    if isinstance(labels, int) and not isinstance(labels, bool):
-        if not 0 <= labels < num_classes:
-            raise ValueError(f"{function}: labels must lie in 0 … {num_classes - 1}, got {labels}")
-        labels = torch.tensor(labels, device="cpu")
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{function}: labels must be an integer or an int64 tensor, got {got}")
-    check_dense(function, "labels", labels)
-    if labels.ndim > 1 or labels.numel() == 0:
-        raise ValueError(f"{function}: labels must have shape [] or [N], got {shape_of(labels)}")
-    if can_check_values(labels) and not ((labels >= 0) & (labels < num_classes)).all():
-        bad = labels[(labels < 0) | (labels >= num_classes)].reshape(-1)[0].item()
-        raise ValueError(f"{function}: labels must lie in 0 … {num_classes - 1}, got {bad}")
-    return labels
+def split_field(field: NoisyField, samples: int, size: int) -> list[NoisyField]:
+    """Return the field of each chunk of at most `size` samples: the same one, unless it has one label per sample."""
+    starts = range(0, samples, size)
+    if not isinstance(field, GuidedField):
+        return [field] * len(starts)
+    field.check_samples(samples)
+    return [field.rows(slice(first, first + size)) for first in starts]

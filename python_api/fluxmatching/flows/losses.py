@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxkernels import philox
 from fluxkernels.backend import check_backend
 from fluxkernels.checks import can_check_values, check_choice, check_finite, check_seed, check_tensor, shape_of
 from fluxmatching.distributed import rank_and_size, rank_seed
 from fluxmatching.fields import call_field, per_sample
-from fluxmatching.flows.closed_form import check_refs, over_sigma, posterior_mean
+from fluxmatching.flows.closed_form import check_refs, over_sigma, posterior_mean, posterior_mean_of_class
 from fluxmatching.flows.couplings import Coupling, couple
+from fluxmatching.flows.labels import check_labels
 from fluxmatching.flows.paths import PREDICTIONS, Coefficients, LinearPath, Path, check_pairs, check_path, check_times
 from fluxmatching.flows.times import Times, UniformTimes, check_distribution
 from fluxmatching.losses.draws import seeded_start
@@ -37,7 +38,7 @@ class FlowOptions:
         error: which of them the squared error is of; None for the prediction. A score with error "noise" is denoising
             score matching in its ε-form, with error "denoiser" in its x0-form.
         stable_target: regress on the posterior mean over the reference points, which has less variance, in place of
-            the single sample (Eq. 60).
+            the single sample (Eq. 60); with labels, over the reference points of the sample's class.
         num_classes: number of class labels; None for a field without labels.
         label_dropout: probability that a sample's label is replaced by `num_classes`, which stands for none, so that
             the field can be guided; see `GuidedField`.
@@ -68,8 +69,6 @@ class FlowOptions:
         classes = self.num_classes
         if classes is not None and (isinstance(classes, bool) or not isinstance(classes, int) or classes < 1):
             raise ValueError(f"{name}: num_classes must be None or a positive integer, got {classes!r}")
-        if classes is not None and self.stable_target:
-            raise ValueError(f"{name}: stable_target must be False with labels: the mean is over all classes")
         dropout = self.label_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout <= 1:
             raise ValueError(f"{name}: label_dropout must lie in [0, 1], got {dropout!r}")
@@ -85,7 +84,7 @@ def conditional_flow_matching_loss(
     x0: Tensor | None = None,
     t: float | Tensor | None = None,
     labels: Tensor | None = None,
-    refs: Tensor | None = None,
+    refs: Tensor | Sequence[Tensor] | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """Compute the conditional flow matching loss, one number per sample (Lipman et al. 2023, Theorems 1 to 3).
@@ -102,7 +101,10 @@ def conditional_flow_matching_loss(
         t: times in [0, 1], one number or one per sample, `[N]`. None draws them, one from each of N equally probable
             intervals.
         labels: classes of x1, int64 `[N]` in [0, num_classes).
-        refs: reference points of the stable target, `[M, *event]`; default x1.
+        refs: reference points of the stable target, `[M, *event]`; default x1. With labels a list is required, the
+            points of each class, `[M_k, *event]`. A sample whose label is dropped keeps the target of its class: given
+            x_t, their mean over the classes is the marginal velocity, if classes are as frequent in refs as in the
+            data.
         seed: makes noise, times and dropped labels by Philox. None draws a seed from torch's generator.
 
     Returns:
@@ -118,8 +120,7 @@ def conditional_flow_matching_loss(
         raise TypeError(f"{function}: field must be callable, got {type(field).__name__}")
     check_tensor(function, "x1", x1)
     check_not_half(function, "x1", x1)
-    if refs is not None and not options.stable_target:
-        raise ValueError(f"{function}: refs are those of the stable target; give them with stable_target=True")
+    _check_kind_of_refs(function, refs, options)
     key = philox.as_seed(check_seed(function, seed), x1.device)
     if x0 is not None and options.stable_target:
         raise ValueError(f"{function}: x0 must be None with stable_target, whose mean is for normal noise")
@@ -130,10 +131,10 @@ def conditional_flow_matching_loss(
     times = draw_from(options.times, key, x1, philox.TIME, len(x1)) if t is None else check_times(function, t, x1)
     times = times.expand(len(x1))
     c = options.path.coefficients(times.double())
-    points = refs if refs is None else check_refs(function, refs, x1, "x1")
-    target = _target(function, c, x0, x1, points, options, times)
     broadcast = c.reshape_for(x1)
     x_t = (broadcast.alpha * x1 + broadcast.sigma * x0).detach()
+    mean = _stable_mean(function, x_t, c, x1, refs, labels, options) if options.stable_target else None
+    target = _target(function, c, x0, x1, mean, options, times)
     error = call_field(field, x_t, times.to(x1.dtype), *classes) - target
     if options.error not in (None, options.prediction):
         scale = _error_scale(c, str(options.error), options.prediction)
@@ -147,11 +148,11 @@ def _target(
     c: Coefficients,
     x0: Tensor,
     x1: Tensor,
-    refs: Tensor | None,
+    mean: Tensor | None,
     options: FlowOptions,
     times: Tensor,
 ) -> Tensor:
-    """Return what the field regresses on, shape of x1, detached."""
+    """Return what the field regresses on, shape of x1, detached; mean is that of the stable target."""
     # In units of (x1, x0) the prediction is k1 x1 + k0 x0.
     zero, one = torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
     of_x1, of_x0 = {
@@ -163,14 +164,45 @@ def _target(
     _check_finite(function, of_x0, f"the {options.prediction} is not finite", times)
     k1, k0 = (per_sample(k.to(x1.dtype), x1) for k in (of_x1, of_x0))
     with torch.no_grad():
-        if options.stable_target:
+        if mean is not None:
             broadcast = c.reshape_for(x1)
-            x_t = broadcast.alpha * x1 + broadcast.sigma * x0
-            mean = posterior_mean(x_t, c, x1 if refs is None else refs, options.backend)
             # From m the noise is x0 + (α/σ)(x1 - m), which keeps its digits where σ is small and m = x1.
             x0 = x0 + broadcast.alpha * over_sigma(x1 - mean, x1, broadcast.sigma)
             x1 = mean
         return (k1 * x1 + k0 * x0).detach()
+
+
+def _check_kind_of_refs(function: str, refs: Tensor | int | Sequence[Tensor] | None, options: FlowOptions) -> None:
+    """Raise ValueError unless refs are of the kind that the options need."""
+    if refs is not None and not options.stable_target:
+        raise ValueError(f"{function}: refs are those of the stable target; give them with stable_target=True")
+    classes = options.num_classes
+    if classes is None or not options.stable_target or (isinstance(refs, (list, tuple)) and len(refs) == classes):
+        return
+    got = f"{len(refs)} of them" if isinstance(refs, (list, tuple)) else type(refs).__name__
+    raise ValueError(
+        f"{function}: refs must be a list of {classes} tensors with labels, the reference points of each class, got "
+        f"{got}"
+    )
+
+
+@torch.no_grad()
+def _stable_mean(
+    function: str,
+    x_t: Tensor,
+    c: Coefficients,
+    x1: Tensor,
+    refs: Tensor | Sequence[Tensor] | None,
+    labels: Tensor | None,
+    options: FlowOptions,
+) -> Tensor:
+    """Return the mean of the reference points given x_t, and given the class of each sample if there are labels."""
+    if labels is None:
+        points = x1 if refs is None else check_refs(function, refs, x1, "x1")
+        return posterior_mean(x_t, c, points, options.backend)
+    assert isinstance(refs, (list, tuple))
+    of_class = [check_refs(function, points, x1, "x1", name=f"refs[{k}]") for k, points in enumerate(refs)]
+    return posterior_mean_of_class(x_t, c, of_class, labels, options.backend)
 
 
 def _error_scale(c: Coefficients, error: str, prediction: str) -> Tensor:
@@ -208,27 +240,11 @@ def _classes(
         raise ValueError(f"{function}: give labels if and only if the options have num_classes")
     if labels is None or classes is None:
         return ()
-    check_labels(function, labels, len(x1), classes, x1.device)
+    check_labels(function, labels, classes, x1)
     if not options.label_dropout:
         return (labels,)
     uniform = philox.uniform(key, (1, len(x1)), philox.LABEL, torch.float32)[0]
     return (torch.where(uniform < options.label_dropout, classes, labels),)
-
-
-def check_labels(function: str, labels: object, samples: int, classes: int, device: torch.device) -> None:
-    """Raise TypeError or ValueError unless labels are int64 `[samples]` in [0, classes)."""
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"{function}: labels must be an int64 tensor, got {got}")
-    if labels.shape != (samples,):
-        raise ValueError(
-            f"{function}: labels must have one entry per sample, shape [{samples}], got {shape_of(labels)}"
-        )
-    if labels.device != device:
-        raise ValueError(f"{function}: labels must be on {device}, got {labels.device}")
-    if can_check_values(labels) and not ((labels >= 0) & (labels < classes)).all():
-        bad = labels[(labels < 0) | (labels >= classes)][0].item()
-        raise ValueError(f"{function}: labels must lie in [0, {classes}), got {bad}")
 
 
 class FlowMatching(LossModule):
@@ -240,7 +256,8 @@ class FlowMatching(LossModule):
         source: samples of the source, `[M, *event]`, of which each minibatch draws its x0; None for normal noise.
         coupling: pairs x0 with x1, such as `ExactCoupling()`; None leaves them independent.
         paired: whether the minibatch holds pairs, `[N, 2, *event]` with x0 first, such as those of `rectified_pairs`.
-        refs: reference points of the stable target, see `ReferenceSet`; default: the minibatch.
+        refs: reference points of the stable target, see `ReferenceSet`; default: the minibatch. With labels a list of
+            tensors, the fixed points of each class.
     """
 
     field: FlowField
@@ -253,17 +270,18 @@ class FlowMatching(LossModule):
         source: Tensor | None = None,
         coupling: Coupling | None = None,
         paired: bool = False,
-        refs: Tensor | int | None = None,
+        refs: Tensor | int | Sequence[Tensor] | None = None,
     ) -> None:
         name = "FlowMatching"
         check_options(name, options, FlowOptions)
-        super().__init__(field, refs=refs, gather_across_ranks=getattr(coupling, "gather_across_ranks", False))
+        _check_kind_of_refs(name, refs, options)
+        of_class = refs if isinstance(refs, (list, tuple)) else ()
+        gather = getattr(coupling, "gather_across_ranks", False)
+        super().__init__(field, refs=None if of_class else refs, gather_across_ranks=gather)  # type: ignore[arg-type]
         if coupling is not None and (not callable(coupling) or isinstance(coupling, type)):
             raise TypeError(f"{name}: coupling must be a Coupling, such as ExactCoupling(), got {coupling!r}")
         if not isinstance(paired, bool):
             raise TypeError(f"{name}: paired must be True or False, got {paired!r}")
-        if refs is not None and not options.stable_target:
-            raise ValueError(f"{name}: refs are those of the stable target; give them with stable_target=True")
         if paired and (source is not None or coupling is not None):
             raise ValueError(f"{name}: pairs have their own source and coupling; give paired without them")
         if source is not None and not isinstance(source, Tensor):
@@ -272,6 +290,7 @@ class FlowMatching(LossModule):
             raise ValueError(f"{name}: stable_target is for independent normal noise: no source, coupling or pairs")
         self.options, self.coupling, self.paired = options, coupling, paired
         self.source = ReferenceSet(source)
+        self.class_refs = nn.ModuleList(ReferenceSet(points) for points in of_class)
 
     def forward(
         self, x: Tensor, *, labels: Tensor | None = None, seed: int | Tensor | None = None
@@ -287,8 +306,9 @@ class FlowMatching(LossModule):
         key = rank_seed(shared, rank_and_size()[0]) if self.gather_across_ranks else shared
         x0, x1 = self._pairs(x, key, shared)
         t = draw_from(self.options.times, key, x1, philox.TIME, len(x1))
+        refs = [points(x1) for points in self.class_refs] or self.refs(x1)
         given = {"x0": None if self.options.stable_target else x0, "t": t, "labels": labels, "seed": key}
-        values = conditional_flow_matching_loss(self.field, x1, self.options, refs=self.refs(x1), **given)
+        values = conditional_flow_matching_loss(self.field, x1, self.options, refs=refs, **given)
         loss = values.mean()
         return loss, {"loss": loss.detach(), "t": t.mean()}
 

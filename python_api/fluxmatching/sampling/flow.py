@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from numbers import Real
 
@@ -22,6 +23,7 @@ from fluxkernels.checks import (
     shape_of,
 )
 from fluxmatching.fields import NoisyField, call_field
+from fluxmatching.flows.guidance import split_field
 from fluxmatching.flows.paths import PREDICTIONS, Path, check_path
 from fluxmatching.sampling.langevin import Callback, check_samples, noise_like
 from fluxmatching.sampling.likelihood import integrate_density, prepare_divergence
@@ -64,6 +66,7 @@ def integrate_flow(
     end: float = 1.0,
     solver: ODESolver = ODESolver("dopri5"),
     times: Tensor | None = None,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Integrate dx/dt = v(x, t) from one time to another, forward or backward (Lipman et al. 2023, Eq. 1).
 
@@ -79,6 +82,8 @@ def integrate_flow(
         times: increasing or decreasing times in [0, 1], `[K]` with K ≥ 2, in place of start and end: the result is
             the trajectory. Each section between two of them is an integration by itself; see `ODESolver.num_steps` for
             the sum of all.
+        chunk_size: number of samples per integration, which bounds the memory; None takes all at once. An adaptive
+            method then has steps of its own in each chunk. A `GuidedField` keeps its label per sample.
 
     Returns:
         `[N, *event]`, at time `end`; with times `[K, N, *event]`, of which the first is x. Without gradients.
@@ -91,10 +96,10 @@ def integrate_flow(
     function = "integrate_flow"
     check_samples(function, x)
     if times is None:
-        return _integrate(function, field, x, _check_ends(function, start, end), solver)[-1]
+        return _integrate(function, field, x, _check_ends(function, start, end), solver, chunk_size)[-1]
     if (start, end) != (0.0, 1.0):
         raise ValueError(f"{function}: give times or start and end, not both, got start {start} and end {end}")
-    return torch.stack(_integrate(function, field, x, _read_times(function, times), solver))
+    return torch.stack(_integrate(function, field, x, _read_times(function, times), solver, chunk_size))
 
 
 def stochastic_flow(
@@ -226,7 +231,7 @@ def rectified_pairs(
         field: v(x, t), x `[n, *event]`, t `[n]`, all equal, each sample by itself.
         x0: noise, `[N, *event]`.
         solver: see `integrate_flow`.
-        chunk_size: number of samples per integration; None takes all at once.
+        chunk_size: number of samples per integration; see `integrate_flow`.
         progress: whether to show a progress bar over the chunks.
 
     Returns:
@@ -237,13 +242,7 @@ def rectified_pairs(
     """
     function = "rectified_pairs"
     check_samples(function, x0, "x0")
-    check_solver(function, solver)
-    size = len(x0) if chunk_size is None else check_num_steps(function, chunk_size, "chunk_size")
-    chunks = [
-        _integrate(function, field, chunk, (0.0, 1.0), solver)[-1]
-        for chunk in tqdm(x0.split(size), disable=not progress, unit="chunk", dynamic_ncols=True)
-    ]
-    return x0.detach(), torch.cat(chunks)
+    return x0.detach(), _integrate(function, field, x0, (0.0, 1.0), solver, chunk_size, progress)[-1]
 
 
 def straightness(trajectory: Tensor, times: Tensor) -> Tensor:
@@ -286,11 +285,29 @@ def _at_time(field: NoisyField, x: Tensor, t: Tensor) -> Tensor:
 
 
 def _integrate(
-    function: str, field: NoisyField, x: Tensor, times: tuple[float, ...], solver: ODESolver
-) -> list[Tensor]:  # fmt: skip
-    """Return the solutions of dx/dt = v(x, t) at all times."""
+    function: str,
+    field: NoisyField,
+    x: Tensor,
+    times: tuple[float, ...],
+    solver: ODESolver,
+    chunk_size: int | None,
+    progress: bool = False,
+) -> list[Tensor]:
+    """Return the solutions of dx/dt = v(x, t) at all times, computed in chunks."""
+    check_solver(function, solver)
+    size = len(x) if chunk_size is None else check_num_steps(function, chunk_size, "chunk_size")
+    chunks = list(zip(split_field(field, len(x), size), x.detach().split(size), strict=True))
+    found = []
     with torch.no_grad():
-        return integrate(function, lambda t, z: _at_time(field, z, t.to(z.dtype)), x.detach(), times, solver, "t")
+        for part, start in tqdm(chunks, disable=not progress, unit="chunk", dynamic_ncols=True):
+            velocity = partial(_velocity, part)
+            found.append(integrate(function, velocity, start, times, solver, "t"))
+    return found[0] if len(found) == 1 else [torch.cat(states) for states in zip(*found, strict=True)]
+
+
+def _velocity(field: NoisyField, t: Tensor, x: Tensor) -> Tensor:
+    """Return v(x, t) for a solver."""
+    return _at_time(field, x, t.to(x.dtype))
 
 
 def _check_ends(function: str, start: object, end: object) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,16 @@ def check_arguments(loss: Any, options: Any) -> None:
             )
     if not any(p.requires_grad for p in loss.parameters()):
         raise ValueError(f"Trainer: loss must have parameters that need a gradient, got {type(loss).__name__}")
+
+
+def check_takes_labels(loss: nn.Module) -> None:
+    """Raise TypeError unless forward of the loss takes the labels of the data."""
+    parameters = inspect.signature(loss.forward).parameters
+    if "labels" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            f"Trainer: data have labels, which the loss must take as forward(x, labels=..., seed=...), such as "
+            f"FlowMatching; {type(loss).__name__} does not"
+        )
 
 
 def check_state(loss: nn.Module, options: TrainingOptions) -> None:

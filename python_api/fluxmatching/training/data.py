@@ -10,11 +10,14 @@ from torch import Tensor
 
 
 class Samples(Protocol):
-    """Data other than a tensor: a number of samples, and access to samples by indices `[n]` on the CPU."""
+    """Data other than a tensor: a number of samples, and access to samples by indices `[n]` on the CPU.
+
+    With labels they return (x, labels), one label per sample, as `torch.utils.data.TensorDataset(x, labels)` does.
+    """
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, indices: Tensor, /) -> Tensor: ...
+    def __getitem__(self, indices: Tensor, /) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 class Minibatches:
@@ -27,6 +30,9 @@ class Minibatches:
         seed: determines the order, a new one per epoch.
         device: where minibatches go.
 
+    Attributes:
+        labeled: whether the samples have labels.
+
     Raises:
         TypeError: data is neither a dense tensor nor `Samples`.
         ValueError: fewer samples than a minibatch, or no values.
@@ -35,7 +41,7 @@ class Minibatches:
     def __init__(
         self, data: Tensor | Samples, batch_size: int, rank: int, processes: int, seed: int, device: torch.device
     ) -> None:
-        _check_data(data)
+        self.labeled = _check_data(data)
         if len(data) < batch_size * processes:
             raise ValueError(
                 f"Trainer: batch_size must be at most the {len(data)} samples"
@@ -45,21 +51,25 @@ class Minibatches:
         self.size = batch_size * processes
         self.per_epoch = len(data) // self.size
 
-    def __getitem__(self, index: int) -> Tensor:
-        """Return this process's part of a minibatch, the first of which has index 0."""
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Return samples and labels of this process's part of a minibatch, the first of which has index 0."""
         epoch, first = index // self.per_epoch, index % self.per_epoch * self.size
         on_device = isinstance(self.data, Tensor) and self.data.device == self.device
         order = _order(
             len(self.data), (self.seed * 1_000_003 + epoch) % 2**63, self.device if on_device else torch.device("cpu")
         )
         indices = order[first : first + self.size].tensor_split(self.processes)[self.rank]
-        x = _check_samples(self.data[indices], self.data, len(indices))
+        x, labels = _check_samples(self.data[indices], self.data, len(indices))
+        return self._on_device(x), None if labels is None else self._on_device(labels)
+
+    def _on_device(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and self.device.type == "cuda":
             x = x.pin_memory()  # copied without a wait
         return x.to(self.device, non_blocking=True)
 
 
-def _check_data(data: object) -> None:
+def _check_data(data: object) -> bool:
+    """Return whether the data have labels."""
     if isinstance(data, Tensor):
         if data.is_nested:
             raise TypeError("Trainer: data must be a dense tensor, got a nested tensor")
@@ -69,12 +79,12 @@ def _check_data(data: object) -> None:
             raise ValueError("Trainer: data must have values, got a tensor on meta")
         if not data.ndim:
             raise ValueError("Trainer: data must have shape [samples, *event], got []")
-        return
+        return False
     takes = "a tensor [samples, *event], or an object with __len__ and with __getitem__ for a tensor of indices"
     if isinstance(data, (list, tuple)) or not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
         raise TypeError(f"Trainer: data must be {takes}; got {type(data).__name__}")
     if not len(data):
-        return
+        return False
     some = torch.arange(min(2, len(data)), device="cpu")
     try:
         with torch.random.fork_rng(devices=[]):  # samples may be changed at random
@@ -84,21 +94,24 @@ def _check_data(data: object) -> None:
             f"Trainer: data must be {takes}; {type(data).__name__} does not take a tensor of indices "
             f"({type(error).__name__}: {error}). torch.stack([sample for sample in data]) makes a tensor"
         ) from error
-    _check_samples(found, data, len(some))
+    return _check_samples(found, data, len(some))[1] is not None
 
 
-def _check_samples(found: Any, data: object, count: int) -> Tensor:
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"Trainer: data must be a tensor, or return one for a tensor of indices; got {type(found).__name__} from "
-            f"{type(data).__name__}"
-        )
-    if not found.ndim or len(found) != count:
-        raise ValueError(
-            f"Trainer: data must return one sample per index, {type(data).__name__} returns shape {list(found.shape)} "
-            f"for {count} indices"
-        )
-    return found
+def _check_samples(found: Any, data: object, count: int) -> tuple[Tensor, Tensor | None]:
+    """Return samples and labels, one of each per index."""
+    parts = found if isinstance(found, (tuple, list)) and len(found) == 2 else (found,)
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(
+                f"Trainer: data must be a tensor, or return one or (samples, labels) for a tensor of indices; got "
+                f"{type(part).__name__} from {type(data).__name__}"
+            )
+        if not part.ndim or len(part) != count:
+            raise ValueError(
+                f"Trainer: data must return one sample per index, {type(data).__name__} returns shape "
+                f"{list(part.shape)} for {count} indices"
+            )
+    return parts[0], parts[1] if len(parts) == 2 else None
 
 
 @lru_cache(maxsize=1)

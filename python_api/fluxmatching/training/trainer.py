@@ -32,7 +32,7 @@ from fluxmatching.training.checkpoint import (
     remove_partial_checkpoints,
     write_checkpoint,
 )
-from fluxmatching.training.checks import check_arguments, check_state
+from fluxmatching.training.checks import check_arguments, check_state, check_takes_labels
 from fluxmatching.training.data import Minibatches, Samples
 from fluxmatching.training.engine import (
     copy_from_first_process,
@@ -64,8 +64,9 @@ class Trainer:
 
     Args:
         loss: a module with forward(minibatch, seed=...) -> mean loss `[]`, or (mean loss, dictionary to log); such as
-            `NoiseAnnealedFluxMatching`. Moved to the device of the run.
-        data: `[samples, *event]`, on the device of the run or on the CPU; or any `Samples`.
+            `NoiseAnnealedFluxMatching`; labels=... too where the data have them. Moved to the device of the run.
+        data: `[samples, *event]`, on the device of the run or on the CPU; or any `Samples`, such as
+            `torch.utils.data.TensorDataset(x, labels)`.
         options: settings of the run.
         folder: for `last.pt`, the checkpoint before it `previous.pt`, and `metrics.csv`; None writes no files.
         lr_factor: factor of the learning rate as a function of the iteration (0, 1, ...), for a schedule; None for 1.
@@ -107,6 +108,8 @@ class Trainer:
         self.minibatches = Minibatches(
             data, options.batch_size, self.rank, self.processes, options.seed, self.fabric.device
         )
+        if self.minibatches.labeled:
+            check_takes_labels(self.loss)
         if self.processes > 1:
             check_same_options("Trainer", self._shared())
         self._set_up(loss)
@@ -209,14 +212,14 @@ class Trainer:
         seed = torch.full((), self._seed(index), dtype=torch.int64, device=self.fabric.device)
         last = part == options.accumulate - 1
         with self.fabric.no_backward_sync(self.engine, enabled=self.processes > 1 and not last):
-            value, logged = self._evaluate(self.minibatches[index], seed)
+            value, logged = self._evaluate(*self.minibatches[index], seed)
             self.fabric.backward(value / options.accumulate)
         return {"loss": value.detach(), **{name: v for name, v in logged.items() if name != "loss"}}
 
-    def _evaluate(self, x: Tensor, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _evaluate(self, x: Tensor, labels: Tensor | None, seed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss and what it logs. On a CPU our losses reject a field that is not finite."""
         try:
-            result = self.engine(x, seed=seed)
+            result = self.engine(x, seed=seed, **({} if labels is None else {"labels": labels}))
         except ValueError as error:
             if "must be finite" not in str(error):
                 raise
