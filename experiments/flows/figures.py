@@ -17,6 +17,13 @@ from experiments.flows.results import standard_error
 FRAMES = 24
 
 
+def draw_means(axes: Any, by_number: Mapping[float, Sequence[float]], **look: Any) -> None:
+    """Draw mean and standard error of the values at each number, joined by lines."""
+    means = [statistics.mean(values) for values in by_number.values()]
+    errors = [standard_error(values) for values in by_number.values()]
+    axes.errorbar(list(by_number), means, errors, fmt="o-", **look)
+
+
 def draw_distances(
     path: Path, panels: Sequence[Mapping[str, Mapping[str, Mapping[int, Sequence[float]]]]], floors: Sequence[float]
 ) -> None:
@@ -34,9 +41,7 @@ def draw_distances(
     for column, (panel, floor) in enumerate(zip(panels, floors, strict=True)):
         for ax, (title, by_variant) in zip(axes[:, column], panel.items(), strict=True):
             for name, found in by_variant.items():
-                means = [statistics.mean(values) for values in found.values()]
-                errors = [standard_error(values) for values in found.values()]
-                ax.errorbar(list(found), means, errors, fmt="o-", ms=3, lw=1.2, color=colors[name], label=name)
+                draw_means(ax, found, ms=3, lw=1.2, color=colors[name], label=name)
             ax.axhline(floor, color=style.DATA, lw=0.8, ls="--", label="more new data")
             ax.set(title=title, xscale="log", yscale="log")
             ax.set_xticks(counts, [str(count) for count in counts])
@@ -77,9 +82,7 @@ def draw_variances(path: Path, by_target: Mapping[str, Mapping[float, Sequence[f
     """Draw the variance of the gradient against the time: mean and standard error over seeds."""
     fig, axes = style.new_figure(4.2, 2.8)
     for (name, found), color in zip(by_target.items(), (style.SCORE_MATCHING, style.FLUX), strict=True):
-        means = [statistics.mean(values) for values in found.values()]
-        errors = [standard_error(values) for values in found.values()]
-        axes.errorbar(list(found), means, errors, fmt="o-", ms=4, color=color, label=name)
+        draw_means(axes, found, ms=4, color=color, label=name)
     axes.set(yscale="log", xlabel="t", ylabel="variance of the gradient")
     axes.legend()
     style.save(fig, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from experiments.common.networks import Perceptron
 from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
+from experiments.common.schedules import cosine_decay
 from experiments.flows.problems import Problem, draw
 from fluxmatching import (
     CosinePath,
@@ -144,7 +144,7 @@ def make_trainer(run: Run, problem: Problem, variant: Variant, seed: int) -> Tra
         make_pairs(run, problem, seed) if variant.rectified else training_data(run, problem, seed),
         options,
         folder=model_folder(run, problem, variant, seed),
-        lr_factor=lambda step: 0.5 * (1 + math.cos(math.pi * step / config.iterations)),
+        lr_factor=cosine_decay(config.iterations),
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
+from experiments.common.schedules import cosine_decay
 from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
@@ -108,7 +109,7 @@ def make_trainer(run: Run, objective: str, data: Tensor, sigma: float) -> Traine
         data,
         options,
         folder=run.out / "models" / objective,
-        lr_factor=lambda step: 0.5 * (1 + math.cos(math.pi * step / config.steps)),
+        lr_factor=cosine_decay(config.steps),
     )
 
 

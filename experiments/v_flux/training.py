@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from experiments.common.networks import Perceptron
 from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
+from experiments.common.schedules import cosine_decay
 from fluxkernels import philox
 from fluxmatching import (
     FlowMatching,
@@ -173,7 +173,7 @@ def make_trainer(run: Run, name: str, data: Tensor) -> Trainer:
         data,
         options,
         folder=run.out / "models" / name.replace(", ", "-").replace(" ", "-"),
-        lr_factor=lambda step: 0.5 * (1 + math.cos(math.pi * step / config.steps)),
+        lr_factor=cosine_decay(config.steps),
     )
 
 
