@@ -71,18 +71,27 @@ def log_distances(run: Run, problem: Problem, variant: Variant, seed: int, field
 
 
 def log_trajectories(run: Run, problem: Problem, variant: Variant, seed: int, field: nn.Module) -> None:
-    """Log straightness and length of the trajectories (a row "trajectories"), and keep some for the figures.
-
-    Both are mean squares: "bend" is ∫|dx/dt - (x(1) - x(0))|² dt, "length" |x(1) - x(0)|². Their ratio is 0 for
-    straight lines and does not depend on the scale.
-    """
+    """Log bend and length of the trajectories (a row "trajectories"), and keep some for the figures."""
     config = run.config
     start, _ = start_and_new(run, problem, seed, 0)
-    times = torch.linspace(0, variant.end, config.sections + 1, dtype=torch.float64)
-    found = integrate_flow(field, start, times=times, solver=ODESolver("heun", num_steps=config.sections))
+    found, bend, length = bend_and_length(field, start, variant.end, config.sections)
     torch.save(found[:, : config.shown].cpu().clone(), trajectory_file(run, problem, variant, seed))
-    bend, length = straightness(found, times).item(), (found[-1] - found[0]).square().sum(1).mean().item()
     run.log(kind="trajectories", **key_of(problem, variant, seed), bend=bend, length=length, ratio=bend / length)
+
+
+def bend_and_length(
+    field: nn.Module, start: Tensor, end: float, sections: int, chunk_size: int | None = None
+) -> tuple[Tensor, float, float]:
+    """Return trajectories by Heun's method, `[sections + 1, *start.shape]`, their bend and their length.
+
+    Both are mean squares: the bend is ∫|dx/dt - (x(1) - x(0))|² dt, the length |x(1) - x(0)|². Their ratio is 0 for
+    straight lines and does not depend on the scale.
+    """
+    times = torch.linspace(0, end, sections + 1, dtype=torch.float64)
+    solver = ODESolver("heun", num_steps=sections)
+    found = integrate_flow(field, start, times=times, solver=solver, chunk_size=chunk_size)
+    length = (found[-1] - found[0]).square().flatten(1).sum(1).mean()
+    return found, straightness(found, times).item(), length.item()
 
 
 def trajectory_file(run: Run, problem: Problem, variant: Variant, seed: int) -> Any:
