@@ -43,22 +43,22 @@ class Config:
     """
 
     dataset: str = "cifar10"
-    iterations: int = 500
-    batch: int = 64
-    lr: float = 2e-3
+    iterations: int = 600
+    batch: int = 32
+    lr: float = 1e-3
     warmup: int = 50
     ema: float = 0.99
     precision: str = "32-true"
-    rectified_iterations: int = 250
+    rectified_iterations: int = 300
     flips: bool = True
     width: int = 16
     multipliers: tuple[int, ...] = (1, 2, 2)
     attention_level: int = 2
     blocks: int = 1
     dropout: float = 0.0
-    pairs: int = 1000
+    pairs: int = 600
     pair_steps: int = 8
-    samples: int = 250
+    samples: int = 200
     evaluations: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     straight_samples: int = 100
     sections: int = 16

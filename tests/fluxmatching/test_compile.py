@@ -10,11 +10,17 @@ from torch import Tensor, nn
 from fluxmatching import (
     DenoisingScoreMatching,
     EDMField,
+    FlowMatching,
+    FlowOptions,
     FluxMatching,
     FluxOptions,
     LogUniformNoise,
     LossNormalizer,
     NoiseAnnealedFluxMatching,
+    UniformTimes,
+    VFluxMatching,
+    conditional_flow_matching_loss,
+    v_flux_loss,
 )
 from tests.support.losses import flux_loss
 from tests.support.problems import smooth_field
@@ -43,7 +49,7 @@ class Network(nn.Module):
         return self.last(F.dropout(hidden, self.dropout) if self.dropout else hidden)
 
 
-NOISE = LogUniformNoise(0.1, 2.0)
+NOISE, TIMES = LogUniformNoise(0.1, 2.0), UniformTimes(0.1, 0.9)
 MODULES = {
     **{
         f"flux, {method}": lambda method=method: FluxMatching(Network(), 0.7, FluxOptions(second_derivatives=method))
@@ -53,6 +59,10 @@ MODULES = {
     "flux, dropout, twice": lambda: FluxMatching(Network(0.5), 0.7, FluxOptions(second_derivatives="double_backward")),
     "annealed": lambda: NoiseAnnealedFluxMatching(EDMField(Network(), 1.0), NOISE),
     "score matching": lambda: DenoisingScoreMatching(EDMField(Network(), 1.0), NOISE, normalizer=LossNormalizer()),
+    "flow": lambda: FlowMatching(Network()),
+    "flow, stable target": lambda: FlowMatching(Network(), FlowOptions(stable_target=True, times=TIMES)),
+    "v-flux": lambda: VFluxMatching(Network(), times=TIMES),
+    "v-flux, normalizer": lambda: VFluxMatching(Network(), times=TIMES, normalizer=LossNormalizer()),
 }
 
 
@@ -71,8 +81,9 @@ def test_a_compiled_loss_module_has_the_same_gradients(kind: str) -> None:
         torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
-def test_a_compiled_loss_module_is_not_compiled_for_every_sigma() -> None:
-    module, x = MODULES["annealed"](), torch.randn(32, 2, dtype=F64)
+@pytest.mark.parametrize("kind", ["annealed", "flow", "v-flux"])
+def test_a_compiled_loss_module_is_not_compiled_for_every_sigma_or_time(kind: str) -> None:
+    module, x = MODULES[kind](), torch.randn(32, 2, dtype=F64)
     compiled = torch.compile(module, backend="aot_eager")
     compiled(x, seed=torch.tensor(0))
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -91,6 +102,22 @@ def test_compiled_step(backend: str) -> None:
     for number in (1, 2):
         seed = torch.tensor(number)
         torch.testing.assert_close(compiled(x, seed), step(x, seed))
+
+
+def test_compiled_steps_of_flows(backend: str) -> None:
+    """Flow matching takes no derivative, and v-flux those that trace."""
+    field, x = Network(), torch.randn(16, 2, dtype=F64)
+    options, stable = FluxOptions(second_derivatives="forward_over_reverse"), FlowOptions(stable_target=True)
+    steps = {
+        "flow": lambda x, seed: conditional_flow_matching_loss(field, x, seed=seed),
+        "stable": lambda x, seed: conditional_flow_matching_loss(field, x, stable, seed=seed),
+        "v-flux": lambda x, seed: v_flux_loss(field, x, 0.5, options=options, seed=seed),
+    }
+    for step in steps.values():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for number in (1, 2):
+            seed = torch.tensor(number)
+            torch.testing.assert_close(compiled(x, seed), step(x, seed))
 
 
 @pytest.mark.parametrize("method", ["double_backward", "finite_difference"])

@@ -21,28 +21,50 @@ from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
     EDMField,
+    ExactCoupling,
+    FlowMatching,
+    FlowOptions,
     FluxMatching,
     FluxOptions,
+    GuidedField,
+    IndependentCoupling,
     LearnedHorizon,
+    LinearPath,
+    LogitNormalTimes,
     LogNormalNoise,
     LogUniformNoise,
     LossNormalizer,
     NoiseAnnealedFluxMatching,
     ODESolver,
+    SDEOptions,
+    SinkhornCoupling,
     TruncatedExponentialHorizon,
+    UniformTimes,
+    VariancePreservingPath,
+    VFluxMatching,
+    augmentation_loss,
+    conditional_flow_matching_loss,
+    couple,
     dsm_loss,
     edm_heun,
     exponential_schedule,
     field_from_denoiser,
+    flow_log_likelihood,
     flux_matching_loss,
+    integrate_flow,
     karras_schedule,
     log_likelihood,
+    marginal_velocity,
     mixing_loss,
     noise_annealed_flux_loss,
     predictor_corrector,
     probability_flow,
+    rectified_pairs,
     reverse_ve,
+    stochastic_flow,
+    straightness,
     unadjusted_langevin,
+    v_flux_loss,
 )
 from fluxmatching.losses.draws import Draws
 from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity, splicing_loss
@@ -158,6 +180,23 @@ def dsm(**options: Any) -> Call:
     return with_gradient(lambda: dsm_loss(NET, X, 0.5, DSMOptions(**options)), NET)
 
 
+def flow(*, given: dict[str, Any] | None = None, **options: Any) -> Call:
+    return with_gradient(lambda: conditional_flow_matching_loss(NET, X, FlowOptions(**options), **(given or {})), NET)
+
+
+def labeled(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """Velocity that depends on the label."""
+    return NET(x, t) * (1 + labels.reshape(-1, 1))
+
+
+LABELS = torch.arange(8) % 2
+STABLE = FlowOptions(stable_target=True, num_classes=2)
+
+
+def flow_of_classes(**given: Any) -> Tensor:
+    return conditional_flow_matching_loss(labeled, X, STABLE, labels=LABELS, refs=[X[:3], X[3:]], **given)
+
+
 LOSSES: dict[str, Call] = {
     **{
         f"flux {method} {divergence}": flux(second_derivatives=method, divergence=divergence)
@@ -173,6 +212,20 @@ LOSSES: dict[str, Call] = {
     "flux of some draws": flux(given={"draws": Draws(start=X)}),
     "dsm": dsm(),
     "dsm of single samples": dsm(form="x0", stable=False),
+    "flow": flow(),
+    "flow of a seed and a time": flow(given={"seed": 3, "t": 0.5}),
+    "flow between data": flow(given={"x0": X.flip(0), "t": torch.tensor(0.5)}),
+    "flow, noise of a variance-preserving path": flow(
+        path=VariancePreservingPath(), prediction="noise", error="denoiser", times=UniformTimes(0.1, 0.9)
+    ),
+    "flow, stable target": flow(stable_target=True, times=LogitNormalTimes()),
+    "flow of classes": with_gradient(flow_of_classes, NET),
+    "flow of classes, of a seed": with_gradient(partial(flow_of_classes, seed=3), NET),
+    "v-flux": with_gradient(lambda: v_flux_loss(NET, X, 0.5), NET),
+    "v-flux of a seed and two times": with_gradient(
+        lambda: v_flux_loss(NET, X, torch.tensor([0.3, 0.6]), options=FluxOptions(strata=2), seed=3), NET
+    ),
+    "augmentation": with_gradient(lambda: augmentation_loss(NET, X, 0.5), NET),
 }
 
 
@@ -193,6 +246,9 @@ def test_loss_modules(backend: str) -> None:
         NoiseAnnealedFluxMatching(Net(), options=FluxOptions(horizon=LearnedHorizon(8))),
         DenoisingScoreMatching(Net(), LogUniformNoise()),
         DenoisingScoreMatching(Net(), 0.5, refs=X.repeat(2, 1)),
+        FlowMatching(Net(), source=X.repeat(2, 1), coupling=SinkhornCoupling()),
+        FlowMatching(Net(), FlowOptions(stable_target=True), refs=X.repeat(2, 1)),
+        VFluxMatching(Net(), options=FluxOptions(horizon=LearnedHorizon(8)), normalizer=LossNormalizer(8)),
     )
     for module in modules:
         for seed in (None, 4):
@@ -245,6 +301,32 @@ def test_adaptive_solver_and_likelihood(field: Any) -> None:
     same_under_any_default_device(lambda: probability_flow(field, X, **options))
     for divergence in ("hutchinson", "exact"):
         same_under_any_default_device(partial(log_likelihood, field, X, divergence=divergence, **options))
+
+
+def test_flows() -> None:
+    pytest.importorskip("torchdiffeq")
+    guided = GuidedField(labeled, LABELS, 2.0, num_classes=2)
+    solver, generator = ODESolver("heun", num_steps=3), torch.Generator()
+    times = torch.linspace(0, 1, 4)
+    for field in (Net().eval(), guided):
+        same_under_any_default_device(partial(integrate_flow, field, X))
+        same_under_any_default_device(partial(rectified_pairs, field, X, solver=solver, chunk_size=3))
+        same_under_any_default_device(partial(integrate_flow, field, X, times=times, solver=solver, chunk_size=3))
+        same_under_any_default_device(partial(stochastic_flow, field, X, LinearPath(), SDEOptions(0.5, 3)))
+        for divergence in ("hutchinson", "exact"):
+            same_under_any_default_device(partial(flow_log_likelihood, field, X, divergence=divergence, solver=solver))
+    same_under_any_default_device(
+        lambda: flow_log_likelihood(guided, X, generator=generator.manual_seed(1), solver=solver)
+    )
+    same_under_any_default_device(lambda: GuidedField(labeled, 1, 2.0, num_classes=2)(X, 0.5))
+    same_under_any_default_device(lambda: straightness(torch.stack([X, X + 1, 2 * X, X]), times))
+
+
+def test_closed_forms_and_couplings(backend: str) -> None:
+    same_under_any_default_device(lambda: marginal_velocity(X, 0.5, X[:5]))
+    for coupling in (ExactCoupling(), IndependentCoupling(), SinkhornCoupling()):
+        for seed in (None, 3):
+            same_under_any_default_device(partial(couple, coupling, X[:5], X.flip(0), seed=seed))
 
 
 FIRST_USE = """

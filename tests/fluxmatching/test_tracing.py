@@ -22,16 +22,25 @@ import fluxkernels as fk
 from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
+    FlowMatching,
+    FlowOptions,
     FluxMatching,
     FluxOptions,
     LearnedHorizon,
     LogUniformNoise,
     LossNormalizer,
     NoiseAnnealedFluxMatching,
+    UniformTimes,
+    VariancePreservingPath,
+    VFluxMatching,
+    augmentation_loss,
+    conditional_flow_matching_loss,
     dsm_loss,
     edm_heun,
     exponential_schedule,
+    flow_log_likelihood,
     flux_matching_loss,
+    integrate_flow,
     karras_schedule,
     log_likelihood,
     mixing_loss,
@@ -40,6 +49,7 @@ from fluxmatching import (
     probability_flow,
     reverse_ve,
     unadjusted_langevin,
+    v_flux_loss,
 )
 from fluxmatching.losses.draws import Draws
 from fluxmatching.velocity import SplicingField, splicing_loss
@@ -172,6 +182,10 @@ class Learned(nn.Module):
     def noisy(self, z: Tensor, sigma: Tensor) -> Tensor:
         return self.net(z) / sigma
 
+    def flow(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        shift = t if labels is None else t + labels
+        return self.net(x) * (1 + shift.reshape(-1, 1))
+
 
 Loss = Callable[[Learned, Tensor, Tensor], Tensor]
 
@@ -201,6 +215,27 @@ def splicing(learned: Learned, x: Tensor, seed: Tensor) -> Tensor:
     return splicing_loss(learned.genes, x.unsqueeze(-1).expand(*x.shape, 2).clone(), 0.5, seed=seed)
 
 
+def flow(**options: Any) -> Loss:
+    return lambda learned, x, seed: conditional_flow_matching_loss(learned.flow, x, FlowOptions(**options), seed=seed)
+
+
+def flow_of_classes(learned: Learned, x: Tensor, seed: Tensor) -> Tensor:
+    labels = torch.arange(len(x), device=x.device) % 2
+    options = FlowOptions(num_classes=2, stable_target=True)
+    return conditional_flow_matching_loss(
+        learned.flow, x, options, labels=labels, refs=[x[:3].clone(), x[3:].clone()], seed=seed
+    )
+
+
+def v_flux(strata: int = 1, **options: Any) -> Loss:
+    def loss(learned: Learned, x: Tensor, seed: Tensor) -> Tensor:
+        t = torch.linspace(0.3, 0.6, strata, dtype=x.dtype, device=x.device)
+        chosen = FluxOptions(strata=strata, **options)
+        return v_flux_loss(learned.flow, x, t if strata > 1 else 0.3, options=chosen, seed=seed)
+
+    return loss
+
+
 LOSSES: dict[str, Loss] = {
     **{
         f"flux {method} {divergence}": flux(second_derivatives=method, divergence=divergence)
@@ -220,6 +255,16 @@ LOSSES: dict[str, Loss] = {
         learned.net, x, 0.5, DSMOptions(form="x0", stable=False), seed=seed
     ),
     "splicing": splicing,
+    "flow": flow(),
+    "flow, noise of a variance-preserving path": flow(
+        path=VariancePreservingPath(), prediction="noise", error="velocity", times=UniformTimes(0.1, 0.9)
+    ),
+    "flow, stable target": flow(stable_target=True),
+    "flow of classes": flow_of_classes,
+    "v-flux": v_flux(),
+    "v-flux double_backward": v_flux(second_derivatives="double_backward"),
+    "v-flux of two times": v_flux(strata=2),
+    "augmentation": lambda learned, x, seed: augmentation_loss(learned.net, x, 0.5, seed=seed),
 }
 
 
@@ -264,6 +309,18 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
         Noisy(), options=FluxOptions(horizon=LearnedHorizon(8))
     ),
     "DenoisingScoreMatching": lambda: DenoisingScoreMatching(Noisy(), LogUniformNoise()),
+    "DenoisingScoreMatching, one level": lambda: DenoisingScoreMatching(nn.Linear(3, 3), 0.5),
+    "FlowMatching": lambda: FlowMatching(Noisy(), FlowOptions(times=UniformTimes(0.1, 1.0))),
+    "FlowMatching, stable target": lambda: FlowMatching(
+        Noisy(), FlowOptions(stable_target=True, times=UniformTimes(0.1, 0.9))
+    ),
+    "VFluxMatching": lambda: VFluxMatching(Noisy(), times=UniformTimes(0.2, 0.8)),
+    "VFluxMatching, learned": lambda: VFluxMatching(
+        Noisy(),
+        options=FluxOptions(horizon=LearnedHorizon(8)),
+        times=UniformTimes(0.2, 0.8),
+        normalizer=LossNormalizer(8),
+    ),
 }
 
 
@@ -276,6 +333,34 @@ def test_shapes_of_loss_modules(make: Callable[[], nn.Module]) -> None:
             loss.backward()
         assert {value.device for value in (loss, *logged.values())} == {x.device}
         assert all(p.grad is not None and p.grad.shape == p.shape for p in module.parameters())
+
+
+@pytest.fixture
+def no_copied_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse tensors made of numbers anywhere but on the CPU: on a GPU the host waits for the copy."""
+    for name in ("tensor", "as_tensor"):
+        make = getattr(torch, name)
+
+        def checked(data: Any, *args: Any, make: Any = make, device: Any = None, **options: Any) -> Tensor:
+            if not isinstance(data, Tensor):
+                assert torch.device(device or "cpu").type == "cpu", f"{data} is copied to {device}"
+            return make(data, *args, device=device, **options)
+
+        monkeypatch.setattr(torch, name, checked)
+
+
+@pytest.mark.usefixtures("no_copied_numbers")
+@pytest.mark.parametrize("make", MODULES.values(), ids=MODULES)
+def test_no_loss_module_copies_a_number_to_its_device(make: Callable[[], nn.Module]) -> None:
+    module, seed = make().to("meta"), torch.zeros((), dtype=torch.int64, device="meta")
+    module(samples().to("meta"), seed=seed)[0].backward()
+
+
+@pytest.mark.usefixtures("no_copied_numbers")
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_copies_a_number_to_its_device(name: str) -> None:
+    learned, seed = Learned().to("meta"), torch.zeros((), dtype=torch.int64, device="meta")
+    LOSSES[name](learned, samples().to("meta"), seed)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -303,7 +388,7 @@ def test_graphs_before_dispatch_hold_no_derivatives(name: str) -> None:
     """PyTorch would store values in the graph, in place of results that a derivative needs."""
     learned, (x, y) = Learned(), (samples(), samples())
     trace = make_fx(lambda x: LOSSES[name](learned, x, torch.tensor(3)), pre_dispatch=True)
-    if name.startswith(("dsm", "splicing")):  # losses that take no derivative themselves
+    if name.startswith(("dsm", "splicing", "flow")):  # losses that take no derivative themselves
         torch.testing.assert_close(trace(x)(y), LOSSES[name](learned, y, torch.tensor(3)))
     else:
         with pytest.raises(RuntimeError, match=PRE_DISPATCH):
@@ -393,5 +478,9 @@ def test_what_depends_on_values_is_refused(run: Any) -> None:
         run(lambda x: probability_flow(field, x))
     with pytest.raises(RuntimeError, match="log_likelihood: x must have values"):
         run(lambda x: log_likelihood(field, x))
+    with pytest.raises(RuntimeError, match="integrate_flow: x must have values"):
+        run(lambda x: integrate_flow(lambda z, t: -z, x))
+    with pytest.raises(RuntimeError, match="flow_log_likelihood: x must have values"):
+        run(lambda x: flow_log_likelihood(lambda z, t: -z, x))
     with pytest.raises(RuntimeError, match="edm_heun: sigmas must have values"):
         run(lambda x: edm_heun(field, x, x[:, 0].double()))

@@ -286,7 +286,11 @@ def check_times(function: str, t: float | Tensor, x: Tensor, name: str = "t") ->
     """
     if isinstance(t, bool) or not isinstance(t, (Real, Tensor)):
         raise TypeError(f"{function}: {name} must be a number or a tensor of times, got {type(t).__name__}")
-    times = t if isinstance(t, Tensor) else torch.tensor(float(t), dtype=torch.float64, device=x.device)
+    if not isinstance(t, Tensor):
+        if not 0 <= t <= 1:
+            raise ValueError(f"{function}: {name} must lie in [0, 1], got {float(t):g}")
+        return torch.full((), float(t), dtype=torch.float64, device=x.device)  # a copy would make the host wait
+    times = t
     if not times.is_floating_point():
         raise TypeError(f"{function}: {name} must be a floating tensor, got {times.dtype}")
     if times.ndim and times.shape != x.shape[:1]:

@@ -21,20 +21,28 @@ from fluxmatching.losses.second_derivatives import ConditionedField
 from fluxmatching.losses.target import FluxTarget, MatchedField, flux_target
 
 
-class FieldInDataUnits:
-    """A field v(x, t) of x_t as one of z = x_t/α = x1 + (σ/α) x0: g(z, (t, α)) = v(α z, t)/α.
+class FieldInDataUnits(ConditionedField):
+    """A field v(x, t) of x_t as one of z = x_t/α = x1 + (σ/α) x0: g(z) = v(α z, t)/α.
 
     Residuals, and with them the loss, do not depend on this unit. In it all times share their reference points.
 
     Args:
         field: v(x, t), with t `[n]`.
+        t: `[]` or `[N]`.
         path: α.
     """
 
-    def __init__(self, field: Callable[..., Tensor], path: Path) -> None:
-        self.field, self.path = field, path
+    def __init__(self, field: Callable[..., Tensor], t: Tensor, path: Path) -> None:
+        super().__init__(field, t)
+        self.path = path
 
-    def __call__(self, z: Tensor, t: Tensor) -> Tensor:
+    def replace(self, field: Callable[..., Tensor], condition: Tensor) -> FieldInDataUnits:
+        """Return the field with another function and other times."""
+        return FieldInDataUnits(field, condition, self.path)
+
+    def evaluate(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return v(α z, t)/α, the condition being t."""
+        t = condition
         alpha = per_sample(self.path.coefficients(t.double()).alpha.to(z.dtype), z)
         value = self.field(alpha * z, t.to(z.dtype).expand(len(z)))
         return value / alpha if isinstance(value, Tensor) and value.shape == z.shape else value
@@ -117,11 +125,9 @@ def _v_flux_target(
     dtype = torch.promote_types(x.dtype, torch.float32)
     sigma = (c.sigma / c.alpha).to(dtype)
     matched = MatchedField(c.linear, c.score / c.alpha.square())
-    inner = ConditionedField(FieldInDataUnits(without_engine(function, field), path), t)
+    inner = FieldInDataUnits(without_engine(function, field), t, path)
     target = flux_target(inner, x, sigma, options, matched=matched, **given)  # type: ignore[arg-type]
-    outer = FieldInDataUnits(field, path)
-    times = target.per_sample(t)
-    return target, lambda z: outer(z, times)
+    return target, FieldInDataUnits(field, target.per_sample(t), path)
 
 
 class VFluxMatching(LossModule):

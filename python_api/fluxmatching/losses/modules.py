@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxkernels import philox
-from fluxkernels.checks import check_seed, check_tensor
+from fluxkernels.checks import as_number_tensor, check_seed, check_tensor
 from fluxmatching.distributed import rank_and_size, rank_seed, shared_seed
 from fluxmatching.engines import network_inside
 from fluxmatching.field_modules import networks_of
@@ -228,7 +228,7 @@ class DenoisingScoreMatching(LossModule):
         """
         key = self.key(x, seed)
         if self.noise is None:
-            field, sigma = self.field, torch.as_tensor(self.sigma, device=x.device, dtype=x.dtype)
+            field, sigma = self.field, as_number_tensor("DenoisingScoreMatching", "sigma", self.sigma, like=x)
         else:
             sigma = draw_from(self.noise, key, x, philox.NOISE_LEVEL, len(x) if self.sigma_per_sample else 1)
             field = lambda z: self.field(z, sigma)  # noqa: E731

@@ -89,15 +89,23 @@ class ConditionedField:
     def __init__(self, field: Callable[..., Tensor], condition: Tensor) -> None:
         self.field, self.condition = field, condition
 
+    def replace(self, field: Callable[..., Tensor], condition: Tensor) -> ConditionedField:
+        """Return the same kind of field with another function and condition."""
+        return ConditionedField(field, condition)
+
     def rows(self, rows: slice | Tensor) -> ConditionedField:
         """Return the field for some of the samples."""
-        return ConditionedField(self.field, rows_of(self.condition, rows))
+        return self.replace(self.field, rows_of(self.condition, rows))
+
+    def evaluate(self, z: Tensor, condition: Tensor) -> Tensor:
+        """Return the value at points z, `[n, *event]`, for a condition `[]` or `[n]`."""
+        return self.field(z, condition)
 
     def __call__(self, z: Tensor) -> Tensor:
         condition = self.condition
         if condition.ndim and z.shape[0] != condition.shape[0]:  # a method may stack several points per sample
             condition = condition.repeat(z.shape[0] // condition.shape[0])
-        return self.field(z, condition)
+        return self.evaluate(z, condition)
 
 
 def endpoint_gradient(

@@ -140,7 +140,9 @@ class _Minibatch:
 
     def number(self, value: float | Tensor) -> Tensor:
         """Return a number, or one per stratum, as a tensor with the dtype and device of x."""
-        return torch.as_tensor(value, dtype=self.x.dtype, device=self.x.device)
+        if not isinstance(value, Tensor):  # a copy would make the host wait for the device
+            return torch.full((), value, dtype=self.x.dtype, device=self.x.device)
+        return value.to(self.x)
 
     def per_event(self, value: float | Tensor, chosen: Tensor | None = None) -> Tensor:
         """Return a number, or one per stratum, to broadcast against x, or against the chosen samples of it."""
@@ -253,7 +255,7 @@ def _run_chains(batch: _Minibatch) -> FluxPass:
 def _inner_field(function: str, field: Callable[..., Tensor], batch: _Minibatch) -> Callable[..., Tensor]:
     """Return the field without an engine around it, its condition as one number or one per sample."""
     if isinstance(field, ConditionedField):
-        return ConditionedField(without_engine(function, field.field), batch.per_sample(field.condition))
+        return field.replace(without_engine(function, field.field), batch.per_sample(field.condition))
     return without_engine(function, field)
 
 
