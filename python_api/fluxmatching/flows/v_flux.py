@@ -18,7 +18,7 @@ from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.modules import Logged, LossModule, draw_from, strata_for
 from fluxmatching.losses.options import FluxOptions, check_options
 from fluxmatching.losses.second_derivatives import ConditionedField
-from fluxmatching.losses.target import FluxTarget, MatchedField, flux_target
+from fluxmatching.losses.target import FluxTarget, MatchedField, build_target
 
 
 class FieldInDataUnits(ConditionedField):
@@ -126,7 +126,7 @@ def _v_flux_target(
     sigma = (c.sigma / c.alpha).to(dtype)
     matched = MatchedField(c.linear, c.score / c.alpha.square())
     inner = FieldInDataUnits(without_engine(function, field), t, path)
-    target = flux_target(inner, x, sigma, options, matched=matched, **given)  # type: ignore[arg-type]
+    target = build_target(function, inner, x, sigma, options, matched, **given)
     return target, FieldInDataUnits(field, target.per_sample(t), path)
 
 

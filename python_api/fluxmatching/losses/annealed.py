@@ -13,7 +13,7 @@ from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.noise_levels import LinearInLogSigma
 from fluxmatching.losses.options import FluxOptions, as_sigma, check_options
 from fluxmatching.losses.second_derivatives import ConditionedField
-from fluxmatching.losses.target import FluxTarget, flux_target
+from fluxmatching.losses.target import FluxTarget, build_target
 
 
 class LossNormalizer(nn.Module):
@@ -139,7 +139,7 @@ def annealed_terms(
             f"holds its own σ to flux_matching_loss"
         )
     bound = ConditionedField(without_engine(function, field), level)
-    target = flux_target(bound, x, level, options, refs=refs, draws=draws, seed=seed)
+    target = build_target(function, bound, x, level, options, refs=refs, draws=draws, seed=seed)
     return normalized_terms(target, lambda z: field(z, target.sigma), normalizer, options, level)
 
 

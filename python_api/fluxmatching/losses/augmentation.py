@@ -7,7 +7,7 @@ from torch import Tensor
 from fluxmatching.fields import Field
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.options import FluxOptions
-from fluxmatching.losses.target import MatchedField, flux_target
+from fluxmatching.losses.target import MatchedField, build_target
 
 
 def augmentation_loss(
@@ -27,5 +27,5 @@ def augmentation_loss(
 
     Arguments, result and errors are those of `flux_matching_loss`.
     """
-    matched = MatchedField(0.0, 0.0)
-    return flux_target(field, x, sigma, options, refs=refs, draws=draws, seed=seed, matched=matched).loss(field)
+    given = {"refs": refs, "draws": draws, "seed": seed}
+    return build_target("augmentation_loss", field, x, sigma, options, MatchedField(0.0, 0.0), **given).loss(field)

@@ -79,6 +79,7 @@ def dsm_loss(
     check_finite(function, x=x)
     grouping = Grouping(function, x, grouped=False)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x))
+    check_finite(function, refs=refs)
     level, variance = as_sigma(function, sigma, like=x)
     if level.ndim > 1 or (level.ndim == 1 and level.shape != x.shape[:1]):
         raise ValueError(f"{function}: sigma must be one number or one per sample, got shape {list(level.shape)}")

@@ -7,7 +7,7 @@ from torch import Tensor
 from fluxmatching.fields import Field
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.options import FluxOptions
-from fluxmatching.losses.target import flux_target
+from fluxmatching.losses.target import build_target
 
 
 def flux_matching_loss(
@@ -44,4 +44,5 @@ def flux_matching_loss(
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         fluxkernels.BackendError: the requested backend cannot run here.
     """
-    return flux_target(field, x, sigma, options, refs=refs, draws=draws, seed=seed).loss(field)
+    given = {"refs": refs, "draws": draws, "seed": seed}
+    return build_target("flux_matching_loss", field, x, sigma, options, **given).loss(field)

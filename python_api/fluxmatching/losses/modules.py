@@ -25,7 +25,7 @@ from fluxmatching.losses.dsm import DSMOptions, dsm_loss
 from fluxmatching.losses.noise_levels import LogNormalNoise
 from fluxmatching.losses.options import FluxOptions, check_options
 from fluxmatching.losses.reference_set import ReferenceSet
-from fluxmatching.losses.target import flux_target
+from fluxmatching.losses.target import build_target
 
 Logged = dict[str, Tensor]
 
@@ -129,7 +129,8 @@ class FluxMatching(LossModule):
             seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
         """
         key = self.key(x, seed)
-        target = flux_target(self.field, x, self.sigma, self.options, refs=self.refs(x), seed=key)
+        given = {"refs": self.refs(x), "seed": key}
+        target = build_target("flux_matching_loss", self.field, x, self.sigma, self.options, **given)
         loss = target.loss(self.field).mean()
         return loss, {"loss": loss.detach(), "tau": target.tau.mean()}
 

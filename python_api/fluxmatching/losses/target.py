@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import FluxPass, flux_pass, langevin_chain, residual_gradient
-from fluxkernels.checks import can_check_values, check_seed, check_tensor
+from fluxkernels.checks import can_check_values, check_finite, check_seed, check_tensor
 from fluxkernels.devices import check_derivatives_traceable
 from fluxmatching.distributed import JointMinibatch
 from fluxmatching.engines import check_differentiable_twice, without_engine
@@ -92,8 +92,22 @@ def flux_target(
             receives one per sample, `[n]`.
         matched: field whose flux is matched; None for the score.
     """
-    check_options("flux_matching_loss", options, FluxOptions)
-    batch = _prepare(field, x, sigma, options.with_strata(1), refs=refs, draws=draws, seed=seed)
+    given = {"refs": refs, "draws": draws, "seed": seed}
+    return build_target("flux_target", field, x, sigma, options, matched, **given)
+
+
+def build_target(
+    function: str,
+    field: Field,
+    x: Tensor,
+    sigma: float | Tensor,
+    options: FluxOptions,
+    matched: MatchedField | None = None,
+    **given: Any,
+) -> FluxTarget:
+    """Compute `flux_target` for a function that is named in error messages; given are its refs, draws and seed."""
+    check_options(function, options, FluxOptions)
+    batch = _prepare(function, field, x, sigma, options.with_strata(1), **given)
     chains = _run_chains(batch)
     gradient = _differentiate_endpoints(field, batch, chains, matched)
     return _average_over_chains(batch, chains, gradient, matched)
@@ -160,17 +174,17 @@ class _Minibatch:
 
 
 def _prepare(
+    function: str,
     field: Field,
     x: Tensor,
     sigma: float | Tensor,
     options: FluxOptions,
     *,
-    refs: Tensor | None,
-    draws: Draws | None,
-    seed: int | Tensor | None,
+    refs: Tensor | None = None,
+    draws: Draws | None = None,
+    seed: int | Tensor | None = None,
 ) -> _Minibatch:
     """Check every argument, join the minibatches of all processes if requested, and draw random numbers."""
-    function = "flux_matching_loss"
     _check_field_and_samples(function, field, x, options)
     check_seed(function, seed)
     if draws is not None and not isinstance(draws, Draws):
@@ -181,8 +195,10 @@ def _prepare(
     joint = JointMinibatch(options.gather_across_ranks)
     x, seed = joint.join(function, x, level, seed)
     grouping = Grouping(function, x, options.grouped)
+    check_finite(function, x=x)
     joint.check_refs(function, refs)
     points = grouping.refs_to_points(x if refs is None else check_tensor(function, "refs", refs, like=x)).detach()
+    check_finite(function, refs=refs)
     if options.strata == 1 or list(level.shape) != [options.strata]:
         grouping.check_number("sigma", level)
     strata = options.strata

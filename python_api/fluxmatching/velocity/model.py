@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fluxmatching.losses.horizons import UniformHorizon
 from fluxmatching.losses.options import FluxOptions
-from fluxmatching.losses.target import flux_target
+from fluxmatching.losses.target import build_target
 
 UNSPLICED, SPLICED = 0, 1  # of the last dimension
 
@@ -119,4 +119,4 @@ def splicing_loss(
     options = FluxOptions(
         horizon=UniformHorizon(), grouped=True, second_derivatives="closed_form", divergence="exact", backend=backend
     )
-    return sigma**4 * flux_target(field, x, sigma, options, seed=seed).loss(field)
+    return sigma**4 * build_target("splicing_loss", field, x, sigma, options, seed=seed).loss(field)
