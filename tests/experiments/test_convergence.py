@@ -18,13 +18,6 @@ def make_run(out: Path) -> Run:
     return Run(convergence.EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    convergence.main(run)
-    return run
-
-
 def test_wasserstein_distance_by_hand() -> None:
     x = torch.tensor([[[0.0], [0.0]], [[4.0], [0.0]]])
     y = torch.tensor([[[4.0], [3.0]], [[0.0], [1.0]]])

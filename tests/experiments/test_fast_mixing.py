@@ -19,6 +19,8 @@ from experiments.fast_mixing.experiment import main
 from experiments.fast_mixing.mixture import exact_score, make_trainer, noised
 from experiments.images import fidelity
 
+FINISHED = {"chain_steps": 400}  # changes of the run `finished`
+
 
 def make_run(out: Path, **changes: Any) -> Run:
     config = dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
@@ -73,13 +75,6 @@ def test_the_weight_of_the_proxy_counts(tmp_path: Path) -> None:
     plain, once, thrice = losses
     assert abs(once - plain) > 1e-3
     assert thrice - plain == pytest.approx(3 * (once - plain), rel=1e-3)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"), chain_steps=400)
-    main(run)
-    return run
 
 
 def test_smoke_run_and_its_summary(finished: Run) -> None:

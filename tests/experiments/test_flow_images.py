@@ -103,19 +103,6 @@ def test_a_flow_must_be_better_in_one_evaluation_and_in_two(tmp_path: Path, seco
 # ---------------------------------------------------------------- training and runs
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    main(run)
-    return run
-
-
-@pytest.fixture
-def copied(finished: Run, tmp_path: Path) -> Run:
-    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
-    return make_run(tmp_path)
-
-
 def test_smoke_run_and_its_summary(finished: Run) -> None:
     assert [row["variant"] for row in finished.rows("trajectories")] == list(NAMES)
     assert len(finished.rows("distance")) == 3 * (3 + 2)
@@ -127,7 +114,6 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     assert "rectified: that distance in 1, 2, 4 evaluations (Euler)" in text
 
 
-@pytest.mark.usefixtures("unpainted")
 def test_of_a_finished_run_nothing_is_trained_again(copied: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Trainer, "_train_iteration")
     monkeypatch.delattr(training, "rectified_pairs")
@@ -137,7 +123,6 @@ def test_of_a_finished_run_nothing_is_trained_again(copied: Run, monkeypatch: py
     assert copied.rows() == rows
 
 
-@pytest.mark.usefixtures("unpainted")
 @pytest.mark.parametrize("kept", [2, 12])
 def test_a_run_that_was_interrupted_ends_as_it_would_have(copied: Run, kept: int) -> None:
     """Killed among the rows of the first or second flow; the rectified flow is not even trained."""

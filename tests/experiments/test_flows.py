@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from experiments.common.distances import wasserstein2
 from experiments.common.run import Run
-from experiments.flows import EXPERIMENT, experiment, measure, training
+from experiments.flows import EXPERIMENT, measure, training
 from experiments.flows.experiment import main
 from experiments.flows.measure import (
     STABLE,
@@ -289,21 +289,6 @@ def test_rectified_pairs_are_those_of_the_independent_flow(tmp_path: Path) -> No
             half = x + field(x, torch.tensor(step / steps)) / (2 * steps)
             x = x + field(half, torch.tensor((step + 0.5) / steps)) / steps
     torch.testing.assert_close(pairs[:, 1], x, rtol=1e-3, atol=1e-3)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    main(run)
-    return run
-
-
-@pytest.fixture
-def copied(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A copy of the finished run, of which nothing is drawn again."""
-    monkeypatch.setattr(experiment, "draw", lambda *_: [])
-    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
-    return make_run(tmp_path)
 
 
 def test_smoke_run_and_its_summary(finished: Run) -> None:

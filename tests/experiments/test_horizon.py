@@ -174,13 +174,6 @@ def make_run(out: Path, **overrides: object) -> Run:
     return Run(experiment, "smoke", config, "torch", torch.device("cpu"), 0, out, progress=False)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    horizon.main(run)
-    return run
-
-
 def test_smoke_run_writes_rows_figures_and_summary(finished: Run) -> None:
     taus = len(finished.config.taus)
     assert len(finished.rows("loss")) == (2 * 2 * 3 + 1) * taus

@@ -210,13 +210,6 @@ def numbers(run: Run) -> list[dict[str, Any]]:
     return [row for row in run.rows() if row["kind"] != "step"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    main(run)
-    return run
-
-
 def test_smoke_run_and_its_summary(finished: Run) -> None:
     assert [(row["objective"], row["iteration"]) for row in finished.rows("progress")] == [
         (FLUX, 2), (DSM, 2), (FLUX, 4), (DSM, 4)

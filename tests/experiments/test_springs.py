@@ -17,7 +17,7 @@ from experiments.common.networks import TrajectoryTransformer
 from experiments.common.objectives import HORIZONS
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
-from experiments.springs import EXPERIMENT, experiment, simulator
+from experiments.springs import EXPERIMENT, simulator
 from experiments.springs.experiment import main
 from experiments.springs.results import relative_changes
 from experiments.springs.simulator import trajectories, velocity
@@ -89,21 +89,6 @@ def test_bad_width() -> None:
 def make_run(out: Path, **changes: Any) -> Run:
     config = dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
     return Run(EXPERIMENT, "smoke", config, None, torch.device("cpu"), 0, out, progress=False)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    main(run)
-    return run
-
-
-@pytest.fixture
-def copied(finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """A copy of the finished run, of which nothing is drawn again."""
-    monkeypatch.setattr(experiment, "draw", lambda *_: [])
-    shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True)
-    return make_run(tmp_path)
 
 
 def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> None:

@@ -298,13 +298,6 @@ def test_rollout_of_a_preserving_field_reaches_the_target_and_another_does_not(t
     assert logged[-1] == pytest.approx(total_variation(wrong.at(10), target))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    stationarity.main(run)
-    return run
-
-
 def test_smoke_run_writes_rows_figures_and_summary(finished: Run) -> None:
     assert [(row["objective"], row["step"]) for row in finished.rows("train")] == [
         ("flux", 20), ("flux", 40), ("dsm", 20), ("dsm", 40),

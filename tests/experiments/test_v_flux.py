@@ -319,13 +319,6 @@ def test_exact_fields_keep_the_marginals_and_the_masked_velocity_does_not(tmp_pa
     assert (ends[0] - ends[1]).square().sum(1).mean().sqrt() > 2 * wasserstein2(*ends)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    run = make_run(tmp_path_factory.mktemp("finished"))
-    main(run)
-    return run
-
-
 def test_smoke_run_and_its_summary(finished: Run) -> None:
     assert {row["field"] for row in finished.rows("gaussian")} == set(gaussian.FIELDS)
     for kind, count in (("marginal", 5), ("euler", 3), ("average", 21), ("loss", 1)):
