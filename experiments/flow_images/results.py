@@ -42,8 +42,8 @@ def results(run: Run) -> list[Result]:
             counts = ", ".join(map(str, found))
             values = ", ".join(f"{value:.3f}" for value in found.values())
             lines.append(Result(f"{name}: that distance in {counts} evaluations ({solver})", values))
-        found = trajectories(run, name)
-        lines.append(Result(f"{name}: bend / length; length", f"{found['ratio']:.4f}; {found['length']:.1f}"))
+        row = trajectories(run, name)
+        lines.append(Result(f"{name}: bend / length; length", f"{row['ratio']:.4f}; {row['length']:.1f}"))
     return lines
 
 

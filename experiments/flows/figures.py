@@ -17,7 +17,9 @@ from experiments.flows.results import standard_error
 FRAMES = 24
 
 
-def draw_means(axes: Any, by_number: Mapping[float, Sequence[float]], **look: Any) -> None:
+def draw_means(
+    axes: Any, by_number: Mapping[int, Sequence[float]] | Mapping[float, Sequence[float]], **look: Any
+) -> None:
     """Draw mean and standard error of the values at each number, joined by lines."""
     means = [statistics.mean(values) for values in by_number.values()]
     errors = [standard_error(values) for values in by_number.values()]

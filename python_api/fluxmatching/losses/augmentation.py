@@ -27,5 +27,5 @@ def augmentation_loss(
 
     Arguments, result and errors are those of `flux_matching_loss`.
     """
-    given = {"refs": refs, "draws": draws, "seed": seed}
-    return build_target("augmentation_loss", field, x, sigma, options, MatchedField(0.0, 0.0), **given).loss(field)
+    name, matched = "augmentation_loss", MatchedField(0.0, 0.0)
+    return build_target(name, field, x, sigma, options, matched, refs=refs, draws=draws, seed=seed).loss(field)

@@ -44,5 +44,5 @@ def flux_matching_loss(
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         fluxkernels.BackendError: the requested backend cannot run here.
     """
-    given = {"refs": refs, "draws": draws, "seed": seed}
-    return build_target("flux_matching_loss", field, x, sigma, options, **given).loss(field)
+    target = build_target("flux_matching_loss", field, x, sigma, options, refs=refs, draws=draws, seed=seed)
+    return target.loss(field)

@@ -129,8 +129,8 @@ class FluxMatching(LossModule):
             seed: determines all random numbers, except those of dropout. None draws one from torch's generator.
         """
         key = self.key(x, seed)
-        given = {"refs": self.refs(x), "seed": key}
-        target = build_target("flux_matching_loss", self.field, x, self.sigma, self.options, **given)
+        name, refs = "flux_matching_loss", self.refs(x)
+        target = build_target(name, self.field, x, self.sigma, self.options, refs=refs, seed=key)
         loss = target.loss(self.field).mean()
         return loss, {"loss": loss.detach(), "tau": target.tau.mean()}
 

@@ -92,8 +92,7 @@ def flux_target(
             receives one per sample, `[n]`.
         matched: field whose flux is matched; None for the score.
     """
-    given = {"refs": refs, "draws": draws, "seed": seed}
-    return build_target("flux_target", field, x, sigma, options, matched, **given)
+    return build_target("flux_target", field, x, sigma, options, matched, refs=refs, draws=draws, seed=seed)
 
 
 def build_target(
