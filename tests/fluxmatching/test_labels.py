@@ -140,7 +140,7 @@ def test_a_trained_flow_has_the_classes_of_its_data() -> None:
     x = means[labels] + 0.3 * torch.randn(3000, 2, generator=torch.Generator().manual_seed(2))
     by_class = [x[labels == k] for k in range(CLASSES)]
     options = FlowOptions(stable_target=True, num_classes=CLASSES, label_dropout=0.2, times=UniformTimes(end=0.98))
-    training = TrainingOptions(500, 256, lr=1e-2, ema=0.98, accelerator="cpu", progress=False)
+    training = TrainingOptions(300, 128, lr=1e-2, ema=0.97, accelerator="cpu", progress=False)
     trainer = Trainer(FlowMatching(Network(), options, refs=by_class), TensorDataset(x, labels), training)
     trainer.run()
     field = trainer.average.module.field.eval()
@@ -282,7 +282,7 @@ def test_chunks_of_samples_keep_their_labels(scale: float) -> None:
     rates = (RATES[3] + scale * (RATES[labels] - RATES[3])).unsqueeze(1)
     field, solver = GuidedField(linear, labels, scale, CLASSES), ODESolver("rk4", num_steps=40)
     end = x * rates.exp()
-    for chunk_size in (None, 1, 3, 4, 10, 100):
+    for chunk_size in (None, 1, 4, 100):
         start, found = rectified_pairs(field, x, solver=solver, chunk_size=chunk_size)
         torch.testing.assert_close(found, end)
         assert torch.equal(start, x)
