@@ -25,6 +25,13 @@ from fluxmatching.losses.annealed import LossNormalizer, noise_annealed_flux_los
 from fluxmatching.losses.augmentation import augmentation_loss
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
+from fluxmatching.losses.dual import (
+    CosineFeatures,
+    LinearFeatures,
+    QuadraticFeatures,
+    dual_flux_loss,
+    quadratic_flux_loss,
+)
 from fluxmatching.losses.flux import flux_matching_loss
 from fluxmatching.losses.horizons import Horizon, LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
 from fluxmatching.losses.mixing import mixing_loss, sinkhorn_divergence
@@ -50,6 +57,7 @@ from fluxmatching.training import Trainer, TrainingError, TrainingOptions
 from fluxmatching.unet import UNet
 
 __all__ = [
+    "CosineFeatures",
     "CosinePath",
     "Coupling",
     "DSMOptions",
@@ -66,6 +74,7 @@ __all__ = [
     "Horizon",
     "IndependentCoupling",
     "LearnedHorizon",
+    "LinearFeatures",
     "LinearPath",
     "LogNormalNoise",
     "LogUniformNoise",
@@ -74,6 +83,7 @@ __all__ = [
     "MatchedField",
     "NoiseAnnealedFluxMatching",
     "ODESolver",
+    "QuadraticFeatures",
     "ReferenceSet",
     "SDEOptions",
     "SinkhornCoupling",
@@ -92,6 +102,7 @@ __all__ = [
     "conditional_flow_matching_loss",
     "couple",
     "dsm_loss",
+    "dual_flux_loss",
     "edm_heun",
     "exponential_schedule",
     "field_from_denoiser",
@@ -109,6 +120,7 @@ __all__ = [
     "noise_annealed_flux_loss",
     "predictor_corrector",
     "probability_flow",
+    "quadratic_flux_loss",
     "rectified_pairs",
     "reverse_ve",
     "sinkhorn_divergence",
