@@ -32,7 +32,9 @@ def prepare(adata: AnnData, *, counts: bool = True) -> None:
     adata.obsm["X_pca"] = principal_components(np.log1p(spliced) if counts else spliced, COMPONENTS)
     distances = nearest_neighbors(adata.obsm["X_pca"], NEIGHBORS - 1)
     connectivities = ((distances + distances.T) > 0).astype(float)
-    adata.obsp["distances"], adata.obsp["connectivities"] = distances, connectivities
+    # scVelo needs sparse matrices, not arrays.
+    adata.obsp["distances"] = sp.csr_matrix(distances)
+    adata.obsp["connectivities"] = sp.csr_matrix(connectivities)
     adata.uns["neighbors"] = {
         "distances_key": "distances",
         "connectivities_key": "connectivities",

@@ -35,7 +35,9 @@ def project(adata: AnnData, basis: str, *, root: bool, genes: np.ndarray | None 
     """
     velocity = dense(adata.layers["velocity"])
     if genes is None:
-        genes = adata.var["velocity_genes"].to_numpy(bool) if "velocity_genes" in adata.var else np.ones(adata.n_vars, bool)
+        genes = (
+            adata.var["velocity_genes"].to_numpy(bool) if "velocity_genes" in adata.var else np.ones(adata.n_vars, bool)
+        )
     genes = genes & np.isfinite(velocity).all(0)
     neighbors = adata.obsp["distances"].tocsr()
     graph = cosines(dense(adata.layers["Ms"])[:, genes], velocity[:, genes], neighbors, root=root)
@@ -43,7 +45,9 @@ def project(adata: AnnData, basis: str, *, root: bool, genes: np.ndarray | None 
     adata.obsm[f"velocity_{basis}"] = displacements(graph, positions)
 
 
-def cosines(states: np.ndarray, velocity: np.ndarray, neighbors: sp.csr_array, *, root: bool) -> sp.csr_array:
+def cosines(
+    states: np.ndarray, velocity: np.ndarray, neighbors: sp.csr_array, *, root: bool, recurse: bool = True
+) -> sp.csr_array:
     """Return the correlations over genes of v_i with x_j - x_i, for j among neighbors of i and their neighbors.
 
     Args:
@@ -51,13 +55,15 @@ def cosines(states: np.ndarray, velocity: np.ndarray, neighbors: sp.csr_array, *
         velocity: v, `[cells, genes]`.
         neighbors: whose stored entries are the neighbors, `[cells, cells]`.
         root: whether both vectors enter as sign(x) √|x|.
+        recurse: whether the neighbors' neighbors count.
     """
     x, v = states.astype(np.float32), velocity.astype(np.float32)
     v = _root(v) if root else v
     v = v - v.mean(1, keepdims=True)
     v /= np.maximum(np.linalg.norm(v, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    direct = sp.csr_array((np.ones(neighbors.nnz), neighbors.indices, neighbors.indptr), shape=neighbors.shape)
-    reached = sp.csr_array(direct + direct @ direct)
+    direct = sp.csr_array(neighbors, copy=True)
+    direct.data = np.ones(direct.nnz)
+    reached = sp.csr_array(direct + direct @ direct) if recurse else direct
     reached.sort_indices()
     values = np.zeros(reached.nnz)
     for cell in range(len(x)):

@@ -109,12 +109,12 @@ def simulate_switches(seed: int, course: str, noise: float, cells: int, genes: i
     on = kinetics(time[:, None], alpha, beta, gamma, (zero, zero))
     off = kinetics(np.maximum(time[:, None] - switch, 0), zero, beta, gamma, risen)
     u, s = (np.where(time[:, None] < switch, *pair) for pair in zip(on, off, strict=True))
-    noisy = [
+    noisy_u, noisy_s = (
         np.clip(x + generator.normal(size=x.shape) * noise / 10 * np.percentile(x, 99, axis=0), 0, None) for x in (u, s)
-    ]
+    )
     labels = np.array(["early", "middle", "late"])[np.minimum((3 * time / DURATION).astype(int), 2)]
     return SimulatedCells(
-        *noisy, u, s, beta * u - gamma * s, time, labels, gamma / beta, np.full(genes, "switch"),
+        noisy_u, noisy_s, u, s, beta * u - gamma * s, time, labels, gamma / beta, np.full(genes, "switch"),
         edges=(("early", "middle"), ("middle", "late")),
     )  # fmt: skip
 
