@@ -58,7 +58,7 @@ def fit_flux(run: Run, adata: AnnData, method: str, seed: int) -> None:
         changes |= {"epochs": config.epochs, "sigma": config.sigma, "lr": config.learning_rate}
     if method in (UNTRAINED, CIRCULATING_UNTRAINED):
         changes["iterations"] = 0
-    flux_velocity(adata, options=VelocityOptions.from_preset(preset, **changes))
+    flux_velocity(adata, "per_gene", options=VelocityOptions.from_preset(preset, **changes))
 
 
 def fit_scvelo(adata: AnnData, mode: str) -> None:
