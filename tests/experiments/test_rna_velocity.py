@@ -224,7 +224,7 @@ def test_scvelo_and_cellrank_take_the_result_as_it_is() -> None:
         sc.tl.umap(made)
         scv.pp.moments(made, n_neighbors=None, n_pcs=None)
         options = VelocityOptions.from_preset("circulating", progress=False)
-        flux_velocity(made, vkey="flux", options=options)
+        flux_velocity(made, "per_gene", vkey="flux", options=options)
         scv.tl.velocity_graph(made, vkey="flux", n_jobs=1, show_progress_bar=False)
         scv.tl.velocity_confidence(made, vkey="flux")
         scv.pl.velocity_embedding_stream(made, vkey="flux", basis="umap", color="clusters", show=False)

@@ -1,4 +1,4 @@
-"""RNA velocity in place of scVelo's: the fit, its model and its metrics."""
+"""RNA velocity in place of scVelo's: the fits, their models and their metrics."""
 
 from fluxmatching.velocity.fit import flux_velocity as flux_velocity
 from fluxmatching.velocity.metrics import CrossBoundaryCorrectness as CrossBoundaryCorrectness
@@ -6,4 +6,8 @@ from fluxmatching.velocity.metrics import cross_boundary_correctness as cross_bo
 from fluxmatching.velocity.metrics import velocity_consistency as velocity_consistency
 from fluxmatching.velocity.model import SplicingField as SplicingField
 from fluxmatching.velocity.model import splicing_loss as splicing_loss
+from fluxmatching.velocity.moments import moments as moments
+from fluxmatching.velocity.options import SharedFlowOptions as SharedFlowOptions
 from fluxmatching.velocity.options import VelocityOptions as VelocityOptions
+from fluxmatching.velocity.shared_flow import SharedFlow as SharedFlow
+from fluxmatching.velocity.shared_flow import fit_shared_flow as fit_shared_flow

@@ -1,0 +1,186 @@
+"""The shared flow against a plain computation of its formulas, on cells with known velocities, and in awkward data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from fluxmatching.velocity import SharedFlowOptions, VelocityOptions, fit_shared_flow, flux_velocity
+
+anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
+
+
+def nearest(positions: np.ndarray, count: int) -> sparse.csr_array:
+    """Symmetric graph of nearest neighbors, with connectivities in (0, 1]."""
+    distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
+    np.fill_diagonal(distances, np.inf)
+    graph = np.zeros_like(distances)
+    np.put_along_axis(graph, np.argsort(distances, 1)[:, :count], 1.0, 1)
+    return sparse.csr_array(np.maximum(graph, graph.T) * np.exp(-np.where(np.isfinite(distances), distances, 0)))
+
+
+def kinetics(cells: int, genes: int, seed: int) -> dict[str, np.ndarray]:
+    """Counts of genes that switch on and off along a course, with the true velocities and γ/β."""
+    generator = np.random.default_rng(seed)
+    time = generator.uniform(0, 20, (cells, 1))
+    beta, gamma = np.exp(generator.normal(np.log([[0.6], [0.35]]), 0.3, (2, genes)))
+    on, lasting = generator.uniform(-8, 14, genes), generator.uniform(5, 10, genes)
+
+    def risen(time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        by_splicing, by_degradation = np.exp(-beta * time), np.exp(-gamma * time)
+        mixed = (by_degradation - by_splicing) / (gamma - beta)
+        return (1 - by_splicing) / beta, (1 - by_degradation) / gamma + mixed
+
+    # The equations are linear: what is switched off falls as a second rise would have risen.
+    rise, fall = risen(np.maximum(time - on, 0)), risen(np.maximum(time - on - lasting, 0))
+    unspliced, spliced = (40 * (one - other) for one, other in zip(rise, fall, strict=True))
+    return {
+        "unspliced": generator.poisson(unspliced).astype(np.float32),
+        "spliced": generator.poisson(spliced).astype(np.float32),
+        "velocity": beta * unspliced - gamma * spliced,
+        "ratio": gamma / beta,
+        "time": time[:, 0],
+    }
+
+
+def annotated(cells: int = 200, genes: int = 40, seed: int = 0, neighbors: int = 15) -> Any:
+    """Counts and a graph of neighbors, without moments."""
+    made = kinetics(cells, genes, seed)
+    adata = anndata.AnnData(made["spliced"].copy(), layers={key: made[key] for key in ("unspliced", "spliced")})
+    adata.obsp["connectivities"] = nearest(np.log1p(made["spliced"]), neighbors).tocsr()
+    adata.layers["true_velocity"], adata.var["true_ratio"] = made["velocity"], made["ratio"]
+    adata.obs["time"] = made["time"]
+    return adata
+
+
+def moments_of(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    totals = counts.sum(1, keepdims=True)
+    return mean @ (counts * np.median(totals) / totals)
+
+
+def mean_matrix(graph: sparse.csr_array) -> np.ndarray:
+    adjacent = (graph.toarray() > 0) + np.eye(graph.shape[0])
+    return adjacent / adjacent.sum(1, keepdims=True)
+
+
+class Oracle:
+    """The method cell by cell and gene by gene, in float64, with dense matrices."""
+
+    def __init__(self, u: np.ndarray, s: np.ndarray, counts: np.ndarray, graph: sparse.csr_array) -> None:
+        self.options = SharedFlowOptions(dimensions=6)
+        self.mean, self.p = mean_matrix(graph), counts
+        smooth_u, self.smooth_s = self.mean @ u, self.mean @ s
+        logs = np.log1p(s) - np.log1p(s).mean(0)
+        self.directions = np.linalg.svd(logs, full_matrices=False)[2][:6]
+        z = logs @ self.directions.T
+        self.tangent = []
+        for row in self.mean:
+            center = row @ z
+            covariance = sum(w * np.outer(x - center, x - center) for w, x in zip(row, z, strict=True))
+            self.tangent.append(covariance @ np.linalg.inv(covariance + 0.1 * np.trace(covariance) * np.eye(6)))
+        self.a, self.b = smooth_u / (1 + self.smooth_s), self.smooth_s / (1 + self.smooth_s)
+        self.start = np.array([self.extreme(*pair) for pair in zip(u.T, s.T, strict=True)])
+
+    @staticmethod
+    def extreme(u: np.ndarray, s: np.ndarray) -> float:
+        size = u / u.max() + s / s.max()
+        low, high = np.percentile(size, [5, 95])
+        ends = (size <= low) | (size >= high)
+        return float((u[ends] * s[ends]).sum() / (s[ends] ** 2).sum())
+
+    def flow(self, kinetic: np.ndarray) -> np.ndarray:
+        kinetic = kinetic / np.sqrt(np.median((kinetic**2).sum(1)))
+        return self.mean @ np.array([t @ k for t, k in zip(self.tangent, kinetic, strict=True)])
+
+    def regress(self, gene: int, flow: np.ndarray) -> tuple[float, float, float]:
+        squared = (flow**2).sum(1)
+        weight = 1 / (squared + 0.5 * np.median(squared))
+        weight /= weight.sum()
+        target, best = flow @ self.directions[:, gene], (-np.inf, 0.0, 0.0, 0.0)
+        for logarithm in np.linspace(-1.2, 1.2, 97):
+            ratio = self.start[gene] * np.exp(logarithm)
+            term = self.a[:, gene] / ratio - self.b[:, gene]
+            slope = (weight * term * target).sum() / (weight * term**2).sum()
+            left = (weight * (target - slope * term) ** 2).sum() / (weight * target**2).sum()
+            agreement = np.sign(slope) * (1 - left)
+            fit = -20 / 2 * np.log(left) if slope > 0 else 20 / 2 * agreement
+            best = max(best, (fit - logarithm**2 / (2 * 0.1**2), ratio, max(slope, 0.0), agreement))
+        return best[1:]
+
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        genes = len(self.start)
+        fold = np.random.default_rng(0).permutation(genes) % 5
+        ratio, rate = self.start.copy(), np.ones(genes)
+
+        def kinetic(leave_out: int) -> np.ndarray:
+            own = fold != leave_out
+            return (rate * (self.a / ratio - self.b))[:, own] @ self.directions[:, own].T
+
+        for _ in range(3):
+            flows = [self.flow(kinetic(k)) for k in range(5)]
+            found = np.array([self.regress(gene, flows[fold[gene]]) for gene in range(genes)])
+            good = found[:, 2] > 0.5
+            ratio = np.where(good, found[:, 0], self.start)
+            rate = np.where(good, found[:, 1] / found[good, 1].mean(), 1.0)
+        flow = self.flow(kinetic(-1))
+        final = np.array([self.regress(gene, flow)[0] for gene in range(genes)])
+        return (flow @ self.directions) * (1 + self.smooth_s), final
+
+
+def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
+
+
+def test_it_is_the_formula() -> None:
+    made = annotated(cells=90, genes=25)
+    mean = mean_matrix(made.obsp["connectivities"])
+    u, s = (moments_of(made.layers[key], mean) for key in ("unspliced", "spliced"))
+    options = SharedFlowOptions(dimensions=6, bootstraps=0, least_correlation=-1.0)
+    found = fit_shared_flow(u, s, made.obsp["connectivities"], made.layers["unspliced"], options)
+    velocity, ratio = Oracle(u, s, made.layers["unspliced"], made.obsp["connectivities"]).run()
+    np.testing.assert_allclose(found.velocity, velocity, rtol=1e-4, atol=1e-5 * np.abs(velocity).max())
+    np.testing.assert_allclose(found.ratio, ratio, rtol=1e-10)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_it_finds_the_true_velocities(seed: int) -> None:
+    made = annotated(cells=400, genes=60, seed=seed)
+    mean = mean_matrix(made.obsp["connectivities"])
+    u, s = (mean @ made.layers[key] for key in ("unspliced", "spliced"))
+    found = fit_shared_flow(u, s, made.obsp["connectivities"], made.layers["unspliced"])
+    truth = made.layers["true_velocity"]
+    assert np.median(cosine(found.velocity, truth)) > 0.9
+    assert np.abs(np.log(found.ratio / made.var["true_ratio"])).median() < 0.1
+
+
+def test_what_is_written_is_the_fit() -> None:
+    made = annotated()
+    before = set(made.layers)
+    assert flux_velocity(made) is None
+    assert set(made.layers) - before == {"velocity", "Mu", "Ms"}
+    assert set(made.obsm) == {"X_flow", "velocity_flow"}
+    columns = {f"velocity_{name}" for name in ("gamma", "beta", "rate", "agreement", "fitted", "genes")}
+    assert set(made.var) - {"true_ratio"} == columns
+    assert made.uns["velocity_params"]["method"] == "shared_flow"
+    fit = fit_shared_flow(made.layers["Mu"], made.layers["Ms"], made.obsp["connectivities"], made.layers["unspliced"])
+    np.testing.assert_allclose(made.layers["velocity"], fit.velocity, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(made.obs["velocity_spread"], fit.spread, atol=1e-5)
+    # Velocities are those of the state: d log(1 + s)/dt = P' F.
+    smoothed = mean_matrix(made.obsp["connectivities"]) @ made.layers["Ms"]
+    expected = made.obsm["velocity_flow"] @ made.varm["velocity_flow"].T * (1 + smoothed)
+    np.testing.assert_allclose(made.layers["velocity"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_methods_and_options_must_fit() -> None:
+    made = annotated(cells=30)
+    with pytest.raises(ValueError, match=r"method must be"):
+        flux_velocity(made, "dynamical")
+    with pytest.raises(ValueError, match=r'preset \'paper\' is one of method="per_gene"'):
+        flux_velocity(made, preset="paper")
+    with pytest.raises(TypeError, match=r'with method="shared_flow" options must be SharedFlowOptions'):
+        flux_velocity(made, options=VelocityOptions())
+    with pytest.raises(TypeError, match=r'with method="per_gene" options must be VelocityOptions'):
+        flux_velocity(made, "per_gene", options=SharedFlowOptions())
