@@ -17,7 +17,7 @@ import numpy as np
 from experiments.common.run import Run
 from experiments.rna_velocity import measures
 from experiments.rna_velocity.datasets import Dataset
-from experiments.rna_velocity.preparation import dense
+from experiments.rna_velocity.preparation import dense, normalize_totals
 from experiments.rna_velocity.projection import project
 from fluxmatching.velocity import (
     CrossBoundaryCorrectness,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 SHARED = "shared flow"
 WITHOUT, PERMUTED = "control without unspliced", "control with permuted unspliced"
 CONTROLS = (WITHOUT, PERMUTED)
+BRACKETS = " [without unspliced, permuted]"  # what brackets beside the shared flow's numbers hold
 PAPER, PAPER_START = "per gene", "per gene untrained"  # the paper's settings, and the same before the first step
 CIRCULATING, CIRCULATING_START = "per gene circulating", "per gene circulating untrained"
 STORED = "stored"  # velocities that came with the file
@@ -99,9 +100,13 @@ def fit_per_gene(run: Run, adata: AnnData, method: str, seed: int) -> None:
 
 
 def fit_scvelo(adata: AnnData, mode: str) -> None:
-    """Fit by a model of scVelo: "stochastic" or "dynamical"."""
+    """Fit by a model of scVelo: "stochastic" or "dynamical". Layers of counts become size-normalized ones first."""
     import scvelo as scv
 
+    for key in ("spliced", "unspliced"):
+        layer = dense(adata.layers[key])
+        if (layer == np.round(layer)).all():
+            adata.layers[key] = normalize_totals(layer).astype(np.float32)
     if mode == "dynamical":
         scv.tl.recover_dynamics(adata, var_names="all", n_jobs=1, show_progress_bar=False)
     scv.tl.velocity(adata, mode=mode)

@@ -1,4 +1,4 @@
-"""From counts to moments and neighbors with NumPy and SciPy alone, in scanpy's and scVelo's conventions."""
+"""From counts to neighbors and moments without scanpy, in its and scVelo's conventions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 from scipy.sparse.linalg import svds
+
+from fluxmatching.velocity import moments
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -23,13 +25,12 @@ def prepare(adata: AnnData, *, counts: bool = True) -> None:
 
     Args:
         adata: cells, changed in place.
-        counts: whether the layers are counts; each is then scaled to its median total first.
+        counts: whether the layers are counts, which are size-normalized.
     """
-    layers = {key: dense(adata.layers[key]) for key in ("spliced", "unspliced")}
+    spliced = dense(adata.layers["spliced"])
     if counts:
-        layers = {key: normalize_totals(layer) for key, layer in layers.items()}
-    spliced = layers["spliced"]
-    adata.obsm["X_pca"] = principal_components(np.log1p(spliced) if counts else spliced, COMPONENTS)
+        spliced = np.log1p(normalize_totals(spliced))
+    adata.obsm["X_pca"] = principal_components(spliced, COMPONENTS)
     distances = nearest_neighbors(adata.obsm["X_pca"], NEIGHBORS - 1)
     connectivities = ((distances + distances.T) > 0).astype(float)
     # scVelo needs sparse matrices, not arrays.
@@ -40,9 +41,7 @@ def prepare(adata: AnnData, *, counts: bool = True) -> None:
         "connectivities_key": "connectivities",
         "params": {"n_neighbors": NEIGHBORS, "method": "umap", "metric": "euclidean", "random_state": 0},
     }
-    mean = connectivities + sp.eye_array(adata.n_obs)
-    mean = sp.csr_array(sp.diags_array(1 / mean.sum(1)) @ mean)
-    adata.layers["Ms"], adata.layers["Mu"] = ((mean @ layers[key]).astype(np.float32) for key in layers)
+    moments(adata)
 
 
 def dense(layer: np.ndarray | sp.sparray | sp.spmatrix) -> np.ndarray:

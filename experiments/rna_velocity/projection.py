@@ -99,7 +99,7 @@ def displacements(graph: sp.csr_array, positions: np.ndarray) -> np.ndarray:
         weights = np.sign(values) * np.expm1(WEIGHT * np.abs(values))
         total = np.abs(weights[others != cell]).sum() + stay[cell]
         weights, others = weights[others != cell], others[others != cell]
-        if total == 0:
+        if not len(others):
             continue
         weights = weights / total
         step = positions[others] - positions[cell]

@@ -99,8 +99,7 @@ def results(run: Run, name: str) -> list[Result]:
             columns = [f"over_{what}_{key}" for what in ("cells", "edges")]
             lines.append(
                 Result(
-                    f"{name}, {method}: CBC over cells; over edges; {text}"
-                    + (" [controls: without unspliced, permuted unspliced]" if beside else ""),
+                    f"{name}, {method}: CBC over cells; over edges; {text}{fits.BRACKETS if beside else ''}",
                     "; ".join(_with_controls(run, name, [method, *beside], column) for column in columns),
                     str(paper[0]) if paper is not None and key == _paper_convention(method) else "–",
                     _beats(run, name, method, beside, columns) if beside else None,

@@ -29,7 +29,7 @@ MEASURES = {
     "genes": "cosine per gene",
     "signs": "right signs",
     "ratio": "error of γ/β",
-    "time": "rank correlation of pseudotime",
+    "time": "pseudotime",
 }
 BINS = 5  # of cells, by their spread
 
@@ -115,11 +115,13 @@ def results(run: Run) -> list[Result]:
                 own = statistics.mean(values(run, problem, noise, method, "cells"))
                 passed = all(own > statistics.mean(values(run, problem, noise, c, "cells")) for c in beside)
             seconds = statistics.median(values(run, problem, noise, method, "seconds"))
-            parts = [_with_controls(run, problem, noise, (method, *beside), measure) for measure in MEASURES]
+            parts = [
+                f"{name} {_with_controls(run, problem, noise, (method, *beside), measure)}"
+                for measure, name in MEASURES.items()
+            ]
             lines.append(
                 Result(
-                    f"{title(problem, noise)}, {method}: {'; '.join(MEASURES.values())}"
-                    + (" [controls: without unspliced, permuted unspliced]" if beside else ""),
+                    f"{title(problem, noise)}: {method}{fits.BRACKETS if beside else ''}",
                     f"{'; '.join(parts)}; {seconds:.1f} s",
                     "–",
                     passed,
