@@ -1,69 +1,15 @@
-"""The shared flow against a plain computation of its formulas, on cells with known velocities, and in awkward data."""
+"""Shared flow against a plain computation of its formulas, on cells with known velocities, and in awkward data."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import pytest
 from scipy import sparse
 
 from fluxmatching.velocity import SharedFlowOptions, VelocityOptions, fit_shared_flow, flux_velocity
+from tests.support.velocity import annotated, cosine, mean_matrix, moments_of
 
 anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
-
-
-def nearest(positions: np.ndarray, count: int) -> sparse.csr_array:
-    """Symmetric graph of nearest neighbors, with connectivities in (0, 1]."""
-    distances = np.linalg.norm(positions[:, None] - positions[None], axis=-1)
-    np.fill_diagonal(distances, np.inf)
-    graph = np.zeros_like(distances)
-    np.put_along_axis(graph, np.argsort(distances, 1)[:, :count], 1.0, 1)
-    return sparse.csr_array(np.maximum(graph, graph.T) * np.exp(-np.where(np.isfinite(distances), distances, 0)))
-
-
-def kinetics(cells: int, genes: int, seed: int) -> dict[str, np.ndarray]:
-    """Counts of genes that switch on and off along a course, with the true velocities and γ/β."""
-    generator = np.random.default_rng(seed)
-    time = generator.uniform(0, 20, (cells, 1))
-    beta, gamma = np.exp(generator.normal(np.log([[0.6], [0.35]]), 0.3, (2, genes)))
-    on, lasting = generator.uniform(-8, 14, genes), generator.uniform(5, 10, genes)
-
-    def risen(time: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        by_splicing, by_degradation = np.exp(-beta * time), np.exp(-gamma * time)
-        mixed = (by_degradation - by_splicing) / (gamma - beta)
-        return (1 - by_splicing) / beta, (1 - by_degradation) / gamma + mixed
-
-    # The equations are linear: what is switched off falls as a second rise would have risen.
-    rise, fall = risen(np.maximum(time - on, 0)), risen(np.maximum(time - on - lasting, 0))
-    unspliced, spliced = (40 * (one - other) for one, other in zip(rise, fall, strict=True))
-    return {
-        "unspliced": generator.poisson(unspliced).astype(np.float32),
-        "spliced": generator.poisson(spliced).astype(np.float32),
-        "velocity": beta * unspliced - gamma * spliced,
-        "ratio": gamma / beta,
-        "time": time[:, 0],
-    }
-
-
-def annotated(cells: int = 200, genes: int = 40, seed: int = 0, neighbors: int = 15) -> Any:
-    """Counts and a graph of neighbors, without moments."""
-    made = kinetics(cells, genes, seed)
-    adata = anndata.AnnData(made["spliced"].copy(), layers={key: made[key] for key in ("unspliced", "spliced")})
-    adata.obsp["connectivities"] = nearest(np.log1p(made["spliced"]), neighbors).tocsr()
-    adata.layers["true_velocity"], adata.var["true_ratio"] = made["velocity"], made["ratio"]
-    adata.obs["time"] = made["time"]
-    return adata
-
-
-def moments_of(counts: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    totals = counts.sum(1, keepdims=True)
-    return mean @ (counts * np.median(totals) / totals)
-
-
-def mean_matrix(graph: sparse.csr_array) -> np.ndarray:
-    adjacent = (graph.toarray() > 0) + np.eye(graph.shape[0])
-    return adjacent / adjacent.sum(1, keepdims=True)
 
 
 class Oracle:
@@ -128,10 +74,6 @@ class Oracle:
         flow = self.flow(kinetic(-1))
         final = np.array([self.regress(gene, flow)[0] for gene in range(genes)])
         return (flow @ self.directions) * (1 + self.smooth_s), final
-
-
-def cosine(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return (one * other).sum(1) / np.linalg.norm(one, axis=1) / np.linalg.norm(other, axis=1)
 
 
 def test_it_is_the_formula() -> None:

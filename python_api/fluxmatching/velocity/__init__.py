@@ -1,5 +1,9 @@
 """RNA velocity in place of scVelo's: the fits, their models and their metrics."""
 
+from fluxmatching.velocity.control import control_with_permuted_unspliced as control_with_permuted_unspliced
+from fluxmatching.velocity.control import control_without_unspliced as control_without_unspliced
+from fluxmatching.velocity.evidence import VelocityEvidence as VelocityEvidence
+from fluxmatching.velocity.evidence import velocity_evidence as velocity_evidence
 from fluxmatching.velocity.fit import flux_velocity as flux_velocity
 from fluxmatching.velocity.metrics import CrossBoundaryCorrectness as CrossBoundaryCorrectness
 from fluxmatching.velocity.metrics import cross_boundary_correctness as cross_boundary_correctness

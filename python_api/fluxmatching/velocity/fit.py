@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkernels.checks import check_choice
-from fluxmatching.velocity.graph import find_graph
-from fluxmatching.velocity.layers import Columns, Layer, in_memory
-from fluxmatching.velocity.moments import averaged, dense, read_layer, size_factors
+from fluxmatching.velocity.moments import Sources, dense, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions, VelocityOptions
 from fluxmatching.velocity.per_gene import fit_per_gene
-from fluxmatching.velocity.shared_flow import SharedFlow, fit_layers
+from fluxmatching.velocity.shared_flow import SharedFlow, fit_sources
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -92,7 +90,7 @@ def flux_velocity(
     check_choice(FUNCTION, "method", method, METHODS)
     if method == "per_gene":
         settings: Any = _per_gene_options(preset, options)
-        _check_arguments(adata, (vkey, ukey, xkey), copy)
+        check_arguments(adata, (vkey, ukey, xkey), copy)
         _check_moments(adata, ukey, xkey)
         fit = fit_per_gene(adata, settings, ukey, xkey)
         result = adata.copy() if copy else adata
@@ -103,37 +101,20 @@ def flux_velocity(
         used = fit.used
     else:
         settings = _shared_flow_options(preset, options)
-        _check_arguments(adata, (vkey, ukey, xkey), copy)
-        missing, shared = _fit_shared_flow(adata, settings, ukey, xkey)
+        check_arguments(adata, (vkey, ukey, xkey), copy)
+        sources = read_sources(FUNCTION, adata, settings, ukey, xkey)
+        shared = fit_sources(sources, settings)
         result = adata.copy() if copy else adata
-        for key, columns in missing.items():
-            result.layers[key] = dense(columns)
-        _write(result, vkey, shared)
+        write_shared_flow(result, vkey, shared, sources if settings.keep_moments else None)
         used = {name: value for name, value in asdict(settings).items() if value is not None}
     result.uns[f"{vkey}_params"] = {"mode": "flux", "method": method, "ukey": ukey, "xkey": xkey, **used}
     return result if copy else None
 
 
-def _fit_shared_flow(
-    adata: AnnData, options: SharedFlowOptions, ukey: str, xkey: str
-) -> tuple[dict[str, Columns], SharedFlow]:
-    """Return the moments that were missing and shall be kept, and the fit."""
-    graph = find_graph(FUNCTION, adata, "connectivities", options.neighbors)
-    counts = read_layer(FUNCTION, adata, options.counts)
-    sources: dict[str, Columns] = {}
-    missing: dict[str, Columns] = {}
-    for key, name in ((ukey, options.counts), (xkey, options.spliced_counts)):
-        if key in adata.layers:
-            sources[key] = Layer(in_memory(FUNCTION, f"layers[{key!r}]", adata.layers[key]))
-        else:
-            layer = counts if name == options.counts else read_layer(FUNCTION, adata, name)
-            sources[key] = missing[key] = averaged(layer, graph)
-    fit = fit_layers(sources[ukey], sources[xkey], counts, size_factors(counts), graph, options)
-    return (missing if options.keep_moments else {}), fit
-
-
-def _write(result: AnnData, vkey: str, fit: SharedFlow) -> None:
-    """Write a shared flow into annotated data."""
+def write_shared_flow(result: AnnData, vkey: str, fit: SharedFlow, sources: Sources | None) -> None:
+    """Write a shared flow into annotated data, and the moments that it lacked if the sources are given."""
+    for key, columns in ({} if sources is None else sources.missing).items():
+        result.layers[key] = dense(columns)
     if (left_out := np.isnan(fit.velocity[0]).sum()) > 0:
         warnings.warn(
             f"flux_velocity: {left_out} of {fit.velocity.shape[1]} genes have spliced abundances that are not finite; "
@@ -145,9 +126,9 @@ def _write(result: AnnData, vkey: str, fit: SharedFlow) -> None:
     result.varm[f"{vkey}_flow"] = np.ascontiguousarray(fit.directions.T)
     if fit.spread is not None:
         result.obs[f"{vkey}_spread"] = fit.spread
-    columns = {"gamma": fit.ratio, "beta": np.where(np.isnan(fit.ratio), np.nan, 1.0), "rate": fit.rate}
-    columns |= {"agreement": fit.agreement, "fitted": fit.fitted, "genes": fit.velocity_genes}
-    for name, values in columns.items():
+    by_gene = {"gamma": fit.ratio, "beta": np.where(np.isnan(fit.ratio), np.nan, 1.0), "rate": fit.rate}
+    by_gene |= {"agreement": fit.agreement, "fitted": fit.fitted, "genes": fit.velocity_genes}
+    for name, values in by_gene.items():
         result.var[f"{vkey}_{name}"] = values
 
 
@@ -174,7 +155,8 @@ def _shared_flow_options(preset: str | None, options: Any) -> SharedFlowOptions:
     return options
 
 
-def _check_arguments(adata: AnnData, keys: tuple[str, str, str], copy: bool) -> None:
+def check_arguments(adata: AnnData, keys: tuple[str, str, str], copy: bool) -> None:
+    """Check the arguments that all methods share; `keys` are vkey, ukey and xkey."""
     vkey, ukey, xkey = keys
     for name, value in (("vkey", vkey), ("ukey", ukey), ("xkey", xkey)):
         if not isinstance(value, str) or not value:

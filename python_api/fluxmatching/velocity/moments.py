@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,8 @@ from fluxmatching.velocity.layers import AveragedLayer, Columns, Layer, gene_blo
 
 if TYPE_CHECKING:
     from anndata import AnnData
+
+    from fluxmatching.velocity.options import SharedFlowOptions
 
 
 def moments(
@@ -77,3 +80,43 @@ def size_factors(counts: Layer) -> np.ndarray:
     if not whole or not (totals > 0).any():
         return np.ones(len(totals))
     return np.divide(np.median(totals[totals > 0]), totals, out=np.zeros(len(totals)), where=totals > 0)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Data that a shared flow is fitted to.
+
+    Attributes:
+        unspliced, spliced: moments.
+        counts: unspliced counts, not averaged.
+        sizes: factor of each cell for the counts, `[cells]`.
+        graph: zeros and ones, from `neighbor_graph`.
+        missing: the moments that annotated data lacked, by name of their layer.
+    """
+
+    unspliced: Columns
+    spliced: Columns
+    counts: Columns
+    sizes: np.ndarray
+    graph: sparse.csr_array
+    missing: dict[str, Columns] = field(default_factory=dict)
+
+
+def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey: str, xkey: str) -> Sources:
+    """Find what a shared flow needs in annotated data; moments that are missing are computed block by block.
+
+    Raises:
+        KeyError: the graph or a layer of counts is missing.
+        ValueError, TypeError: one of them is not what it should be.
+    """
+    graph = find_graph(function, adata, "connectivities", options.neighbors)
+    counts = read_layer(function, adata, options.counts)
+    found: dict[str, Columns] = {}
+    missing: dict[str, Columns] = {}
+    for key, name in ((ukey, options.counts), (xkey, options.spliced_counts)):
+        if key in adata.layers:
+            found[key] = Layer(in_memory(function, f"layers[{key!r}]", adata.layers[key]))
+        else:
+            layer = counts if name == options.counts else read_layer(function, adata, name)
+            found[key] = missing[key] = averaged(layer, graph)
+    return Sources(found[ukey], found[xkey], counts, size_factors(counts), graph, missing)

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from fluxmatching.velocity.genes import GeneStatistics, gene_statistics
 from fluxmatching.velocity.graph import averaging, neighbor_graph
 from fluxmatching.velocity.layers import Columns, Layer, gene_blocks, in_memory
-from fluxmatching.velocity.moments import size_factors
+from fluxmatching.velocity.moments import Sources, size_factors
 from fluxmatching.velocity.options import SharedFlowOptions
 from fluxmatching.velocity.state import CellState, cell_state
 
@@ -89,27 +88,20 @@ def fit_shared_flow(
                 f"{function}: {name} must be of the shape of spliced, {layers[1].shape}, got {layer.shape}"
             )
     graph = neighbor_graph(function, neighbors, layers[1].shape[0])
-    return fit_layers(layers[0], layers[1], layers[2], size_factors(layers[2]), graph, options)
+    return fit_sources(Sources(layers[0], layers[1], layers[2], size_factors(layers[2]), graph), options)
 
 
-def fit_layers(
-    unspliced: Columns,
-    spliced: Columns,
-    counts: Columns,
-    sizes: np.ndarray,
-    neighbors: sparse.csr_array,
-    options: SharedFlowOptions,
-) -> SharedFlow:
+def fit_sources(sources: Sources, options: SharedFlowOptions) -> SharedFlow:
     """Fit as `fit_shared_flow` does, from layers that are read in blocks."""
-    if (cells := spliced.shape[0]) < 3:
-        raise ValueError(f"flux_velocity: at least three cells are needed, got {cells}")
-    genes = gene_statistics(unspliced, spliced, counts, sizes, averaging(neighbors, include_self=False))
-    state = cell_state(spliced, averaging(neighbors), options.dimensions, options.ridge)
-    fit = FlowFit(state, unspliced, genes, options)
-    flow = fit.run()
+    genes = statistics_of(sources)
+    state = state_of(sources, options)
+    fit = FlowFit(state, sources.unspliced, genes, options)
+    fit.run()
+    flow = fit.flow()
     ratio, rate, agreement = fit.regress_all(flow)
     spread = fit.spread() if options.bootstraps else None
-    for chosen in gene_blocks(cells, np.arange(spliced.shape[1])):  # in place: the array of the smoothed s
+    cells, count = sources.spliced.shape
+    for chosen in gene_blocks(cells, np.arange(count)):  # in place: the array of the smoothed s
         smoothed = state.smoothed[:, chosen]
         state.smoothed[:, chosen] = (flow @ state.directions[:, chosen]) * (1 + smoothed.astype(np.float64))
     state.smoothed[:, ~state.finite] = np.nan
@@ -117,6 +109,19 @@ def fit_layers(
         state.smoothed, flow, state.position, state.directions, spread, ratio, rate, agreement, fit.fitted,
         genes.velocity_genes,
     )  # fmt: skip
+
+
+def statistics_of(sources: Sources) -> GeneStatistics:
+    """Return the statistics of all genes."""
+    near = averaging(sources.graph, include_self=False)
+    return gene_statistics(sources.unspliced, sources.spliced, sources.counts, sources.sizes, near)
+
+
+def state_of(sources: Sources, options: SharedFlowOptions) -> CellState:
+    """Return the state of all cells."""
+    if (cells := sources.spliced.shape[0]) < 3:
+        raise ValueError(f"flux_velocity: at least three cells are needed, got {cells}")
+    return cell_state(sources.spliced, averaging(sources.graph), options.dimensions, options.ridge)
 
 
 class FlowFit:
@@ -140,15 +145,20 @@ class FlowFit:
         fold = np.random.default_rng(options.seed).permutation(len(chosen)) % options.folds
         self.folds = [chosen[fold == k] for k in range(options.folds)]
         self.ratio, self.rate = genes.ratio.copy(), np.ones(len(genes.ratio))
+        self.parts = np.zeros((options.folds, 0, 0), dtype=np.float32)  # until `run` has run
         small = 16 * self.state.position.shape[0] * len(chosen) <= CACHE_BYTES
         self._cache: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] | None = {} if small else None
 
-    def run(self) -> np.ndarray:
-        """Alternate; returns the flow, `[cells, d]`, and leaves ratio and rate of the fitted genes."""
-        parts = self._kinetic()
+    def run(self) -> None:
+        """Alternate: leaves ratio and rate of the fitted genes, and what each fold of them contributes in `parts`."""
+        self.parts = self.kinetic()
         for _ in range(self.options.rounds - 1):
-            parts = self._regress(parts)
-        return self.state.flow(parts.sum(0))
+            self.parts = self._regress(self.parts)
+
+    def flow(self, without: int | None = None) -> np.ndarray:
+        """Return the flow, `[cells, d]`; on request without the contribution of one fold."""
+        total = self.parts.sum(0)
+        return self.state.flow(total if without is None else total - self.parts[without])
 
     def terms(self, fold: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Yield genes of a fold with A = u/(1 + s) and B = s/(1 + s), each `[cells, genes]`: kinetics are A/r - B."""
@@ -167,7 +177,7 @@ class FlowFit:
             smoothed *= slope
             yield chosen, a, smoothed
 
-    def _kinetic(self) -> np.ndarray:
+    def kinetic(self) -> np.ndarray:
         """Return the kinetic velocity that each fold of genes contributes, `[folds, cells, d]`, float32."""
         parts = self._empty()
         for fold in range(len(self.folds)):

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import linalg, sparse
+from scipy.sparse.linalg import eigsh
 
 from fluxmatching.velocity.layers import Columns, cell_blocks, gene_blocks
 
+DENSE = 300  # genes up to which all eigenvectors are cheap
 LARGEST = 1e30  # abundances from here on count as not finite: float32 cannot hold their products
 
 
@@ -83,15 +85,16 @@ def cell_state(spliced: Columns, mean: sparse.csr_array, dimensions: int, ridge:
 def _principal_directions(values: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the leading principal directions `[d, genes]` and the mean `[genes]` of values `[cells, genes]`."""
     cells, genes = values.shape
-    gram, total = np.zeros((genes, genes)), np.zeros(genes)
+    center = values.mean(0, dtype=np.float64)
+    gram = np.zeros((genes, genes))
     for rows in cell_blocks(cells, genes):
-        block = values[rows].astype(np.float64)
+        block = values[rows] - center.astype(np.float32)  # products in float32, blocks are added in float64
         gram += block.T @ block
-        total += block.sum(0)
-    center = total / cells
-    gram -= np.outer(center, total)
     most = min(dimensions, genes)
-    variances, vectors = linalg.eigh(gram, subset_by_index=[genes - most, genes - 1], overwrite_a=True)
+    if genes > DENSE:
+        variances, vectors = eigsh(gram, most, v0=np.ones(genes))
+    else:
+        variances, vectors = linalg.eigh(gram, subset_by_index=[genes - most, genes - 1], overwrite_a=True)
     # Directions beyond the rank of the data are rounding errors.
     present = variances > 1e-9 * max(variances[-1], 0)
     if not present.any() or variances[-1] <= 1e-9 * cells * max(1.0, float((center**2).max())):
