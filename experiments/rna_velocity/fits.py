@@ -76,11 +76,13 @@ def fit(run: Run, adata: AnnData, method: str, seed: int) -> float:
 
 
 def fit_control(adata: AnnData, method: str, seed: int) -> None:
-    """Write the velocities of a control, which cannot know more than the spliced counts."""
-    if method == WITHOUT:
-        control_without_unspliced(adata)
-    else:
-        control_with_permuted_unspliced(adata, options=SharedFlowOptions(bootstraps=0, seed=seed))
+    """Write the velocities of a control, with the shared flow's choice of genes for later steps."""
+    control_without_unspliced(adata, vkey="velocity")
+    if method == PERMUTED:
+        genes = adata.var["velocity_genes"]  # permuted counts would choose others, or none
+        options = SharedFlowOptions(bootstraps=0, seed=seed)
+        control_with_permuted_unspliced(adata, seed, options=options, vkey="velocity")
+        adata.var["velocity_genes"] = genes
 
 
 def fit_per_gene(run: Run, adata: AnnData, method: str, seed: int) -> None:

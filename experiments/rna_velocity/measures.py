@@ -15,7 +15,7 @@ from experiments.rna_velocity.projection import cosines
 if TYPE_CHECKING:
     from anndata import AnnData
 
-EXTREME = 5  # percent of cells at each end that give γ/β in scVelo's steady-state model
+EXTREME = 5  # percent of cells, those with most u and s, that give γ/β in scVelo's steady-state model
 LEAST_R2 = LEAST_RATIO = 0.01  # for a gene to be kept there
 LEAST_MOVING = 1 / 20  # of a gene's largest |velocity|, for its sign to count
 
@@ -84,8 +84,8 @@ def pseudotime(adata: AnnData, velocity: np.ndarray, genes: np.ndarray) -> np.nd
 def published_genes(adata: AnnData) -> np.ndarray:
     """Return the mask of the genes that scVelo's stochastic mode keeps (scVelo 0.3.4), `[genes]`.
 
-    A gene is kept if R² of u = g s over all cells is above 0.01, and so is g fitted to the extreme cells alone: those
-    whose sum of u and s, each relative to its maximum, is among the highest or lowest 5 %.
+    The slope g of u = g s is fitted to extreme cells alone: the 5 % with the highest sum of u and s, each relative to
+    its maximum. A gene is kept if g is above 0.01, and so is R² of u = g s over all cells.
 
     Args:
         adata: with `layers["Ms"]` and `layers["Mu"]`.
@@ -93,11 +93,10 @@ def published_genes(adata: AnnData) -> np.ndarray:
     s, u = dense(adata.layers["Ms"]), dense(adata.layers["Mu"])
     with np.errstate(invalid="ignore", divide="ignore"):
         place = s / np.maximum(s.max(0), 1e-3) + u / np.maximum(u.max(0), 1e-3)
-        extreme = (place >= np.percentile(place, 100 - EXTREME, 0)) | (place <= np.percentile(place, EXTREME, 0))
-        at_ends = (extreme * u * s).sum(0) / (extreme * s * s).sum(0)
-        overall = (u * s).sum(0) / (s * s).sum(0)
-        r2 = 1 - ((u - overall * s) ** 2).sum(0) / ((u - u.mean(0)) ** 2).sum(0)
-    return (r2 > LEAST_R2) & (at_ends > LEAST_RATIO)  # NaN is not
+        extreme = place >= np.percentile(place, 100 - EXTREME, 0)
+        slope = (extreme * u * s).sum(0) / (extreme * s * s).sum(0)
+        r2 = 1 - ((u - slope * s) ** 2).sum(0) / ((u - u.mean(0)) ** 2).sum(0)
+    return (r2 > LEAST_R2) & (slope > LEAST_RATIO)  # NaN is not
 
 
 def published_consistency(adata: AnnData) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 from experiments.common.results import Figure, Result, spread
 from experiments.common.run import Run
 from experiments.rna_velocity import figures, fits
 from experiments.rna_velocity.datasets import DATASETS, load, preprocess, subsample
+from fluxmatching.velocity import SharedFlowOptions, velocity_evidence
 
 PROJECTION_TITLES = {"plain": "as they are", "root": "square roots", "published": "the paper's convention"}
 # Name of the paper's numbers of each method.
@@ -34,7 +36,9 @@ def fit_all(run: Run, name: str) -> None:
     ]
     done = {(row["method"], row["seed"]) for row in run.rows("fit") if row["dataset"] == name}
     missing = [pair for pair in planned if pair not in done]
-    if not missing:
+    tested = run.config.permutations == 0 or fits.SHARED not in methods(run, name)
+    tested = tested or any(row["dataset"] == name for row in run.rows("evidence"))
+    if tested and not missing:
         return
     prepared = subsample(load(name), run.config.cells, run.seed)
     if dataset.fitted:
@@ -53,6 +57,16 @@ def fit_all(run: Run, name: str) -> None:
                 figures.draw_spread(run.figure(f"{name}-spread"), adata)
                 adata.var.to_csv(run.out / f"{slug(name, method)}-genes.csv")
         fits.log(run, judged, {"dataset": name, "method": method, "seed": seed}, seconds)
+    if not tested:
+        options = SharedFlowOptions(seed=run.seed)
+        found = velocity_evidence(
+            prepared, permutations=run.config.permutations, options=options, progress=run.progress
+        )
+        run.log(
+            kind="evidence", dataset=name, statistic=found.statistic, control=found.control, gain=found.gain,
+            gain_error=found.gain_error, least_permuted=min(found.permuted), largest_permuted=max(found.permuted),
+            p_value=found.p_value, genes=found.genes, applies=found.applies,
+        )  # fmt: skip
 
 
 def slug(name: str, method: str) -> str:
@@ -87,7 +101,7 @@ def shown(run: Run, name: str) -> list[Figure]:
 
 def results(run: Run, name: str) -> list[Result]:
     """Lines of the summary: CBC by each convention, consistency and time of every method."""
-    lines: list[Result] = []
+    lines = [_evidence(name, row) for row in run.rows("evidence") if row["dataset"] == name]
     names = methods(run, name)
     controls = [method for method in names if method in fits.CONTROLS]
     for method in names:
@@ -115,6 +129,18 @@ def results(run: Run, name: str) -> list[Result]:
                 )
             )
     return lines
+
+
+def _evidence(name: str, row: dict[str, Any]) -> Result:
+    """The line of the test of whether velocity applies."""
+    return Result(
+        f"{name}: does velocity apply? partial correlation of unspliced counts with the flow of other genes",
+        f"{row['statistic']:.3f} ({row['genes']} genes); permuted counts {row['least_permuted']:.3f} to "
+        f"{row['largest_permuted']:.3f}, p = {row['p_value']:.2g}; without unspliced {row['control']:.3f} (gain "
+        f"{row['gain']:.3f} ± {row['gain_error']:.3f})",
+        "–",
+        bool(row["applies"]),
+    )
 
 
 def _paper_convention(method: str) -> str:
