@@ -13,7 +13,7 @@ from experiments.common import figures as style
 if TYPE_CHECKING:
     from anndata import AnnData
 
-GRID = 40  # points of the streams' grid along each axis
+GRID = 30  # points of the streams' grid along each axis
 SMOOTHING = 0.025  # standard deviation of the streams' weights, as a fraction of the embedding's width
 LEAST_CELLS = 1.0  # sum of weights that a grid point needs for a stream
 
@@ -25,14 +25,17 @@ def color(method: str, number: int) -> str:
     return style.REFERENCE if method.startswith("control") else style.CYCLE[number % len(style.CYCLE)]
 
 
-def draw_stream(path: Path, adata: AnnData, clusters: str, title: str) -> None:
-    """Draw the cells on the UMAP by cluster, with streams of `obsm["velocity_umap"]`."""
-    fig, axes = style.new_figure(5.6, 4.4)
-    stream(axes, adata, clusters, title)
+def draw_velocity(path: Path, adata: AnnData, clusters: str, title: str) -> None:
+    """Draw streams of `obsm["velocity_umap"]` over the cells by cluster, and the uncertainty where there is one."""
+    uncertain = "velocity_spread" in adata.obs
+    fig, panels = style.new_figure(10.4 if uncertain else 5.2, 4.2, 1, 1 + uncertain, squeeze=False)
+    draw_stream(panels[0, 0], adata, clusters, title)
+    if uncertain:
+        draw_spread(fig, panels[0, 1], adata)
     style.save(fig, path)
 
 
-def stream(axes: Any, adata: AnnData, clusters: str, title: str) -> None:
+def draw_stream(axes: Any, adata: AnnData, clusters: str, title: str) -> None:
     """Draw cells and streams on given axes; names of clusters stand at their medians."""
     positions = np.asarray(adata.obsm["X_umap"], float)[:, :2]
     labels = np.asarray(adata.obs[clusters]).astype(str)
@@ -41,8 +44,9 @@ def stream(axes: Any, adata: AnnData, clusters: str, title: str) -> None:
         axes.scatter(*positions[chosen].T, s=4, lw=0, alpha=0.5, color=f"C{number % 10}")
         axes.text(*np.median(positions[chosen], 0), name, fontsize=7, weight="bold", ha="center", zorder=5)
     x, y, flow = on_grid(positions, np.asarray(adata.obsm["velocity_umap"], float))
-    axes.streamplot(x, y, flow[..., 0], flow[..., 1], color=style.DATA, density=1.6, linewidth=0.8, arrowsize=0.8)
+    axes.streamplot(x, y, flow[..., 0], flow[..., 1], color=style.DATA, density=1.2, linewidth=0.8, arrowsize=0.8)
     axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
+    axes.margins(0.05)
 
 
 def on_grid(positions: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -64,14 +68,7 @@ def on_grid(positions: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.
     return x, y, flow.reshape(GRID, GRID, 2)
 
 
-def draw_spread(path: Path, adata: AnnData) -> None:
-    """Draw the spread of each cell's direction on the UMAP."""
-    fig, axes = style.new_figure(5.2, 4.2)
-    spread(fig, axes, adata)
-    style.save(fig, path)
-
-
-def spread(fig: Any, axes: Any, adata: AnnData) -> None:
+def draw_spread(fig: Any, axes: Any, adata: AnnData) -> None:
     """Draw the spread of directions on given axes."""
     values = adata.obs["velocity_spread"].to_numpy()
     order = np.argsort(values)

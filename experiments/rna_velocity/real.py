@@ -52,9 +52,8 @@ def fit_all(run: Run, name: str) -> None:
         seconds = fits.fit(run, adata, method, run.seed + seed)
         judged = fits.judge(adata, dataset)
         if seed == 0 and method in DRAWN:
-            figures.draw_stream(stream(run, name, method), adata, dataset.clusters, f"{name}, {method}")
+            figures.draw_velocity(picture(run, name, method), adata, dataset.clusters, f"{name}, {method}")
             if method == fits.SHARED:
-                figures.draw_spread(run.figure(f"{name}-spread"), adata)
                 adata.var.to_csv(run.out / f"{slug(name, method)}-genes.csv")
         fits.log(run, judged, {"dataset": name, "method": method, "seed": seed}, seconds)
     if not tested:
@@ -73,8 +72,8 @@ def slug(name: str, method: str) -> str:
     return f"{name}-{method}".replace(" ", "-")
 
 
-def stream(run: Run, name: str, method: str) -> Path:
-    return run.figure(f"{slug(name, method)}-stream")
+def picture(run: Run, name: str, method: str) -> Path:
+    return run.figure(slug(name, method))
 
 
 def shown(run: Run, name: str) -> list[Figure]:
@@ -88,14 +87,12 @@ def shown(run: Run, name: str) -> list[Figure]:
                 method: run.by_seed("fit", column, dataset=name, method=method) for method in methods(run, name)
             }
     figures.draw_measures(bars, panels)
-    drawn = [method for method in methods(run, name) if method in DRAWN]
-    found = [
-        Figure(bars, f"{name}: cross-boundary correctness by method and control, one point per seed."),
-        *(Figure(stream(run, name, method), f"{name}: velocities by {method}.") for method in drawn),
-    ]
-    if fits.SHARED in drawn:
-        caption = f"{name}: spread of the direction over a bootstrap of genes; 0 is certain, 1 arbitrary."
-        found.append(Figure(run.figure(f"{name}-spread"), caption))
+    found = [Figure(bars, f"{name}: cross-boundary correctness by method and control, one point per seed.")]
+    for method in methods(run, name):
+        if method in DRAWN:
+            uncertain = ", and the spread of directions over a bootstrap of genes: 0 is certain, 1 arbitrary"
+            text = f"{name}: velocities by {method}{uncertain if method == fits.SHARED else ''}."
+            found.append(Figure(picture(run, name, method), text))
     return found
 
 

@@ -156,7 +156,7 @@ def test_smoke_run_and_its_summary(folder: Path, tmp_path: Path) -> None:
     simulations = {(row["problem"], row["method"]) for row in made.rows("simulated")}
     assert simulations == {(p, m) for p in ("complete", "cut short", "tree", "network") for m in methods}
     assert len(made.rows("calibration")) == 4 * simulated.BINS
-    drawn = {"pancreas-measures", "pancreas-shared-flow-stream", "pancreas-spread", "simulated", "calibration"}
+    drawn = {"pancreas-measures", "pancreas-shared-flow", "pancreas-per-gene", "simulated", "calibration"}
     assert {path.stem for path in made.figures} >= drawn
     summary = (tmp_path / "run" / "summary.md").read_text()
     assert "anndata 0." in summary
