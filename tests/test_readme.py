@@ -37,7 +37,7 @@ scanpy.tl.umap(adata)
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.splitlines()[1])
 def test_block_runs(block: str, tmp_path: Path) -> None:
     if "scvelo" in block:
-        pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
+        pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[scvelo]'")
         block = CELLS + block
     environment = {**os.environ, "MPLBACKEND": "agg"}
     done = subprocess.run(

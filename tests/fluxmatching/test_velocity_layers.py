@@ -26,6 +26,10 @@ def velocity(adata: Any, **settings: Any) -> np.ndarray:
     return flux_velocity(adata, copy=True, **settings).layers["velocity"]
 
 
+def fit(adata: Any, options: dict[str, Any] | None = None, **settings: Any) -> None:
+    flux_velocity(adata, options=SharedFlowOptions(**options or {}), **settings)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("given", [False, True], ids=["counts", "moments"])
 def test_any_kind_of_layer(kind: str, given: bool) -> None:
@@ -238,8 +242,7 @@ def test_errors_leave_the_object_unchanged(
     change(made)
     layers, obsp, var = set(made.layers), set(made.obsp), set(made.var)
     with pytest.raises(error, match=message):
-        options = SharedFlowOptions(**settings.pop("options", {}))
-        flux_velocity(made, options=options, **settings)
+        fit(made, **settings)
     assert (set(made.layers), set(made.obsp), set(made.var)) == (layers, obsp, var)
     assert not len(made.obsm)
     assert not len(made.uns)

@@ -81,7 +81,7 @@ def test_consistency_leaves_out_genes() -> None:
 
 
 def test_consistency_is_scvelos_confidence() -> None:
-    scvelo = pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[rna]'")
+    scvelo = pytest.importorskip("scvelo", reason="scvelo is not installed: pip install 'fluxkernels[scvelo]'")
     generator = np.random.default_rng(0)
     neighbors = [list(generator.choice(np.delete(np.arange(60), i), 8, replace=False)) for i in range(60)]
     made = adata(np.zeros((60, 2)), generator.normal(size=(60, 20)), ["A"] * 60, neighbors)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 
+from fluxmatching import FluxOptions, TruncatedExponentialHorizon, flux_matching_loss
 from fluxmatching.velocity import SharedFlowOptions, VelocityOptions, fit_shared_flow, flux_velocity
-from tests.support.velocity import annotated, cosine, mean_matrix, moments_of
+from fluxmatching.velocity.graph import averaging, neighbor_graph
+from fluxmatching.velocity.state import tangent
+from tests.support.velocity import annotated, cosine, mean_matrix, moments_of, nearest
 
 anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
 
@@ -129,3 +133,36 @@ def test_methods_and_options_must_fit() -> None:
         flux_velocity(made, options=VelocityOptions())
     with pytest.raises(TypeError, match=r'with method="per_gene" options must be VelocityOptions'):
         flux_velocity(made, "per_gene", options=SharedFlowOptions())
+
+
+@pytest.mark.parametrize("flow", [(1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (1.0, 1.0, 1.0)])
+def test_the_closed_form_is_the_flux_loss_of_a_local_gaussian(flow: tuple[float, ...]) -> None:
+    """A constant field F beside the score costs F'(I - exp(-T/C))F: all of it across the cells, hardly any along them.
+
+    Cells on a line, ten times as long as σ: C = diag(25.25, 0.25, 0.25) with σ = 0.5, and the horizon is T = 4 σ². The
+    loss transports gradients as if C were σ² (its factor exp(-τ)), which changes only the small part along the line.
+    """
+    sigma, along = 0.5, 5.0
+    variance = torch.tensor([along, 0.0, 0.0], dtype=torch.float64).square() + sigma**2
+    constant = torch.tensor(flow, dtype=torch.float64)
+    losses = []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.zeros(1024, 3, dtype=torch.float64)
+        x[:, 0] = along * torch.randn(1024, generator=generator, dtype=torch.float64)
+        options = FluxOptions(horizon=TruncatedExponentialHorizon(1.0), divergence="exact", num_steps=16)
+        found = flux_matching_loss(lambda z: constant - z / variance, x, sigma, options, seed=seed)
+        losses.append(found.mean().item() * sigma**2 / 2)  # the loss is in units of 2/σ²
+    closed = (constant.square() * (1 - torch.exp(-4 * sigma**2 / variance))).sum().item()
+    error = np.std(losses, ddof=1) / np.sqrt(len(losses))
+    assert error < 0.04
+    assert np.mean(losses) == pytest.approx(closed, abs=0.03 + 3 * error)  # 0.03: along the line, see above
+
+
+def test_the_tangent_keeps_what_lies_along_the_cells() -> None:
+    """Cells on a line: T v is C (C + ε tr C)⁻¹ v with C = diag(c, 0, 0), that is v along it divided by 1 + ε."""
+    position = np.zeros((50, 3))
+    position[:, 0] = np.linspace(0, 1, 50)
+    mean = averaging(neighbor_graph("f", nearest(position, 6), 50))
+    found = tangent(position, mean, ridge=0.1)
+    np.testing.assert_allclose(found, np.broadcast_to(np.diag([1 / 1.1, 0, 0]), (50, 3, 3)), atol=1e-6)

@@ -79,7 +79,7 @@ def cell_state(spliced: Columns, mean: sparse.csr_array, dimensions: int, ridge:
     ) - (directions @ center)
     for chosen in gene_blocks(cells, np.arange(genes)):
         values[:, chosen] = mean @ np.expm1(values[:, chosen].astype(np.float64))
-    return CellState(position, directions, _tangent(position, mean, ridge), mean, values, finite)
+    return CellState(position, directions, tangent(position, mean, ridge), mean, values, finite)
 
 
 def _principal_directions(values: np.ndarray, dimensions: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,7 +102,7 @@ def _principal_directions(values: np.ndarray, dimensions: int) -> tuple[np.ndarr
     return np.ascontiguousarray(vectors[:, present][:, ::-1].T), center
 
 
-def _tangent(position: np.ndarray, mean: sparse.csr_array, ridge: float) -> np.ndarray:
+def tangent(position: np.ndarray, mean: sparse.csr_array, ridge: float) -> np.ndarray:
     """Return C (C + ridge tr C I)⁻¹ of every cell, `[cells, d, d]`; 0 where the neighborhood is a single point."""
     cells, dimensions = position.shape
     result = np.empty((cells, dimensions, dimensions), dtype=np.float32)
