@@ -109,10 +109,10 @@ def main(run: Run) -> None:
 
 def _check_installed(methods: tuple[str, ...]) -> None:
     """Raise UsageError unless the packages that the methods need are there."""
-    needed = ["anndata", *(["scvelo"] if any(name.startswith("scvelo") for name in methods) else [])]
-    for package in needed:
+    needed = {"anndata": "rna"} | ({"scvelo": "scvelo"} if any(name.startswith("scvelo") for name in methods) else {})
+    for package, extra in needed.items():
         if importlib.util.find_spec(package) is None:
-            raise UsageError(f"rna_velocity with these methods needs {package}: pip install 'fluxkernels[rna]'")
+            raise UsageError(f"rna_velocity with these methods needs {package}: pip install 'fluxkernels[{extra}]'")
 
 
 EXPERIMENT = Experiment(
