@@ -4,8 +4,8 @@ python -m venv peers && peers/bin/pip install torch==2.13.0
 peers/bin/pip install -r bench/training/velocity-peers.txt lightning-fabric matplotlib tqdm
 peers/bin/python -m bench.training.velocity_peers            about an hour, one thread
 
-It needs the file of the pancreas, see experiments/rna_velocity/README.md. A program that is not installed is left out,
-and the result says so. Times are CPU seconds of one thread, which other work on the machine hardly changes.
+It needs the file of the pancreas, see experiments/rna_velocity/README.md. A program that is not installed is left out;
+the result reports it. Times are CPU seconds of one thread, which other work on the machine hardly changes.
 """
 
 from __future__ import annotations

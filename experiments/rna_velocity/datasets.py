@@ -156,8 +156,8 @@ def load(name: str, download: Callable[[str], AnnData] | None = None) -> AnnData
         return (download or _scvelo)(dataset.loader)
     except ImportError as error:
         raise UsageError(
-            f"no file of {name}, and scVelo, which downloads it, is not installed: pip install 'fluxkernels[scvelo]', or "
-            f"fetch it elsewhere ({dataset.source}) and {place}"
+            f"no file of {name}, and scVelo, which downloads it, is not installed: pip install 'fluxkernels[scvelo]', "
+            f"or fetch it elsewhere ({dataset.source}) and {place}"
         ) from error
     except Exception as error:  # whatever a download raises
         raise UsageError(
