@@ -86,15 +86,17 @@ def test_partial_correlation_is_that_of_residuals() -> None:
     options = SharedFlowOptions(dimensions=5, folds=2, rounds=1, least_correlation=-1.0)
     sources = read_sources("f", made, options, "Mu", "Ms")
     genes, state = statistics_of(sources), state_of(sources, options)
-    fit = FlowFit(state, sources.unspliced, genes, options)
+    fit = FlowFit(state, sources, genes, options)
     fit.run()
     found = partial_correlations(fit, fit)
     mean = mean_matrix(made.obsp["connectivities"])
-    u, s = (mean @ moments_of(made.layers[key], mean) for key in ("unspliced", "spliced"))
+    moments_u, moments_s = (moments_of(made.layers[key], mean) for key in ("unspliced", "spliced"))
+    u, s = mean @ moments_u, mean @ moments_s
     a, b = u / (1 + s), s / (1 + s)
     for own, others in ((0, 1), (1, 0)):
         genes_of_others = fit.folds[others]
-        kinetic = (a / genes.ratio - b)[:, genes_of_others] @ state.directions[:, genes_of_others].T
+        kinetic = ((moments_u / genes.ratio - moments_s) / (1 + s))[:, genes_of_others]
+        kinetic = kinetic @ state.directions[:, genes_of_others].T
         flow = state.flow(kinetic)
         for gene in fit.folds[own]:
             design = np.stack([np.ones(80), b[:, gene]], 1)

@@ -19,9 +19,8 @@ anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip i
 class Oracle:
     """The method cell by cell and gene by gene, in float64, with dense matrices."""
 
-    def __init__(self, u: np.ndarray, s: np.ndarray, counts: np.ndarray, graph: sparse.csr_array) -> None:
-        self.options = SharedFlowOptions(dimensions=6)
-        self.mean, self.p = mean_matrix(graph), counts
+    def __init__(self, u: np.ndarray, s: np.ndarray, graph: sparse.csr_array, smooth: bool) -> None:
+        self.mean = mean_matrix(graph)
         smooth_u, self.smooth_s = self.mean @ u, self.mean @ s
         logs = np.log1p(s) - np.log1p(s).mean(0)
         self.directions = np.linalg.svd(logs, full_matrices=False)[2][:6]
@@ -32,6 +31,9 @@ class Oracle:
             covariance = sum(w * np.outer(x - center, x - center) for w, x in zip(row, z, strict=True))
             self.tangent.append(covariance @ np.linalg.inv(covariance + 0.1 * np.trace(covariance) * np.eye(6)))
         self.a, self.b = smooth_u / (1 + self.smooth_s), self.smooth_s / (1 + self.smooth_s)
+        self.flow_a, self.flow_b = self.a, self.b
+        if not smooth:
+            self.flow_a, self.flow_b = u / (1 + self.smooth_s), s / (1 + self.smooth_s)
         self.start = np.array([self.extreme(*pair) for pair in zip(u.T, s.T, strict=True)])
 
     @staticmethod
@@ -67,7 +69,7 @@ class Oracle:
 
         def kinetic(leave_out: int) -> np.ndarray:
             own = fold != leave_out
-            return (rate * (self.a / ratio - self.b))[:, own] @ self.directions[:, own].T
+            return (rate * (self.flow_a / ratio - self.flow_b))[:, own] @ self.directions[:, own].T
 
         for _ in range(3):
             flows = [self.flow(kinetic(k)) for k in range(5)]
@@ -80,13 +82,14 @@ class Oracle:
         return (flow @ self.directions) * (1 + self.smooth_s), final
 
 
-def test_it_is_the_formula() -> None:
+@pytest.mark.parametrize("smooth", [True, False])
+def test_it_is_the_formula(smooth: bool) -> None:
     made = annotated(cells=90, genes=25)
     mean = mean_matrix(made.obsp["connectivities"])
     u, s = (moments_of(made.layers[key], mean) for key in ("unspliced", "spliced"))
-    options = SharedFlowOptions(dimensions=6, bootstraps=0, least_correlation=-1.0)
+    options = SharedFlowOptions(dimensions=6, bootstraps=0, least_correlation=-1.0, smooth_kinetics=smooth)
     found = fit_shared_flow(u, s, made.obsp["connectivities"], made.layers["unspliced"], options)
-    velocity, ratio = Oracle(u, s, made.layers["unspliced"], made.obsp["connectivities"]).run()
+    velocity, ratio = Oracle(u, s, made.obsp["connectivities"], smooth).run()
     np.testing.assert_allclose(found.velocity, velocity, rtol=1e-4, atol=1e-5 * np.abs(velocity).max())
     np.testing.assert_allclose(found.ratio, ratio, rtol=1e-10)
 

@@ -125,7 +125,7 @@ def velocity_evidence(
 
     relaxing = without_unspliced(sources)
     unit = dataclasses.replace(genes, ratio=np.where(genes.usable, 1.0, np.nan))
-    control = FlowFit(state, relaxing.unspliced, unit, options)
+    control = FlowFit(state, relaxing, unit, options)
     control.parts = control.kinetic()
     control_by_gene = partial_correlations(fit, control)
 
@@ -150,7 +150,7 @@ def velocity_evidence(
 
 
 def _fitted(state: CellState, sources: Sources, genes: GeneStatistics, options: SharedFlowOptions) -> FlowFit:
-    fit = FlowFit(state, sources.unspliced, genes, options)
+    fit = FlowFit(state, sources, genes, options)
     fit.run()
     return fit
 
@@ -170,7 +170,7 @@ def partial_correlations(fit: FlowFit, predictor: FlowFit) -> np.ndarray:
     result = np.full(len(fit.ratio), np.nan)
     for fold in range(len(fit.folds)):
         flow = predictor.flow(without=fold)
-        for chosen, a, b in fit.terms(fold):
+        for chosen, a, b, *_ in fit.terms(fold):
             velocity = flow @ fit.state.directions[:, chosen]
             b = b - b.mean(0)
             squared = np.einsum("ng,ng->g", b, b)

@@ -113,6 +113,8 @@ class SharedFlowOptions:
         ratio_spread: standard deviation of that prior of log(γ/β) about its start.
         least_correlation: genes whose counts correlate less with those of neighboring cells do not make the flow.
         least_agreement: genes with a smaller R² keep their start.
+        smooth_kinetics: whether the kinetics that make the flow are of abundances averaged over neighbors once more, as
+            in the regressions. That costs detail where branches meet.
 
     Raises:
         ValueError, TypeError: a value out of its range; the message names it.
@@ -132,6 +134,7 @@ class SharedFlowOptions:
     ratio_spread: float = 0.1
     least_correlation: float = 0.1
     least_agreement: float = 0.5
+    smooth_kinetics: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("bootstraps", 0), ("dimensions", 1), ("rounds", 1), ("folds", 2)):
@@ -140,8 +143,9 @@ class SharedFlowOptions:
             object.__setattr__(self, name, check_positive("flux_velocity", name, getattr(self, name)))
         for name in ("least_correlation", "least_agreement"):
             object.__setattr__(self, name, _fraction(name, getattr(self, name)))
-        if not isinstance(self.keep_moments, bool):
-            raise TypeError(f"flux_velocity: keep_moments must be True or False, got {self.keep_moments!r}")
+        for name in ("keep_moments", "smooth_kinetics"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"flux_velocity: {name} must be True or False, got {getattr(self, name)!r}")
         for name in ("neighbors", "counts", "spliced_counts"):
             value = getattr(self, name)
             if not (isinstance(value, str) and value) and not (name == "neighbors" and value is None):

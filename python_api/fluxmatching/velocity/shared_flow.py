@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from fluxmatching.velocity.genes import GeneStatistics, gene_statistics
 from fluxmatching.velocity.graph import averaging, neighbor_graph
-from fluxmatching.velocity.layers import Columns, Layer, gene_blocks, in_memory
+from fluxmatching.velocity.layers import Layer, gene_blocks, in_memory
 from fluxmatching.velocity.moments import Sources, size_factors
 from fluxmatching.velocity.options import SharedFlowOptions
 from fluxmatching.velocity.state import CellState, cell_state
@@ -95,7 +95,7 @@ def fit_sources(sources: Sources, options: SharedFlowOptions) -> SharedFlow:
     """Fit as `fit_shared_flow` does, from layers that are read in blocks."""
     genes = statistics_of(sources)
     state = state_of(sources, options)
-    fit = FlowFit(state, sources.unspliced, genes, options)
+    fit = FlowFit(state, sources, genes, options)
     fit.run()
     flow = fit.flow()
     ratio, rate, agreement = fit.regress_all(flow)
@@ -124,18 +124,38 @@ def state_of(sources: Sources, options: SharedFlowOptions) -> CellState:
     return cell_state(sources.spliced, averaging(sources.graph), options.dimensions, options.ridge)
 
 
+class Terms(NamedTuple):
+    """Kinetic terms of a block of genes: their kinetics are A/r - B.
+
+    Attributes:
+        genes: numbers of the genes.
+        a, b: A = u/(1 + s) and B = s/(1 + s) with all abundances smoothed, for regressions, `[cells, genes]`.
+        flow_a, flow_b: the same of the moments themselves, with the smoothed s in 1 + s alone: what makes the flow.
+    """
+
+    genes: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+    flow_a: np.ndarray
+    flow_b: np.ndarray
+
+    def only(self, chosen: np.ndarray) -> Terms:
+        """Return the terms of some of the genes."""
+        return Terms(self.genes[chosen], *(values[:, chosen] for values in self[1:]))
+
+
 class FlowFit:
     """Alternation between the flow and the rates of the genes.
 
     Args:
         state: state of the cells.
-        unspliced: moments u.
+        sources: what is fitted.
         genes: statistics of the genes.
         options: settings.
     """
 
-    def __init__(self, state: CellState, unspliced: Columns, genes: GeneStatistics, options: SharedFlowOptions) -> None:
-        self.state, self.unspliced, self.genes, self.options = state, unspliced, genes, options
+    def __init__(self, state: CellState, sources: Sources, genes: GeneStatistics, options: SharedFlowOptions) -> None:
+        self.state, self.sources, self.genes, self.options = state, sources, genes, options
         self.usable = genes.usable & state.finite
         fitted = self.usable & (genes.correlation > options.least_correlation)
         self.fitted = fitted if fitted.sum() >= FEWEST_GENES else self.usable
@@ -146,8 +166,8 @@ class FlowFit:
         self.folds = [chosen[fold == k] for k in range(options.folds)]
         self.ratio, self.rate = genes.ratio.copy(), np.ones(len(genes.ratio))
         self.parts = np.zeros((options.folds, 0, 0), dtype=np.float32)  # until `run` has run
-        small = 16 * self.state.position.shape[0] * len(chosen) <= CACHE_BYTES
-        self._cache: dict[int, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] | None = {} if small else None
+        small = 32 * self.state.position.shape[0] * len(chosen) <= CACHE_BYTES
+        self._cache: dict[int, list[Terms]] | None = {} if small else None
 
     def run(self) -> None:
         """Alternate: leaves ratio and rate of the fitted genes, and what each fold of them contributes in `parts`."""
@@ -160,8 +180,8 @@ class FlowFit:
         total = self.parts.sum(0)
         return self.state.flow(total if without is None else total - self.parts[without])
 
-    def terms(self, fold: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield genes of a fold with A = u/(1 + s) and B = s/(1 + s), each `[cells, genes]`: kinetics are A/r - B."""
+    def terms(self, fold: int) -> Iterator[Terms]:
+        """Yield the terms of the genes of a fold."""
         if self._cache is None:
             yield from self._terms(self.folds[fold])
             return
@@ -169,29 +189,34 @@ class FlowFit:
             self._cache[fold] = list(self._terms(self.folds[fold]))
         yield from self._cache[fold]
 
-    def _terms(self, genes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        for chosen in gene_blocks(self.unspliced.shape[0], genes):
-            smoothed, slope = self.state.slope(chosen)
-            a = self.state.mean @ self.unspliced.genes(chosen)
+    def _terms(self, genes: np.ndarray) -> Iterator[Terms]:
+        for chosen in gene_blocks(self.sources.spliced.shape[0], genes):
+            b, slope = self.state.slope(chosen)
+            unspliced = self.sources.unspliced.genes(chosen)
+            a = self.state.mean @ unspliced
             a *= slope
-            smoothed *= slope
-            yield chosen, a, smoothed
+            b *= slope
+            if self.options.smooth_kinetics:
+                yield Terms(chosen, a, b, a, b)
+            else:
+                yield Terms(chosen, a, b, unspliced * slope, self.sources.spliced.genes(chosen) * slope)
 
     def kinetic(self) -> np.ndarray:
         """Return the kinetic velocity that each fold of genes contributes, `[folds, cells, d]`, float32."""
         parts = self._empty()
         for fold in range(len(self.folds)):
-            for chosen, a, b in self.terms(fold):
-                parts[fold] += self._project(chosen, a, b)
+            for terms in self.terms(fold):
+                parts[fold] += self._project(terms)
         return parts
 
     def _empty(self) -> np.ndarray:
         return np.zeros((len(self.folds), *self.state.position.shape), dtype=np.float32)
 
-    def _project(self, chosen: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    def _project(self, terms: Terms) -> np.ndarray:
         """Return Σ_g P_g g_g (A_g/r_g - B_g), `[cells, d]`."""
-        loadings, rate = self.state.directions[:, chosen], self.rate[chosen]
-        return np.asarray(a @ (loadings * (rate / self.ratio[chosen])).T - b @ (loadings * rate).T)
+        loadings, rate = self.state.directions[:, terms.genes], self.rate[terms.genes]
+        by_ratio = rate / self.ratio[terms.genes]
+        return np.asarray(terms.flow_a @ (loadings * by_ratio).T - terms.flow_b @ (loadings * rate).T)
 
     def _regress(self, parts: np.ndarray) -> np.ndarray:
         """Regress ratio and rate of each fold on the flow of the others; returns the new contributions.
@@ -205,15 +230,16 @@ class FlowFit:
         for fold in range(len(self.folds)):
             flow = self.state.flow(total - parts[fold])
             weights = cell_weights(flow)
-            for chosen, a, b in self.terms(fold):
-                sums = regression_sums(flow, weights, self.state.directions[:, chosen], a, b)
+            for terms in self.terms(fold):
+                chosen = terms.genes
+                sums = regression_sums(flow, weights, self.state.directions[:, chosen], terms.a, terms.b)
                 ratio, rate, agreement = regress(sums, self.genes.ratio[chosen], self.options)
                 good = agreement > self.options.least_agreement
                 agreeing[chosen] = good
                 self.ratio[chosen] = np.where(good, ratio, self.genes.ratio[chosen])
                 self.rate[chosen] = np.where(good, rate, 1.0)
-                followers[fold] += self._project(chosen[good], a[:, good], b[:, good])
-                others[fold] += self._project(chosen[~good], a[:, ~good], b[:, ~good])
+                followers[fold] += self._project(terms.only(good))
+                others[fold] += self._project(terms.only(~good))
         if agreeing.any():
             unit = self.rate[agreeing].mean()
             self.rate[agreeing] /= unit
@@ -225,7 +251,7 @@ class FlowFit:
         """Regress every usable gene on the flow; returns γ/β, γ and R², `[genes]` each, NaN in other genes."""
         ratio, rate, agreement = (np.full(len(self.ratio), np.nan) for _ in range(3))
         weights = cell_weights(flow)
-        for chosen, a, b in self._terms(np.flatnonzero(self.usable)):
+        for chosen, a, b, *_ in self._terms(np.flatnonzero(self.usable)):
             sums = regression_sums(flow, weights, self.state.directions[:, chosen], a, b)
             ratio[chosen], rate[chosen], agreement[chosen] = regress(sums, self.genes.ratio[chosen], self.options)
         return ratio, rate, agreement
@@ -247,10 +273,10 @@ class FlowFit:
             times[:, chosen] = drawn
             kinetic = np.zeros((size, cells, dimensions), dtype=np.float32)
             for fold in range(len(self.folds)):
-                for genes, a, b in self.terms(fold):
-                    a = a * (self.rate[genes] / self.ratio[genes]) - b * self.rate[genes]
+                for genes, _, _, a, b in self.terms(fold):
+                    own = a * (self.rate[genes] / self.ratio[genes]) - b * self.rate[genes]
                     for weighted, count in zip(kinetic, times[:, genes], strict=True):
-                        weighted += a @ (self.state.directions[:, genes] * count).T
+                        weighted += own @ (self.state.directions[:, genes] * count).T
             for weighted in kinetic:
                 flow = self.state.flow(weighted)
                 norm = np.linalg.norm(flow, axis=1, keepdims=True)
