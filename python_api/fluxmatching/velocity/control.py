@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fluxmatching.velocity.fit import check_arguments, write_shared_flow
+from fluxmatching.velocity.genes import GeneStatistics
 from fluxmatching.velocity.graph import averaging
 from fluxmatching.velocity.layers import AveragedLayer, Layer, PermutedLayer, gene_blocks
 from fluxmatching.velocity.moments import Sources, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions
-from fluxmatching.velocity.shared_flow import fit_sources, statistics_of
+from fluxmatching.velocity.shared_flow import FlowFit, fit_sources, state_of, statistics_of
+from fluxmatching.velocity.state import CellState
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -26,11 +28,12 @@ def control_without_unspliced(
     ukey: str = "Mu",
     xkey: str = "Ms",
 ) -> None:
-    """Write velocities that relax to the mean, v = r (mean(s) - s): no unspliced count decides a direction.
+    """Write the shared flow of genes that relax to their mean, ds/dt = mean(s) - s, without unspliced counts.
 
-    s is averaged over neighbors twice, as in the shared flow; r = γ/β of each gene only sets its unit. Such a field is
-    smooth and points along the cells, so measures that reward this rate it highly. A method whose scores are not above
-    those of this control has shown nothing.
+    Such a flow is smooth and points along the cells, so measures that reward this rate it highly. A method whose scores
+    are not above those of this control has shown nothing. Unspliced counts choose the genes alone, those of the shared
+    flow and those for later steps. The restriction to the cells matters: mean(s) - s without it is a much weaker
+    control.
 
     Writes `layers[vkey]`, `var[vkey + "_genes"]` and `uns[vkey + "_params"]`.
 
@@ -43,13 +46,13 @@ def control_without_unspliced(
     check_arguments(adata, (vkey, ukey, xkey), copy=False)
     options = SharedFlowOptions() if options is None else options
     sources = read_sources("control_without_unspliced", adata, options, ukey, xkey)
-    genes = statistics_of(sources)
-    mean = averaging(sources.graph)
+    genes, state = statistics_of(sources), state_of(sources, options)
+    flow = relaxing_fit(state, sources, genes, options).flow()
     cells, count = sources.spliced.shape
     velocity = np.full((cells, count), np.nan, dtype=np.float32)
-    for chosen in gene_blocks(cells, np.flatnonzero(genes.usable)):
-        smoothed = mean @ sources.spliced.genes(chosen)
-        velocity[:, chosen] = genes.ratio[chosen] * (smoothed.mean(0) - smoothed)
+    for chosen in gene_blocks(cells, np.flatnonzero(state.finite)):
+        smoothed = state.smoothed[:, chosen].astype(np.float64)
+        velocity[:, chosen] = (flow @ state.directions[:, chosen]) * (1 + smoothed)
     adata.layers[vkey] = velocity
     adata.var[f"{vkey}_genes"] = genes.velocity_genes
     adata.uns[f"{vkey}_params"] = {"mode": "control", "method": "without_unspliced", "ukey": ukey, "xkey": xkey}
@@ -88,8 +91,12 @@ def permuted(sources: Sources, seed: int) -> Sources:
     return dataclasses.replace(sources, unspliced=unspliced, counts=counts, missing={})
 
 
-def without_unspliced(sources: Sources) -> Sources:
-    """Return sources whose unspliced abundance is the mean of the spliced one: kinetics are then mean(s) - s."""
+def relaxing_fit(state: CellState, sources: Sources, genes: GeneStatistics, options: SharedFlowOptions) -> FlowFit:
+    """Return the fit whose genes all relax to their mean at the same rate, mean(s) - s."""
     cells, count = sources.spliced.shape
     means = np.concatenate([sources.spliced.genes(c).mean(0) for c in gene_blocks(cells, np.arange(count))])
-    return dataclasses.replace(sources, unspliced=Layer(np.broadcast_to(means, (cells, count))), missing={})
+    relaxing = dataclasses.replace(sources, unspliced=Layer(np.broadcast_to(means, (cells, count))), missing={})
+    unit = dataclasses.replace(genes, ratio=np.where(genes.usable, 1.0, np.nan))
+    fit = FlowFit(state, relaxing, unit, options)
+    fit.parts = fit.kinetic()
+    return fit

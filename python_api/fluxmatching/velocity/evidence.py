@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from fluxmatching.velocity.control import permuted, without_unspliced
+from fluxmatching.velocity.control import permuted, relaxing_fit
 from fluxmatching.velocity.genes import GeneStatistics
 from fluxmatching.velocity.moments import Sources, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions
@@ -123,11 +123,7 @@ def velocity_evidence(
     fit = _fitted(state, sources, genes, options)
     by_gene = partial_correlations(fit, fit)
 
-    relaxing = without_unspliced(sources)
-    unit = dataclasses.replace(genes, ratio=np.where(genes.usable, 1.0, np.nan))
-    control = FlowFit(state, relaxing, unit, options)
-    control.parts = control.kinetic()
-    control_by_gene = partial_correlations(fit, control)
+    control_by_gene = partial_correlations(fit, relaxing_fit(state, sources, genes, options))
 
     found = []
     for number in tqdm(range(permutations), desc="permuted counts", disable=not progress):
