@@ -46,7 +46,9 @@ def draw_stream(axes: Any, adata: AnnData, clusters: str, title: str) -> None:
     x, y, flow = on_grid(positions, np.asarray(adata.obsm["velocity_umap"], float))
     axes.streamplot(x, y, flow[..., 0], flow[..., 1], color=style.DATA, density=1.2, linewidth=0.8, arrowsize=0.8)
     axes.set(title=title, xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
-    axes.margins(0.05)
+    low, high = positions.min(0), positions.max(0)
+    edge = 0.05 * (high - low)
+    axes.set(xlim=(low[0] - edge[0], high[0] + edge[0]), ylim=(low[1] - edge[1], high[1] + edge[1]))
 
 
 def on_grid(positions: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
