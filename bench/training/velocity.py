@@ -17,7 +17,7 @@ from bench.training.results import begin, device_argument
 from fluxkernels import backends
 from fluxmatching import Trainer, TrainingOptions
 from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity
-from fluxmatching.velocity.fit import SplicingLoss
+from fluxmatching.velocity.per_gene import SplicingLoss
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -53,7 +53,7 @@ def fit_seconds(device: torch.device, epochs: int) -> float:
     """Time of a whole fit at the size of the pancreas, from layers in main memory to layers in main memory."""
     adata = made_cells(PANCREAS, GENES)
     options = VelocityOptions(epochs=epochs, progress=False, device=device)
-    return timed(lambda: flux_velocity(adata, options=options))[1]
+    return timed(lambda: flux_velocity(adata, "per_gene", options=options))[1]
 
 
 def memory(cells: int) -> tuple[int, int, float]:
@@ -64,9 +64,9 @@ def memory(cells: int) -> tuple[int, int, float]:
 
 def print_memory(cells: int) -> None:
     options = VelocityOptions(epochs=1, progress=False)
-    flux_velocity(made_cells(16, 8), options=options)  # the libraries' own memory comes first
+    flux_velocity(made_cells(16, 8), "per_gene", options=options)  # the libraries' own memory comes first
     adata = made_cells(cells, GENES)
-    added, seconds = timed(lambda: resident_growth(lambda: flux_velocity(adata, options=options)))
+    added, seconds = timed(lambda: resident_growth(lambda: flux_velocity(adata, "per_gene", options=options)))
     print(added, resident("VmHWM"), seconds)
 
 

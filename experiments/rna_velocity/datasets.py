@@ -11,10 +11,12 @@ import numpy as np
 
 from experiments.common.data import VARIABLE, data_folders
 from experiments.common.registry import UsageError
+from experiments.rna_velocity.preparation import NEIGHBORS, dense, normalize_totals, prepare
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
+MIN_SHARED_COUNTS = 20
 Edges = tuple[tuple[str, str], ...]
 
 
@@ -43,28 +45,30 @@ class Dataset:
     fitted: bool = False
 
 
+PANCREAS_EDGES = (
+    ("Ductal", "Ngn3 low EP"),
+    ("Ngn3 low EP", "Ngn3 high EP"),
+    ("Ngn3 high EP", "Pre-endocrine"),
+    ("Pre-endocrine", "Alpha"),
+    ("Pre-endocrine", "Beta"),
+    ("Pre-endocrine", "Delta"),
+    ("Pre-endocrine", "Epsilon"),
+)
+
 DATASETS = {
     "pancreas": Dataset(
         "pancreas/endocrinogenesis_day15_2000genes.h5ad",
         "scvelo.datasets.pancreas(), or a file with its 3696 cells",
         "pancreas",
         "clusters",
-        (
-            ("Ductal", "Ngn3 low EP"),
-            ("Ngn3 low EP", "Ngn3 high EP"),
-            ("Ngn3 high EP", "Pre-endocrine"),
-            ("Pre-endocrine", "Alpha"),
-            ("Pre-endocrine", "Beta"),
-            ("Pre-endocrine", "Delta"),
-            ("Pre-endocrine", "Epsilon"),
-        ),
+        PANCREAS_EDGES,
         {"flux": (0.202, 0.972), "dynamical": (0.330, 0.821)},
         preselected=True,
     ),
-    "gastrulation": Dataset(
-        "gastrulation/gastrulation.h5ad",
-        "scvelo.datasets.gastrulation(), about 9 GB",
-        "gastrulation",
+    "gastrulation_erythroid": Dataset(
+        "gastrulation/erythroid_lineage.h5ad",
+        "scvelo.datasets.gastrulation_erythroid(), the erythroid lineage of Pijuan-Sala et al. 2019",
+        "gastrulation_erythroid",
         "celltype",
         (
             ("Blood progenitors 1", "Blood progenitors 2"),
@@ -109,6 +113,14 @@ DATASETS = {
         ),
         {"flux": (0.345, 0.897), "dynamical": (0.332, 0.874)},
     ),
+    "pancreas_739": Dataset(
+        "pancreas/pancreas_739cells_7192genes.h5ad",
+        "data/pancreas.rda of the repository JEFworks-Lab/veloviz: 739 cells of the pancreas with 7192 genes",
+        None,
+        "clusters",
+        PANCREAS_EDGES,
+        {},
+    ),
     "dentate_gyrus_fitted": Dataset(
         "dentategyrus/dentategyrus_200cells_scvelo_dynamical.h5ad",
         "tests/_ground_truth_adatas/adata_200.h5ad of the repository theislab/cellrank",
@@ -142,6 +154,11 @@ def load(name: str, download: Callable[[str], AnnData] | None = None) -> AnnData
         raise UsageError(f"no file of {name}: it is {dataset.source}; {place}")
     try:
         return (download or _scvelo)(dataset.loader)
+    except ImportError as error:
+        raise UsageError(
+            f"no file of {name}, and scVelo, which downloads it, is not installed: pip install 'fluxkernels[scvelo]', "
+            f"or fetch it elsewhere ({dataset.source}) and {place}"
+        ) from error
     except Exception as error:  # whatever a download raises
         raise UsageError(
             f"{name} could not be downloaded ({type(error).__name__}: {error}); fetch it elsewhere "
@@ -156,26 +173,44 @@ def _scvelo(loader: str) -> AnnData:
 
 
 def preprocess(adata: AnnData, dataset: Dataset, genes: int, seed: int) -> None:
-    """Apply the paper's pipeline (B.2) in place: selection, normalization, neighbors, moments; an embedding if missing.
+    """Select genes, normalize, find neighbors, compute moments, and make an embedding if there is none, in place.
 
-    A file of selected genes keeps all of them, even those with few counts: its authors had their own rule.
+    A file of selected genes keeps all of them, even those with few counts: its authors had their own rule. Other files
+    need scanpy, for the selection and the embedding.
+
+    Raises:
+        UsageError: scanpy is needed and not installed.
     """
-    import scanpy as sc
-    import scvelo as scv
-
-    chosen = dataset.preselected and adata.n_vars <= genes  # unlike a file, the download has all genes
-    sc.pp.filter_cells(adata, min_counts=1)
-    scv.pp.filter_and_normalize(adata, min_shared_counts=None if chosen else 20)
-    # scVelo up to 0.2 did this in `filter_and_normalize`; gene selection and neighbors expect it.
-    sc.pp.log1p(adata)
-    if adata.n_vars > genes:
-        sc.pp.highly_variable_genes(adata, n_top_genes=genes, flavor="seurat", subset=True)
-    sc.pp.pca(adata, n_comps=min(50, adata.n_vars - 1, adata.n_obs - 1), random_state=seed)
-    neighbors = {"n_pcs": min(30, adata.obsm["X_pca"].shape[1]), "n_neighbors": min(30, adata.n_obs // 2)}
-    sc.pp.neighbors(adata, **neighbors, random_state=seed)
-    scv.pp.moments(adata, n_neighbors=None, n_pcs=None)
+    if not (dataset.preselected and adata.n_vars <= genes):  # unlike a file, the download has all genes
+        select_genes(adata, genes)
+    prepare(adata)
     if "X_umap" not in adata.obsm:
-        sc.tl.umap(adata, random_state=seed)
+        sc = _scanpy()
+        sc.pp.neighbors(adata, NEIGHBORS, use_rep="X_pca", key_added="embedding", random_state=seed)
+        sc.tl.umap(adata, random_state=seed, neighbors_key="embedding")
+
+
+def select_genes(adata: AnnData, genes: int) -> None:
+    """Keep the genes that vary most among those with counts, in place, as the paper's pipeline does (B.2).
+
+    Genes with fewer than 20 counts in cells where they have both spliced and unspliced counts are dropped first. Those
+    that vary most are scanpy's "seurat" choice on log1p of normalized spliced counts.
+    """
+    sc = _scanpy()
+    spliced, unspliced = (dense(adata.layers[key]) for key in ("spliced", "unspliced"))
+    shared = ((spliced + unspliced) * ((spliced > 0) & (unspliced > 0))).sum(0)
+    adata._inplace_subset_var(shared >= MIN_SHARED_COUNTS)
+    if adata.n_vars > genes:
+        adata.X = np.log1p(normalize_totals(dense(adata.layers["spliced"]))).astype(np.float32)
+        sc.pp.highly_variable_genes(adata, n_top_genes=genes, flavor="seurat", subset=True)
+
+
+def _scanpy() -> Any:
+    try:
+        import scanpy
+    except ImportError as error:
+        raise UsageError("this data set needs scanpy: pip install 'fluxkernels[rna]'") from error
+    return scanpy
 
 
 def subsample(adata: AnnData, cells: int, seed: int) -> AnnData:

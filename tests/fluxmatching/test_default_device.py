@@ -365,7 +365,7 @@ def test_velocity_fit() -> None:
         options = VelocityOptions.from_preset("circulating", iterations=3, batch_size=8, progress=False, device="cpu")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            flux_velocity(adata, options=options)
+            flux_velocity(adata, "per_gene", options=options)
         return {name: torch.from_numpy(adata.layers[name]) for name in ("velocity", "velocity_u", "velocity_alpha")}
 
     same_under_any_default_device(call)

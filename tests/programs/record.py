@@ -139,7 +139,7 @@ def velocity(backend: str, dtype: torch.dtype) -> Records:
         options = VelocityOptions.from_preset(
             preset, iterations=6, batch_size=32, device="cpu", backend=backend, progress=False
         )
-        flux_velocity(adata, options=options)
+        flux_velocity(adata, "per_gene", options=options)
         yield f"velocity {preset}", [torch.from_numpy(layer) for layer in adata.layers.values()]
 
 

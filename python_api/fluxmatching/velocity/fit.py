@@ -1,115 +1,138 @@
-"""RNA velocity: the splicing model fitted by Flux Matching, in scVelo's conventions (Sec. 4.2, B.2).
+"""RNA velocity of annotated data, in scVelo's conventions.
 
 >>> import scvelo as scv                                        # doctest: +SKIP
 >>> from fluxmatching.velocity import flux_velocity
->>> flux_velocity(adata, preset="circulating")                  # doctest: +SKIP
->>> scv.tl.velocity_graph(adata, sqrt_transform=True)           # doctest: +SKIP
+>>> flux_velocity(adata)                                        # doctest: +SKIP
+>>> scv.tl.velocity_graph(adata)                                # doctest: +SKIP
 >>> scv.pl.velocity_embedding_stream(adata)                     # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from fluxkernels import resolve_backend
-from fluxmatching.losses.modules import LossModule
-from fluxmatching.training import Trainer, TrainingOptions
-from fluxmatching.velocity.model import SPLICED, UNSPLICED, SplicingField, splicing_loss
-from fluxmatching.velocity.options import VelocityOptions
+from fluxkernels.checks import check_choice
+from fluxmatching.velocity.moments import Sources, dense, read_sources
+from fluxmatching.velocity.options import SharedFlowOptions, VelocityOptions
+from fluxmatching.velocity.per_gene import fit_per_gene
+from fluxmatching.velocity.shared_flow import SharedFlow, fit_sources
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-# Standard deviations that can be fitted: their fourth powers and those of their inverses must be float32 numbers.
-SPREADS = (1e-9, 1e6)
+METHODS = ("shared_flow", "per_gene")
+FUNCTION = "flux_velocity"
 
 
 def flux_velocity(
     adata: AnnData,
-    preset: str | None = None,
+    method: str = "shared_flow",
     *,
-    options: VelocityOptions | None = None,
+    preset: str | None = None,
+    options: SharedFlowOptions | VelocityOptions | None = None,
     vkey: str = "velocity",
     ukey: str = "Mu",
     xkey: str = "Ms",
     copy: bool = False,
 ) -> AnnData | None:
-    """Fit the splicing model of every gene by Flux Matching, and write its velocities where scVelo looks for them.
+    """Estimate RNA velocity, and write it where the functions of scVelo and CellRank look for it.
 
-    One `SplicingField` for all genes is trained on minibatches of cells. The density estimate is a separate one in the
-    plane (u, s) of each gene. Time is such that cells diffuse by dx = f dt + √2 dW, or by dx = f dt + k √2 dW with
-    `scale`. For one gene the direction in (u, s) and γ/β are meaningful. The speed relative to other genes follows from
-    the assumed noise: without `scale`, genes with a small spread are fast; with it, all are comparable.
+    Method "shared_flow" fits one flow of the whole state of a cell to the kinetics of all genes: see
+    `fluxmatching.velocity.shared_flow`. It takes seconds. It needs a graph of neighbors (`scanpy.pp.neighbors`) and
+    unspliced counts; moments that are missing are computed as `moments` does. The unit of time is the flow's own.
 
-    Preset "paper", the default, has the settings of the paper (Table 2, read as 100 epochs; no batch size is given). A
-    fit then stays near its start, α constant and β = γ, because a gene whose spread is d needs rates of the order 1/d²
-    and Adam moves a parameter by about lr per step. The velocities are smooth, and their directions nearly those of
-    u - s.
-
-    Preset "circulating" measures each gene in units of its own spread and starts where γ/β = ū/s̄ and flow outweighs
-    diffusion. That start suits genes whose whole cycle (on, off, decay) is in the data; training corrects it for
-    others. experiments/rna_velocity/README.md compares it with known rates.
+    Method "per_gene" is the paper's: the splicing model of every gene by itself, trained by Flux Matching: see
+    `fluxmatching.velocity.per_gene`.
 
     The function writes, after the fit has succeeded:
 
-        layers[vkey], layers[vkey + "_u"]    ds/dt and du/dt of every cell and gene; NaN in genes that were left out
-        layers[vkey + "_alpha"]              α of every cell and gene
-        var[vkey + "_a" / "_b" / "_c"]       of α = k softplus((a u + b s)/k + c)
-        var[vkey + "_scale"]                 k, a gene's unit: 1, or the standard deviation of its spliced abundance
-        var[vkey + "_beta" / "_gamma"]       rates of splicing and degradation
-        var[vkey + "_genes"]                 whether a gene was fitted
-        uns[vkey + "_params"]                "mode": "flux", and the options
+        layers[vkey]                 ds/dt of every cell and gene; NaN in genes that were left out
+        var[vkey + "_gamma"]         γ; with "shared_flow" in units of β, as scVelo's steady-state modes have it
+        var[vkey + "_beta"]          β; with "shared_flow" 1
+        var[vkey + "_genes"]         whether the gene is for later steps
+        uns[vkey + "_params"]        "mode": "flux", the method and the options
+
+    and with "shared_flow"
+
+        obs[vkey + "_spread"]        spread of the direction over a bootstrap of genes: 0 certain, 1 arbitrary
+        var[vkey + "_rate"]          γ in units of the flow's inverse time
+        var[vkey + "_agreement"]     R² of the gene's own kinetics with its velocity, negative where they disagree
+        var[vkey + "_fitted"]        whether the gene's kinetics made the flow
+        obsm["X_flow"], obsm[vkey + "_flow"], varm[vkey + "_flow"]    state, its velocity, and its directions
+
+    or with "per_gene"
+
+        layers[vkey + "_u"], layers[vkey + "_alpha"]                  du/dt and α of every cell and gene
+        var[vkey + "_a" / "_b" / "_c"], var[vkey + "_scale"]          of α = k softplus((a u + b s)/k + c), and k
 
     Args:
-        adata: annotated data with the layers `ukey` and `xkey`, as `scv.pp.moments` makes them; dense or sparse.
-        preset: "paper" or "circulating".
-        options: settings in place of a preset; `VelocityOptions.from_preset(name, ...)` changes some of a preset.
+        adata: annotated data, dense or sparse, in memory, backed or read lazily.
+        method: "shared_flow" or "per_gene".
+        preset: "paper" or "circulating", settings of "per_gene".
+        options: settings: `SharedFlowOptions`, or `VelocityOptions` for "per_gene".
         vkey: name of the result.
-        ukey, xkey: layers of unspliced and spliced abundance.
+        ukey, xkey: layers of moments of unspliced and spliced abundance.
         copy: return a copy with the result and leave adata unchanged.
 
     Returns:
         None, or the copy.
 
     Raises:
-        KeyError: a layer is missing.
-        ValueError, TypeError: fewer than two cells, no gene that can be fitted, a name that would overwrite the
-            layers, or an argument of wrong type or value.
-        fluxmatching.TrainingError: the loss is not finite.
+        KeyError: a layer or the graph of neighbors is missing.
+        ValueError, TypeError: too few cells, no gene that can be fitted, negative counts, a graph of other cells, a
+            name that would overwrite the layers, or an argument of wrong type or value.
+        fluxmatching.TrainingError: the loss of "per_gene" is not finite.
     """
-    _check_data(adata, vkey, ukey, xkey, copy)
-    options = _options(preset, options)
-    device = _device(options.device)
-    backend = resolve_backend(options.backend, device)
-    genes = _genes(adata.layers[ukey], adata.layers[xkey])
-    if options.circulation is not None and genes.least < 0:
-        raise ValueError(f"flux_velocity: with circulation abundances must be at least 0, got {genes.least:g}")
-    unit = genes.spread[SPLICED, genes.fitted] if options.scale else np.ones(genes.fitted.sum(), dtype=np.float32)
-    cells = _Cells(adata.layers[ukey], adata.layers[xkey], np.flatnonzero(genes.fitted), unit)
-
-    with device:  # not the default device
-        field = SplicingField(len(cells.genes))
-    if options.circulation is not None:
-        means = torch.from_numpy(genes.mean[:, genes.fitted] / unit)
-        field.circulate(means.T.to(device), options.circulation)
-    _train(field, cells, options)
-
-    result = adata.copy() if copy else adata
-    _write(result, vkey, field, cells, genes.fitted)
-    # Files of AnnData take no None.
-    used = {name: value for name, value in asdict(options).items() if value is not None and name != "progress"}
-    used |= {"backend": backend, "device": str(device)}
-    result.uns[f"{vkey}_params"] = {"mode": "flux", "ukey": ukey, "xkey": xkey, **used}
+    check_choice(FUNCTION, "method", method, METHODS)
+    if method == "per_gene":
+        settings: Any = _per_gene_options(preset, options)
+        check_arguments(adata, (vkey, ukey, xkey), copy)
+        _check_moments(adata, ukey, xkey)
+        fit = fit_per_gene(adata, settings, ukey, xkey)
+        result = adata.copy() if copy else adata
+        for suffix, values in fit.layers.items():
+            result.layers[f"{vkey}{suffix}"] = values
+        for name, values in fit.genes.items():
+            result.var[f"{vkey}_{name}"] = values
+        used = fit.used
+    else:
+        settings = _shared_flow_options(preset, options)
+        check_arguments(adata, (vkey, ukey, xkey), copy)
+        sources = read_sources(FUNCTION, adata, settings, ukey, xkey)
+        shared = fit_sources(sources, settings)
+        result = adata.copy() if copy else adata
+        write_shared_flow(result, vkey, shared, sources if settings.keep_moments else None)
+        used = {name: value for name, value in asdict(settings).items() if value is not None}
+    result.uns[f"{vkey}_params"] = {"mode": "flux", "method": method, "ukey": ukey, "xkey": xkey, **used}
     return result if copy else None
 
 
-def _options(preset: str | None, options: VelocityOptions | None) -> VelocityOptions:
+def write_shared_flow(result: AnnData, vkey: str, fit: SharedFlow, sources: Sources | None) -> None:
+    """Write a shared flow into annotated data, and the moments that it lacked if the sources are given."""
+    for key, columns in ({} if sources is None else sources.missing).items():
+        result.layers[key] = dense(columns)
+    if (left_out := np.isnan(fit.velocity[0]).sum()) > 0:
+        warnings.warn(
+            f"flux_velocity: {left_out} of {fit.velocity.shape[1]} genes have spliced abundances that are not finite; "
+            f"they are left out, and their velocity is NaN",
+            stacklevel=3,
+        )
+    result.layers[vkey] = fit.velocity
+    result.obsm["X_flow"], result.obsm[f"{vkey}_flow"] = fit.position, fit.flow
+    result.varm[f"{vkey}_flow"] = np.ascontiguousarray(fit.directions.T)
+    if fit.spread is not None:
+        result.obs[f"{vkey}_spread"] = fit.spread
+    by_gene = {"gamma": fit.ratio, "beta": np.where(np.isnan(fit.ratio), np.nan, 1.0), "rate": fit.rate}
+    by_gene |= {"agreement": fit.agreement, "fitted": fit.fitted, "genes": fit.velocity_genes}
+    for name, values in by_gene.items():
+        result.var[f"{vkey}_{name}"] = values
+
+
+def _per_gene_options(preset: str | None, options: Any) -> VelocityOptions:
     if options is None:
         return VelocityOptions.from_preset("paper" if preset is None else preset)
     if preset is not None:
@@ -118,30 +141,26 @@ def _options(preset: str | None, options: VelocityOptions | None) -> VelocityOpt
             f"settings of a preset"
         )
     if not isinstance(options, VelocityOptions):
-        raise TypeError(f"flux_velocity: options must be VelocityOptions, got {options!r}")
+        raise TypeError(f'flux_velocity: with method="per_gene" options must be VelocityOptions, got {options!r}')
     return options
 
 
-def _write(result: AnnData, vkey: str, field: SplicingField, cells: _Cells, fitted: np.ndarray) -> None:
-    """Write velocities and rates into annotated data."""
-    layers = _evaluate(field, cells, len(fitted))
-    result.layers[vkey], result.layers[f"{vkey}_u"], result.layers[f"{vkey}_alpha"] = layers
-    rates = {name: getattr(field, name).detach().cpu().numpy() for name in ("a", "b", "c", "beta", "gamma")}
-    for name, values in (rates | {"scale": cells.unit}).items():
-        result.var[f"{vkey}_{name}"] = _among_all(values, fitted)
-    result.var[f"{vkey}_genes"] = fitted
+def _shared_flow_options(preset: str | None, options: Any) -> SharedFlowOptions:
+    if preset is not None:
+        raise ValueError(f'flux_velocity: preset {preset!r} is one of method="per_gene"; "shared_flow" has no presets')
+    if options is None:
+        return SharedFlowOptions()
+    if not isinstance(options, SharedFlowOptions):
+        raise TypeError(f'flux_velocity: with method="shared_flow" options must be SharedFlowOptions, got {options!r}')
+    return options
 
 
-def _check_data(adata: AnnData, vkey: str, ukey: str, xkey: str, copy: bool) -> None:
+def check_arguments(adata: AnnData, keys: tuple[str, str, str], copy: bool) -> None:
+    """Check the arguments that all methods share; `keys` are vkey, ukey and xkey."""
+    vkey, ukey, xkey = keys
     for name, value in (("vkey", vkey), ("ukey", ukey), ("xkey", xkey)):
         if not isinstance(value, str) or not value:
             raise TypeError(f"flux_velocity: {name} must be a non-empty string, got {value!r}")
-    for key in (ukey, xkey):
-        if key not in adata.layers:
-            raise KeyError(
-                f"flux_velocity: adata.layers has no {key!r} (it has {sorted(adata.layers)}); "
-                f"scvelo.pp.moments(adata) makes Mu and Ms from the layers 'unspliced' and 'spliced'"
-            )
     kept = {ukey, xkey, "Mu", "Ms", "unspliced", "spliced"}
     if overwritten := kept.intersection((vkey, f"{vkey}_u", f"{vkey}_alpha")):
         raise ValueError(f"flux_velocity: vkey {vkey!r} would overwrite the layer {overwritten.pop()!r}")
@@ -153,122 +172,10 @@ def _check_data(adata: AnnData, vkey: str, ukey: str, xkey: str, copy: bool) -> 
         raise ValueError("flux_velocity: a copy or a view of data on disk cannot be written; use adata.to_memory()")
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"flux_velocity: device {str(chosen)!r}: PyTorch finds no GPU here")
-    return chosen
-
-
-class _Cells:
-    """Cells of two layers as samples `[n, G, 2]` in units of `unit`, made on access: the layers are not copied."""
-
-    def __init__(self, unspliced: Any, spliced: Any, genes: np.ndarray, unit: np.ndarray) -> None:
-        self.layers, self.genes, self.unit = (unspliced, spliced), genes, unit
-
-    def __len__(self) -> int:
-        return int(self.layers[0].shape[0])
-
-    def __getitem__(self, cells: Tensor) -> Tensor:
-        rows = cells.numpy()
-        chosen = [_dense(layer[rows])[:, self.genes] / self.unit for layer in self.layers]
-        return torch.stack([torch.from_numpy(values) for values in chosen], -1)
-
-
-def _dense(layer: Any) -> np.ndarray:
-    return np.asarray(layer.toarray() if hasattr(layer, "toarray") else layer, dtype=np.float32)
-
-
-@dataclass
-class _Genes:
-    """Statistics of the genes before a fit.
-
-    Attributes:
-        fitted: whether a gene varies in both layers and is finite, `[genes]`.
-        mean, spread: mean and standard deviation, `[2, genes]`.
-        least: smallest abundance in genes that are fitted.
-    """
-
-    fitted: np.ndarray
-    mean: np.ndarray
-    spread: np.ndarray
-    least: float
-
-
-def _genes(*layers: Any) -> _Genes:
-    """Compute statistics of both layers; a warning counts the genes that cannot be fitted."""
-    genes = layers[0].shape[1]
-    mean, spread, least = (np.empty((2, genes), dtype=np.float32) for _ in range(3))
-    with np.errstate(invalid="ignore", over="ignore"):  # infinite and huge values, which are left out below
-        for row, layer in enumerate(layers):
-            for start in range(0, genes, 256):  # a whole layer as float32 could be gigabytes
-                columns = slice(start, start + 256)
-                block = _dense(layer[:, columns])
-                mean[row, columns], spread[row, columns] = block.mean(0, dtype=float), block.std(0, dtype=float)
-                least[row, columns] = block.min(0)
-    # NaN is in no range.
-    fitted = np.logical_and.reduce((spread > SPREADS[0]) & (spread < SPREADS[1]))
-    if not fitted.any():
-        raise ValueError("flux_velocity: no gene varies in both layers with finite values")
-    if not fitted.all():
-        warnings.warn(
-            f"flux_velocity: {np.sum(~fitted)} of {genes} genes are constant or not finite in a layer, or vary by more "
-            f"than {SPREADS[1]:g}; they are left out, and their velocity is NaN",
-            stacklevel=3,
-        )
-    return _Genes(fitted, mean, spread, float(least[:, fitted].min()))
-
-
-class SplicingLoss(LossModule):
-    """Mean of `splicing_loss` over a minibatch, as a module.
-
-    Args:
-        field, sigma, backend: as in `splicing_loss`.
-    """
-
-    field: SplicingField
-
-    def __init__(self, field: SplicingField, sigma: float, backend: str | None = None) -> None:
-        super().__init__(field)
-        self.sigma, self.backend = sigma, backend
-
-    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean loss `[]` and {"loss"}; x is `[n, G, 2]`, and seed determines the chains."""
-        loss = splicing_loss(self.field, x, self.sigma, seed=self.key(x, seed), backend=self.backend).mean()
-        return loss, {"loss": loss.detach()}
-
-
-def _train(field: SplicingField, cells: _Cells, options: VelocityOptions) -> None:
-    batch_size = min(options.batch_size, len(cells))
-    iterations = options.iterations
-    if iterations is None:
-        iterations = options.epochs * (len(cells) // batch_size)
-    if iterations == 0:
-        return
-
-    training = TrainingOptions(
-        iterations, batch_size, lr=options.lr, optimizer="adam", ema=0.0, clip=None, seed=options.seed,
-        accelerator=str(field.a.device), progress=options.progress,
-    )  # fmt: skip
-    Trainer(SplicingLoss(field, options.sigma, options.backend), cells, training).run()
-
-
-def _evaluate(field: SplicingField, cells: _Cells, genes: int) -> list[np.ndarray]:
-    """Return ds/dt, du/dt and α in units of the layers, each `[cells, genes]`, NaN in genes that were not fitted."""
-    found = [np.full((len(cells), genes), np.nan, dtype=np.float32) for _ in range(3)]
-    device = field.a.device
-    with torch.no_grad():
-        for rows in torch.arange(len(cells), device="cpu").split(1024):
-            x = cells[rows].to(device)
-            velocity = field(x)
-            parts = velocity[..., SPLICED], velocity[..., UNSPLICED], field.transcription(x)
-            for values, part in zip(found, parts, strict=True):
-                values[np.ix_(rows.numpy(), cells.genes)] = part.cpu().numpy() * cells.unit
-    return found
-
-
-def _among_all(values: np.ndarray, genes: np.ndarray) -> np.ndarray:
-    """Place the values of some genes among all genes, with NaN elsewhere."""
-    everywhere = np.full(len(genes), np.nan, dtype=np.float32)
-    everywhere[genes] = values
-    return everywhere
+def _check_moments(adata: AnnData, ukey: str, xkey: str) -> None:
+    for key in (ukey, xkey):
+        if key not in adata.layers:
+            raise KeyError(
+                f"flux_velocity: adata.layers has no {key!r} (it has {sorted(adata.layers)}); "
+                f"fluxmatching.velocity.moments(adata) makes Mu and Ms from the layers 'unspliced' and 'spliced'"
+            )

@@ -25,7 +25,7 @@ QUICK: dict[str, Any] = {"epochs": 2, "batch_size": 16, "progress": False}
 def fit(adata: Any, preset: str = "paper", **settings: Any) -> Any:
     """`flux_velocity` with the fields of `VelocityOptions` as keywords."""
     given = {name: settings.pop(name) for name in ("vkey", "ukey", "xkey", "copy") if name in settings}
-    return flux_velocity(adata, options=VelocityOptions.from_preset(preset, **settings), **given)
+    return flux_velocity(adata, "per_gene", options=VelocityOptions.from_preset(preset, **settings), **given)
 
 
 def field(genes: int, seed: int = 0) -> SplicingField:
@@ -232,7 +232,7 @@ class TestFluxVelocity:
         adata.write_h5ad(tmp_path / "cells.h5ad")
         again = anndata.read_h5ad(tmp_path / "cells.h5ad")
         kept = dict(again.uns["velocity_params"])
-        assert kept.pop("mode") == "flux"
+        assert (kept.pop("mode"), kept.pop("method")) == ("flux", "per_gene")
         first = again.layers["velocity"].copy()
         fit(again, progress=False, **{k: v.item() if hasattr(v, "item") else v for k, v in kept.items()})
         np.testing.assert_array_equal(again.layers["velocity"], first)
@@ -258,7 +258,7 @@ class TestFluxVelocity:
                 raise interruption
             return splicing_loss(*_, **__)
 
-        monkeypatch.setattr("fluxmatching.velocity.fit.splicing_loss", loss)
+        monkeypatch.setattr("fluxmatching.velocity.per_gene.splicing_loss", loss)
         adata = cells()[:30]
         with pytest.raises(interruption):
             fit(adata, **QUICK | {"epochs": 5})
@@ -331,7 +331,7 @@ class TestFluxVelocity:
     @pytest.mark.parametrize(
         ("change", "options", "error", "message"),
         [
-            (lambda a: a.layers.pop("Mu"), {}, KeyError, r"no 'Mu' \(it has \['Ms'\]\); scvelo.pp.moments"),
+            (lambda a: a.layers.pop("Mu"), {}, KeyError, r"no 'Mu' \(it has \['Ms'\]\); fluxmatching.velocity.moments"),
             (lambda a: a, {"xkey": "M"}, KeyError, "no 'M'"),
             (lambda a: a.layers["Ms"].fill(1), {}, ValueError, "no gene varies in both layers with finite values"),
             (lambda a: a, {"epochs": -1}, ValueError, "epochs must be a whole number, at least 0, got -1"),

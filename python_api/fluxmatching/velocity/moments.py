@@ -1,0 +1,122 @@
+"""Moments: means of size-normalized counts over neighbors, as `scvelo.pp.moments` defines them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import sparse
+
+from fluxmatching.velocity.graph import averaging, find_graph
+from fluxmatching.velocity.layers import AveragedLayer, Columns, Layer, gene_blocks, in_memory
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+    from fluxmatching.velocity.options import SharedFlowOptions
+
+
+def moments(
+    adata: AnnData, *, neighbors: str | None = None, counts: str = "unspliced", spliced_counts: str = "spliced"
+) -> None:
+    """Write `layers["Mu"]` and `layers["Ms"]`: means of counts over the neighbors of each cell and the cell itself.
+
+    The formula of `scvelo.pp.moments`: M = D⁻¹ (A + I) X, with A the zeros and ones of the graph of connectivities and
+    D its row sums. Counts, recognized as whole numbers, are first scaled to the median total of the layer.
+
+    Args:
+        adata: with both layers of counts and a graph of neighbors; results are dense, float32.
+        neighbors: graph, as in `SharedFlowOptions`.
+        counts, spliced_counts: layers of unspliced and spliced counts.
+
+    Raises:
+        KeyError: a layer or the graph is missing.
+        ValueError, TypeError: a layer or the graph is not what it should be.
+    """
+    function = "moments"
+    graph = find_graph(function, adata, "connectivities", neighbors)
+    for key, name in (("Mu", counts), ("Ms", spliced_counts)):
+        layer = read_layer(function, adata, name)
+        adata.layers[key] = dense(averaged(layer, graph))
+
+
+def read_layer(function: str, adata: AnnData, name: str) -> Layer:
+    """Return a layer of counts in memory.
+
+    Raises:
+        KeyError: there is no such layer.
+    """
+    if name not in adata.layers:
+        raise KeyError(
+            f"{function}: adata.layers has no {name!r} (it has {sorted(adata.layers)}); counts of unspliced and "
+            f"spliced molecules come from a program such as velocyto, alevin-fry, kallisto or STARsolo"
+        )
+    return Layer(in_memory(function, f"layers[{name!r}]", adata.layers[name]))
+
+
+def averaged(layer: Layer, graph: sparse.csr_array) -> AveragedLayer:
+    """Return moments of counts, which are computed in blocks when they are needed."""
+    return AveragedLayer(layer, size_factors(layer), averaging(graph))
+
+
+def dense(columns: Columns) -> np.ndarray:
+    """Return all values of a layer, `[cells, genes]`, float32."""
+    cells, genes = columns.shape
+    values = np.empty((cells, genes), dtype=np.float32)
+    for chosen in gene_blocks(cells, np.arange(genes)):
+        values[:, chosen] = columns.genes(chosen)
+    return values
+
+
+def size_factors(counts: Layer) -> np.ndarray:
+    """Return the factor of each cell that scales its counts to the median total, `[cells]`; 1 if they are not counts.
+
+    Values that are no whole numbers have been normalized before.
+    """
+    totals = counts.totals()
+    stored = counts.values.data if sparse.issparse(counts.values) else counts.values
+    whole = all(np.array_equal(part, np.rint(part), equal_nan=True) for part in np.array_split(stored, 64))
+    if not whole or not (totals > 0).any():
+        return np.ones(len(totals))
+    return np.divide(np.median(totals[totals > 0]), totals, out=np.zeros(len(totals)), where=totals > 0)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Data that a shared flow is fitted to.
+
+    Attributes:
+        unspliced, spliced: moments.
+        counts: unspliced counts, not averaged.
+        sizes: factor of each cell for the counts, `[cells]`.
+        graph: zeros and ones, from `neighbor_graph`.
+        missing: the moments that annotated data lacked, by name of their layer.
+    """
+
+    unspliced: Columns
+    spliced: Columns
+    counts: Columns
+    sizes: np.ndarray
+    graph: sparse.csr_array
+    missing: dict[str, Columns] = field(default_factory=dict)
+
+
+def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey: str, xkey: str) -> Sources:
+    """Find what a shared flow needs in annotated data; moments that are missing are computed block by block.
+
+    Raises:
+        KeyError: the graph or a layer of counts is missing.
+        ValueError, TypeError: one of them is not what it should be.
+    """
+    graph = find_graph(function, adata, "connectivities", options.neighbors)
+    counts = read_layer(function, adata, options.counts)
+    found: dict[str, Columns] = {}
+    missing: dict[str, Columns] = {}
+    for key, name in ((ukey, options.counts), (xkey, options.spliced_counts)):
+        if key in adata.layers:
+            found[key] = Layer(in_memory(function, f"layers[{key!r}]", adata.layers[key]))
+        else:
+            layer = counts if name == options.counts else read_layer(function, adata, name)
+            found[key] = missing[key] = averaged(layer, graph)
+    return Sources(found[ukey], found[xkey], counts, size_factors(counts), graph, missing)
