@@ -3,6 +3,7 @@
 `make gpu` runs this file and tests/fluxkernels/test_triton.py, which runs the cases of all other tests natively there.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -30,6 +31,11 @@ def points(groups: int, count: int, dimensions: int) -> Tensor:
 def whole_step(x: Tensor, sigma2: Tensor, seed: int | Tensor, backend: str | None = None) -> list[Tensor]:
     step = fk.flux_pass(x, x, sigma2, 1.0, seed=seed, backend=backend)
     return [step.x0, step.score0, step.xt, step.score_t, step.transition_average(step.score_t)]
+
+
+def bytes_of_a_block() -> int:
+    """Products, logits and words of the pairs that are held at once in many dimensions."""
+    return 16 * int(importlib.import_module("fluxkernels.triton_kernels.fixed_point.host").MOST_PAIRS)
 
 
 def relative(got: Tensor, truth: Tensor) -> float:
@@ -117,7 +123,7 @@ def test_memory_of_the_grouped_pass_is_that_of_its_results() -> None:
     assert torch.cuda.max_memory_allocated() - before < 12 * x.numel() * x.element_size()
 
 
-def test_memory_with_many_refs_stays_below_that_of_the_refs() -> None:
+def test_memory_with_many_refs_is_that_of_a_block_and_of_words() -> None:
     refs = torch.randn(20_000, 1000, device="cuda")
     x = refs[:4096] + 1.0
     fk.kde_score(x[:64], refs, 1000.0)
@@ -125,7 +131,9 @@ def test_memory_with_many_refs_stays_below_that_of_the_refs() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     fk.kde_score(x, refs, 1000.0)
-    assert torch.cuda.max_memory_allocated() - before < 8 * refs.numel() * refs.element_size()
+    # Words of the points are there by rows and by columns, and queries need as much as a tenth of them.
+    bound = bytes_of_a_block() + 4 * refs.numel() * refs.element_size()
+    assert torch.cuda.max_memory_allocated() - before < bound
 
 
 def test_bad_input_reaches_no_kernel() -> None:
@@ -261,8 +269,8 @@ def test_memory_with_more_refs_than_a_block_holds() -> None:
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     fk.kde_score(x, refs, 20.0)
-    # Products and weights of a block, of at most 256 MiB each, words of the points, and the results.
-    assert torch.cuda.max_memory_allocated() - before < 5 * 2**27
+    # Words of the points are there by rows and by columns, 64 of them each.
+    assert torch.cuda.max_memory_allocated() - before < bytes_of_a_block() + 4 * 140_000 * 64 * 4
 
 
 def launches(call: Any) -> list[str]:

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from fluxmatching import (
     CosineFeatures,
+    FluxOptions,
     LinearFeatures,
     QuadraticFeatures,
+    UniformHorizon,
     dual_flux_loss,
+    flux_matching_loss,
     quadratic_flux_loss,
 )
 from fluxmatching.losses.dual import Features
@@ -38,14 +41,14 @@ def by_autograd(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor
     return gradients, hessians.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
-COSINES = CosineFeatures.draw(normal_data(50, 3)[0], 7, variables=2, seed=1)
+COSINES = CosineFeatures.draw(normal_data(50, 3)[0], 7, num_coordinates=2, seed=1)
 FAMILIES: dict[str, tuple[Features, Callable[[Tensor, Tensor], Tensor]]] = {
     "linear": (LinearFeatures(), lambda z, mean: z),
     "quadratic": (
         QuadraticFeatures(),
         lambda z, mean: torch.outer(z - mean, z - mean)[tuple(torch.triu_indices(3, 3))],
     ),
-    "cosine": (COSINES, lambda z, mean: torch.cos(COSINES.frequencies @ z + COSINES.phases)),
+    "cosine": (COSINES, lambda z, mean: torch.cos(COSINES.frequencies @ (z - COSINES.center) + COSINES.phases)),
 }
 
 
@@ -53,7 +56,7 @@ FAMILIES: dict[str, tuple[Features, Callable[[Tensor, Tensor], Tensor]]] = {
 def test_gradients_and_laplacians_are_those_of_autograd(name: str) -> None:
     features, function = FAMILIES[name]
     x, mean = normal_data(5, 3)[0], normal_data(5, 3)[0].mean(0)
-    found = features.gradients(x)
+    found = features.gradients(x, x)
     terms = found.amplitudes[:, :, None] * found.directions
     gradients = x.new_zeros(5, found.laplacians.shape[1], 3).index_add(1, found.owners, terms)
     wanted, laplacians = by_autograd(lambda z: function(z, mean), x)
@@ -66,10 +69,10 @@ def test_quadratic_flux_loss_is_the_dual_loss_of_its_functions(D: int) -> None:
     x, _ = normal_data(200, D)
     field = linear(torch.randn(D, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64))
     dual = dual_flux_loss(field, x, [LinearFeatures(), QuadraticFeatures()], ridge=1e-13, halves=False).mean()
-    torch.testing.assert_close(quadratic_flux_loss(field, x), dual, rtol=1e-9, atol=0)
+    torch.testing.assert_close(quadratic_flux_loss(field, x), dual.expand(200), rtol=1e-9, atol=0)
 
 
-def test_quadratic_flux_loss_is_the_flux_loss_of_a_linear_field() -> None:
+def test_quadratic_flux_loss_solves_the_lyapunov_equation_of_a_linear_field() -> None:
     """The part of f - s that changes p is the gradient Kx with the same E[(f - s)·∇φ]: a Lyapunov equation for K."""
     D = 3
     _, covariance = normal_data(4, D)
@@ -82,7 +85,22 @@ def test_quadratic_flux_loss_is_the_flux_loss_of_a_linear_field() -> None:
     right = b @ covariance + covariance @ b.T
     k = torch.from_numpy(solve_continuous_lyapunov(covariance.numpy(), right.numpy()))
     wanted = torch.trace(k @ covariance @ k.T)
-    torch.testing.assert_close(quadratic_flux_loss(linear(matrix), x), wanted, rtol=1e-10, atol=0)
+    torch.testing.assert_close(quadratic_flux_loss(linear(matrix), x)[0], wanted, rtol=1e-10, atol=0)
+
+
+def test_the_flux_matching_loss_is_the_dual_one_times_two_over_the_variance() -> None:
+    """Of data in one point the density estimate is a normal distribution itself, whatever the minibatch."""
+    sigma, D = 2.0, 2
+    matrix = torch.tensor([[0.3, -0.5], [0.1, -0.2]], dtype=torch.float64) - torch.eye(D) / sigma**2
+    at_origin = torch.zeros(64, D, dtype=torch.float64)
+    found = torch.stack([
+        flux_matching_loss(linear(matrix), at_origin, sigma, FluxOptions(horizon=UniformHorizon(8.0)), seed=k).mean()
+        for k in range(600)
+    ])  # fmt: skip
+    corners = sigma * D**0.5 * torch.cat([torch.eye(D), -torch.eye(D)]).double()
+    wanted = 2 / sigma**2 * quadratic_flux_loss(linear(matrix), corners)[0]
+    assert (found.mean() - wanted).abs() < 4 * found.std() / 600**0.5 + 1e-3 * wanted
+    assert found.std() / 600**0.5 < 0.1 * wanted
 
 
 def test_fields_that_keep_the_distribution_cost_nothing_and_others_do() -> None:
@@ -100,7 +118,7 @@ def test_fields_that_keep_the_distribution_cost_nothing_and_others_do() -> None:
 
 def test_halves_remove_the_variance_of_the_means() -> None:
     """Over many small minibatches, for the same G the mean with halves is that of all data; without it is above."""
-    x, covariance = normal_data(100_000, 2)
+    x, covariance = normal_data(20_000, 2)
     field = linear(-torch.linalg.inv(covariance))
     x = x - x.mean(0)
     found = {
@@ -131,6 +149,83 @@ def test_gradient_in_the_field_and_events_of_several_dimensions() -> None:
     assert dual_flux_loss(field, image, features).shape == (9,)
 
 
+def test_data_are_constants_also_for_a_field_that_changes_its_input() -> None:
+    x = normal_data(8, 2)[0].requires_grad_()
+    before, weight = x.detach().clone(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    for loss in (dual_flux_loss(lambda z: z.mul_(2) * weight, x, LinearFeatures()).mean(),
+                 quadratic_flux_loss(lambda z: z.mul_(2) * weight, x).mean()):  # fmt: skip
+        loss.backward()
+    assert x.grad is None
+    assert torch.equal(x, before)
+
+
+def test_given_reference_points_the_mean_is_unbiased() -> None:
+    """With as many functions as samples, G of the minibatch adds several times the noise, that of other data none."""
+    x, covariance = normal_data(26_400, 2)
+    refs, mean = x[:20_000], x.mean(0)
+    field = linear(-torch.linalg.inv(covariance))
+    features = CosineFeatures.draw(refs, 16)
+    found = torch.stack([
+        dual_flux_loss(lambda z: field(z - mean), part, features, refs=refs).mean() for part in x[20_000:].split(16)
+    ])  # fmt: skip
+    assert found.mean().abs() < 4 * found.std() / len(found) ** 0.5 + 0.01
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_coordinate_changes_nothing(constant: float, dtype: torch.dtype) -> None:
+    x = normal_data(64, 2)[0].to(dtype)
+    wider = torch.cat([x, torch.full((64, 1), constant, dtype=dtype)], 1)
+    cosines = CosineFeatures.draw(wider, 8)
+    assert (cosines.frequencies[:, 2] == 0).all()
+    assert (CosineFeatures.draw(wider, 8, num_coordinates=1).frequencies[:, :2] != 0).any(1).all()
+
+    def field(z: Tensor) -> Tensor:
+        return torch.cat([-z[:, :2], torch.zeros_like(z[:, 2:])], 1)
+
+    for features in (LinearFeatures(), QuadraticFeatures(), cosines):
+        narrow = CosineFeatures(cosines.frequencies[:, :2], cosines.phases, cosines.center[:2])
+        same = narrow if features is cosines else features
+        torch.testing.assert_close(
+            dual_flux_loss(field, wider, features), dual_flux_loss(lambda z: -z, x, same), rtol=1e-4, atol=1e-4
+        )
+    with pytest.raises(ValueError, match="covariance of x, \\[64, 3\\], is singular"):
+        quadratic_flux_loss(field, wider)
+    assert quadratic_flux_loss(field, wider, ridge=0.1).isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_float32_far_from_the_origin(offset: float) -> None:
+    x = (normal_data(256, 3)[0] + offset).float()  # the same points in both precisions
+    features = [LinearFeatures(), QuadraticFeatures(), CosineFeatures.draw(x.double(), 16)]
+    mean = x.double().mean(0)
+
+    def field(z: Tensor) -> Tensor:
+        return -(z - mean.to(z)) * 0.7
+
+    for loss in (lambda x: dual_flux_loss(field, x, features).mean(), lambda x: quadratic_flux_loss(field, x)[0]):
+        exact = loss(x.double())
+        assert (loss(x).double() - exact).abs() < 1e-4 * exact.abs() + 1e-3 * (offset > 0)
+
+
+def test_autocast_and_odd_numbers_of_samples() -> None:
+    x = normal_data(7, 2)[0].float()
+    features = [LinearFeatures(), CosineFeatures.draw(x, 3)]
+    network = torch.nn.Linear(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = network(x)
+        found = dual_flux_loss(network, x, features), quadratic_flux_loss(network, x)
+    rounded = dual_flux_loss(lambda z: values.float(), x, features), quadratic_flux_loss(lambda z: values.float(), x)
+    for one, other in zip(found, rounded, strict=True):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other)
+    # The mean is that of both halves, of 4 and of 3 samples.
+    parts = [LinearFeatures().gradients(x, x)]
+    g = [(network(half)).mean(0) for half in (x[:4], x[4:])]
+    assert parts[0].laplacians.eq(0).all()
+    torch.testing.assert_close(dual_flux_loss(network, x, LinearFeatures()).mean(), (g[0] @ g[1]) / 1.01)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
@@ -139,6 +234,12 @@ def test_gradient_in_the_field_and_events_of_several_dimensions() -> None:
         ({"x": torch.full((8, 2), torch.nan)}, ValueError, "x must be finite"),
         ({"x": torch.randn(8, 2).half()}, TypeError, "x must be float32 or float64"),
         ({"ridge": 0.0}, ValueError, "ridge must be a positive number"),
+        ({"ridge": 1e-12, "features": [LinearFeatures(), LinearFeatures()]}, ValueError, "ridge 1e-12 is too small"),
+        ({"features": None}, TypeError, "features must be families"),
+        ({"features": LinearFeatures}, TypeError, "features must be families"),
+        ({"halves": "no"}, TypeError, "halves must be True or False"),
+        ({"refs": torch.randn(5, 3)}, ValueError, "refs must have the event shape of x"),
+        ({"field": lambda z: z * torch.nan}, ValueError, "field must be finite"),
         ({"features": []}, ValueError, "features must hold at least one family"),
         ({"features": COSINES}, ValueError, "frequencies have 3 dimensions, points 2"),
         ({"field": lambda z: z[:, :1]}, ValueError, "field must return the shape of its input"),
@@ -150,7 +251,28 @@ def test_bad_arguments(change: dict[str, object], error: type[Exception], text: 
         dual_flux_loss(**given)  # type: ignore[arg-type]
 
 
-def test_coinciding_points() -> None:
-    with pytest.raises(ValueError, match="all samples of x coincide"):
-        quadratic_flux_loss(lambda z: -z, torch.ones(5, 2))
-    assert dual_flux_loss(lambda z: -z, torch.ones(6, 2), QuadraticFeatures()).isfinite().all()
+@pytest.mark.parametrize(
+    ("x", "text"),
+    [
+        (torch.ones(5, 2), "is singular"),
+        (torch.full((7, 3), 0.1), "is singular"),
+        (torch.randn(4, 6), "is singular"),
+    ],
+)
+def test_quadratic_flux_loss_of_singular_data(x: Tensor, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        quadratic_flux_loss(lambda z: -z, x)
+    assert dual_flux_loss(lambda z: -z, x, QuadraticFeatures()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ((torch.ones(5, 2), 4), "no coordinate of x varies"),
+        ((torch.randn(1, 2), 4), "N at least 2"),
+        ((torch.randn(5, 2), 2.5), "num_features must be a positive integer"),
+    ],
+)
+def test_bad_cosine_features(arguments: tuple[Tensor, int], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        CosineFeatures.draw(*arguments)

@@ -15,15 +15,18 @@ import fluxmatching
 from fluxmatching import (
     FlowOptions,
     FluxOptions,
+    LinearFeatures,
     LossNormalizer,
     augmentation_loss,
     conditional_flow_matching_loss,
     dsm_loss,
+    dual_flux_loss,
     flux_matching_loss,
     flux_target,
     marginal_velocity,
     mixing_loss,
     noise_annealed_flux_loss,
+    quadratic_flux_loss,
     v_flux_loss,
 )
 from fluxmatching.losses.draws import Draws
@@ -52,10 +55,13 @@ LOSSES: dict[str, Callable[..., Any]] = {
         f, x, **{"options": STABLE, "t": level, **more}
     ),
     "splicing_loss": lambda f, x, level, **more: splicing_loss(f, x, level, **more),
+    "dual_flux_loss": lambda f, x, level, **more: dual_flux_loss(f, x, LinearFeatures(), **more),
+    "quadratic_flux_loss": lambda f, x, level, **more: quadratic_flux_loss(f, x, **more),
     "marginal_velocity": lambda f, x, level, refs=X, **more: marginal_velocity(x, level, refs, **more),
 }
 FLUX = ("flux_matching_loss", "flux_target", "augmentation_loss", "noise_annealed_flux_loss", "v_flux_loss")
-WITH_REFS = (*FLUX, "dsm_loss", "conditional_flow_matching_loss", "marginal_velocity")
+WITHOUT_LEVEL = ("splicing_loss", "dual_flux_loss", "quadratic_flux_loss")
+WITH_REFS = (*FLUX, "dsm_loss", "dual_flux_loss", "conditional_flow_matching_loss", "marginal_velocity")
 WITH_SEED = (*FLUX, "dsm_loss", "conditional_flow_matching_loss", "mixing_loss")
 
 NAN = torch.full((8, 3), torch.nan)
@@ -96,7 +102,7 @@ def test_bad_reference_points(name: str, refs: Any) -> None:
 
 
 @pytest.mark.parametrize("level", BAD_LEVEL, ids=range(len(BAD_LEVEL)))
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "splicing_loss"])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in WITHOUT_LEVEL])
 def test_bad_noise_levels_and_times(name: str, level: Any) -> None:
     if name == "conditional_flow_matching_loss" and level is None:
         return  # which draws times

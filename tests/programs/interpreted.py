@@ -315,8 +315,8 @@ def ways() -> Iterator[Check]:
     many, chains = Case("paths", N=9, M=17, D=40, sigma2=10.0), ("flux_pass", "langevin_chain")
     yield "a chain by steps", torch.float32, 1e-6, patched(many, fixed_point, chains, MOST_REFS=16)
     yield "a chain by steps", torch.float64, 1e-9, patched(many, gram, chains, torch.float64, MOST_PRODUCTS=16)
-    # Blocks of 4 queries, of which the last has one.
-    yield "blocks of queries", torch.float32, 1e-6, patched(many, fixed_point, MOST_PAIRS=4 * 17)
+    # Blocks of 5 and 4 queries, or of 4, of which the last has one.
+    yield "blocks of queries", torch.float32, 1e-6, patched(many, fixed_point, MOST_PAIRS=5 * 17)
     yield "blocks of queries", torch.float64, 1e-9, patched(many, gram, ALL, torch.float64, MOST_PAIRS=4 * 17)
     parts = Case("parts", N=3, M=70, D=140, sigma2=50.0)
     yield "split products", torch.float32, 1e-6, patched(parts, fixed_point, ("flux_pass", "kde"), LONGEST=64)

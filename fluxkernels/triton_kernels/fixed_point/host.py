@@ -134,10 +134,11 @@ def _tile_for(B: int, rows: int, columns: int, length: int, device: torch.device
     return min(possible, key=lambda tile: tile.time * -(-rows // tile.rows) * tile.rows, default=TILES[0])
 
 
-def _whole_tiles(rows: int) -> int:
-    """At most so many rows, without a tile of few."""
-    height = max(height for height in (1, *(tile.rows for tile in TILES)) if height <= rows)
-    return rows // height * height
+def _rows_of_blocks(rows: int, most: int) -> int:
+    """Rows of equal blocks of at most `most` rows, filled up to whole tiles where those fit."""
+    each = -(-rows // -(-rows // most))
+    whole = (-(-each // tile.rows) * tile.rows for tile in TILES[::-1])
+    return next((full for full in whole if full <= most), each)
 
 
 def _products(
@@ -295,10 +296,13 @@ class _Weights:
 def _blocks(
     x: Tensor, refs: Tensor, sigma2: Tensor, transition: tuple[Tensor, Tensor] | None = None
 ) -> Iterator[tuple[tuple[slice, slice], _Block]]:
-    """Yield (groups and queries, block): several whole groups, or some queries of one."""
+    """Yield (groups and queries, block): several whole groups, or some queries of one.
+
+    Callers drop what they made for a block before the next, so that matrices of two blocks never exist together.
+    """
     (B, N, D), M = x.shape, refs.shape[1]
-    groups = min(B, max(1, min(MOST_PAIRS // (N * M), MOST_WORDS // ((N + M) * D))))
-    rows = N if groups > 1 else _whole_tiles(max(1, min(MOST_PAIRS // M, MOST_WORDS // (8 * D))))
+    groups = min(B, max(1, min(MOST_PAIRS // (N * M), MOST_WORDS // ((N + 2 * M) * D))))
+    rows = N if groups > 1 else _rows_of_blocks(N, max(1, min(MOST_PAIRS // M, MOST_WORDS // (8 * D))))
     for start in range(0, B, groups):
         group = slice(start, start + groups)
         moves = transition and (transition[0][group], transition[1][group])
@@ -306,27 +310,32 @@ def _blocks(
         for row in range(0, N, rows):
             at = group, slice(row, row + rows)
             yield at, _Block(points, at[1], x[at], refs[group], sigma2[at])
+        del points
 
 
 def kde(z: Tensor, refs: Tensor, sigma2: Tensor, results: Sequence[str] = KDE_RESULTS) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, D = z.shape
-    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty((B, N))
+    shift, mean, log_density = z.new_empty(z.shape), z.new_empty(z.shape), z.new_empty(z.shape[:2])
     z, refs = widened(z, refs)
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block, log_density=log_density[at], relative=True)
-            if not wants_mean(results):
-                continue
-            B, N = weights.totals.shape
-            sums = block.points.sums(weights.words, D)
-            launch(
-                kde_results_kernel,
-                (B * N,),
-                *(sums, block.points.exponents, weights.logits, weights.scales, weights.totals, weights.heaviest),
-                *(*strided(block.x, block.refs, block.sigma2), shift[at], mean[at], N, block.refs.shape[1], D),
-                **_vector(D),
-            )
+            if wants_mean(results):
+                _kde_results(block, weights, shift[at], mean[at])
+            del block, weights
     return shift, mean, log_density
+
+
+def _kde_results(block: _Block, weights: _Weights, shift: Tensor, mean: Tensor) -> None:
+    """Write m - x and m of a block."""
+    B, N, D = shift.shape
+    sums = block.points.sums(weights.words, D)
+    launch(
+        kde_results_kernel,
+        (B * N,),
+        *(sums, block.points.exponents, weights.logits, weights.scales, weights.totals, weights.heaviest),
+        *(*strided(block.x, block.refs, block.sigma2), shift, mean, N, block.refs.shape[1], D),
+        **_vector(D),
+    )
 
 
 class _Moments:
@@ -441,6 +450,7 @@ def kde_backward(
             given = {"added": g_shift[at], "g": g_log_density[at], "g_sigma2": g_sigma2[at]}
             moments = _Moments(block, weights, g_moved[at], g_z[at], **given)
             _gather(g_refs[at[0]], weights, moments.field, (moments, block))
+            del block, weights, moments
     return g_z, g_refs.to(refs_dtype), g_sigma2
 
 
@@ -451,6 +461,7 @@ def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, fa
         for at, block in _blocks(z, refs, sigma2):
             given = None if factor is None else factor[at]
             _Moments(block, _Weights(block, words=False), field[at], gradient[at], added=field[at], g=given)
+            del block
     return gradient
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -61,8 +62,9 @@ class GuidedField(nn.Module):
 
     def rows(self, rows: slice) -> GuidedField:
         """Return the field for some of the samples, with the same network."""
-        labels = self.labels[rows] if self.labels.ndim else self.labels
-        return GuidedField(self.field, labels, self.scale, self.num_classes)
+        some = copy.copy(self)
+        some._buffers = {**self._buffers, "labels": self.labels[rows] if self.labels.ndim else self.labels}
+        return some
 
     def forward(self, x: Tensor, t: float | Tensor) -> Tensor:
         """Return the guided velocity.
@@ -98,7 +100,7 @@ def _check_scale(function: str, scale: object) -> float:
 def split_field(field: NoisyField, samples: int, size: int) -> list[NoisyField]:
     """Return the field of each chunk of at most `size` samples: the same one, unless it has one label per sample."""
     starts = range(0, samples, size)
-    if not isinstance(field, GuidedField):
+    if not isinstance(field, GuidedField) or size >= samples:
         return [field] * len(starts)
     field.check_samples(samples)
     return [field.rows(slice(first, first + size)) for first in starts]

@@ -276,6 +276,8 @@ class FlowMatching(LossModule):
         check_options(name, options, FlowOptions)
         _check_kind_of_refs(name, refs, options)
         of_class = refs if isinstance(refs, (list, tuple)) else ()
+        for k, points in enumerate(of_class):  # the newest samples would be those of all classes
+            check_tensor(name, f"refs[{k}]", points)
         gather = getattr(coupling, "gather_across_ranks", False)
         super().__init__(field, refs=None if of_class else refs, gather_across_ranks=gather)  # type: ignore[arg-type]
         if coupling is not None and (not callable(coupling) or isinstance(coupling, type)):
@@ -291,6 +293,11 @@ class FlowMatching(LossModule):
         self.options, self.coupling, self.paired = options, coupling, paired
         self.source = ReferenceSet(source)
         self.class_refs = nn.ModuleList(ReferenceSet(points) for points in of_class)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that labels may have."""
+        return self.options.num_classes
 
     def forward(
         self, x: Tensor, *, labels: Tensor | None = None, seed: int | Tensor | None = None

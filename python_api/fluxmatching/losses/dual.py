@@ -1,23 +1,33 @@
 """The dual of the flux loss: no score, no density estimate, no chain and no derivative of the field.
 
 With L_f φ = f·∇φ + Δφ, integration by parts gives E_p[L_f φ] = E_p[(f - s)·∇φ] for every test function φ. The part of
-f - s that changes p is the gradient which these numbers determine, and its mean square is
+f - s that changes p is the gradient which these numbers determine. Its mean square is the projected Fisher divergence,
 
     J(f) = sup_φ { 2 E_p[L_f φ] - E_p|∇φ|² },
 
-zero if and only if the diffusion with drift f leaves p in place. Over a family φ = Σ_k c_k φ_k the supremum is closed:
-J = gᵀ G⁻¹ g with g_k = E[L_f φ_k] and G_kl = E[∇φ_k·∇φ_l].
+zero if and only if the diffusion with drift f leaves p in place; the mean of `flux_matching_loss` with a long horizon
+is (2/σ²) J. Over a family φ = Σ_k c_k φ_k the supremum has a closed form: J = gᵀ G⁻¹ g with g_k = E[L_f φ_k] and
+G_kl = E[∇φ_k·∇φ_l].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fluxkernels.checks import check_finite, check_positive, check_tensor, shape_of
+from fluxkernels.checks import (
+    can_check_values,
+    check_finite,
+    check_num_steps,
+    check_positive,
+    check_tensor,
+    shape_of,
+)
+from fluxkernels.devices import no_autocast
 from fluxmatching.fields import Field, call_field
 from fluxmatching.losses.options import check_not_half
 
@@ -38,31 +48,32 @@ class Gradients(NamedTuple):
     laplacians: Tensor
 
 
+@runtime_checkable
 class Features(Protocol):
     """A family of test functions."""
 
-    def gradients(self, x: Tensor) -> Gradients:
-        """Return gradients and Laplacians at points `[N, D]`."""
+    def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
+        """Return gradients and Laplacians at points x `[N, D]`; refs `[M, D]` are the data that set a center."""
 
 
 class LinearFeatures:
-    """The D coordinates: they see the mean of the field."""
+    """The D coordinates: their part of the loss is the squared mean of the field."""
 
-    def gradients(self, x: Tensor) -> Gradients:
+    def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
         N, D = x.shape
         owners = torch.arange(D, device=x.device)
         return Gradients(x.new_ones(N, D), torch.eye(D, dtype=x.dtype, device=x.device), owners, x.new_zeros(N, D))
 
 
 class QuadraticFeatures:
-    """The D (D + 1)/2 products of two coordinates about the mean of x: they see covariances.
+    """The D (D + 1)/2 products of two coordinates about their means, which show whether covariances change.
 
     For these and the linear ones alone `quadratic_flux_loss` is quicker in many dimensions.
     """
 
-    def gradients(self, x: Tensor) -> Gradients:
+    def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
         D = x.shape[1]
-        x = x - x.mean(0)
+        x = torch.where(_spread(refs) > 0, x - refs.mean(0), 0)  # a constant has no rounding
         i, j = torch.triu_indices(D, D, device=x.device)
         eye = torch.eye(D, dtype=x.dtype, device=x.device)
         owners = torch.arange(len(i), device=x.device)
@@ -76,14 +87,15 @@ class QuadraticFeatures:
 
 
 class CosineFeatures:
-    """Functions cos(w_k·x + b_k).
+    """Functions cos(w_k·(x - c) + b_k).
 
     Args:
         frequencies: w, `[K, D]`, in inverse units of x.
         phases: b, `[K]`.
+        center: c, `[D]`; None for the origin. Far from it float32 has few digits for the angle.
     """
 
-    def __init__(self, frequencies: Tensor, phases: Tensor) -> None:
+    def __init__(self, frequencies: Tensor, phases: Tensor, center: Tensor | None = None) -> None:
         name = "CosineFeatures"
         check_tensor(name, "frequencies", frequencies)
         check_tensor(name, "phases", phases, like=frequencies)
@@ -92,43 +104,70 @@ class CosineFeatures:
                 f"{name}: frequencies and phases must have shapes [K, D] and [K], got {shape_of(frequencies)} and "
                 f"{shape_of(phases)}"
             )
-        check_finite(name, frequencies=frequencies, phases=phases)
+        self.center = torch.zeros_like(frequencies[0]) if center is None else center
+        check_tensor(name, "center", self.center, like=frequencies)
+        if self.center.shape != frequencies.shape[1:]:
+            raise ValueError(f"{name}: center must have shape {shape_of(frequencies[0])}, got {shape_of(self.center)}")
+        check_finite(name, frequencies=frequencies, phases=phases, center=self.center)
         self.frequencies, self.phases = frequencies, phases
 
     @classmethod
     def draw(
-        cls, x: Tensor, count: int, *, variables: int | None = None, scale: float = 1.0, seed: int = 0
+        cls, x: Tensor, num_features: int, *, num_coordinates: int | None = None, scale: float = 1.0, seed: int = 0
     ) -> CosineFeatures:
         """Draw frequencies that suit data: normal, in inverse standard deviations of the coordinates of x.
 
         Args:
-            x: data, `[N, D]`.
-            count: number of functions.
-            variables: coordinates on which each function depends, chosen at random; None for all.
+            x: data, `[N, *event]`, N ≥ 2. Coordinates that are constant have frequency 0.
+            num_features: number of functions.
+            num_coordinates: coordinates on which each function depends, chosen at random; None for all.
             scale: standard deviation of the frequencies.
             seed: of the draws.
-        """
-        D = x.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        frequencies = scale * torch.randn(count, D, generator=generator, dtype=torch.float64)
-        if variables is not None:
-            order = torch.rand(count, D, generator=generator, dtype=torch.float64).argsort(1).argsort(1)
-            frequencies = frequencies * (order < variables)
-        phases = 2 * torch.pi * torch.rand(count, generator=generator, dtype=torch.float64)
-        return cls(frequencies.to(x) / x.std(0).clamp_min(torch.finfo(x.dtype).tiny), phases.to(x))
 
-    def gradients(self, x: Tensor) -> Gradients:
-        frequencies, phases = self.frequencies.to(x), self.phases.to(x)
+        Raises:
+            ValueError: no coordinate of x varies, or a number out of range.
+        """
+        name = "CosineFeatures.draw"
+        check_tensor(name, "x", x)
+        check_not_half(name, "x", x)
+        num_features, scale = check_num_steps(name, num_features, "num_features"), check_positive(name, "scale", scale)
+        if x.ndim < 2 or len(x) < 2:
+            raise ValueError(f"{name}: x must have shape [N, *event] with N at least 2, got {shape_of(x)}")
+        check_finite(name, x=x)
+        points = x.detach().flatten(1)
+        spread = _spread(points)
+        varying = (spread > 0).cpu()
+        if not varying.any():
+            raise ValueError(f"{name}: no coordinate of x varies")
+        shape = num_features, points.shape[1]
+        random = np.random.default_rng(seed)
+        frequencies = scale * torch.from_numpy(random.standard_normal(shape))
+        if num_coordinates is not None:
+            num_coordinates = check_num_steps(name, num_coordinates, "num_coordinates")
+            order = torch.where(varying, torch.from_numpy(random.random(shape)), 2.0).argsort(1).argsort(1)
+            frequencies = frequencies * (order < num_coordinates)
+        phases = torch.from_numpy(2 * np.pi * random.random(num_features))
+        frequencies = torch.where(spread > 0, frequencies.to(points) / torch.where(spread > 0, spread, 1), 0)
+        return cls(frequencies, phases.to(points), points.mean(0))
+
+    def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
+        frequencies, phases, center = (t.to(x) for t in (self.frequencies, self.phases, self.center))
         if frequencies.shape[1] != x.shape[1]:
             raise ValueError(f"CosineFeatures: frequencies have {frequencies.shape[1]} dimensions, points {x.shape[1]}")
-        angles = x @ frequencies.T + phases
+        angles = (x - center) @ frequencies.T + phases
         owners = torch.arange(len(frequencies), device=x.device)
         laplacians = -angles.cos() * frequencies.square().sum(1)
         return Gradients(-angles.sin(), frequencies, owners, laplacians)
 
 
 def dual_flux_loss(
-    field: Field, x: Tensor, features: Features | Sequence[Features], *, ridge: float = 0.01, halves: bool = True
+    field: Field,
+    x: Tensor,
+    features: Features | Sequence[Features],
+    *,
+    refs: Tensor | None = None,
+    ridge: float = 0.01,
+    halves: bool = True,
 ) -> Tensor:
     """Compute the dual flux loss of a field for data themselves, without noise, one number per sample.
 
@@ -136,14 +175,16 @@ def dual_flux_loss(
 
         J = gᵀ (G + ridge I)⁻¹ g',   g and g' the means of L over the first and the second half of x.
 
-    The noise of the two halves is independent, so for given G the expectation is that of infinitely many samples. The
-    loss is linear in the sampling of x and needs one evaluation of the field per sample, and no derivative of it. A
-    family of test functions sees only what it can see: the loss of a field that is wrong elsewhere is 0 too.
+    It needs one evaluation of the field per sample, and no derivative of it. Test functions show only what they depend
+    on: a field that is wrong elsewhere has loss 0 too. The noise of the two halves is independent if samples are in
+    random order. Then the mean over minibatches is J for given G; G from the minibatch itself adds to it unless there
+    are many more samples than test functions, which `refs` avoids.
 
     Args:
         field: f(x), x `[n, *event]`.
-        x: data of one distribution, `[N, *event]`, N ≥ 4; for odd N the last sample of a half has no partner.
+        x: data in random order, `[N, *event]`, N ≥ 4. For odd N the first half has one sample more.
         features: a family of test functions, such as `LinearFeatures()`, or several.
+        refs: more data, `[M, *event]`, from which G and centers come; default x.
         ridge: of the scaled G, > 0.
         halves: use two halves; else g' = g, whose mean is larger by the variance of g.
 
@@ -152,67 +193,83 @@ def dual_flux_loss(
         Differentiable in the parameters of the field; x and the features are constants.
 
     Raises:
-        ValueError: too few samples, or values that are not finite.
+        ValueError: too few samples, values that are not finite, or a ridge that is too small for G.
         TypeError: an argument of the wrong type.
     """
     function = "dual_flux_loss"
     points, ridge = _points(function, field, x, 4), check_positive(function, "ridge", ridge)
-    families = features if isinstance(features, Sequence) else [features]
+    others = points if refs is None else _points(function, field, check_tensor(function, "refs", refs, like=x), 1)
+    if others.shape[1] != points.shape[1]:
+        raise ValueError(f"{function}: refs must have the event shape of x, {shape_of(x)}, got {shape_of(others)}")
+    families = list(features) if isinstance(features, Sequence) else [features]
     if not families:
         raise ValueError(f"{function}: features must hold at least one family")
-    with torch.no_grad():
-        found = _joined([family.gradients(points) for family in families])
-        gram = _gram(found)
-        scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
-        scale = torch.where(gram.diagonal() > 0, scale, torch.zeros_like(scale))  # a constant sees nothing
-        gram = scale[:, None] * gram * scale + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        factor = torch.linalg.cholesky(gram)
-    values = call_field(field, x).flatten(1)
-    along = found.amplitudes * (values @ found.directions.T)
-    laplacians = found.laplacians
-    generated = scale * torch.zeros_like(laplacians).index_add(1, found.owners, along).add(laplacians)
-    parts = generated.chunk(2) if halves else (generated, generated)
-    first, second = (torch.cholesky_solve(part.mean(0)[:, None], factor)[:, 0] for part in parts)
-    if not halves:
-        return generated @ first
-    # Each sample with the other half's solution; weights make the mean that of both halves equally.
-    total = len(x) / 2
-    return torch.cat([parts[0] @ second * (total / len(parts[0])), parts[1] @ first * (total / len(parts[1]))])
+    for family in families:
+        if isinstance(family, type) or not isinstance(family, Features):
+            raise TypeError(f"{function}: features must be families of test functions, got {family!r}")
+    if not isinstance(halves, bool):
+        raise TypeError(f"{function}: halves must be True or False, got {halves!r}")
+    values = _values(function, field, x)
+    with no_autocast(x.device):
+        with torch.no_grad():
+            found = _concatenate([family.gradients(points, others) for family in families])
+            of_refs = found if refs is None else _concatenate([family.gradients(others, others) for family in families])
+            scale, factor = _factor(function, of_refs, ridge)
+        along = found.amplitudes * (values @ found.directions.T)
+        laplacians = found.laplacians
+        generated = scale * torch.zeros_like(laplacians).index_add(1, found.owners, along).add(laplacians)
+        if not halves:
+            return generated @ torch.cholesky_solve(generated.mean(0)[:, None], factor)[:, 0]
+        parts = generated.chunk(2)
+        first, second = (torch.cholesky_solve(part.mean(0)[:, None], factor)[:, 0] for part in parts)
+        # Each sample with the solution of the other half, so that both halves have the same weight in the mean.
+        weights = [len(x) / 2 / len(part) for part in parts]
+        return torch.cat([parts[0] @ second * weights[0], parts[1] @ first * weights[1]])
 
 
-def quadratic_flux_loss(field: Field, x: Tensor) -> Tensor:
-    """Compute the dual flux loss over all linear and quadratic test functions in closed form, one number.
+def quadratic_flux_loss(field: Field, x: Tensor, *, ridge: float = 0.0) -> Tensor:
+    """Compute the dual flux loss over all linear and quadratic test functions in closed form.
 
     With v the mean of f, C = E[f (x - μ)ᵀ], M = C + Cᵀ + 2I, and the covariance Σ = U diag(λ) Uᵀ,
 
         J = |v|² + ½ Σ_ij (Uᵀ M U)²_ij / (λ_i + λ_j).
 
-    For a linear field and normal data it is the whole flux loss. It costs D³, where `dual_flux_loss` with the same
-    functions costs D⁶.
+    For a linear field and normal data it is the projected Fisher divergence itself. It costs D³, where `dual_flux_loss`
+    with the same functions costs D⁶.
 
     Args:
         field: f(x), x `[n, *event]`.
-        x: data, `[N, *event]`, N ≥ 2.
+        x: data, `[N, *event]`, N > D, with a covariance of full rank; without that give a ridge.
+        ridge: added to the λ, in units of their mean.
 
     Returns:
-        `[]`, in inverse squared units of x; its mean over samples is larger by the variance of v and C. Differentiable
-        in the parameters of the field.
+        `[N]`, the same number for every sample, in inverse squared units of x. Its mean over minibatches is larger than
+        J by the variance of v and C. Differentiable in the parameters of the field; x is constant.
 
     Raises:
-        ValueError: too few samples, all in one place, or values that are not finite.
+        ValueError: too few samples, a singular covariance without a ridge, or values that are not finite.
+        TypeError: an argument of the wrong type.
     """
     function = "quadratic_flux_loss"
     points = _points(function, field, x, 2)
-    values = call_field(field, x).flatten(1)
-    with torch.no_grad():
-        centered = points - points.mean(0)
-        eigenvalues, vectors = torch.linalg.eigh(centered.T @ centered / len(points))
-        eigenvalues = eigenvalues.clamp_min(eigenvalues[-1] * len(eigenvalues) * torch.finfo(x.dtype).eps)
-        if not eigenvalues[-1] > 0:
-            raise ValueError(f"{function}: all samples of x coincide")
-    mixed = (values @ vectors).T @ (centered @ vectors) / len(points)
-    moved = mixed + mixed.T + 2 * torch.eye(len(mixed), dtype=x.dtype, device=x.device)
-    return values.mean(0).square().sum() + 0.5 * (moved.square() / (eigenvalues[:, None] + eigenvalues)).sum()
+    ridge = check_positive(function, "ridge", ridge) if ridge else 0.0
+    values = _values(function, field, x)
+    with no_autocast(x.device):
+        with torch.no_grad():
+            centered = torch.where(_spread(points) > 0, points - points.mean(0), 0)
+            eigenvalues, vectors = torch.linalg.eigh(centered.T @ centered / len(points))
+            eigenvalues = eigenvalues.clamp_min(0) + ridge * eigenvalues.mean()
+        rounding = len(eigenvalues) * torch.finfo(x.dtype).eps * eigenvalues[-1]
+        if can_check_values(eigenvalues) and not eigenvalues[0] > rounding:
+            raise ValueError(
+                f"{function}: the covariance of x, {shape_of(x)}, is singular; give more samples than dimensions, "
+                f"leave out constant coordinates, or give a ridge such as 0.01"
+            )
+        mean = values.mean(0)
+        mixed = ((values - mean.detach()) @ vectors).T @ (centered @ vectors) / len(points)
+        moved = mixed + mixed.T + 2 * torch.eye(len(mixed), dtype=x.dtype, device=x.device)
+        loss = mean.square().sum() + 0.5 * (moved.square() / (eigenvalues[:, None] + eigenvalues)).sum()
+    return loss.expand(len(x))
 
 
 def _points(function: str, field: Field, x: Tensor, least: int) -> Tensor:
@@ -227,7 +284,20 @@ def _points(function: str, field: Field, x: Tensor, least: int) -> Tensor:
     return x.detach().flatten(1)
 
 
-def _joined(found: list[Gradients]) -> Gradients:
+def _values(function: str, field: Field, x: Tensor) -> Tensor:
+    """Return the field at the samples, `[N, D]`, whatever it does with its input."""
+    values = call_field(field, x.detach().clone()).flatten(1)
+    check_finite(function, field=values)
+    return values
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Return the standard deviation of each coordinate, 0 where it is only rounding of a constant."""
+    spread = x.std(0, unbiased=False)
+    return torch.where(spread > 8 * torch.finfo(x.dtype).eps * x.abs().amax(0), spread, 0)
+
+
+def _concatenate(found: list[Gradients]) -> Gradients:
     """Return the gradients of several families as those of one."""
     owners, first = [], 0
     for family in found:
@@ -241,10 +311,17 @@ def _joined(found: list[Gradients]) -> Gradients:
     )
 
 
-def _gram(found: Gradients) -> Tensor:
-    """Return the mean of ∇φ_k·∇φ_l over the samples, `[K, K]`."""
+def _factor(function: str, found: Gradients, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return (the scale of each test function, the Cholesky factor of the scaled G with its ridge)."""
     amplitudes, directions, owners, laplacians = found
     terms = (amplitudes.T @ amplitudes / len(amplitudes)) * (directions @ directions.T)
     K = laplacians.shape[1]
-    rows = terms.new_zeros(K, terms.shape[1]).index_add(0, owners, terms)
-    return rows.new_zeros(K, K).index_add(1, owners, rows)
+    gram = terms.new_zeros(K, len(owners)).index_add(0, owners, terms)
+    gram = gram.new_zeros(K, K).index_add(1, owners, gram)
+    diagonal = gram.diagonal()
+    scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt(), 0)  # 0: no gradient
+    gram = scale[:, None] * gram * scale + ridge * torch.eye(K, dtype=gram.dtype, device=gram.device)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if can_check_values(failed) and failed:
+        raise ValueError(f"{function}: ridge {ridge} is too small for the rounding of G; give a larger one")
+    return scale, factor

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fluxmatching.flows.labels import check_labels
+
 
 class Samples(Protocol):
     """Data other than a tensor: a number of samples, and access to samples by indices `[n]` on the CPU.
@@ -29,6 +31,7 @@ class Minibatches:
         rank, processes: this process, and their number.
         seed: determines the order, a new one per epoch.
         device: where minibatches go.
+        num_classes: if given, labels must lie in [0, num_classes); on a GPU they are not read.
 
     Attributes:
         labeled: whether the samples have labels.
@@ -39,7 +42,14 @@ class Minibatches:
     """
 
     def __init__(
-        self, data: Tensor | Samples, batch_size: int, rank: int, processes: int, seed: int, device: torch.device
+        self,
+        data: Tensor | Samples,
+        batch_size: int,
+        rank: int,
+        processes: int,
+        seed: int,
+        device: torch.device,
+        num_classes: int | None = None,
     ) -> None:
         self.labeled = _check_data(data)
         if len(data) < batch_size * processes:
@@ -48,6 +58,7 @@ class Minibatches:
                 f"{f' over {processes} processes' if processes > 1 else ''}, got {batch_size}"
             )
         self.data, self.rank, self.processes, self.seed, self.device = data, rank, processes, seed, device
+        self.num_classes = num_classes
         self.size = batch_size * processes
         self.per_epoch = len(data) // self.size
 
@@ -60,6 +71,8 @@ class Minibatches:
         )
         indices = order[first : first + self.size].tensor_split(self.processes)[self.rank]
         x, labels = _check_samples(self.data[indices], self.data, len(indices))
+        if labels is not None and self.num_classes is not None:  # before they go to a GPU, where nothing is read
+            check_labels("Trainer", labels, self.num_classes, x)
         return self._on_device(x), None if labels is None else self._on_device(labels)
 
     def _on_device(self, x: Tensor) -> Tensor:
@@ -104,7 +117,7 @@ def _check_samples(found: Any, data: object, count: int) -> tuple[Tensor, Tensor
         if not isinstance(part, Tensor):
             raise TypeError(
                 f"Trainer: data must be a tensor, or return one or (samples, labels) for a tensor of indices; got "
-                f"{type(part).__name__} from {type(data).__name__}"
+                f"{_described(part)} from {type(data).__name__}"
             )
         if not part.ndim or len(part) != count:
             raise ValueError(
@@ -112,6 +125,11 @@ def _check_samples(found: Any, data: object, count: int) -> tuple[Tensor, Tensor
                 f"{list(part.shape)} for {count} indices"
             )
     return parts[0], parts[1] if len(parts) == 2 else None
+
+
+def _described(found: object) -> str:
+    name = type(found).__name__
+    return f"{name} of {len(found)}" if isinstance(found, (tuple, list)) else name
 
 
 @lru_cache(maxsize=1)

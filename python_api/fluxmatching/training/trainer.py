@@ -106,8 +106,9 @@ class Trainer:
         self.fabric = make_fabric(options, loggers)
         self.rank, self.processes = self.fabric.global_rank, self.fabric.world_size
         self.minibatches = Minibatches(
-            data, options.batch_size, self.rank, self.processes, options.seed, self.fabric.device
-        )
+            data, options.batch_size, self.rank, self.processes, options.seed, self.fabric.device,
+            getattr(self.loss, "num_classes", None),
+        )  # fmt: skip
         if self.minibatches.labeled:
             check_takes_labels(self.loss)
         if self.processes > 1:
