@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fluxmatching.velocity.fit import check_arguments, write_shared_flow
-from fluxmatching.velocity.graph import averaging
 from fluxmatching.velocity.layers import AveragedLayer, Layer, PermutedLayer, gene_blocks
 from fluxmatching.velocity.moments import Sources, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions
@@ -44,11 +43,10 @@ def control_without_unspliced(
     options = SharedFlowOptions() if options is None else options
     sources = read_sources("control_without_unspliced", adata, options, ukey, xkey)
     genes = statistics_of(sources)
-    mean = averaging(sources.graph)
     cells, count = sources.spliced.shape
     velocity = np.full((cells, count), np.nan, dtype=np.float32)
     for chosen in gene_blocks(cells, np.flatnonzero(genes.usable)):
-        smoothed = mean @ sources.spliced.genes(chosen)
+        smoothed = sources.mean @ sources.spliced.genes(chosen)
         velocity[:, chosen] = genes.ratio[chosen] * (smoothed.mean(0) - smoothed)
     adata.layers[vkey] = velocity
     adata.var[f"{vkey}_genes"] = genes.velocity_genes
@@ -84,7 +82,7 @@ def control_with_permuted_unspliced(
 def permuted(sources: Sources, seed: int) -> Sources:
     """Return sources whose unspliced counts are permuted among the cells, and averaged again."""
     counts = PermutedLayer(sources.counts, seed)
-    unspliced = AveragedLayer(counts, sources.sizes, averaging(sources.graph))
+    unspliced = AveragedLayer(counts, sources.sizes, sources.mean)
     return dataclasses.replace(sources, unspliced=unspliced, counts=counts, missing={})
 
 
