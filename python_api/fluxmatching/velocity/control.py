@@ -9,7 +9,6 @@ import numpy as np
 
 from fluxmatching.velocity.fit import check_arguments, write_shared_flow
 from fluxmatching.velocity.genes import GeneStatistics
-from fluxmatching.velocity.graph import averaging
 from fluxmatching.velocity.layers import AveragedLayer, Layer, PermutedLayer, gene_blocks
 from fluxmatching.velocity.moments import Sources, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions
@@ -87,7 +86,7 @@ def control_with_permuted_unspliced(
 def permuted(sources: Sources, seed: int) -> Sources:
     """Return sources whose unspliced counts are permuted among the cells, and averaged again."""
     counts = PermutedLayer(sources.counts, seed)
-    unspliced = AveragedLayer(counts, sources.sizes, averaging(sources.graph))
+    unspliced = AveragedLayer(counts, sources.sizes, sources.mean)
     return dataclasses.replace(sources, unspliced=unspliced, counts=counts, missing={})
 
 

@@ -105,15 +105,16 @@ class AveragedLayer:
     """
 
     def __init__(self, counts: Columns, sizes: np.ndarray, mean: sparse.csr_array) -> None:
-        self.counts = counts
-        self.mean = sparse.csr_array(mean.multiply(sizes[None, :]))
+        self.counts, self.sizes, self.mean = counts, sizes, mean
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.counts.shape
 
     def genes(self, chosen: np.ndarray) -> np.ndarray:
-        return np.asarray(self.mean @ self.counts.genes(chosen))
+        values = self.counts.genes(chosen)
+        values *= self.sizes[:, None]
+        return np.asarray(self.mean @ values)
 
 
 class PermutedLayer:

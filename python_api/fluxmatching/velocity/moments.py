@@ -35,10 +35,10 @@ def moments(
         ValueError, TypeError: a layer or the graph is not what it should be.
     """
     function = "moments"
-    graph = find_graph(function, adata, "connectivities", neighbors)
+    mean = averaging(find_graph(function, adata, "connectivities", neighbors))
     for key, name in (("Mu", counts), ("Ms", spliced_counts)):
         layer = read_layer(function, adata, name)
-        adata.layers[key] = dense(averaged(layer, graph))
+        adata.layers[key] = dense(AveragedLayer(layer, size_factors(layer), mean))
 
 
 def read_layer(function: str, adata: AnnData, name: str) -> Layer:
@@ -53,11 +53,6 @@ def read_layer(function: str, adata: AnnData, name: str) -> Layer:
             f"spliced molecules come from a program such as velocyto, alevin-fry, kallisto or STARsolo"
         )
     return Layer(in_memory(function, f"layers[{name!r}]", adata.layers[name]))
-
-
-def averaged(layer: Layer, graph: sparse.csr_array) -> AveragedLayer:
-    """Return moments of counts, which are computed in blocks when they are needed."""
-    return AveragedLayer(layer, size_factors(layer), averaging(graph))
 
 
 def dense(columns: Columns) -> np.ndarray:
@@ -91,6 +86,7 @@ class Sources:
         counts: unspliced counts, not averaged.
         sizes: factor of each cell for the counts, `[cells]`.
         graph: zeros and ones, from `neighbor_graph`.
+        mean: matrix of means over neighbors and the cell itself.
         missing: the moments that annotated data lacked, by name of their layer.
     """
 
@@ -99,6 +95,7 @@ class Sources:
     counts: Columns
     sizes: np.ndarray
     graph: sparse.csr_array
+    mean: sparse.csr_array
     missing: dict[str, Columns] = field(default_factory=dict)
 
 
@@ -110,6 +107,7 @@ def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey
         ValueError, TypeError: one of them is not what it should be.
     """
     graph = find_graph(function, adata, "connectivities", options.neighbors)
+    mean = averaging(graph)
     counts = read_layer(function, adata, options.counts)
     found: dict[str, Columns] = {}
     missing: dict[str, Columns] = {}
@@ -118,5 +116,5 @@ def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey
             found[key] = Layer(in_memory(function, f"layers[{key!r}]", adata.layers[key]))
         else:
             layer = counts if name == options.counts else read_layer(function, adata, name)
-            found[key] = missing[key] = averaged(layer, graph)
-    return Sources(found[ukey], found[xkey], counts, size_factors(counts), graph, missing)
+            found[key] = missing[key] = AveragedLayer(layer, size_factors(layer), mean)
+    return Sources(found[ukey], found[xkey], counts, size_factors(counts), graph, mean, missing)

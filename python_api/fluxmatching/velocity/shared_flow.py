@@ -88,7 +88,9 @@ def fit_shared_flow(
                 f"{function}: {name} must be of the shape of spliced, {layers[1].shape}, got {layer.shape}"
             )
     graph = neighbor_graph(function, neighbors, layers[1].shape[0])
-    return fit_sources(Sources(layers[0], layers[1], layers[2], size_factors(layers[2]), graph), options)
+    u, s, raw = layers
+    sources = Sources(u, s, raw, size_factors(raw), graph, averaging(graph))
+    return fit_sources(sources, options)
 
 
 def fit_sources(sources: Sources, options: SharedFlowOptions) -> SharedFlow:
@@ -121,7 +123,7 @@ def state_of(sources: Sources, options: SharedFlowOptions) -> CellState:
     """Return the state of all cells."""
     if (cells := sources.spliced.shape[0]) < 3:
         raise ValueError(f"flux_velocity: at least three cells are needed, got {cells}")
-    return cell_state(sources.spliced, averaging(sources.graph), options.dimensions, options.ridge)
+    return cell_state(sources.spliced, sources.mean, options.dimensions, options.ridge)
 
 
 class Terms(NamedTuple):
