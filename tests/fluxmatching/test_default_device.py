@@ -197,6 +197,7 @@ def flow_of_classes(**given: Any) -> Tensor:
     return conditional_flow_matching_loss(labeled, X, STABLE, labels=LABELS, refs=[X[:3], X[3:]], **given)
 
 
+TIMES = torch.tensor([0.3, 0.6])
 LOSSES: dict[str, Call] = {
     **{
         f"flux {method} {divergence}": flux(second_derivatives=method, divergence=divergence)
@@ -223,7 +224,7 @@ LOSSES: dict[str, Call] = {
     "flow of classes, of a seed": with_gradient(partial(flow_of_classes, seed=3), NET),
     "v-flux": with_gradient(lambda: v_flux_loss(NET, X, 0.5), NET),
     "v-flux of a seed and two times": with_gradient(
-        lambda: v_flux_loss(NET, X, torch.tensor([0.3, 0.6]), options=FluxOptions(strata=2), seed=3), NET
+        lambda: v_flux_loss(NET, X, TIMES, options=FluxOptions(strata=2), seed=3), NET
     ),
     "augmentation": with_gradient(lambda: augmentation_loss(NET, X, 0.5), NET),
 }
