@@ -12,13 +12,16 @@ from fluxmatching.velocity import (
     VelocityEvidence,
     control_with_permuted_unspliced,
     control_without_unspliced,
+    evidence,
     fit_shared_flow,
     flux_velocity,
     moments,
     velocity_evidence,
 )
+from fluxmatching.velocity.control import permuted
 from fluxmatching.velocity.evidence import partial_correlations
-from fluxmatching.velocity.layers import Layer, PermutedLayer
+from fluxmatching.velocity.graph import averaging
+from fluxmatching.velocity.layers import AveragedLayer, Layer, PermutedLayer, ScaledLayer
 from fluxmatching.velocity.moments import read_sources
 from fluxmatching.velocity.shared_flow import FlowFit, state_of, statistics_of
 from tests.support.velocity import annotated, mean_matrix, moments_of, nearest
@@ -131,15 +134,35 @@ def test_control_with_permuted_unspliced_is_the_fit_to_permuted_counts() -> None
     before = set(made.layers)
     control_with_permuted_unspliced(made, seed=4, vkey="shuffled")
     assert set(made.layers) == before | {"shuffled"}
-    layer = PermutedLayer(Layer(made.layers["unspliced"]), 4)
-    counts = layer.genes(np.arange(20))
-    totals = made.layers["unspliced"].sum(1, keepdims=True)  # sizes are the cells' own
+    totals = made.layers["unspliced"].sum(1, dtype=float)
+    sizes = np.median(totals) / totals
+    scaled = PermutedLayer(ScaledLayer(Layer(made.layers["unspliced"]), sizes), 4).genes(np.arange(20))
     mean = mean_matrix(made.obsp["connectivities"])
-    # Whole numbers would be scaled to their own totals.
-    scaled = counts * np.median(totals) / totals
     fit = fit_shared_flow(mean @ scaled, made.layers["Ms"], made.obsp["connectivities"], scaled)
     np.testing.assert_allclose(made.layers["shuffled"], fit.velocity, rtol=1e-3, atol=1e-3 * np.abs(fit.velocity).max())
     assert not np.allclose(made.layers["shuffled"], made.layers["velocity"], rtol=0.1)
+
+
+def test_permuted_counts_do_not_follow_the_totals_of_the_cells() -> None:
+    """Of cells of very different depth: permuted raw counts would all carry the factor of the cell they came to."""
+    made = annotated(cells=300, genes=60)
+    depth = np.random.default_rng(1).lognormal(0, 0.7, (300, 1))
+    made.layers["unspliced"] = np.random.default_rng(2).poisson(made.layers["unspliced"] * depth).astype(np.float32)
+    sources = read_sources("f", made, SharedFlowOptions(), "Mu", "Ms")
+    received = averaging(sources.graph) @ sources.sizes
+    totals = [permuted(sources, seed).unspliced.genes(np.arange(60)).sum(1) for seed in range(20)]
+    assert abs(np.mean([np.corrcoef(total, received)[0, 1] for total in totals])) < 0.2
+    raw = AveragedLayer(PermutedLayer(sources.counts, 0), sources.sizes, sources.mean).genes(np.arange(60)).sum(1)
+    assert np.corrcoef(raw, received)[0, 1] > 0.8
+
+
+def test_nan_among_permutations_is_no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = iter([0.5, *[np.nan] * 20])
+    monkeypatch.setattr(evidence, "partial_correlations", lambda *_: np.full(30, next(fits)) + np.arange(30) * 1e-3)
+    with pytest.raises(ValueError, match="at least two genes must vary"):
+        velocity_evidence(annotated(cells=60, genes=30), progress=False)
+    fits = iter([0.5, 0.1, *[np.nan] * 19])
+    assert velocity_evidence(annotated(cells=60, genes=30), progress=False).p_value == 1
 
 
 def test_too_few_permutations() -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import sparse
 
 from fluxmatching import FluxOptions, TruncatedExponentialHorizon, flux_matching_loss
-from fluxmatching.velocity import SharedFlowOptions, VelocityOptions, fit_shared_flow, flux_velocity
+from fluxmatching.velocity import (
+    SharedFlowOptions,
+    VelocityOptions,
+    control_without_unspliced,
+    fit_shared_flow,
+    flux_velocity,
+)
 from fluxmatching.velocity.graph import averaging, neighbor_graph
 from fluxmatching.velocity.state import tangent
 from tests.support.velocity import annotated, cosine, mean_matrix, moments_of, nearest
@@ -169,3 +177,48 @@ def test_the_tangent_keeps_what_lies_along_the_cells() -> None:
     mean = averaging(neighbor_graph("f", nearest(position, 6), 50))
     found = tangent(position, mean, ridge=0.1)
     np.testing.assert_allclose(found, np.broadcast_to(np.diag([1 / 1.1, 0, 0]), (50, 3, 3)), atol=1e-6)
+
+
+def test_cells_without_neighbors_take_no_part() -> None:
+    """Most of the cells are isolated: rates and agreements are those of a fit to the others alone."""
+    made = annotated(cells=120, genes=30)
+    graph = made.obsp["connectivities"].tolil()
+    graph[40:], graph[:, 40:] = 0, 0
+    made.obsp["connectivities"] = graph.tocsr()
+    flux_velocity(made)
+    assert np.isfinite(made.var["velocity_rate"]).all()
+    assert np.isfinite(made.var["velocity_agreement"]).all()
+    assert (made.layers["velocity"][40:] == 0).all()
+    assert (made.layers["velocity"][:40] != 0).any(1).all()
+
+
+def test_results_of_an_earlier_fit_do_not_stay() -> None:
+    made = annotated(cells=60, genes=30)
+    for name in ("velocity_u", "velocity_alpha"):
+        made.layers[name] = np.zeros(made.shape)
+    flux_velocity(made)
+    assert not {"velocity_u", "velocity_alpha"} & set(made.layers)
+    assert "velocity_spread" in made.obs
+    flux_velocity(made, options=SharedFlowOptions(bootstraps=0))
+    assert "velocity_spread" not in made.obs
+    control_without_unspliced(made, vkey="velocity")
+    assert not {"velocity_gamma", "velocity_rate"} & set(made.var)
+    assert "velocity_flow" not in made.obsm
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"vkey": "nascent", "options": SharedFlowOptions(counts="nascent")}, ValueError, "would overwrite the layer"),
+        ({"ukey": "Muu"}, KeyError, "adata.layers has no 'Muu'"),
+        ({"options": SharedFlowOptions(neighbors="pca")}, KeyError, "describes no graph"),
+    ],
+)
+def test_names_that_do_not_fit(arguments: dict[str, Any], error: type[Exception], text: str) -> None:
+    made = annotated(cells=60, genes=30)
+    made.layers["nascent"] = made.layers["unspliced"].copy()
+    made.uns["pca"] = {"params": {}}
+    before = made.layers["nascent"].copy()
+    with pytest.raises(error, match=text):
+        flux_velocity(made, **arguments)
+    np.testing.assert_array_equal(made.layers["nascent"], before)

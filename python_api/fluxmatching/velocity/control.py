@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluxmatching.velocity.fit import check_arguments, write_shared_flow
+from fluxmatching.velocity.fit import check_arguments, delete_results, write_shared_flow
 from fluxmatching.velocity.genes import GeneStatistics
-from fluxmatching.velocity.layers import AveragedLayer, Layer, PermutedLayer, gene_blocks
+from fluxmatching.velocity.layers import AveragedLayer, Columns, Layer, PermutedLayer, ScaledLayer, gene_blocks
 from fluxmatching.velocity.moments import Sources, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions
 from fluxmatching.velocity.shared_flow import FlowFit, fit_sources, state_of, statistics_of
@@ -42,8 +42,8 @@ def control_without_unspliced(
     Raises:
         KeyError, ValueError, TypeError: as `flux_velocity`.
     """
-    check_arguments(adata, (vkey, ukey, xkey), copy=False)
     options = SharedFlowOptions() if options is None else options
+    check_arguments(adata, (vkey, ukey, xkey), False, options)
     sources = read_sources("control_without_unspliced", adata, options, ukey, xkey)
     genes, state = statistics_of(sources), state_of(sources, options)
     flow = relaxing_fit(state, sources, genes, options).flow()
@@ -52,6 +52,7 @@ def control_without_unspliced(
     for chosen in gene_blocks(cells, np.flatnonzero(state.finite)):
         smoothed = state.smoothed[:, chosen].astype(np.float64)
         velocity[:, chosen] = (flow @ state.directions[:, chosen]) * (1 + smoothed)
+    delete_results(adata, vkey)
     adata.layers[vkey] = velocity
     adata.var[f"{vkey}_genes"] = genes.velocity_genes
     adata.uns[f"{vkey}_params"] = {"mode": "control", "method": "without_unspliced", "ukey": ukey, "xkey": xkey}
@@ -76,18 +77,26 @@ def control_with_permuted_unspliced(
     Raises:
         KeyError, ValueError, TypeError: as `flux_velocity`.
     """
-    check_arguments(adata, (vkey, "Mu", xkey), copy=False)
     options = SharedFlowOptions() if options is None else options
+    check_arguments(adata, (vkey, "Mu", xkey), False, options)
     sources = read_sources("control_with_permuted_unspliced", adata, options, "Mu", xkey)
     write_shared_flow(adata, vkey, fit_sources(permuted(sources, seed), options), None)
     adata.uns[f"{vkey}_params"] = {"mode": "control", "method": "permuted_unspliced", "xkey": xkey, "seed": seed}
 
 
 def permuted(sources: Sources, seed: int) -> Sources:
-    """Return sources whose unspliced counts are permuted among the cells, and averaged again."""
-    counts = PermutedLayer(sources.counts, seed)
-    unspliced = AveragedLayer(counts, sources.sizes, sources.mean)
-    return dataclasses.replace(sources, unspliced=unspliced, counts=counts, missing={})
+    """Return sources whose unspliced counts are permuted among the cells, and averaged again.
+
+    Counts are scaled before: permuted raw counts would follow the total of the cell that receives them.
+    """
+    return averaged_again(sources, PermutedLayer(ScaledLayer(sources.counts, sources.sizes), seed))
+
+
+def averaged_again(sources: Sources, counts: Columns) -> Sources:
+    """Return sources with other unspliced counts, which are scaled already, and their means over neighbors."""
+    sizes = np.ones(len(sources.sizes))
+    unspliced = AveragedLayer(counts, sizes, sources.mean)
+    return dataclasses.replace(sources, unspliced=unspliced, counts=counts, sizes=sizes, missing={})
 
 
 def relaxing_fit(state: CellState, sources: Sources, genes: GeneStatistics, options: SharedFlowOptions) -> FlowFit:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from fluxmatching.velocity.control import permuted, relaxing_fit
+from fluxmatching.velocity.control import averaged_again, permuted, relaxing_fit
 from fluxmatching.velocity.genes import GeneStatistics
+from fluxmatching.velocity.layers import ScaledLayer
 from fluxmatching.velocity.moments import Sources, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions
 from fluxmatching.velocity.shared_flow import FlowFit, state_of, statistics_of
@@ -85,7 +86,6 @@ def velocity_evidence(
     *,
     permutations: int = 19,
     options: SharedFlowOptions | None = None,
-    ukey: str = "Mu",
     xkey: str = "Ms",
     progress: bool = True,
 ) -> VelocityEvidence:
@@ -101,10 +101,10 @@ def velocity_evidence(
     - the flow of the spliced counts alone (each gene relaxes to its mean), which must predict unspliced counts worse.
 
     The test cannot see whether the kinetic model is right: rates of splicing that differ between cell types also make
-    genes agree.
+    genes agree. Means of unspliced counts over neighbors are computed anew, for real and for permuted counts alike.
 
     Args:
-        adata, options, ukey, xkey: as in `flux_velocity`.
+        adata, options, xkey: as in `flux_velocity`.
         permutations: number of fits to permuted counts, at least 19: the smallest p-value is 1/(1 + permutations).
         progress: whether to show a bar.
 
@@ -118,7 +118,8 @@ def velocity_evidence(
             f"give p ≤ {SIGNIFICANT:g}"
         )
     options = SharedFlowOptions() if options is None else options
-    sources = read_sources(function, adata, options, ukey, xkey)
+    sources = read_sources(function, adata, options, "Mu", xkey)
+    sources = averaged_again(sources, ScaledLayer(sources.counts, sources.sizes))  # as permuted ones are
     genes, state = statistics_of(sources), state_of(sources, options)
     fit = _fitted(state, sources, genes, options)
     by_gene = partial_correlations(fit, fit)
@@ -134,13 +135,15 @@ def velocity_evidence(
         found.append(float(np.nanmean(partial_correlations(other, other))))
     statistic = float(np.nanmean(by_gene))
     gain = (by_gene - control_by_gene)[np.isfinite(by_gene) & np.isfinite(control_by_gene)]
+    if len(gain) < 2:
+        raise ValueError(f"{function}: at least two genes must vary given their spliced counts, got {len(gain)}")
     return VelocityEvidence(
         statistic=statistic,
         control=float(np.nanmean(control_by_gene)),
         gain=float(gain.mean()),
-        gain_error=float(gain.std() / np.sqrt(len(gain))),
+        gain_error=float(gain.std(ddof=1) / np.sqrt(len(gain))),
         permuted=tuple(found),
-        p_value=(1 + sum(value >= statistic for value in found)) / (1 + permutations),
+        p_value=(1 + sum(not value < statistic for value in found)) / (1 + permutations),  # NaN counts as larger
         genes=len(gain),
     )
 

@@ -50,7 +50,8 @@ def flux_velocity(
 
     The function writes, after the fit has succeeded:
 
-        layers[vkey]                 ds/dt of every cell and gene; NaN in genes that were left out
+        layers[vkey]                 ds/dt of every cell and gene; NaN in genes that were left out; 0 in cells without
+                                     neighbors
         var[vkey + "_gamma"]         γ; with "shared_flow" in units of β, as scVelo's steady-state modes have it
         var[vkey + "_beta"]          β; with "shared_flow" 1
         var[vkey + "_genes"]         whether the gene is for later steps
@@ -94,6 +95,7 @@ def flux_velocity(
         _check_moments(adata, ukey, xkey)
         fit = fit_per_gene(adata, settings, ukey, xkey)
         result = adata.copy() if copy else adata
+        delete_results(result, vkey)
         for suffix, values in fit.layers.items():
             result.layers[f"{vkey}{suffix}"] = values
         for name, values in fit.genes.items():
@@ -101,7 +103,7 @@ def flux_velocity(
         used = fit.used
     else:
         settings = _shared_flow_options(preset, options)
-        check_arguments(adata, (vkey, ukey, xkey), copy)
+        check_arguments(adata, (vkey, ukey, xkey), copy, settings)
         sources = read_sources(FUNCTION, adata, settings, ukey, xkey)
         shared = fit_sources(sources, settings)
         result = adata.copy() if copy else adata
@@ -109,6 +111,20 @@ def flux_velocity(
         used = {name: value for name, value in asdict(settings).items() if value is not None}
     result.uns[f"{vkey}_params"] = {"mode": "flux", "method": method, "ukey": ukey, "xkey": xkey, **used}
     return result if copy else None
+
+
+def delete_results(result: AnnData, vkey: str) -> None:
+    """Delete what an earlier fit of either method has written under a name: none of it belongs to the new one."""
+    for mapping, suffixes in (
+        (result.layers, ("", "_u", "_alpha")),
+        (result.var, ("_gamma", "_beta", "_genes", "_rate", "_agreement", "_fitted", "_a", "_b", "_c", "_scale")),
+        (result.obs, ("_spread",)),
+        (result.obsm, ("_flow",)),
+        (result.varm, ("_flow",)),
+    ):
+        for suffix in suffixes:
+            if f"{vkey}{suffix}" in mapping:
+                del mapping[f"{vkey}{suffix}"]
 
 
 def write_shared_flow(result: AnnData, vkey: str, fit: SharedFlow, sources: Sources | None) -> None:
@@ -121,6 +137,7 @@ def write_shared_flow(result: AnnData, vkey: str, fit: SharedFlow, sources: Sour
             f"they are left out, and their velocity is NaN",
             stacklevel=3,
         )
+    delete_results(result, vkey)
     result.layers[vkey] = fit.velocity
     result.obsm["X_flow"], result.obsm[f"{vkey}_flow"] = fit.position, fit.flow
     result.varm[f"{vkey}_flow"] = np.ascontiguousarray(fit.directions.T)
@@ -155,13 +172,16 @@ def _shared_flow_options(preset: str | None, options: Any) -> SharedFlowOptions:
     return options
 
 
-def check_arguments(adata: AnnData, keys: tuple[str, str, str], copy: bool) -> None:
+def check_arguments(
+    adata: AnnData, keys: tuple[str, str, str], copy: bool, options: SharedFlowOptions | None = None
+) -> None:
     """Check the arguments that all methods share; `keys` are vkey, ukey and xkey."""
     vkey, ukey, xkey = keys
     for name, value in (("vkey", vkey), ("ukey", ukey), ("xkey", xkey)):
         if not isinstance(value, str) or not value:
             raise TypeError(f"flux_velocity: {name} must be a non-empty string, got {value!r}")
     kept = {ukey, xkey, "Mu", "Ms", "unspliced", "spliced"}
+    kept |= set() if options is None else {options.counts, options.spliced_counts}
     if overwritten := kept.intersection((vkey, f"{vkey}_u", f"{vkey}_alpha")):
         raise ValueError(f"flux_velocity: vkey {vkey!r} would overwrite the layer {overwritten.pop()!r}")
     if adata.n_obs < 2:

@@ -69,7 +69,10 @@ def find_graph(function: str, adata: AnnData, kind: str, key: str | None = None)
     name = kind
     if key is None or key in adata.uns:
         described = adata.uns.get("neighbors" if key is None else key, {})
-        name = str(described.get(f"{kind}_key", kind)) if hasattr(described, "get") else kind
+        described = described if hasattr(described, "get") else {}
+        if key is not None and f"{kind}_key" not in described:
+            raise KeyError(f"{function}: adata.uns[{key!r}] describes no graph: it has no {kind}_key")
+        name = str(described.get(f"{kind}_key", kind))
     else:
         name = key
     if name not in adata.obsp:

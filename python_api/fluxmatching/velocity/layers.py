@@ -91,8 +91,31 @@ class Layer:
         return np.asarray(part.toarray() if sparse.issparse(part) else part, dtype=np.float64)
 
     def totals(self) -> np.ndarray:
-        """Return the sum over genes of each cell, `[cells]`."""
-        return np.asarray(self.values.sum(1, dtype=np.float64)).ravel()
+        """Return the sum over genes of each cell's finite values, `[cells]`."""
+        total = np.asarray(self.values.sum(1, dtype=np.float64)).ravel()
+        for cell in np.flatnonzero(~np.isfinite(total)):
+            own = self.cells(slice(cell, cell + 1))
+            total[cell] = own[np.isfinite(own)].sum()
+        return total
+
+
+class ScaledLayer:
+    """Layer whose cells are scaled.
+
+    Args:
+        layer: values.
+        sizes: factor of each cell, `[cells]`.
+    """
+
+    def __init__(self, layer: Columns, sizes: np.ndarray) -> None:
+        self.layer, self.sizes = layer, sizes
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.shape
+
+    def genes(self, chosen: np.ndarray) -> np.ndarray:
+        return self.layer.genes(chosen) * self.sizes[:, None]
 
 
 class AveragedLayer:

@@ -36,8 +36,8 @@ def moments(
     """
     function = "moments"
     mean = averaging(find_graph(function, adata, "connectivities", neighbors))
-    for key, name in (("Mu", counts), ("Ms", spliced_counts)):
-        layer = read_layer(function, adata, name)
+    found = [(key, read_layer(function, adata, name)) for key, name in (("Mu", counts), ("Ms", spliced_counts))]
+    for key, layer in found:
         adata.layers[key] = dense(AveragedLayer(layer, size_factors(layer), mean))
 
 
@@ -111,9 +111,11 @@ def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey
     counts = read_layer(function, adata, options.counts)
     found: dict[str, Columns] = {}
     missing: dict[str, Columns] = {}
-    for key, name in ((ukey, options.counts), (xkey, options.spliced_counts)):
+    for key, name, default in ((ukey, options.counts, "Mu"), (xkey, options.spliced_counts, "Ms")):
         if key in adata.layers:
             found[key] = Layer(in_memory(function, f"layers[{key!r}]", adata.layers[key]))
+        elif key != default:
+            raise KeyError(f"{function}: adata.layers has no {key!r} (it has {sorted(adata.layers)})")
         else:
             layer = counts if name == options.counts else read_layer(function, adata, name)
             found[key] = missing[key] = AveragedLayer(layer, size_factors(layer), mean)

@@ -7,9 +7,10 @@ kinetics of the genes give a velocity
 
 which counting noise and genes with other kinetics disturb. A field F that leaves the density of the cells in place has
 no part across them: for a locally Gaussian density with covariance C, the flux loss of a constant field up to horizon T
-is Fᵀ(I - exp(-T/C))F. With an exponential horizon it is Fᵀ(I + κC)⁻¹F, and the minimizer of |F - k|² plus a multiple of
-it has a closed form in each cell. Here F = C (C + ε tr C I)⁻¹ k, averaged over neighbors. Then r and g of each gene are
-regressed on F, without the genes of its own fold in F, and F is computed again.
+is Fᵀ(I - exp(-T/C))F. With an exponential horizon of rate κ it is Fᵀ(I + κC)⁻¹F, and |F - k|² + λ Fᵀ(I + κC)⁻¹F has the
+minimizer (I + κC)((1 + λ)I + κC)⁻¹ k. Here F = C (C + ε tr C I)⁻¹ k, its limit for κ and λ → ∞ with λ/κ = ε tr C; then
+it is averaged over neighbors. After that r and g of each gene are regressed on F, without the genes of its own fold in
+F, and F is computed again.
 """
 
 from __future__ import annotations
@@ -288,9 +289,15 @@ class FlowFit:
 
 
 def cell_weights(flow: np.ndarray) -> np.ndarray:
-    """Return weights of the cells in a regression, which keep the fast ones from deciding alone; their sum is 1."""
+    """Return weights of the cells in a regression, which keep the fast ones from deciding alone; their sum is 1.
+
+    Cells without a flow, such as those without neighbors, have weight 0.
+    """
     squared = np.einsum("nd,nd->n", flow, flow)
-    weights: np.ndarray = 1 / (squared + 0.5 * np.median(squared))
+    moving = squared > 0
+    if not moving.any():
+        raise ValueError("flux_velocity: no cell has a flow; each needs neighbors that differ from it")
+    weights: np.ndarray = moving / (squared + 0.5 * np.median(squared[moving]))
     return weights / weights.sum()
 
 
