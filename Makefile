@@ -19,7 +19,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test test-kernels test-library triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
+.PHONY: demo test test-others test-library triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -44,12 +44,12 @@ demo: $(VENV)/installed
 # In two processes at once, for two cores; each prints when it ends, where make can do that. Threads that wait for
 # others do not spin: on a shared core that would take most of the time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
-LIBRARY := tests/fluxmatching tests/experiments
+LIBRARY := tests/fluxmatching
 
 test: $(VENV)/installed-dev
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-kernels test-library
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-others test-library
 
-test-kernels: $(VENV)/installed-dev
+test-others: $(VENV)/installed-dev
 	$(PYTEST) $(LIBRARY:%=--ignore=%)
 
 test-library: $(VENV)/installed-dev
