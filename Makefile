@@ -19,7 +19,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test test-others test-library triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
+.PHONY: demo test test-kernels test-library test-experiments test-more-experiments triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,19 +41,25 @@ demo: $(VENV)/installed
 	$(BIN)/python -m fluxkernels
 	$(BIN)/python -m experiments run controllable --preset small
 
-# In two processes at once, for two cores; each prints when it ends, where make can do that. Threads that wait for
+# In two processes at once, for two cores; each part prints when it ends, where make can do that. Threads that wait for
 # others do not spin: on a shared core that would take most of the time.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
-LIBRARY := tests/fluxmatching
+PARTS := test-kernels test-library test-experiments test-more-experiments
 
 test: $(VENV)/installed-dev
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) test-others test-library
+	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(PARTS)
 
-test-others: $(VENV)/installed-dev
-	$(PYTEST) $(LIBRARY:%=--ignore=%)
+test-kernels: $(VENV)/installed-dev
+	$(PYTEST) --ignore=tests/fluxmatching --ignore=tests/experiments
 
 test-library: $(VENV)/installed-dev
-	$(PYTEST) $(LIBRARY)
+	$(PYTEST) tests/fluxmatching
+
+test-experiments: $(VENV)/installed-dev
+	$(PYTEST) $(wildcard tests/experiments/test_[a-i]*.py)
+
+test-more-experiments: $(VENV)/installed-dev
+	$(PYTEST) $(wildcard tests/experiments/test_[j-z]*.py)
 
 triton: $(VENV)/installed-dev
 	FLUXKERNELS_TESTS=complete $(BIN)/python -m pytest tests/fluxkernels/test_triton.py tests/fluxkernels/test_budgets.py
