@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 
 from experiments.rna_velocity.preparation import dense
 from experiments.rna_velocity.projection import cosines
+from fluxmatching.velocity.graph import find_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -67,7 +68,7 @@ def pseudotime(adata: AnnData, velocity: np.ndarray, genes: np.ndarray) -> np.nd
         velocity: velocities, `[cells, chosen genes]`.
         genes: mask of the chosen genes, `[genes]`.
     """
-    neighbors = sp.csr_array(adata.obsp["connectivities"])
+    neighbors = find_graph("pseudotime", adata, "connectivities")
     graph = cosines(dense(adata.layers["Ms"])[:, genes], velocity, neighbors, root=False, recurse=False)
     pairs = sp.coo_array(sp.triu(neighbors, 1))
     row, column = pairs.row, pairs.col
@@ -110,6 +111,5 @@ def published_consistency(adata: AnnData) -> float:
     velocity = dense(adata.layers["velocity"])
     velocity = velocity[:, np.isfinite(velocity).all(0)]
     velocity /= np.maximum(np.linalg.norm(velocity, axis=1, keepdims=True), 1e-30)
-    neighbors = adata.obsp["distances"].tocsr()
-    near = sp.csr_array((np.ones(neighbors.nnz), neighbors.indices, neighbors.indptr), shape=neighbors.shape)
+    near = find_graph("published_consistency", adata, "distances")
     return float(np.mean(((near @ velocity) * velocity).sum(1) / np.asarray(near.sum(1)).ravel()))

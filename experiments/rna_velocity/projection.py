@@ -8,6 +8,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from experiments.rna_velocity.preparation import dense
+from fluxmatching.velocity.graph import find_graph
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -39,7 +40,7 @@ def project(adata: AnnData, basis: str, *, root: bool, genes: np.ndarray | None 
             adata.var["velocity_genes"].to_numpy(bool) if "velocity_genes" in adata.var else np.ones(adata.n_vars, bool)
         )
     genes = genes & np.isfinite(velocity).all(0)
-    neighbors = adata.obsp["distances"].tocsr()
+    neighbors = find_graph("project", adata, "distances")
     graph = cosines(dense(adata.layers["Ms"])[:, genes], velocity[:, genes], neighbors, root=root)
     positions = np.asarray(adata.obsm[f"X_{basis}"], dtype=float)[:, :2]
     adata.obsm[f"velocity_{basis}"] = displacements(graph, positions)
@@ -53,7 +54,7 @@ def cosines(
     Args:
         states: x, `[cells, genes]`.
         velocity: v, `[cells, genes]`.
-        neighbors: whose stored entries are the neighbors, `[cells, cells]`.
+        neighbors: zeros and ones, `[cells, cells]`.
         root: whether both vectors enter as sign(x) √|x|.
         recurse: whether the neighbors' neighbors count.
     """
@@ -61,9 +62,7 @@ def cosines(
     v = _root(v) if root else v
     v = v - v.mean(1, keepdims=True)
     v /= np.maximum(np.linalg.norm(v, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    direct = sp.csr_array(neighbors, copy=True)
-    direct.data = np.ones(direct.nnz)
-    reached = sp.csr_array(direct + direct @ direct) if recurse else direct
+    reached = sp.csr_array(neighbors + neighbors @ neighbors) if recurse else neighbors.copy()  # sorted and cut below
     reached.sort_indices()
     values = np.zeros(reached.nnz)
     for cell in range(len(x)):

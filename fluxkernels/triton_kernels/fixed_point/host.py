@@ -107,7 +107,7 @@ def _tile(rows: int, length: int, numbers: int = 1024) -> dict[str, int]:
 
 
 def _most_splits(length: int) -> int:
-    """Parts into which a sum of so many terms is worth splitting."""
+    """Largest number of parts into which a sum of `length` terms is worth splitting."""
     return min(MOST_SPLITS, -(-length // (4 * DEPTH)))
 
 
