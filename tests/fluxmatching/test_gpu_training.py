@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fluxmatching import (
+    CosineFeatures,
     DenoisingScoreMatching,
     EDMField,
     FlowMatching,
@@ -18,14 +19,18 @@ from fluxmatching import (
     FluxMatching,
     FluxOptions,
     LearnedHorizon,
+    LinearFeatures,
     LogNormalNoise,
     LossNormalizer,
     NoiseAnnealedFluxMatching,
+    QuadraticFeatures,
     Trainer,
     TrainingOptions,
     UniformTimes,
     VariancePreservingPath,
     VFluxMatching,
+    dual_flux_loss,
+    quadratic_flux_loss,
 )
 from tests.support.problems import smooth_field
 
@@ -109,3 +114,18 @@ def check_that_no_step_waits(loss: nn.Module, data: Any, precision: str) -> None
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.stack(losses).isfinite().all()
+
+
+def test_dual_losses_on_the_device_are_those_of_the_cpu() -> None:
+    x = torch.randn(4096, 5) @ torch.randn(5, 5) + 3
+    field, on_device = smooth_field(5), x.cuda()
+    features = [LinearFeatures(), QuadraticFeatures(), CosineFeatures.draw(x.double(), 40)]
+    wanted = dual_flux_loss(field, x.double(), features), quadratic_flux_loss(field, x.double())
+    field, features[2] = field.float().cuda(), CosineFeatures.draw(on_device, 40)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = dual_flux_loss(field, on_device, features), quadratic_flux_loss(field, on_device)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, exact in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours.double().cpu(), exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
