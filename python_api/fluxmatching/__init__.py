@@ -35,7 +35,12 @@ from fluxmatching.losses.dual import (
 from fluxmatching.losses.flux import flux_matching_loss
 from fluxmatching.losses.horizons import Horizon, LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
 from fluxmatching.losses.mixing import mixing_loss, sinkhorn_divergence
-from fluxmatching.losses.modules import DenoisingScoreMatching, FluxMatching, NoiseAnnealedFluxMatching
+from fluxmatching.losses.modules import (
+    DenoisingScoreMatching,
+    DualFluxMatching,
+    FluxMatching,
+    NoiseAnnealedFluxMatching,
+)
 from fluxmatching.losses.noise_levels import LogNormalNoise, LogUniformNoise
 from fluxmatching.losses.options import FluxOptions
 from fluxmatching.losses.reference_set import ReferenceSet
@@ -53,6 +58,7 @@ from fluxmatching.sampling.likelihood import bits_per_dim, log_likelihood
 from fluxmatching.sampling.ode import ODESolver, edm_heun, probability_flow
 from fluxmatching.sampling.reverse import predictor_corrector, reverse_ve
 from fluxmatching.sampling.schedules import exponential_schedule, karras_schedule
+from fluxmatching.smoothing import SmoothedField, effective_centers
 from fluxmatching.training import Trainer, TrainingError, TrainingOptions
 from fluxmatching.unet import UNet
 
@@ -63,6 +69,7 @@ __all__ = [
     "DSMOptions",
     "DenoisingScoreMatching",
     "Draws",
+    "DualFluxMatching",
     "EDMField",
     "ExactCoupling",
     "FlowMatching",
@@ -87,6 +94,7 @@ __all__ = [
     "ReferenceSet",
     "SDEOptions",
     "SinkhornCoupling",
+    "SmoothedField",
     "Trainer",
     "TrainingError",
     "TrainingOptions",
@@ -104,6 +112,7 @@ __all__ = [
     "dsm_loss",
     "dual_flux_loss",
     "edm_heun",
+    "effective_centers",
     "exponential_schedule",
     "field_from_denoiser",
     "field_from_diffusers",

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from fluxmatching import (
     CosineFeatures,
+    DualFluxMatching,
     FluxOptions,
     LinearFeatures,
     QuadraticFeatures,
+    Trainer,
+    TrainingOptions,
     UniformHorizon,
     dual_flux_loss,
     flux_matching_loss,
@@ -276,3 +279,24 @@ def test_quadratic_flux_loss_of_singular_data(x: Tensor, text: str) -> None:
 def test_bad_cosine_features(arguments: tuple[Tensor, int], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         CosineFeatures.draw(*arguments)
+
+
+@pytest.mark.parametrize("refs", [None, 400])
+def test_the_module_trains_the_closed_form_of_a_linear_field(refs: int | None) -> None:
+    """Among linear fields without rotation, the score alone has dual loss 0: matrix -Σ⁻¹."""
+    x, _ = normal_data(2000, 2)
+    x = x - x.mean(0)
+    field = torch.nn.Linear(2, 2, dtype=torch.float64)
+    torch.nn.utils.parametrize.register_parametrization(field, "weight", Symmetric())
+    loss = DualFluxMatching(field, [LinearFeatures(), QuadraticFeatures()], refs=refs)
+    options = TrainingOptions(400, 200, lr=0.02, seed=0, progress=False, accelerator="cpu")
+    Trainer(loss, x, options, lr_factor=lambda step: 1 - step / 400).run()
+    wanted = -torch.linalg.inv(x.T @ x / len(x))
+    torch.testing.assert_close(field.weight.detach(), wanted, rtol=0.1, atol=0.05)
+
+
+class Symmetric(torch.nn.Module):
+    """Matrices without an antisymmetric part."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return (matrix + matrix.T) / 2

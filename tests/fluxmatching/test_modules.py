@@ -57,7 +57,7 @@ def test_flux_matching(backend: str) -> None:
     loss, logged = module(x, seed=3)
     expected = flux_matching_loss(field, x, 0.7, options, refs=2 * x, seed=3).mean()
     assert torch.equal(loss, expected)
-    assert set(logged) == {"loss", "tau"}
+    assert set(logged) == {"loss", "tau", "effective_centers"}
     assert torch.equal(logged["loss"], loss.detach())
     assert not any(value.requires_grad for value in logged.values())
     for got, want in zip(gradients(loss, field), gradients(expected, field), strict=True):

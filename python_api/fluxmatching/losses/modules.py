@@ -7,7 +7,7 @@ DistributedDataParallel, FSDP, Fabric, Lightning, Accelerate. Inside, the field 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Protocol
 
@@ -22,12 +22,15 @@ from fluxmatching.field_modules import networks_of
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
+from fluxmatching.losses.dual import Features, dual_flux_loss
 from fluxmatching.losses.noise_levels import LogNormalNoise
 from fluxmatching.losses.options import FluxOptions, check_options
 from fluxmatching.losses.reference_set import ReferenceSet
-from fluxmatching.losses.target import build_target
+from fluxmatching.losses.target import FluxTarget, build_target
+from fluxmatching.smoothing import effective_centers
 
 Logged = dict[str, Tensor]
+POINTS_OF_CENTERS = 64  # of a minibatch at which effective centers are counted: few, since it is in every step
 
 
 class NoiseLevels(Protocol):
@@ -122,7 +125,7 @@ class FluxMatching(LossModule):
         self.options = options
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
-        """Return the mean loss `[]` and {"loss", "tau"}.
+        """Return the mean loss `[]` and {"loss", "tau", "effective_centers"}, see `fluxmatching.effective_centers`.
 
         Args:
             x: clean minibatch, `[N, *event]`, float32 or float64; grouped: `[N, G, D]`.
@@ -132,7 +135,8 @@ class FluxMatching(LossModule):
         name, refs = "flux_matching_loss", self.refs(x)
         target = build_target(name, self.field, x, self.sigma, self.options, refs=refs, seed=key)
         loss = target.loss(self.field).mean()
-        return loss, {"loss": loss.detach(), "tau": target.tau.mean()}
+        centers = _mean_centers(target, self.options)
+        return loss, {"loss": loss.detach(), "tau": target.tau.mean(), "effective_centers": centers}
 
 
 class NoiseAnnealedFluxMatching(LossModule):
@@ -236,6 +240,50 @@ class DenoisingScoreMatching(LossModule):
         values = dsm_loss(field, x, sigma, self.options, refs=self.refs(x), seed=key)
         loss = (values if self.normalizer is None else self.normalizer(values, sigma)).mean()
         return loss, {"loss": loss.detach(), "dsm": values.detach().mean(), "sigma": sigma.mean()}
+
+
+class DualFluxMatching(LossModule):
+    """The dual of Flux Matching for data without noise, `dual_flux_loss` as a module.
+
+    Args:
+        field: f(x), a module or function.
+        features: a family of test functions, or several, such as `[LinearFeatures(), QuadraticFeatures()]`.
+        ridge, halves: see `dual_flux_loss`.
+        refs: more data for the test functions, see `ReferenceSet`; default: the minibatch. That makes the loss too
+            large unless it has many more samples than there are test functions.
+    """
+
+    def __init__(
+        self,
+        field: Field,
+        features: Features | Sequence[Features],
+        *,
+        ridge: float = 0.01,
+        halves: bool = True,
+        refs: Tensor | int | None = None,
+    ) -> None:
+        super().__init__(field, refs=refs)
+        self.features, self.ridge, self.halves = features, ridge, halves
+
+    def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
+        """Return the mean loss `[]` and {"loss"}.
+
+        Args:
+            x: minibatch in random order, `[N, *event]`, float32 or float64.
+            seed: for engines, which give one to every loss; this one draws nothing.
+        """
+        self.key(x, seed)  # which checks them
+        refs = self.refs(x)
+        values = dual_flux_loss(self.field, x, self.features, refs=refs, ridge=self.ridge, halves=self.halves)
+        loss = values.mean()
+        return loss, {"loss": loss.detach()}
+
+
+def _mean_centers(target: FluxTarget, options: FluxOptions) -> Tensor:
+    """Return the mean of `effective_centers` over some starts of chains, `[]`."""
+    points = target.x0[:POINTS_OF_CENTERS]
+    points = points.transpose(0, 1) if options.grouped else points.flatten(1)
+    return effective_centers(points, target.refs, target.sigma, backend=options.backend).mean()
 
 
 def takes_sigma_per_sample(field: object) -> bool:

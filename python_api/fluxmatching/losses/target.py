@@ -48,6 +48,7 @@ class FluxTarget:
         tau: the horizon that was drawn, `[]`, or `[G]` in a grouped loss, or `[strata]`.
         sigma: σ, `[]`, or `[G]` in a grouped loss, or one per sample, `[N]`, where strata differ in it.
         stratum: index of each sample's stratum, `[N]`, or None for a single one.
+        refs: reference points of the density estimate, in the layout of the ops: `[M, D]`, or `[G, M, D]`, `[1, M, D]`.
     """
 
     x0: Tensor
@@ -57,6 +58,7 @@ class FluxTarget:
     tau: Tensor
     sigma: Tensor
     stratum: Tensor | None
+    refs: Tensor
 
     def per_sample(self, number: Tensor) -> Tensor:
         """Return one number per sample, `[N]`, of one per stratum, `[strata]`; any other as it is."""
@@ -382,7 +384,8 @@ def _average_over_chains(
     stratum = None
     if batch.strata > 1:
         stratum = own(batch.per_sample(torch.arange(batch.strata, device=x0.device)))
-    return FluxTarget(own(x0), own(score), own(wanted), own(samples(target)), batch.tau, sigma, stratum)
+    x0, score, wanted, target = (own(points) for points in (x0, score, wanted, samples(target)))
+    return FluxTarget(x0, score, wanted, target, batch.tau, sigma, stratum, batch.refs)
 
 
 def _pull_back(x0: Tensor, gradient: Tensor, batch: _Minibatch) -> Tensor:
