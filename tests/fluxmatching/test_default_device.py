@@ -20,6 +20,7 @@ from fluxkernels.backend import implementation
 from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
+    DualFluxMatching,
     EDMField,
     ExactCoupling,
     FlowMatching,
@@ -29,6 +30,7 @@ from fluxmatching import (
     GuidedField,
     IndependentCoupling,
     LearnedHorizon,
+    LinearFeatures,
     LinearPath,
     LogitNormalTimes,
     LogNormalNoise,
@@ -36,6 +38,7 @@ from fluxmatching import (
     LossNormalizer,
     NoiseAnnealedFluxMatching,
     ODESolver,
+    QuadraticFeatures,
     SDEOptions,
     SinkhornCoupling,
     TruncatedExponentialHorizon,
@@ -244,6 +247,7 @@ def test_loss_with_all_that_is_learned(backend: str) -> None:
 def test_loss_modules(backend: str) -> None:
     modules = (
         FluxMatching(Net(), torch.tensor(0.5)),
+        DualFluxMatching(nn.Linear(3, 3), [LinearFeatures(), QuadraticFeatures()]),
         NoiseAnnealedFluxMatching(Net(), options=FluxOptions(horizon=LearnedHorizon(8))),
         DenoisingScoreMatching(Net(), LogUniformNoise()),
         DenoisingScoreMatching(Net(), 0.5, refs=X.repeat(2, 1)),

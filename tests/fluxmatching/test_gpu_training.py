@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fluxmatching import (
     CosineFeatures,
     DenoisingScoreMatching,
+    DualFluxMatching,
     EDMField,
     FlowMatching,
     FlowOptions,
@@ -60,6 +61,7 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     ),
     "annealed flux, dropout": lambda: NoiseAnnealedFluxMatching(EDMField(Network(0.2))),
     "annealed flux, newest samples": lambda: NoiseAnnealedFluxMatching(EDMField(Network(0.0)), refs=256),
+    "dual flux": lambda: DualFluxMatching(smooth_field(2).float(), [LinearFeatures(), QuadraticFeatures()]),
     "score matching": lambda: DenoisingScoreMatching(EDMField(Network(0.0)), LogNormalNoise()),
     "score matching, one level": lambda: DenoisingScoreMatching(smooth_field(2).float(), 0.5),
     "flow": lambda: FlowMatching(Network(0.2)),

@@ -22,20 +22,24 @@ import fluxkernels as fk
 from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
+    DualFluxMatching,
     FlowMatching,
     FlowOptions,
     FluxMatching,
     FluxOptions,
     LearnedHorizon,
+    LinearFeatures,
     LogUniformNoise,
     LossNormalizer,
     NoiseAnnealedFluxMatching,
+    QuadraticFeatures,
     UniformTimes,
     VariancePreservingPath,
     VFluxMatching,
     augmentation_loss,
     conditional_flow_matching_loss,
     dsm_loss,
+    dual_flux_loss,
     edm_heun,
     exponential_schedule,
     flow_log_likelihood,
@@ -47,6 +51,7 @@ from fluxmatching import (
     noise_annealed_flux_loss,
     predictor_corrector,
     probability_flow,
+    quadratic_flux_loss,
     reverse_ve,
     unadjusted_langevin,
     v_flux_loss,
@@ -236,6 +241,7 @@ def v_flux(strata: int = 1, **options: Any) -> Loss:
     return loss
 
 
+FEATURES = [LinearFeatures(), QuadraticFeatures()]
 LOSSES: dict[str, Loss] = {
     **{
         f"flux {method} {divergence}": flux(second_derivatives=method, divergence=divergence)
@@ -264,6 +270,9 @@ LOSSES: dict[str, Loss] = {
     "v-flux": v_flux(),
     "v-flux double_backward": v_flux(second_derivatives="double_backward"),
     "v-flux of two times": v_flux(strata=2),
+    "dual flux": lambda learned, x, seed: dual_flux_loss(learned.net, x, FEATURES),
+    "dual flux of halves of refs": lambda learned, x, seed: dual_flux_loss(learned.net, x[:5], FEATURES, refs=x),
+    "quadratic flux": lambda learned, x, seed: quadratic_flux_loss(learned.net, x, ridge=0.1),
     "augmentation": lambda learned, x, seed: augmentation_loss(learned.net, x, 0.5, seed=seed),
 }
 
@@ -308,6 +317,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "NoiseAnnealedFluxMatching": lambda: NoiseAnnealedFluxMatching(
         Noisy(), options=FluxOptions(horizon=LearnedHorizon(8))
     ),
+    "DualFluxMatching": lambda: DualFluxMatching(nn.Linear(3, 3), FEATURES),
     "DenoisingScoreMatching": lambda: DenoisingScoreMatching(Noisy(), LogUniformNoise()),
     "DenoisingScoreMatching, one level": lambda: DenoisingScoreMatching(nn.Linear(3, 3), 0.5),
     "FlowMatching": lambda: FlowMatching(Noisy(), FlowOptions(times=UniformTimes(0.1, 1.0))),
@@ -388,7 +398,7 @@ def test_graphs_before_dispatch_hold_no_derivatives(name: str) -> None:
     """PyTorch would store values in the graph, in place of results that a derivative needs."""
     learned, (x, y) = Learned(), (samples(), samples())
     trace = make_fx(lambda x: LOSSES[name](learned, x, torch.tensor(3)), pre_dispatch=True)
-    if name.startswith(("dsm", "splicing", "flow")):  # losses that take no derivative themselves
+    if name.startswith(("dsm", "splicing", "flow", "dual", "quadratic")):  # losses that take no derivative themselves
         torch.testing.assert_close(trace(x)(y), LOSSES[name](learned, y, torch.tensor(3)))
     else:
         with pytest.raises(RuntimeError, match=PRE_DISPATCH):
