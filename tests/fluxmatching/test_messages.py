@@ -121,11 +121,16 @@ def test_bad_seeds_and_options(name: str) -> None:
 def test_bad_draws_and_fields_of_the_flux_losses(name: str) -> None:
     check(name, 3, X, 0.5)
     check(name, nn.BatchNorm1d(3), X, 0.5) if name in FLUX[:3] else check(name, Normed(), X, 0.5)
-    check(name, lambda z, *condition: z * torch.nan, X, 0.5)
     check(name, field, X, 0.5, draws="draws")
     check(name, field, X, 0.5, draws=Draws(start=X[:3]))
     check(name, field, X, 0.5, draws=Draws(tau=torch.tensor(-1.0)))
     check(name, field, X, torch.tensor([0.3, 0.5, 0.7]), options=FluxOptions(strata=3))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("splicing_loss", "marginal_velocity")])
+def test_fields_that_are_not_finite(name: str, value: float) -> None:
+    check(name, lambda z, *condition: torch.full_like(z, value), X, 0.5)
 
 
 class Normed(nn.Module):

@@ -135,7 +135,9 @@ def conditional_flow_matching_loss(
     x_t = (broadcast.alpha * x1 + broadcast.sigma * x0).detach()
     mean = _stable_mean(function, x_t, c, x1, refs, labels, options) if options.stable_target else None
     target = _target(function, c, x0, x1, mean, options, times)
-    error = call_field(field, x_t, times.to(x1.dtype), *classes) - target
+    value = call_field(field, x_t, times.to(x1.dtype), *classes)
+    check_finite(function, field=value)
+    error = value - target
     if options.error not in (None, options.prediction):
         scale = _error_scale(c, str(options.error), options.prediction)
         _check_finite(function, scale, f"the error of the {options.error} is not finite", times)

@@ -90,7 +90,9 @@ def dsm_loss(
     if options.stable:
         with torch.no_grad():
             mean = grouping.from_points(kde_mean(grouping.to_points(z), points, variance, backend=options.backend))
-    error = (z - mean) + weight * call_field(field, z)
+    value = call_field(field, z)
+    check_finite(function, field=value)
+    error = (z - mean) + weight * value
     return (error.square() / (weight if options.form == "eps" else torch.ones_like(weight))).flatten(1).sum(1)
 
 

@@ -78,7 +78,9 @@ def mixing_loss(
     noised = (x + level * start).detach()
     reference, off = noised[:half], noised[half : 2 * half] + level * pushes[0]
     h = step_size * level.square()
-    mixed = off + h * call_field(field, off, level) + (2 * h).sqrt() * pushes[1]
+    value = call_field(field, off, level)
+    check_finite("mixing_loss", field=value)
+    mixed = off + h * value + (2 * h).sqrt() * pushes[1]
     with torch.no_grad():
         before = sinkhorn_divergence(off, reference, epsilon=epsilon, iterations=iterations)
     after = sinkhorn_divergence(mixed, reference, epsilon=epsilon, iterations=iterations)
