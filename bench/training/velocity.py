@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy import sparse
+from scipy.spatial import cKDTree
 
 from bench.timing import medians, resident, resident_growth, run_module, timed
 from bench.training.results import begin, device_argument
 from fluxkernels import backends
 from fluxmatching import Trainer, TrainingOptions
-from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity
+from fluxmatching.velocity import SharedFlowOptions, SplicingField, VelocityOptions, flux_velocity
 from fluxmatching.velocity.per_gene import SplicingLoss
 
 if TYPE_CHECKING:
@@ -56,6 +58,39 @@ def fit_seconds(device: torch.device, epochs: int) -> float:
     return timed(lambda: flux_velocity(adata, "per_gene", options=options))[1]
 
 
+def made_counts(cells: int, genes: int, seed: int = 0) -> AnnData:
+    """Sparse counts of genes that rise and fall along a cycle, a tenth of them above 0, and 30 neighbors per cell."""
+    from anndata import AnnData
+
+    random = np.random.default_rng(seed)
+    phase, offset = random.random(cells) * 2 * np.pi, random.random(genes) * 2 * np.pi
+    layers = {}
+    for key, level in (("spliced", 0.12), ("unspliced", 0.10)):
+        lag = 0.4 * (key == "spliced")
+        blocks = (
+            sparse.csr_matrix(random.poisson(level * (1 + np.sin(part[:, None] - offset - lag))).astype(np.float32))
+            for part in np.array_split(phase, max(1, cells // 2000))
+        )
+        layers[key] = sparse.vstack(list(blocks), format="csr")
+    place = np.stack([np.cos(phase), np.sin(phase)], 1) + 0.1 * random.standard_normal((cells, 2))
+    found = cKDTree(place).query(place, 31)[1][:, 1:]
+    rows = np.repeat(np.arange(cells), 30)
+    graph = sparse.csr_matrix((np.ones(rows.size, np.float32), (rows, found.ravel())), (cells, cells))
+    adata = AnnData(layers=layers, obsp={"connectivities": graph}, shape=(cells, genes))
+    adata.uns["neighbors"] = {"connectivities_key": "connectivities", "params": {"n_neighbors": 30}}
+    return adata
+
+
+def print_shared_memory(cells: int) -> None:
+    """Print bytes of the counts, of the layer written, and those a fit adds at most, and its seconds."""
+    options = SharedFlowOptions(keep_moments=False)
+    flux_velocity(made_counts(500, 50), options=options)  # the libraries' own memory comes first
+    adata = made_counts(cells, GENES)
+    counts = sum(part.nbytes for layer in adata.layers.values() for part in (layer.data, layer.indices, layer.indptr))
+    added, seconds = timed(lambda: resident_growth(lambda: flux_velocity(adata, options=options)))
+    print(counts, adata.layers["velocity"].nbytes, added, seconds)
+
+
 def memory(cells: int) -> tuple[int, int, float]:
     """Bytes that a fit of one epoch adds at most, the process's peak, and seconds; in a process of its own."""
     added, peak, seconds = run_module("bench.training.velocity", "--memory", cells).stdout.split()[-3:]
@@ -76,9 +111,10 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="of a step; with fewer than 5 nothing is kept")
     parser.add_argument("--epochs", type=int, default=100, help="of the whole fit")
     parser.add_argument("--memory", type=int, metavar="CELLS", help=argparse.SUPPRESS)
+    parser.add_argument("--shared-memory", type=int, metavar="CELLS", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory:
-        print_memory(options.memory)
+    if options.memory or options.shared_memory:
+        (print_memory if options.memory else print_shared_memory)(options.memory or options.shared_memory)
         return
     device = device_argument(parser, options.device)
     names = [b.name for b in backends().values() if not b.missing and (not b.devices or device.type in b.devices)]
@@ -102,6 +138,13 @@ def main() -> None:
                     f"{bytes_ / 1e9:.3g} GB" for bytes_ in (2 * layer, 3 * layer, added - 3 * layer, peak)
                 )
                 write(f"| {cells} | {sizes} | {took:.0f} s |")
+            write("\nOne shared flow, from sparse counts:\n")
+            write("| cells | the counts | the layer written | more, at most | the fit |" + "\n" + "|---" * 5 + "|")
+            for cells in (PANCREAS, LARGE):
+                found = run_module("bench.training.velocity", "--shared-memory", cells).stdout.split()[-4:]
+                counts, layer, added = (int(word) / 1e9 for word in found[:3])
+                sizes = f"{counts:.3g} GB | {layer:.3g} GB | {added - layer:.3g} GB"
+                write(f"| {cells} | {sizes} | {float(found[3]):.0f} s |")
 
 
 if __name__ == "__main__":

@@ -85,6 +85,9 @@ def test_cost_of_a_small_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_compiled_step_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "peak_memory", lambda *_: 1000)
+    compiled = torch.compile
+    # The tracing alone: Inductor's compilation takes a minute, and tests of the ops have it.
+    monkeypatch.setattr(torch, "compile", lambda loss, **_: compiled(loss, backend="aot_eager"))
     setting = cost.Setting("points", "points", 8, size=0, width=8, run="compiled")
     rows = cost.measure(setting, "cpu", repetitions=1)
     assert [row["method"] for row in rows] == ["score matching", "flux"]
