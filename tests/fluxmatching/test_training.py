@@ -219,7 +219,7 @@ def test_what_is_not_finite_stops_and_leaves_the_model_as_it_was(what: str, tmp_
         return value, logged | {"sigma": torch.tensor(0.25), "tau": torch.tensor(1.5)}
 
     trainer = Trainer(loss(breaks), data(), OPTIONS, folder=tmp_path)
-    with pytest.raises(TrainingError, match=rf"iteration 7: the {what} is not finite \(.*tau 1\.5, sigma 0\.25"):
+    with pytest.raises(TrainingError, match=rf"iteration 7: the {what} is not finite \(.*tau 1\.5, .*sigma 0\.25"):
         trainer.run()
     assert_same(trainer, trained(replace(OPTIONS, iterations=7)))
     assert Trainer(loss(), data(), OPTIONS, folder=tmp_path).iteration == 5
