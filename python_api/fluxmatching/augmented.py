@@ -16,9 +16,9 @@ class AugmentedField(nn.Module):
     """Field f = s + α v: a score model that is trained already, and a field v with ∇·(p v) = 0 added to it (Eq. 48).
 
     The stationary distribution of f is that of s, and the way to it is another. v is trained by `augmentation_loss(v,
-    ...)` with a term for what it is to be good for, such as `autocorrelation_loss` of f. Every loss and every sampler of
-    this package takes f, with or without σ as the score model has it: f(z) = s(z) + α v(z), f(z, σ) = s(z, σ) + α
-    v(z, σ).
+    x, sigma)` with a term for what it is to be good for, such as `autocorrelation_loss(f, ...)`. Every loss and every
+    sampler of this package takes f, with or without σ as the score model has it: f(z) = s(z) + α v(z), or
+    f(z, σ) = s(z, σ) + α v(z, σ).
 
     The score model is frozen: here, at construction, its parameters are set to require no gradient, and it is set to
     evaluation mode, where `train()` of the sum leaves it. Derivatives in z go through it. Give an optimizer

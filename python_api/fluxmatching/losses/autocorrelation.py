@@ -55,8 +55,9 @@ def autocorrelation_loss(
         ridge: added to S, which is scaled to a unit diagonal; > 0.
 
     Returns:
-        `[N]`, the same number for every sample, in (0, 1] up to rounding. Differentiable in the parameters of the field;
-        x and the features are constants. It is even in N, so its gradient is 0 where N = 0, such as at f = s exactly.
+        `[N]`, the same number for every sample, in (0, 1] up to rounding. Differentiable in the parameters of the
+        field; x and the features are constants. It is even in N, so that its gradient is
+        0 where N = 0, as for f = s and many samples.
 
     Raises:
         ValueError: too few samples, values that are not finite, no coordinate of x varies, or a ridge that is too small
