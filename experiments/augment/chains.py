@@ -79,10 +79,11 @@ def mixture_schedules() -> list[Schedule]:
 
 def gaussian_schedules() -> list[Schedule]:
     """Return the schedules that are tried on a Gaussian, the same for every field."""
-    scales = [0.02 * 1.2**k for k in range(25)]
+    scales = [0.02 * 1.3**k for k in range(18)]
+    lengths = (4, 8, 16, 32, 64)
     constant = [Schedule(CONSTANT, (h,)) for h in scales]
-    falling = [cyclic(ratio * h, h, steps) for steps in (4, 8, 16, 32) for ratio in (4, 20, 100) for h in scales]
-    nodes = [chebyshev(h, ratio, steps) for steps in (4, 8, 16, 32) for ratio in (10, 40, 160) for h in scales]
+    falling = [cyclic(ratio * h, h, steps) for steps in lengths for ratio in (4, 10, 25, 60, 150) for h in scales]
+    nodes = [chebyshev(h, ratio, steps) for steps in lengths for ratio in (10, 30, 100) for h in scales]
     return [*constant, *falling, *nodes]
 
 

@@ -96,8 +96,7 @@ class GaussianLoss(nn.Module):
     """Loss of a linear v on a Gaussian, from points whose covariance is exactly Σ: no sampling noise.
 
     For learned v the flux loss is the dual one of s + v over all linear and quadratic functions, which is exact here.
-    An augmentation loss would need a density estimate in 16 dimensions. Step sizes are in units of the smallest variance,
-    h = half of it.
+    An augmentation loss would need a density estimate in 16 dimensions. The step size h is half the smallest variance.
 
     Args:
         field: s + v.
@@ -129,10 +128,12 @@ def energy_distance(x: Tensor, y: Tensor) -> Tensor:
     return 2 * torch.cdist(x, y).mean() - within[0] - within[1]
 
 
-def train(run: Run, loss: nn.Module, data: Tensor, key: str, seed: int, *, steps: int, batch: int) -> nn.Module:
+def train(
+    run: Run, loss: nn.Module, data: Tensor, key: str, seed: int, *, steps: int, batch: int, lr: float | None = None
+) -> nn.Module:
     """Train, or resume training, and return the averaged field."""
     options = TrainingOptions(
-        steps, batch, lr=run.config.lr, optimizer="adam", ema=run.config.ema, accelerator="cpu",
+        steps, batch, lr=run.config.lr if lr is None else lr, optimizer="adam", ema=run.config.ema, accelerator="cpu",
         progress=run.progress, seed=run.generator("training", key, seed).initial_seed() >> 1,
     )  # fmt: skip
     folder = run.out / "models" / f"{key}-{seed}".replace(" ", "-").replace(",", "").replace("=", "")
@@ -193,7 +194,16 @@ def train_gaussian(run: Run, variances: Tensor, kind: str, seed: int) -> Tensor:
     loss = GaussianLoss(AugmentedField(score, v).double(), variances.min().item(), **weights)
     corners = math.sqrt(dim) * variances.sqrt().diag()
     data = torch.cat([corners, -corners])
-    field = train(run, loss, data, f"{problems.GAUSSIAN}-{kind}", seed, steps=config.gaussian_steps, batch=len(data))
+    field = train(
+        run,
+        loss,
+        data,
+        f"{problems.GAUSSIAN}-{kind}",
+        seed,
+        steps=config.gaussian_steps,
+        batch=len(data),
+        lr=config.gaussian_lr,
+    )
     return field(torch.eye(dim, dtype=torch.float64)).T
 
 
