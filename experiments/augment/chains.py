@@ -64,15 +64,12 @@ def mixture_schedules() -> list[Schedule]:
     constant = [Schedule(CONSTANT, (h,)) for h in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.3)]
     falling = [
         cyclic(largest, smallest, steps)
-        for steps in (3, 4, 6, 8)
+        for steps in (4, 8)
         for largest in (0.5, 1.0, 1.4, 1.8)
         for smallest in (0.05, 0.1, 0.2)
     ]
     nodes = [
-        chebyshev(smallest, ratio, steps)
-        for steps in (3, 4, 6, 8)
-        for ratio in (8.0, 20.0)
-        for smallest in (0.1, 0.15, 0.2)
+        chebyshev(smallest, ratio, steps) for steps in (4, 8) for ratio in (8.0, 20.0) for smallest in (0.1, 0.15, 0.2)
     ]
     return [*constant, *falling, *nodes]
 

@@ -28,11 +28,11 @@ class Config:
         flux_weight, defect_weight, law_weight: weights of the augmentation loss, the step defect, and the energy
             distance after four steps; that of the autocorrelation loss is 1.
         learned_on: mixtures on which a v is learned.
-        evaluations, chains: length and number of the chains per schedule; at σ = 0.4 they are four times as long.
+        evaluations, chains: length and number of the chains per schedule; at σ = 0.4 they are twice as long.
         thinning: schedules are tried that many apart in their list; 1 for all.
         bias: bias at which fields are compared on mixtures.
         gaussian_dim, condition: dimensions of the Gaussian, and the ratio of its largest to its smallest variance.
-        gaussian_steps, gaussian_lr, gaussian_flux_weight: training on it.
+        gaussian_steps, gaussian_lr, gaussian_flux_weight, gaussian_defect_weight: training on it.
         gaussian_bias: bias at which fields are compared on it.
     """
 
@@ -47,15 +47,15 @@ class Config:
     ema: float = 0.98
     width: int = 64
     terms: int = 4
-    exact_steps: int = 400
-    steps: int = 600
-    score_steps: int = 2000
+    exact_steps: int = 300
+    steps: int = 400
+    score_steps: int = 1500
     score_width: int = 64
     flux_weight: float = 10.0
-    defect_weight: float = 3.0
+    defect_weight: float = 1.0
     law_weight: float = 50.0
     learned_on: tuple[str, ...] = (problems.plane(problems.SIGMA), problems.WIDE)
-    evaluations: int = 2000
+    evaluations: int = 1500
     chains: int = 64
     thinning: int = 1
     bias: float = 0.03
@@ -64,6 +64,7 @@ class Config:
     gaussian_steps: int = 500
     gaussian_lr: float = 0.01
     gaussian_flux_weight: float = 10.0
+    gaussian_defect_weight: float = 3.0
     gaussian_bias: float = 0.05
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ class StreamField(nn.Module):
         self.shifts = nn.Parameter(torch.randn(width))
         self.weights = nn.Parameter(0.01 * torch.randn(terms, width))
         self.constants = nn.Parameter(torch.ones(terms))
-        self.matrices = nn.Parameter(torch.randn(terms, dim, dim) / math.sqrt(terms * dim))
+        start = torch.stack([random_rotation(dim) for _ in range(terms)]) / math.sqrt(terms)
+        self.matrices = nn.Parameter(start / 2)  # their antisymmetric parts are counted twice below
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(x @ self.frequencies.T + self.shifts)
@@ -56,8 +57,7 @@ class LearnedField(nn.Module):
     def __init__(self, score: Score, dim: int, scale: float, width: int) -> None:
         super().__init__()
         self.score, self.scale = score, scale
-        start = torch.randn(dim, dim) / math.sqrt(dim)
-        self.matrix = nn.Parameter(start - start.T)
+        self.matrix = nn.Parameter(random_rotation(dim))
         self.network = (
             nn.Sequential(
                 nn.Linear(2 * dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim)
@@ -85,7 +85,14 @@ class TurnedScore(nn.Module):
     def __init__(self, score: Score, dim: int) -> None:
         super().__init__()
         self.score = score
-        self.matrix = nn.Parameter(torch.randn(dim, dim) / math.sqrt(dim))
+        self.matrix = nn.Parameter(random_rotation(dim) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.score(x) @ (self.matrix - self.matrix.T).T
+
+
+def random_rotation(dim: int) -> Tensor:
+    """Draw an antisymmetric matrix with |J|² = D, so that Js is as large as s on average, `[D, D]`."""
+    normal = torch.randn(dim, dim)
+    difference = normal - normal.T
+    return difference * (math.sqrt(dim) / difference.norm())

@@ -99,7 +99,7 @@ def compare_one(run: Run, name: str, kind: str, seed: int) -> None:
             make_field(run, name, problem, kind, seed),
             problem,
             chains.mixture_schedules()[:: run.config.thinning],
-            run.config.evaluations * (4 if problem.sigma < 0.5 else 1),
+            run.config.evaluations * (2 if problem.sigma < 0.5 else 1),
             run.config.chains,
             run.generator("chains", name, seed).initial_seed(),
         )

@@ -190,7 +190,10 @@ def train_gaussian(run: Run, variances: Tensor, kind: str, seed: int) -> Tensor:
     v: nn.Module
     with run.drawing("v", problems.GAUSSIAN, kind, seed):
         v = TurnedScore(score, dim) if exact else LearnedField(score, dim, 1.0, 0)
-    weights = {"flux_weight": 0.0 if exact else config.gaussian_flux_weight, "defect_weight": config.defect_weight}
+    weights = {
+        "flux_weight": 0.0 if exact else config.gaussian_flux_weight,
+        "defect_weight": config.gaussian_defect_weight,
+    }
     loss = GaussianLoss(AugmentedField(score, v).double(), variances.min().item(), **weights)
     corners = math.sqrt(dim) * variances.sqrt().diag()
     data = torch.cat([corners, -corners])
