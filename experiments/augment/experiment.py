@@ -38,8 +38,8 @@ class Config:
 
     seeds: int = 3
     ranking_samples: int = 4096
-    proxies: int = 20
-    ranking_chains: int = 250
+    proxies: int = 10
+    ranking_chains: int = 150
     ranking_steps: int = 6000
     data: int = 4096
     batch: int = 256
@@ -55,8 +55,8 @@ class Config:
     defect_weight: float = 1.0
     law_weight: float = 50.0
     learned_on: tuple[str, ...] = (problems.plane(problems.SIGMA), problems.WIDE)
-    evaluations: int = 1500
-    chains: int = 64
+    evaluations: int = 1200
+    chains: int = 48
     thinning: int = 1
     bias: float = 0.03
     gaussian_dim: int = 16

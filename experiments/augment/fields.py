@@ -39,7 +39,7 @@ class StreamField(nn.Module):
         heights = hidden @ self.weights.T + self.constants
         slopes = ((1 - hidden.square()).unsqueeze(1) * self.weights) @ self.frequencies
         turned = heights.unsqueeze(-1) * self.score(x).unsqueeze(1) + slopes
-        return torch.einsum("nmd,med->ne", turned, self.matrices - self.matrices.mT)
+        return turned.flatten(1) @ (self.matrices - self.matrices.mT).mT.flatten(0, 1)  # Σ_m J_m turned_m
 
 
 class LearnedField(nn.Module):
