@@ -89,7 +89,8 @@ def measure_mixture(
 ) -> dict[Schedule, Cost]:
     """Run chains from exact samples with every schedule; one that diverges, or whose chains are too short, is left out.
 
-    The number of draws is 1 + 2 Σ ρ of the coordinate with the longest memory.
+    The number of states per draw is 1 + 2 Σ ρ of the coordinate with the longest memory, and at least 1: successive
+    states of a rotating chain may have negative correlations, which help means of coordinates and nothing else.
 
     Args:
         field: f(x), x `[n, D]`.
@@ -133,15 +134,15 @@ def cost_of(path: Tensor, problem: MixtureProblem, steps: int) -> Cost | None:
         times = [integrated_autocorrelation_time(values) for values in path.unbind(-1)]
     except ValueError:
         return None
-    return Cost(steps * max(times), problem.bias(path[len(path) // 10 :]))
+    return Cost(steps * max(1.0, *times), problem.bias(path[len(path) // 10 :]))
 
 
 def measure_gaussian(matrix: Tensor, variances: Tensor, schedules: list[Schedule]) -> dict[Schedule, Cost]:
     """Compute the cost of chains of a linear field f = Bx on a Gaussian in closed form, without unstable schedules.
 
-    A cycle is x ← P x + noise of covariance Q. Its stationary covariance solves V = P V Pᵀ + Q. Draws are counted for
-    the linear function with the longest memory, the largest eigenvalue of V^-½ (V + PV/(1-P) + its transpose) V^-½;
-    the bias is |Σ^-½ V Σ^-½ - 1|/√D.
+    A cycle is x ← P x + noise of covariance Q. Its stationary covariance solves V = P V Pᵀ + Q. The number of states per
+    draw is that of the linear function with the longest memory, the largest eigenvalue of
+    V^-½ (V + (1 - P)⁻¹ P V + its transpose) V^-½, and at least 1. The bias is |Σ^-½ V Σ^-½ - 1|/√D.
 
     Args:
         matrix: B, `[D, D]`, float64.
@@ -166,7 +167,7 @@ def measure_gaussian(matrix: Tensor, variances: Tensor, schedules: list[Schedule
         times = torch.linalg.eigvalsh(eye + root @ (memory + memory.T) @ root.T)
         scale = variances.rsqrt()
         error = scale[:, None] * covariance * scale - eye
-        found[schedule] = Cost(schedule.steps * times.max().item(), error.norm().item() / math.sqrt(len(eye)))
+        found[schedule] = Cost(schedule.steps * max(1.0, times.max().item()), error.norm().item() / math.sqrt(len(eye)))
     return found
 
 

@@ -19,7 +19,7 @@ class Config:
         seeds: number of trainings and sets of chains of every field.
         ranking_samples: samples of one evaluation of the autocorrelation loss in the ranking of known fields.
         proxies: minibatches over which the paper's proxy is averaged there.
-        ranking_chains, ranking_steps: chains there.
+        ranking_chains, ranking_steps, ranking_step_size: chains there; the step size in units of σ².
         data, batch, lr, ema: training with Adam; the learning rate falls to zero along a cosine.
         width: width of the networks.
         terms: antisymmetric matrices of an exact v in ten dimensions.
@@ -41,6 +41,7 @@ class Config:
     proxies: int = 10
     ranking_chains: int = 150
     ranking_steps: int = 6000
+    ranking_step_size: float = 0.1
     data: int = 4096
     batch: int = 256
     lr: float = 3e-3
@@ -55,7 +56,7 @@ class Config:
     defect_weight: float = 1.0
     law_weight: float = 50.0
     learned_on: tuple[str, ...] = (problems.plane(problems.SIGMA), problems.WIDE)
-    evaluations: int = 1200
+    evaluations: int = 1000
     chains: int = 48
     thinning: int = 1
     bias: float = 0.03
@@ -107,7 +108,7 @@ EXPERIMENT = Experiment(
     presets={
         "smoke": Config(
             seeds=1, ranking_samples=256, proxies=1,
-            ranking_chains=40, ranking_steps=4000, data=64, batch=32, width=8, terms=1,
+            ranking_chains=60, ranking_steps=1400, ranking_step_size=0.3, data=64, batch=32, width=8, terms=1,
             exact_steps=3, steps=3, score_steps=3, score_width=8, learned_on=(problems.WIDE,), evaluations=40, chains=8,
             gaussian_dim=3, gaussian_steps=3, thinning=20,
         ),

@@ -14,7 +14,6 @@ from experiments.common.run import Run
 from fluxmatching import CosineFeatures, autocorrelation_loss, mixing_loss, step_defect_loss, unadjusted_langevin
 
 TURNS = (0.0, 1.0, 2.0)
-RANKING_STEP = 0.1  # step size of the chains of the ranking, in units of σ²
 
 
 def circulating(problem: MixtureProblem, turn: float) -> Field:
@@ -55,14 +54,15 @@ def rank(run: Run) -> None:
 
 def measured_time(run: Run, problem: MixtureProblem, field: Field, seed: int) -> float:
     """Return the integrated autocorrelation time of Langevin chains from exact samples, in units of σ²."""
+    step_size: float = run.config.ranking_step_size
     start = problem.mixture.sample(run.config.ranking_chains, run.generator("ranking chains", seed))
     path: list[Tensor] = []
     unadjusted_langevin(
-        field, start, step_size=RANKING_STEP * problem.sigma**2, num_steps=run.config.ranking_steps,
+        field, start, step_size=step_size * problem.sigma**2, num_steps=run.config.ranking_steps,
         generator=run.generator("ranking noise", seed), callback=lambda _, x: path.append(x),
     )  # fmt: skip
     states = torch.stack(path)
-    return RANKING_STEP * max(integrated_autocorrelation_time(values) for values in states.unbind(-1))
+    return step_size * max(integrated_autocorrelation_time(values) for values in states.unbind(-1))
 
 
 def compare(run: Run) -> None:

@@ -65,9 +65,9 @@ def test_bias_of_exact_samples_is_noise_and_that_of_others_is_not(name: str) -> 
     problem = make_mixture(name)
     exact = problem.mixture.sample(40_000, generator()).reshape(100, 400, -1)
     assert problem.bias(exact) < 0.004
-    assert problem.errors(exact).abs().max() < 0.02
+    assert problem.errors(exact).abs().max() < 0.015
     wider = GaussianMixture(problem.mixture.means, 1.2 * problem.mixture.variance)
-    assert problem.bias(wider.sample(40_000, generator()).reshape(100, 400, -1)) > 0.015
+    assert problem.bias(wider.sample(40_000, generator()).reshape(100, 400, -1)) > 0.009
 
 
 def test_means_of_the_mixtures() -> None:
@@ -103,7 +103,7 @@ def test_cost_of_constant_steps_in_one_dimension(h: float) -> None:
     one = torch.ones(1, dtype=torch.float64)
     found = chains.measure_gaussian(-one[None], one, [Schedule(CONSTANT, (h,)), Schedule(CONSTANT, (2.5,))])
     (cost,) = found.values()  # 2.5 is unstable
-    assert cost.evaluations == pytest.approx((2 - h) / h, rel=1e-9)
+    assert cost.evaluations == pytest.approx(max(1, (2 - h) / h), rel=1e-9)
     assert cost.bias == pytest.approx(h / 2 / (1 - h / 2), rel=1e-9)
 
 
@@ -114,7 +114,7 @@ def test_stationary_covariance_is_that_of_scipy() -> None:
     torch.testing.assert_close(chains.stationary_covariance(product, noise), wanted)
 
 
-@pytest.mark.parametrize("schedule", [Schedule(CONSTANT, (0.3,)), cyclic(1.2, 0.2, 3)])
+@pytest.mark.parametrize("schedule", [Schedule(CONSTANT, (0.3,)), cyclic(0.3, 0.05, 3)])
 def test_simulated_chains_cost_what_the_closed_form_says(schedule: Schedule) -> None:
     """One component makes the mixture a Gaussian, and f = -(1 + J) x/ν² there is linear."""
     mixture = GaussianMixture(torch.zeros(1, 2), 0.7)
@@ -135,7 +135,7 @@ def test_simulated_chains_cost_what_the_closed_form_says(schedule: Schedule) -> 
 def test_diverging_and_short_chains_are_left_out() -> None:
     problem = make_mixture(problems.plane(0.7))
     diverging, short = Schedule(CONSTANT, (3.0,)), Schedule(CONSTANT, (0.001,))
-    assert chains.measure_mixture(problem.mixture.score, problem, [diverging, short], 60, 4, 0) == {}
+    assert chains.measure_mixture(problem.mixture.score, problem, [diverging, short], 400, 4, 0) == {}
 
 
 def test_best_schedules_are_those_that_no_other_of_their_kind_beats() -> None:
