@@ -37,7 +37,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Cost:
-    """What chains with a schedule cost: evaluations of the field per independent draw, and their bias."""
+    """Evaluations of the field per independent draw of chains with a schedule, and their bias."""
 
     evaluations: float
     bias: float
@@ -140,8 +140,8 @@ def cost_of(path: Tensor, problem: MixtureProblem, steps: int) -> Cost | None:
 def measure_gaussian(matrix: Tensor, variances: Tensor, schedules: list[Schedule]) -> dict[Schedule, Cost]:
     """Compute the cost of chains of a linear field f = Bx on a Gaussian in closed form, without unstable schedules.
 
-    A cycle is x ← P x + noise of covariance Q. Its stationary covariance solves V = P V Pᵀ + Q. The number of states per
-    draw is that of the linear function with the longest memory, the largest eigenvalue of
+    A cycle is x ← P x + noise of covariance Q. Its stationary covariance solves V = P V Pᵀ + Q. The number of states
+    per draw is that of the linear function with the longest memory, the largest eigenvalue of
     V^-½ (V + (1 - P)⁻¹ P V + its transpose) V^-½, and at least 1. The bias is |Σ^-½ V Σ^-½ - 1|/√D.
 
     Args:

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.augment import problems
 from experiments.augment.measure import TURNS, kinds
-from experiments.augment.results import level, relative
+from experiments.augment.results import levels, relative
 from experiments.augment.training import EXACT, LEARNED, SCORE, TRAINED, TRAINED_LEARNED
 from experiments.common import figures as style
 from experiments.common.run import Run
@@ -50,9 +50,10 @@ def draw_costs(run: Run, path: Path) -> None:
                 biases, fewest = envelope(run, name, field, seed)
                 label = field if not seed else None
                 axes.step(biases, fewest, where="post", color=COLORS[field], lw=1.0, label=label)
-        axes.axvline(level(run, name), color=style.REFERENCE, lw=0.8, ls=":")
+        for bias in levels(run, name):
+            axes.axvline(bias, color=style.REFERENCE, lw=0.8, ls=":")
         axes.set(title=name, xlabel="bias")
-        if any(len(line.get_xdata()) for line in axes.lines[:-1]):
+        if any(len(line.get_xdata()) for line in axes.lines[:-2]):
             axes.set(xscale="log", yscale="log")
     panels[0].set_ylabel("evaluations per independent draw")
     handles: dict[str, Any] = {}
@@ -66,10 +67,8 @@ def envelope(run: Run, name: str, field: str, seed: int) -> tuple[list[float], l
     """Return increasing biases, and the fewest evaluations per draw of all schedules with at most that bias."""
     known = {"problem": name, "field": field, "seed": seed}
     rows = [row for row in run.rows("cost") if known.items() <= row.items()]
-    least = level(run, name) / 5
-    points = sorted(
-        (max(row["bias"], least), row["evaluations"]) for row in rows if row["bias"] < 10 * level(run, name)
-    )
+    limit = levels(run, name)[0]
+    points = sorted((max(row["bias"], limit / 5), row["evaluations"]) for row in rows if row["bias"] < 5 * limit)
     biases, fewest, best = [], [], math.inf
     for bias, count in points:
         if count < best:

@@ -1,4 +1,4 @@
-"""What is logged: the ranking of known fields, and the cost of chains of every field by schedule."""
+"""Measurements: the ranking of known fields, and the cost of chains of every field by schedule."""
 
 from __future__ import annotations
 

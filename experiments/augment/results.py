@@ -6,7 +6,7 @@ import math
 import statistics
 
 from experiments.augment import problems
-from experiments.augment.chains import KINDS
+from experiments.augment.chains import CONSTANT, KINDS
 from experiments.augment.measure import TURNS, kinds
 from experiments.augment.training import SCORE, TRAINED, TRAINED_LEARNED
 from experiments.common.results import Result, spread
@@ -53,31 +53,50 @@ def _row(values: dict[float, list[float]]) -> str:
     return ", ".join(spread(values[turn]) for turn in TURNS)
 
 
-def level(run: Run, name: str) -> float:
-    """Return the bias at which fields are compared on a problem."""
-    return float(run.config.gaussian_bias if name == problems.GAUSSIAN else run.config.bias)
+def levels(run: Run, name: str) -> tuple[float, float]:
+    """Return the two biases at which fields are compared on a problem: that of the config, and half of it."""
+    bias = float(run.config.gaussian_bias if name == problems.GAUSSIAN else run.config.bias)
+    return bias, bias / 2
 
 
-def evaluations(run: Run, name: str, field: str, kind: str | None = None) -> list[float]:
-    """Return the fewest evaluations per draw at the bias of the comparison, by seed, of one kind of schedule or all."""
-    found = []
-    for seed in range(run.config.seeds):
-        known = {"problem": name, "field": field, "seed": seed, **({} if kind is None else {"schedule": kind})}
-        rows = [row for row in run.rows("cost") if known.items() <= row.items()]
-        found.append(min((row["evaluations"] for row in rows if row["bias"] <= level(run, name)), default=math.inf))
-    return found
+def evaluations(run: Run, name: str, field: str, bias: float, kind: str | None = None) -> list[float]:
+    """Return the fewest evaluations per draw with at most that bias, by seed, of one kind of schedule or all.
+
+    Infinite where no schedule that was tried has so little bias and chains long enough to measure their memory.
+    """
+    known = {"problem": name, "field": field, **({} if kind is None else {"schedule": kind})}
+    rows = [row for row in run.rows("cost") if known.items() <= row.items() and row["bias"] <= bias]
+    return [
+        min((row["evaluations"] for row in rows if row["seed"] == seed), default=math.inf)
+        for seed in range(run.config.seeds)
+    ]
 
 
 def costs(run: Run, name: str, field: str) -> list[Result]:
-    """One line about the chains of a field, with its gain over the score that it is added to."""
+    """Lines about the chains of a field at both biases: evaluations per draw, and gains over the score it is added to.
+
+    Gains are those with constant steps, and those of the best of all schedules of both fields.
+    """
     base = TRAINED if field in (TRAINED, TRAINED_LEARNED) else SCORE
-    best = evaluations(run, name, field)
-    by_kind = ", ".join(f"{kind} {spread(evaluations(run, name, field, kind), '.1f')}" for kind in KINDS)
-    lines = [Result(f"{name}, {field}: evaluations per draw", f"{spread(best, '.1f')} ({by_kind})")]
-    if field != base:
-        for kind, what in ((KINDS[0], "constant steps"), (None, "best of all steps")):
-            before, after = (evaluations(run, name, which, kind) for which in (base, field))
+    lines = []
+    for bias in levels(run, name):
+        place = f"{name}, {field}, bias {bias:g}"
+        by_kind = ", ".join(f"{kind} {_counts(evaluations(run, name, field, bias, kind))}" for kind in KINDS)
+        lines.append(Result(f"{place}: evaluations per draw", by_kind))
+        if field == base:
+            continue
+        for kind, what in ((CONSTANT, "constant steps"), (None, "all schedules")):
+            before, after = (evaluations(run, name, which, bias, kind) for which in (base, field))
+            if not all(map(math.isfinite, (*before, *after))):
+                lines.append(Result(f"{place}: times fewer, {what}", "not measured"))
+                continue
             gains = [a / b for a, b in zip(before, after, strict=True)]
-            quantity = f"{name}, {field}: times fewer than {base}, {what}"
-            lines.append(Result(quantity, spread(gains, ".2f"), "criterion: above 1 in every seed", min(gains) > 1))
+            shown = f"{spread(gains, '.2f')} (to {statistics.mean(after):.1f})"
+            lines.append(
+                Result(f"{place}: times fewer, {what}", shown, "criterion: above 1 in all seeds", min(gains) > 1)
+            )
     return lines
+
+
+def _counts(values: list[float]) -> str:
+    return spread(values, ".1f") if all(map(math.isfinite, values)) else "–"

@@ -58,7 +58,7 @@ class AugmentedField(nn.Module):
 
     @property
     def accepts_sigma_per_sample(self) -> bool:
-        """Whether both parts declare that they accept one σ per sample; a function without parameters need not."""
+        """True if both parts declare that they accept one σ per sample; a function without parameters need not."""
         parts = [part for part in (self.score_model, self.v) if isinstance(part, nn.Module)]
         return bool(parts) and all(getattr(part, "accepts_sigma_per_sample", False) for part in parts)
 
