@@ -41,15 +41,17 @@ def rank(run: Run) -> None:
             # The proxy takes data and adds noise of σ itself. It needs small minibatches: it compares all pairs.
             data = problem.mixture.sample_means((run.config.proxies * 256,), run.generator("proxy", seed))
             data = data + problems.VARIANCE**0.5 * torch.randn(data.shape, generator=run.generator("noise", seed))
-            proxies = [
-                mixing_loss(lambda z, _, f=field: f(z), part, sigma, seed=k)[0]
-                for k, part in enumerate(data.split(256))
-            ]
+            proxies = [proxy(field, part, sigma, k) for k, part in enumerate(data.split(256))]
             run.log(
                 kind="ranking", turn=turn, seed=seed, time=measured_time(run, problem, field, seed),
                 loss=autocorrelation_loss(field, x, features)[0],
                 defect=step_defect_loss(field, x, sigma**2 / 2).mean(), proxy=torch.stack(proxies).mean(),
             )  # fmt: skip
+
+
+def proxy(field: Field, x: Tensor, sigma: float, seed: int) -> Tensor:
+    """Return the paper's proxy of mixing on a minibatch of data, `[]`."""
+    return mixing_loss(lambda z, _: field(z), x, sigma, seed=seed)[0]
 
 
 def measured_time(run: Run, problem: MixtureProblem, field: Field, seed: int) -> float:

@@ -37,6 +37,10 @@ class AugmentedField(nn.Module):
         ValueError: scale is not finite.
     """
 
+    score_model: Callable[..., Tensor]
+    v: Callable[..., Tensor]
+    scale: float
+
     def __init__(self, score_model: Callable[..., Tensor], v: Callable[..., Tensor], scale: float = 1.0) -> None:
         super().__init__()
         name = type(self).__name__

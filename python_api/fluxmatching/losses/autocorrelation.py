@@ -69,7 +69,7 @@ def autocorrelation_loss(
     """
     function = "autocorrelation_loss"
     points, ridge = as_points(function, field, x, 2), check_positive(function, "ridge", ridge)
-    families = [LinearFeatures(), *as_families(function, features, ValuedFeatures)]
+    families = [LinearFeatures(), *as_families(function, features, with_values=True)]
     values = field_values(function, field, x)
     N, D = points.shape
     with no_autocast(x.device):

@@ -239,7 +239,7 @@ def dual_flux_loss(
     others = points if refs is None else as_points(function, field, check_tensor(function, "refs", refs, like=x), 1)
     if others.shape[1] != points.shape[1]:
         raise ValueError(f"{function}: refs must have the event shape of x, {shape_of(x)}, got {shape_of(others)}")
-    families = as_families(function, features, Features)
+    families = as_families(function, features)
     if not families:
         raise ValueError(f"{function}: features must hold at least one family")
     if not isinstance(halves, bool):
@@ -305,11 +305,11 @@ def quadratic_flux_loss(field: Field, x: Tensor, *, ridge: float = 0.0) -> Tenso
     return loss.expand(len(x))
 
 
-def as_families(function: str, features: F | Sequence[F], kind: type[F]) -> list[F]:
+def as_families(function: str, features: F | Sequence[F], *, with_values: bool = False) -> list[F]:
     """Return a family of test functions, or several, as a list."""
     families = list(features) if isinstance(features, Sequence) else [features]
     for family in families:
-        if isinstance(family, type) or not isinstance(family, kind):
+        if isinstance(family, type) or not isinstance(family, ValuedFeatures if with_values else Features):
             raise TypeError(f"{function}: features must be families of test functions, got {family!r}")
     return families
 
