@@ -12,7 +12,6 @@ from fluxmatching import (
     FluxMatching,
     LogUniformNoise,
     NoiseAnnealedFluxMatching,
-    ODESolver,
     edm_heun,
     exponential_schedule,
     flux_matching_loss,
@@ -89,7 +88,7 @@ SAMPLERS: dict[str, Callable[[Callable[..., Tensor]], Tensor]] = {
     "reverse": lambda f: reverse_ve(f, X, SIGMAS, generator=torch.Generator().manual_seed(1)),
     "predictor-corrector": lambda f: predictor_corrector(f, X, SIGMAS, generator=torch.Generator().manual_seed(1)),
     "heun": lambda f: edm_heun(f, X, SIGMAS),
-    "ode": lambda f: probability_flow(f, X, sigma_max=2.0, sigma_min=0.1, solver=ODESolver("rk4", num_steps=3)),
+    "ode": lambda f: probability_flow(f, X, sigma_max=2.0, sigma_min=0.1),
 }
 
 
