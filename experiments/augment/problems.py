@@ -66,7 +66,7 @@ def make_mixture(name: str) -> MixtureProblem:
     """Make one of `MIXTURES`: three modes in the plane, or five in ten dimensions.
 
     Frequencies of the test functions are normal, half of them in inverse standard deviations of p_σ and half in inverse
-    standard deviations of a component.
+    standard deviations of a component; in D dimensions times √(2/D), so that no function averages to nothing.
     """
     if name == WIDE:
         means, sigma = simplex_means(5, 10, RADIUS).float(), SIGMA
@@ -75,7 +75,7 @@ def make_mixture(name: str) -> MixtureProblem:
     mixture = GaussianMixture(means, VARIANCE + sigma**2)
     generator = torch.Generator().manual_seed(0)
     spread = (means.var(0, unbiased=False) + mixture.variance).sqrt()
-    normal = torch.randn(2, TEST_FUNCTIONS, mixture.dim, generator=generator)
+    normal = math.sqrt(2 / mixture.dim) * torch.randn(2, TEST_FUNCTIONS, mixture.dim, generator=generator)
     frequencies = torch.cat([normal[0] / spread, normal[1] / math.sqrt(mixture.variance)])
     phases = 2 * math.pi * torch.rand(len(frequencies), generator=generator)
     damping = torch.exp(-mixture.variance / 2 * frequencies.square().sum(1))
