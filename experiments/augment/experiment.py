@@ -89,7 +89,7 @@ def main(run: Run) -> None:
             Figure(paths["ranking"], "s + αJs: each number over that of the score. One that rewards mixing falls."),
             Figure(
                 paths["costs"],
-                "Evaluations per independent draw against bias: the best of all schedules tried (first seed).",
+                "Evaluations per independent draw against bias: the best of all schedules tried, one line per seed.",
             ),
         ],
         ("No gain is claimed for sampling in few steps from noise, which this experiment does not measure.",),
@@ -107,8 +107,8 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(
-            seeds=1, ranking_samples=256, proxies=1,
-            ranking_chains=60, ranking_steps=1400, ranking_step_size=0.3, data=64, batch=32, width=8, terms=1,
+            seeds=1, ranking_samples=2048, proxies=1,
+            ranking_chains=40, ranking_steps=2600, ranking_step_size=0.15, data=64, batch=32, width=8, terms=1,
             exact_steps=3, steps=3, score_steps=3, score_width=8, learned_on=(problems.WIDE,), evaluations=40, chains=8,
             gaussian_dim=3, gaussian_steps=3, thinning=20,
         ),
