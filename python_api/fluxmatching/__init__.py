@@ -7,6 +7,7 @@
 >>> loss.backward()
 """
 
+from fluxmatching.augmented import AugmentedField
 from fluxmatching.edm import EDMField
 from fluxmatching.fields import (
     field_from_denoiser,
@@ -23,6 +24,7 @@ from fluxmatching.flows.times import LogitNormalTimes, UniformTimes
 from fluxmatching.flows.v_flux import VFluxMatching, v_flux_loss
 from fluxmatching.losses.annealed import LossNormalizer, noise_annealed_flux_loss
 from fluxmatching.losses.augmentation import augmentation_loss
+from fluxmatching.losses.autocorrelation import autocorrelation_loss
 from fluxmatching.losses.draws import Draws
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
 from fluxmatching.losses.dual import (
@@ -44,6 +46,7 @@ from fluxmatching.losses.modules import (
 from fluxmatching.losses.noise_levels import LogNormalNoise, LogUniformNoise
 from fluxmatching.losses.options import FluxOptions
 from fluxmatching.losses.reference_set import ReferenceSet
+from fluxmatching.losses.step_defect import step_defect_loss
 from fluxmatching.losses.target import FluxTarget, MatchedField, flux_target
 from fluxmatching.sampling.flow import (
     SDEOptions,
@@ -63,6 +66,7 @@ from fluxmatching.training import Trainer, TrainingError, TrainingOptions
 from fluxmatching.unet import UNet
 
 __all__ = [
+    "AugmentedField",
     "CosineFeatures",
     "CosinePath",
     "Coupling",
@@ -106,6 +110,7 @@ __all__ = [
     "VarianceExplodingPath",
     "VariancePreservingPath",
     "augmentation_loss",
+    "autocorrelation_loss",
     "bits_per_dim",
     "conditional_flow_matching_loss",
     "couple",
@@ -133,6 +138,7 @@ __all__ = [
     "rectified_pairs",
     "reverse_ve",
     "sinkhorn_divergence",
+    "step_defect_loss",
     "stochastic_flow",
     "straightness",
     "unadjusted_langevin",

@@ -15,7 +15,7 @@ Field = Callable[[Tensor], Tensor]  # f(z), z `[n, *event]`, each sample by itse
 NoisyField = Callable[[Tensor, Tensor], Tensor]  # f(z, σ), σ of shape `[]`, or `[n]` where the field accepts that
 
 
-def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor) -> Tensor:
+def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor | float) -> Tensor:
     """Return field(z, *condition) in the dtype of z.
 
     Raises:

@@ -18,6 +18,7 @@ from fluxmatching import (
     LinearFeatures,
     LossNormalizer,
     augmentation_loss,
+    autocorrelation_loss,
     conditional_flow_matching_loss,
     dsm_loss,
     dual_flux_loss,
@@ -27,6 +28,7 @@ from fluxmatching import (
     mixing_loss,
     noise_annealed_flux_loss,
     quadratic_flux_loss,
+    step_defect_loss,
     v_flux_loss,
 )
 from fluxmatching.losses.draws import Draws
@@ -57,10 +59,12 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "splicing_loss": lambda f, x, level, **more: splicing_loss(f, x, level, **more),
     "dual_flux_loss": lambda f, x, level, **more: dual_flux_loss(f, x, LinearFeatures(), **more),
     "quadratic_flux_loss": lambda f, x, level, **more: quadratic_flux_loss(f, x, **more),
+    "autocorrelation_loss": lambda f, x, level, **more: autocorrelation_loss(f, x, **more),
+    "step_defect_loss": step_defect_loss,
     "marginal_velocity": lambda f, x, level, refs=X, **more: marginal_velocity(x, level, refs, **more),
 }
 FLUX = ("flux_matching_loss", "flux_target", "augmentation_loss", "noise_annealed_flux_loss", "v_flux_loss")
-WITHOUT_LEVEL = ("splicing_loss", "dual_flux_loss", "quadratic_flux_loss")
+WITHOUT_LEVEL = ("splicing_loss", "dual_flux_loss", "quadratic_flux_loss", "autocorrelation_loss")
 WITH_REFS = (*FLUX, "dsm_loss", "dual_flux_loss", "conditional_flow_matching_loss", "marginal_velocity")
 WITH_SEED = (*FLUX, "dsm_loss", "conditional_flow_matching_loss", "mixing_loss")
 

@@ -13,7 +13,7 @@ G_kl = E[∇φ_k·∇φ_l].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -47,6 +47,18 @@ class Gradients(NamedTuple):
     owners: Tensor
     laplacians: Tensor
 
+    def along(self, values: Tensor) -> Tensor:
+        """Return f·∇φ, `[N, K]`, for values f of a field, `[N, D]`."""
+        terms = self.amplitudes * (values @ self.directions.T)
+        return torch.zeros_like(self.laplacians).index_add(1, self.owners, terms)
+
+    def gram(self) -> Tensor:
+        """Return the mean of ∇φ·∇φ over the points, `[K, K]`."""
+        terms = (self.amplitudes.T @ self.amplitudes / len(self.amplitudes)) * (self.directions @ self.directions.T)
+        K = self.laplacians.shape[1]
+        gram = terms.new_zeros(K, len(self.owners)).index_add(0, self.owners, terms)
+        return gram.new_zeros(K, K).index_add(1, self.owners, gram)
+
 
 @runtime_checkable
 class Features(Protocol):
@@ -56,8 +68,22 @@ class Features(Protocol):
         """Return gradients and Laplacians at points x `[N, D]`; refs `[M, D]` are the data that set a center."""
 
 
+@runtime_checkable
+class ValuedFeatures(Features, Protocol):
+    """A family of test functions that also has their values, which `autocorrelation_loss` needs."""
+
+    def values(self, x: Tensor, refs: Tensor) -> Tensor:
+        """Return φ_k(x) up to constants, `[N, K]`; arguments as in `gradients`."""
+
+
+F = TypeVar("F", bound=Features)
+
+
 class LinearFeatures:
     """The D coordinates: their part of the loss is the squared mean of the field."""
+
+    def values(self, x: Tensor, refs: Tensor) -> Tensor:
+        return centered(x, refs)
 
     def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
         N, D = x.shape
@@ -71,9 +97,14 @@ class QuadraticFeatures:
     For these and the linear ones alone `quadratic_flux_loss` is quicker in many dimensions.
     """
 
+    def values(self, x: Tensor, refs: Tensor) -> Tensor:
+        x = centered(x, refs)
+        i, j = torch.triu_indices(x.shape[1], x.shape[1], device=x.device)
+        return x[:, i] * x[:, j]
+
     def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
         D = x.shape[1]
-        x = torch.where(_spread(refs) > 0, x - refs.mean(0), 0)  # a constant has no rounding
+        x = centered(x, refs)
         i, j = torch.triu_indices(D, D, device=x.device)
         eye = torch.eye(D, dtype=x.dtype, device=x.device)
         owners = torch.arange(len(i), device=x.device)
@@ -135,7 +166,7 @@ class CosineFeatures:
             raise ValueError(f"{name}: x must have shape [N, *event] with N at least 2, got {shape_of(x)}")
         check_finite(name, x=x)
         points = x.detach().flatten(1)
-        spread = _spread(points)
+        spread = spread_of(points)
         varying = (spread > 0).cpu()
         if not varying.any():
             raise ValueError(f"{name}: no coordinate of x varies")
@@ -150,11 +181,18 @@ class CosineFeatures:
         frequencies = torch.where(spread > 0, frequencies.to(points) / torch.where(spread > 0, spread, 1), 0)
         return cls(frequencies, phases.to(points), points.mean(0))
 
-    def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
+    def values(self, x: Tensor, refs: Tensor) -> Tensor:
+        return self._angles(x)[0].cos()
+
+    def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the angles `[N, K]` and the frequencies in the dtype of x."""
         frequencies, phases, center = (t.to(x) for t in (self.frequencies, self.phases, self.center))
         if frequencies.shape[1] != x.shape[1]:
             raise ValueError(f"CosineFeatures: frequencies have {frequencies.shape[1]} dimensions, points {x.shape[1]}")
-        angles = (x - center) @ frequencies.T + phases
+        return (x - center) @ frequencies.T + phases, frequencies
+
+    def gradients(self, x: Tensor, refs: Tensor) -> Gradients:
+        angles, frequencies = self._angles(x)
         owners = torch.arange(len(frequencies), device=x.device)
         laplacians = -angles.cos() * frequencies.square().sum(1)
         return Gradients(-angles.sin(), frequencies, owners, laplacians)
@@ -197,27 +235,22 @@ def dual_flux_loss(
         TypeError: an argument of the wrong type.
     """
     function = "dual_flux_loss"
-    points, ridge = _points(function, field, x, 4), check_positive(function, "ridge", ridge)
-    others = points if refs is None else _points(function, field, check_tensor(function, "refs", refs, like=x), 1)
+    points, ridge = as_points(function, field, x, 4), check_positive(function, "ridge", ridge)
+    others = points if refs is None else as_points(function, field, check_tensor(function, "refs", refs, like=x), 1)
     if others.shape[1] != points.shape[1]:
         raise ValueError(f"{function}: refs must have the event shape of x, {shape_of(x)}, got {shape_of(others)}")
-    families = list(features) if isinstance(features, Sequence) else [features]
+    families = as_families(function, features)
     if not families:
         raise ValueError(f"{function}: features must hold at least one family")
-    for family in families:
-        if isinstance(family, type) or not isinstance(family, Features):
-            raise TypeError(f"{function}: features must be families of test functions, got {family!r}")
     if not isinstance(halves, bool):
         raise TypeError(f"{function}: halves must be True or False, got {halves!r}")
-    values = _values(function, field, x)
+    values = field_values(function, field, x)
     with no_autocast(x.device):
         with torch.no_grad():
-            found = _concatenate([family.gradients(points, others) for family in families])
-            of_refs = found if refs is None else _concatenate([family.gradients(others, others) for family in families])
+            found = concatenate([family.gradients(points, others) for family in families])
+            of_refs = found if refs is None else concatenate([family.gradients(others, others) for family in families])
             scale, factor = _factor(function, of_refs, ridge)
-        along = found.amplitudes * (values @ found.directions.T)
-        laplacians = found.laplacians
-        generated = scale * torch.zeros_like(laplacians).index_add(1, found.owners, along).add(laplacians)
+        generated = scale * found.along(values).add(found.laplacians)
         if not halves:
             return generated @ torch.cholesky_solve(generated.mean(0)[:, None], factor)[:, 0]
         parts = generated.chunk(2)
@@ -251,13 +284,13 @@ def quadratic_flux_loss(field: Field, x: Tensor, *, ridge: float = 0.0) -> Tenso
         TypeError: an argument of the wrong type.
     """
     function = "quadratic_flux_loss"
-    points = _points(function, field, x, 2)
+    points = as_points(function, field, x, 2)
     ridge = check_positive(function, "ridge", ridge) if ridge else 0.0
-    values = _values(function, field, x)
+    values = field_values(function, field, x)
     with no_autocast(x.device):
         with torch.no_grad():
-            centered = torch.where(_spread(points) > 0, points - points.mean(0), 0)
-            eigenvalues, vectors = torch.linalg.eigh(centered.T @ centered / len(points))
+            about_mean = centered(points, points)
+            eigenvalues, vectors = torch.linalg.eigh(about_mean.T @ about_mean / len(points))
             eigenvalues = eigenvalues.clamp_min(0) + ridge * eigenvalues.mean()
         rounding = len(eigenvalues) * torch.finfo(x.dtype).eps * eigenvalues[-1]
         if can_check_values(eigenvalues) and not eigenvalues[0] > rounding:
@@ -266,13 +299,22 @@ def quadratic_flux_loss(field: Field, x: Tensor, *, ridge: float = 0.0) -> Tenso
                 f"leave out constant coordinates, or give a ridge such as 0.01"
             )
         mean = values.mean(0)
-        mixed = ((values - mean.detach()) @ vectors).T @ (centered @ vectors) / len(points)
+        mixed = ((values - mean.detach()) @ vectors).T @ (about_mean @ vectors) / len(points)
         moved = mixed + mixed.T + 2 * torch.eye(len(mixed), dtype=x.dtype, device=x.device)
         loss = mean.square().sum() + 0.5 * (moved.square() / (eigenvalues[:, None] + eigenvalues)).sum()
     return loss.expand(len(x))
 
 
-def _points(function: str, field: Field, x: Tensor, least: int) -> Tensor:
+def as_families(function: str, features: F | Sequence[F], *, with_values: bool = False) -> list[F]:
+    """Return a family of test functions, or several, as a list."""
+    families = list(features) if isinstance(features, Sequence) else [features]
+    for family in families:
+        if isinstance(family, type) or not isinstance(family, ValuedFeatures if with_values else Features):
+            raise TypeError(f"{function}: features must be families of test functions, got {family!r}")
+    return families
+
+
+def as_points(function: str, field: Field, x: Tensor, least: int) -> Tensor:
     """Return the samples as `[N, D]`, checked."""
     if not callable(field):
         raise TypeError(f"{function}: field must be callable, got {type(field).__name__}")
@@ -284,20 +326,25 @@ def _points(function: str, field: Field, x: Tensor, least: int) -> Tensor:
     return x.detach().flatten(1)
 
 
-def _values(function: str, field: Field, x: Tensor) -> Tensor:
+def field_values(function: str, field: Field, x: Tensor) -> Tensor:
     """Return the field at the samples, `[N, D]`, whatever it does with its input."""
     values = call_field(field, x.detach().clone()).flatten(1)
     check_finite(function, field=values)
     return values
 
 
-def _spread(x: Tensor) -> Tensor:
+def spread_of(x: Tensor) -> Tensor:
     """Return the standard deviation of each coordinate, 0 where it is only rounding of a constant."""
     spread = x.std(0, unbiased=False)
     return torch.where(spread > 8 * torch.finfo(x.dtype).eps * x.abs().amax(0), spread, 0)
 
 
-def _concatenate(found: list[Gradients]) -> Gradients:
+def centered(x: Tensor, refs: Tensor) -> Tensor:
+    """Return x about the mean of the data, exactly 0 in coordinates that are constant in the data."""
+    return torch.where(spread_of(refs) > 0, x - refs.mean(0), 0)
+
+
+def concatenate(found: list[Gradients]) -> Gradients:
     """Return the gradients of several families as those of one."""
     owners, first = [], 0
     for family in found:
@@ -313,14 +360,10 @@ def _concatenate(found: list[Gradients]) -> Gradients:
 
 def _factor(function: str, found: Gradients, ridge: float) -> tuple[Tensor, Tensor]:
     """Return (the scale of each test function, the Cholesky factor of the scaled G with its ridge)."""
-    amplitudes, directions, owners, laplacians = found
-    terms = (amplitudes.T @ amplitudes / len(amplitudes)) * (directions @ directions.T)
-    K = laplacians.shape[1]
-    gram = terms.new_zeros(K, len(owners)).index_add(0, owners, terms)
-    gram = gram.new_zeros(K, K).index_add(1, owners, gram)
+    gram = found.gram()
     diagonal = gram.diagonal()
     scale = torch.where(diagonal > 0, diagonal.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt(), 0)  # 0: no gradient
-    gram = scale[:, None] * gram * scale + ridge * torch.eye(K, dtype=gram.dtype, device=gram.device)
+    gram = scale[:, None] * gram * scale + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if can_check_values(failed) and failed:
         raise ValueError(f"{function}: ridge {ridge} is too small for the rounding of G; give a larger one")

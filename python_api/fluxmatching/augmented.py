@@ -1,0 +1,86 @@
+"""A field added to a trained score model (Appendix C.4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+from torch import Tensor, nn
+
+from fluxmatching.field_modules import networks_of
+from fluxmatching.fields import call_field
+
+
+class AugmentedField(nn.Module):
+    """Field f = s + α v: a score model that is trained already, and a field v with ∇·(p v) = 0 added to it (Eq. 48).
+
+    The stationary distribution of f is that of s, and the way to it is another. v is trained by `augmentation_loss(v,
+    x, sigma)` with a term for what it is to be good for, such as `autocorrelation_loss(f, ...)`. Every loss and every
+    sampler of this package takes f, with or without σ as the score model has it: f(z) = s(z) + α v(z), or
+    f(z, σ) = s(z, σ) + α v(z, σ).
+
+    The score model is frozen: here, at construction, its parameters are set to require no gradient, and it is set to
+    evaluation mode, where `train()` of the sum leaves it. Derivatives in z go through it. Give an optimizer
+    `field.v.parameters()`.
+
+    >>> f = AugmentedField(score, v)  # doctest: +SKIP
+    >>> unadjusted_langevin(lambda z: f(z, sigma), x, step_size=0.1 * sigma**2, num_steps=100)  # doctest: +SKIP
+
+    Args:
+        score_model: s(z) or s(z, σ), a module, or a function without parameters, such as an exact score.
+        v: v(z) or v(z, σ), likewise; returns the shape of z.
+        scale: α, a finite number; 0 leaves the score, -1 turns the other way. It is an attribute that may be changed.
+
+    Raises:
+        TypeError: s or v is a function that uses a network, whose parameters would not be registered; or a wrong type.
+        ValueError: scale is not finite.
+    """
+
+    score_model: Callable[..., Tensor]
+    v: Callable[..., Tensor]
+    scale: float
+
+    def __init__(self, score_model: Callable[..., Tensor], v: Callable[..., Tensor], scale: float = 1.0) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for argument, part in (("score_model", score_model), ("v", v)):
+            if not callable(part):
+                raise TypeError(f"{name}: {argument} must be callable, got {type(part).__name__}")
+            if not isinstance(part, nn.Module) and (networks := networks_of(part)):
+                raise TypeError(
+                    f"{name}: {argument} must be a torch.nn.Module, so that its parameters are registered; got a "
+                    f"function that uses {type(networks[0]).__name__}"
+                )
+        if isinstance(scale, bool) or not isinstance(scale, Real):
+            raise TypeError(f"{name}: scale must be a finite number, got {type(scale).__name__}")
+        if not math.isfinite(scale):
+            raise ValueError(f"{name}: scale must be a finite number, got {scale}")
+        self.score_model, self.v, self.scale = score_model, v, float(scale)
+        if isinstance(score_model, nn.Module):
+            score_model.requires_grad_(False).eval()
+
+    @property
+    def accepts_sigma_per_sample(self) -> bool:
+        """True if both parts declare that they accept one σ per sample; a function without parameters need not."""
+        parts = [part for part in (self.score_model, self.v) if isinstance(part, nn.Module)]
+        return bool(parts) and all(getattr(part, "accepts_sigma_per_sample", False) for part in parts)
+
+    def train(self, mode: bool = True) -> AugmentedField:
+        """Set v to training or evaluation mode; the score model stays in evaluation mode."""
+        super().train(mode)
+        if isinstance(self.score_model, nn.Module):
+            self.score_model.eval()
+        return self
+
+    def forward(self, z: Tensor, *condition: Tensor | float) -> Tensor:
+        """Return s + α v.
+
+        Args:
+            z: `[n, *event]`.
+            condition: σ, if the score model and v take it: `[]`, or `[n]` where both accept that.
+
+        Returns:
+            `[n, *event]`.
+        """
+        return call_field(self.score_model, z, *condition) + self.scale * call_field(self.v, z, *condition)
