@@ -46,6 +46,7 @@ from fluxmatching import (
     VariancePreservingPath,
     VFluxMatching,
     augmentation_loss,
+    autocorrelation_loss,
     conditional_flow_matching_loss,
     couple,
     dsm_loss,
@@ -64,6 +65,7 @@ from fluxmatching import (
     probability_flow,
     rectified_pairs,
     reverse_ve,
+    step_defect_loss,
     stochastic_flow,
     straightness,
     unadjusted_langevin,
@@ -230,6 +232,8 @@ LOSSES: dict[str, Call] = {
         lambda: v_flux_loss(NET, X, TIMES, options=FluxOptions(strata=2), seed=3), NET
     ),
     "augmentation": with_gradient(lambda: augmentation_loss(NET, X, 0.5), NET),
+    "autocorrelation": with_gradient(lambda: autocorrelation_loss(NET, X, QuadraticFeatures()), NET),
+    "step defect": with_gradient(lambda: step_defect_loss(NET, X, 0.1), NET),
 }
 
 

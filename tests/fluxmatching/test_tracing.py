@@ -37,6 +37,7 @@ from fluxmatching import (
     VariancePreservingPath,
     VFluxMatching,
     augmentation_loss,
+    autocorrelation_loss,
     conditional_flow_matching_loss,
     dsm_loss,
     dual_flux_loss,
@@ -53,6 +54,7 @@ from fluxmatching import (
     probability_flow,
     quadratic_flux_loss,
     reverse_ve,
+    step_defect_loss,
     unadjusted_langevin,
     v_flux_loss,
 )
@@ -273,8 +275,14 @@ LOSSES: dict[str, Loss] = {
     "dual flux": lambda learned, x, seed: dual_flux_loss(learned.net, x, FEATURES),
     "dual flux of halves of refs": lambda learned, x, seed: dual_flux_loss(learned.net, x[:5], FEATURES, refs=x),
     "quadratic flux": lambda learned, x, seed: quadratic_flux_loss(learned.net, x, ridge=0.1),
+    "autocorrelation": lambda learned, x, seed: autocorrelation_loss(learned.net, x, QuadraticFeatures()),
+    "step defect": lambda learned, x, seed: step_defect_loss(learned.net, x, 0.1),
     "augmentation": lambda learned, x, seed: augmentation_loss(learned.net, x, 0.5, seed=seed),
 }
+
+
+# Losses that take no derivative themselves.
+WITHOUT_DERIVATIVES = ("dsm", "splicing", "flow", "dual", "quadratic", "autocorrelation", "step")
 
 
 def with_gradients(loss: Loss, learned: Learned) -> Call:
@@ -398,7 +406,9 @@ def test_graphs_before_dispatch_hold_no_derivatives(name: str) -> None:
     """PyTorch would store values in the graph, in place of results that a derivative needs."""
     learned, (x, y) = Learned(), (samples(), samples())
     trace = make_fx(lambda x: LOSSES[name](learned, x, torch.tensor(3)), pre_dispatch=True)
-    if name.startswith(("dsm", "splicing", "flow", "dual", "quadratic")):  # losses that take no derivative themselves
+    if name.startswith(
+        ("dsm", "splicing", "flow", "dual", "quadratic", "autocorrelation", "step")
+    ):  # losses that take no derivative themselves
         torch.testing.assert_close(trace(x)(y), LOSSES[name](learned, y, torch.tensor(3)))
     else:
         with pytest.raises(RuntimeError, match=PRE_DISPATCH):
