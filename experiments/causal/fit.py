@@ -1,0 +1,157 @@
+"""One solver for all objectives that are quadratic in the parameters of the drift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+REWEIGHTINGS = 60  # weighted ridge problems per value of λ at most
+SMOOTHING = 1e-5  # ε of √(|θ_g|² + ε²)
+TOLERANCE = 1e-4  # largest change of a parameter in the last weighted ridge problem
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """Function θᵀ H θ + 2 hᵀ θ + c of parameters θ, flattened from `[d, P]`.
+
+    Attributes:
+        hessian: H, symmetric, `[d P, d P]`.
+        linear: h, `[d P]`.
+        constant: c, `[]`.
+    """
+
+    hessian: Tensor
+    linear: Tensor
+    constant: Tensor
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """Return the value at θ, `[d P]`."""
+        return theta @ (self.hessian @ theta) + 2 * self.linear @ theta + self.constant
+
+    def slope(self, theta: Tensor) -> Tensor:
+        """Return half the gradient at θ, `[d P]`."""
+        return self.hessian @ theta + self.linear
+
+
+@dataclass(frozen=True)
+class Term:
+    """Objective of one environment, as a function of the drift with the intervention.
+
+    Attributes:
+        quadratic: of the parameters θ + δ.
+        index: parameter that the intervention shifts: the constant of its target; None for observational data.
+        size: δ, in the units of θ; None if it is to be fitted.
+    """
+
+    quadratic: Quadratic
+    index: int | None
+    size: float | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Result for one strength of the penalty.
+
+    Attributes:
+        fraction: λ over the least λ at which the drift has no edge.
+        theta: `[d P]`.
+        violation: largest violation of the optimality conditions, relative to λ.
+    """
+
+    fraction: float
+    theta: Tensor
+    violation: float
+
+
+def combine(terms: Sequence[Term]) -> Quadratic:
+    """Add environments to one function of θ and the unknown sizes, which come last, `[d P + U]`."""
+    unknown = [term for term in terms if term.index is not None and term.size is None]
+    count = len(terms[0].quadratic.linear)
+    hessian = torch.zeros(count + len(unknown), count + len(unknown), dtype=torch.float64)
+    linear, constant = hessian.new_zeros(len(hessian)), hessian.new_zeros(())
+    for term in terms:
+        own, index = term.quadratic, term.index
+        hessian[:count, :count] += own.hessian
+        linear[:count] += own.linear
+        constant = constant + own.constant
+        if index is None:
+            continue
+        if term.size is not None:
+            linear[:count] += own.hessian[index] * term.size
+            constant = constant + own.hessian[index, index] * term.size**2 + 2 * own.linear[index] * term.size
+            continue
+        place = count + next(k for k, other in enumerate(unknown) if other is term)
+        hessian[place, :count] = hessian[:count, place] = own.hessian[index]
+        hessian[place, place] = own.hessian[index, index]
+        linear[place] = own.linear[index]
+    return Quadratic(hessian, linear, constant)
+
+
+def best_size(term: Term, theta: Tensor) -> float:
+    """Return the size of an environment's shift that minimizes its objective for a given drift."""
+    assert term.index is not None
+    curvature = term.quadratic.hessian[term.index, term.index]
+    return (-term.quadratic.slope(theta)[term.index] / curvature).item()
+
+
+def fit_path(total: Quadratic, groups: Tensor, fractions: Sequence[float], ridge: float = 1e-6) -> list[Fit]:
+    """Minimize value + 2 λ Σ_g √(|θ_g|² + ε²), the group lasso, for several λ, each from the result of the next smaller.
+
+    A step solves the ridge problem that touches the objective from above at the current θ, by Cholesky factorization:
+    every step lowers the objective, whatever the condition of H.
+
+    Args:
+        total: the function.
+        groups: group of each parameter; -1 for those without penalty.
+        fractions: λ over the least λ at which all groups vanish.
+        ridge: added to the diagonal of H, relative to its mean.
+
+    Returns:
+        one result per fraction, in the order given.
+    """
+    hessian = total.hessian + ridge * total.hessian.diagonal().mean() * torch.eye(len(groups), dtype=torch.float64)
+    total = Quadratic(hessian, total.linear, total.constant)
+    free = groups < 0
+    alone = torch.zeros_like(total.linear)
+    alone[free] = -torch.linalg.solve(hessian[free][:, free], total.linear[free])
+    largest = norms(total.slope(alone), groups).max().item()
+    theta = -torch.cholesky_solve(total.linear[:, None], torch.linalg.cholesky(hessian))[:, 0]
+    found = {}
+    for fraction in sorted(fractions):
+        theta = _minimize(total, groups, fraction * largest, theta)
+        found[fraction] = Fit(fraction, theta, violation(total, groups, fraction * largest, theta))
+    return [found[fraction] for fraction in fractions]
+
+
+def norms(theta: Tensor, groups: Tensor) -> Tensor:
+    """Return |θ_g| of every group, `[G]`."""
+    penalized = groups >= 0
+    squares = theta.new_zeros(int(groups.max()) + 1)
+    return squares.index_add(0, groups[penalized], theta[penalized].square()).sqrt()
+
+
+def violation(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -> float:
+    """Return the largest violation of the conditions of a minimum of the group lasso, relative to λ.
+
+    The slope of a group is -λ θ_g/|θ_g|, or at most λ in norm where θ_g = 0; that of parameters without penalty is 0.
+    """
+    slope, sizes = total.slope(theta), norms(theta, groups)
+    free, zero = groups < 0, sizes < 10 * SMOOTHING
+    inside = torch.where(zero, norms(slope, groups) - penalty, 0).max()
+    unit = torch.where(free, 0, theta / sizes.clamp_min(SMOOTHING)[groups.clamp_min(0)])
+    outside = torch.where(zero, 0, norms(slope + penalty * unit, groups)).max()
+    return torch.stack([inside, outside, slope[free].abs().max()]).max().item() / penalty
+
+
+def _minimize(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -> Tensor:
+    free, of = groups < 0, groups.clamp_min(0)
+    for _ in range(REWEIGHTINGS):
+        weights = penalty / (norms(theta, groups).square() + SMOOTHING**2).sqrt()
+        factor = torch.linalg.cholesky(total.hessian + torch.where(free, 0, weights[of]).diag())
+        before, theta = theta, -torch.cholesky_solve(total.linear[:, None], factor)[:, 0]
+        if (theta - before).abs().max() < TOLERANCE:
+            break
+    return theta

@@ -1,0 +1,237 @@
+"""Fit of a drift by every method in one setting, and comparison with interventions that were held out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.causal.data import Environment, System, make_environments, make_system, shift_of, simulate
+from experiments.causal.drifts import Basis, BasisDrift
+from experiments.causal.dual import dual_quadratic
+from experiments.causal.fit import Fit, Quadratic, Term, best_size, combine, fit_path
+from experiments.causal.flux import FluxSettings, effective_centers, flux_quadratic
+from experiments.causal.kds import gaussian_kds, pairs_kds
+from experiments.common.distances import wasserstein2
+from experiments.common.run import Run
+from fluxmatching import CosineFeatures, LinearFeatures, QuadraticFeatures
+from fluxmatching.losses.dual import Features
+
+NO_EFFECT, TRUTH = "no effect", "true drift"
+DUAL, QUADRATIC = "dual", "dual, quadratic"
+GAUSSIAN, PAIRS = "KDS, Gaussian", "KDS, pairs"
+FLUX, SMOOTHED = "flux", "flux, smoothed"
+METHODS = (DUAL, QUADRATIC, GAUSSIAN, PAIRS, FLUX, SMOOTHED)
+NOISE = 1.0  # σ of all systems
+EDGE = 0.1  # strength above which a dependence counts as an edge
+BOX = 10.0  # standard deviations within which simulations of fitted drifts are kept
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One system with its environments.
+
+    Attributes:
+        kind, d, seed: of the system.
+        system: the truth.
+        basis: of the fitted drifts.
+        train: observational data first, then the interventions for fits and validation.
+        held_out: interventions on other variables.
+    """
+
+    kind: str
+    d: int
+    seed: int
+    system: System
+    basis: Basis
+    train: list[Environment]
+    held_out: list[Environment]
+
+    @property
+    def validation(self) -> list[int]:
+        """Indices of every third training intervention, at least one, that a fit is validated on."""
+        return list(range(1, len(self.train), 3))
+
+    @property
+    def groups(self) -> Tensor:
+        """Group of each parameter: one per pair i ≠ j; -1 for constants and own coordinates, `[d P]`."""
+        i, j = torch.arange(self.d)[:, None], self.basis.coordinates
+        return torch.where((j < 0) | (j == i), -1, i * self.d + j).flatten()
+
+
+def make_setting(run: Run, kind: str, d: int, seed: int) -> Setting:
+    """Draw a system, and samples of it under no intervention, and under interventions on different variables."""
+    config = run.config
+    generator = run.generator("system", kind, d, seed)
+    system = make_system(kind, d, config.parents, NOISE, generator)
+    order = torch.randperm(d, generator=generator).tolist()
+    count = math.ceil(d / 2)
+    held_out = order[count:][: config.held_out]
+    targets: list[int | None] = [None, *order[:count], *held_out]
+    found = make_environments(system, targets, config.samples, config.time, config.step, generator)
+    pooled = torch.cat([environment.x for environment in found[: count + 1]])
+    return Setting(
+        kind, d, seed, system, Basis.of(pooled, kind != "linear"), found[: count + 1], found[count + 1 :]
+    )  # fmt: skip
+
+
+def make_objective(run: Run, setting: Setting, method: str) -> Callable[[Tensor], Quadratic]:
+    """Return what maps samples of one environment to the objective of a method."""
+    config, basis = run.config, setting.basis
+    if method in (GAUSSIAN, PAIRS):
+        kds, length = (gaussian_kds, setting.d**0.5) if method == GAUSSIAN else (pairs_kds, 1.0)
+        return lambda x: kds(x[: config.kernel_samples], basis, NOISE, config.length * length)
+    if method in (FLUX, SMOOTHED):
+        options = FluxSettings(
+            config.sigma if method == FLUX else config.smoothed_sigma, config.chains, config.horizons,
+            method == SMOOTHED, run.backend,
+        )  # fmt: skip
+        generator = run.generator("flux", setting.kind, setting.d, setting.seed)
+        return lambda x: flux_quadratic(x, basis, NOISE, options, generator)
+
+    def dual(x: Tensor) -> Quadratic:
+        features: list[Features] = [LinearFeatures(), QuadraticFeatures()]
+        if method == DUAL:
+            features.append(CosineFeatures.draw(x, config.cosines, num_coordinates=2, seed=setting.seed))
+        return dual_quadratic(x, basis, NOISE, features, config.ridge)
+
+    return dual
+
+
+def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
+    """Fit a drift, the strength of the penalty chosen by the validation interventions; return it and the seconds."""
+    begun = time.perf_counter()
+    objective = make_objective(run, setting, method)
+    terms = []
+    for environment in setting.train:
+        target, size = environment.target, None
+        if target is not None and run.config.known:
+            size = environment.shift / setting.basis.scale[target].item()
+        index = None if target is None else target * len(setting.basis.coordinates)
+        terms.append(Term(objective(environment.x), index, size))
+    groups, fractions = setting.groups, run.config.fractions
+    kept = [term for k, term in enumerate(terms) if k not in setting.validation]
+    path = fit_terms(kept, groups, fractions)
+    errors = validate(run, setting, terms, path)
+    best = min(range(len(fractions)), key=errors.__getitem__)
+    return fit_terms(terms, groups, fractions[best : best + 1])[0], time.perf_counter() - begun
+
+
+def fit_terms(terms: Sequence[Term], groups: Tensor, fractions: Sequence[float]) -> list[Fit]:
+    """Fit a drift, and the sizes of shifts that are unknown, which have no penalty."""
+    total = combine(terms)
+    unknown = groups.new_full((len(total.linear) - len(groups),), -1)
+    return fit_path(total, torch.cat([groups, unknown]), fractions)
+
+
+def validate(run: Run, setting: Setting, terms: Sequence[Term], path: Sequence[Fit]) -> list[float]:
+    """Return the error of the means in the validation environments, of every fit of a path."""
+    errors = []
+    for found in path:
+        shifts, means = [], []
+        for k in setting.validation:
+            environment, term = setting.train[k], terms[k]
+            size = environment.shift
+            if term.size is None:
+                assert environment.target is not None
+                theta = found.theta[: setting.groups.numel()]
+                size = best_size(term, theta) * setting.basis.scale[environment.target].item()
+            shifts.append(shift_of(environment.target, size, setting.d))
+            means.append(environment.x.mean(0))
+        x = predict(run, setting, found, torch.stack(shifts), run.config.validation_samples)
+        errors.append(mean_error(setting, x.mean(1), torch.stack(means)))
+    return errors
+
+
+def predict(run: Run, setting: Setting, found: Fit | None, shifts: Tensor, samples: int) -> Tensor:
+    """Simulate a fitted drift, or the true one, under shifts `[E, d]`; return `[E, samples, d]`.
+
+    A fitted drift is simulated inside a box of `BOX` standard deviations, since it may be unstable.
+    """
+    d, basis = setting.d, setting.basis.float()
+    generator = run.generator("predict", setting.kind, d, setting.seed)
+    start = basis.center + basis.scale * torch.randn(len(shifts), samples, d, generator=generator)
+    drift: Callable[[Tensor], Tensor] = setting.system.float()
+    if found is not None:
+        fitted = BasisDrift(setting.basis, found.theta[: setting.groups.numel()].unflatten(0, (d, -1))).float()
+        low, high = basis.center - BOX * basis.scale, basis.center + BOX * basis.scale
+        drift = Boxed(fitted, low, high)
+    config = run.config
+    x = simulate(drift, start, shifts[:, None].float(), NOISE, config.time, config.step, generator)
+    return (x if found is None else x.clamp(low, high)).double()
+
+
+@dataclass(frozen=True)
+class Boxed:
+    """Drift that is that of the nearest point of a box, and pulls back into it outside."""
+
+    drift: Callable[[Tensor], Tensor]
+    low: Tensor
+    high: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        inside = x.clamp(self.low, self.high)
+        return self.drift(inside).clamp(-100, 100) + 5 * (inside - x)
+
+
+def mean_error(setting: Setting, found: Tensor, wanted: Tensor) -> float:
+    """Return the root mean square over variables of the error of means, in standard deviations, averaged over rows."""
+    scale = setting.train[0].x.std(0)
+    return ((found - wanted) / scale).square().mean(1).sqrt().mean().item()
+
+
+def structure(setting: Setting, found: Fit) -> dict[str, float]:
+    """Return F1 of edges stronger than `EDGE`, and the average precision of all pairs ranked by strength."""
+    theta = found.theta[: setting.groups.numel()].unflatten(0, (setting.d, -1))
+    strengths = BasisDrift(setting.basis, theta).strengths(setting.train[0].x)
+    off = ~torch.eye(setting.d, dtype=torch.bool)
+    scores, truth = strengths[off], setting.system.parents[off]
+    hits = (truth & (scores > EDGE)).sum().item()
+    ranked = truth[scores.argsort(descending=True)].double()
+    precision = ranked.cumsum(0) / torch.arange(1, len(ranked) + 1)
+    return {
+        "f1": 2 * hits / ((scores > EDGE).sum() + truth.sum()).item(),
+        "precision": ((precision * ranked).sum() / ranked.sum()).item(),
+    }
+
+
+def measure(run: Run, kind: str, d: int, seed: int) -> None:
+    """Log missing rows "fit" of one setting, one per method."""
+    done = {row["method"] for row in run.rows("fit") if (row["setting"], row["d"], row["seed"]) == (kind, d, seed)}
+    wanted = [name for name in (NO_EFFECT, TRUTH, *run.config.methods) if name not in done]
+    if not wanted:
+        return
+    setting = make_setting(run, kind, d, seed)
+    for method in wanted:
+        row: dict[str, Any] = {}
+        found = None
+        if method not in (NO_EFFECT, TRUTH):
+            found, seconds = fit(run, setting, method)
+            row = {"seconds": seconds, "fraction": found.fraction, "violation": found.violation}
+            row |= structure(setting, found)
+        if method in (FLUX, SMOOTHED):
+            sigma = run.config.sigma if method == FLUX else run.config.smoothed_sigma
+            row["centers"] = effective_centers(setting.train[0].x, sigma, run.generator("centers", seed))
+        row |= compare(run, setting, method, found)
+        run.log(kind="fit", setting=kind, d=d, seed=seed, method=method, **row)
+
+
+def compare(run: Run, setting: Setting, method: str, found: Fit | None) -> dict[str, float]:
+    """Return the error of means and W2 of standardized samples, averaged over the interventions held out."""
+    held_out, scale = setting.held_out, setting.train[0].x.std(0)
+    if method == NO_EFFECT:
+        x = setting.train[0].x.expand(len(held_out), -1, -1)
+    else:
+        shifts = torch.stack([shift_of(e.target, e.shift, setting.d) for e in held_out])
+        x = predict(run, setting, found, shifts, run.config.samples)
+    truth = torch.stack([environment.x for environment in held_out])
+    count = run.config.distance_samples
+    distances = [
+        wasserstein2(one[:count] / scale, other[:count] / scale) for one, other in zip(x, truth, strict=True)
+    ]  # fmt: skip
+    return {"error": mean_error(setting, x.mean(1), truth.mean(1)), "w2": sum(distances) / len(distances)}
