@@ -19,13 +19,13 @@ class System:
     """Diffusion dx = f(x) dt + σ dW with f_i(x) = c_i - a_i x_i + g_i(parents of i).
 
     Attributes:
-        kind: g is a sum of w_ij x_j ("linear") or of w_ij tanh(r_j (x_j - m_j)) ("tanh"), or a perceptron with one
+        kind: g is a sum of w_ij x_j ("linear") or of w_ij tanh x_j ("tanh"), or a perceptron with one
             hidden layer over the parents ("perceptron").
         parents: entry [i, j] is True if x_j enters f_i, bool `[d, d]`, False on the diagonal.
         decay: a, `[d]`.
         offset: c, `[d]`.
         weights: w, `[d, d]`; for "perceptron" the weights of the second layer, `[d, HIDDEN]`.
-        inner: (r, m), each `[d]`; for "perceptron" weights `[d, HIDDEN, d]` and biases `[d, HIDDEN]` of the first layer.
+        inner: weights `[d, HIDDEN, d]` and biases `[d, HIDDEN]` of the first layer of a "perceptron", else None.
         noise: σ.
     """
 
@@ -34,23 +34,21 @@ class System:
     decay: Tensor
     offset: Tensor
     weights: Tensor
-    inner: tuple[Tensor, Tensor]
+    inner: tuple[Tensor, Tensor] | None
     noise: float
 
     def float(self) -> System:
         """Return the system in float32, in which simulation takes a third of the time."""
-        inner = self.inner[0].float(), self.inner[1].float()
+        inner = None if self.inner is None else (self.inner[0].float(), self.inner[1].float())
         numbers = {"decay": self.decay.float(), "offset": self.offset.float(), "weights": self.weights.float()}
         return dataclasses.replace(self, inner=inner, **numbers)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the drift at x `[..., d]`."""
         own = self.offset - self.decay * x
+        if self.inner is None:
+            return own + (x if self.kind == "linear" else x.tanh()) @ self.weights.T
         first, second = self.inner
-        if self.kind == "linear":
-            return own + x @ self.weights.T
-        if self.kind == "tanh":
-            return own + torch.tanh(first * (x - second)) @ self.weights.T
         hidden = torch.tanh((x @ first.flatten(0, 1).T).unflatten(-1, self.weights.shape) + second)
         return own + (hidden * self.weights).sum(-1)
 
@@ -90,16 +88,15 @@ def make_system(kind: str, d: int, num_parents: int, noise: float, generator: to
     order = torch.rand(d, d, generator=generator).fill_diagonal_(2).argsort(1).argsort(1)
     parents = order < num_parents
     decay, offset = uniform(0.8, 1.2, d), uniform(-0.5, 0.5, d)
-    inner = uniform(0.8, 1.6, d), uniform(-0.5, 0.5, d)
     if kind == "perceptron":
         inner = signed(0.5, 1.5, d, HIDDEN, d) * parents[:, None], uniform(-0.5, 0.5, d, HIDDEN)
         return System(kind, parents, decay, offset, signed(0.4, 1.2, d, HIDDEN), inner, noise)
-    weights = parents * (signed(0.3, 0.8, d, d) if kind == "linear" else signed(0.6, 1.6, d, d))
+    weights = parents * (signed(0.3, 0.8, d, d) if kind == "linear" else signed(0.5, 1.2, d, d))
     if kind == "linear":
         # Every mode decays at least as fast as exp(-0.4 t).
         while torch.linalg.eigvals(weights - decay.diag()).real.max() > -0.4:
             weights = 0.9 * weights
-    return System(kind, parents, decay, offset, weights, inner, noise)
+    return System(kind, parents, decay, offset, weights, None, noise)
 
 
 def simulate(
@@ -111,7 +108,7 @@ def simulate(
 
     Args:
         drift: f(x), x `[..., d]`.
-        start: `[..., d]`; its dtype is that of the work.
+        start: `[..., d]`; its dtype is that of the work. Further leading dimensions of the drift have the same noise.
         shifts: what is added to the drift; broadcasts against start.
         noise: σ.
         time: length of the chains; several relaxation times, so that ends are stationary.
@@ -120,7 +117,7 @@ def simulate(
     """
     x, scale = start, noise * step**0.5
     for _ in range(round(time / step)):
-        xi = scale * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        xi = scale * torch.randn(start.shape, generator=generator, dtype=x.dtype)
         first = drift(x) + shifts
         second = drift(x + step * first + xi) + shifts
         x = x + (0.5 * step) * (first + second) + xi

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Basis:
-    """Functions of single coordinates: 1, z_j and, if nonlinear, tanh z_j, with z = (x - center)/scale.
+    """Functions of single coordinates: 1, z_j = (x_j - center_j)/scale_j and, if nonlinear, tanh x_j.
 
     Attributes:
         center, scale: mean and standard deviation of the data, `[d]`.
@@ -36,20 +36,30 @@ class Basis:
         each = torch.arange(len(self.scale))
         return torch.cat([torch.tensor([-1]), *[each] * (1 + self.nonlinear)])
 
+    @property
+    def allowed(self) -> Tensor:
+        """Return which functions enter each entry of a drift, bool `[d, P]`.
+
+        A constant, the own coordinate z_i, and z_j or, if nonlinear, tanh x_j of the others.
+        """
+        d = len(self.scale)
+        own = torch.eye(d, dtype=torch.bool)
+        constant = torch.ones(d, 1, dtype=torch.bool)
+        return torch.cat([constant, own, ~own] if self.nonlinear else [constant, own | ~own], 1)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the values at x `[..., d]`, `[..., P]`."""
         z = (x - self.center) / self.scale
-        return torch.cat([torch.ones_like(z[..., :1]), z, *([z.tanh()] if self.nonlinear else [])], -1)
+        return torch.cat([torch.ones_like(z[..., :1]), z, *([x.tanh()] if self.nonlinear else [])], -1)
 
     def derivatives(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first and second derivative of each function in its coordinate at x `[n, d]`, each `[n, P]`."""
-        z = (x - self.center) / self.scale
-        zero, one = torch.zeros_like(z[:, :1]), (1 / self.scale).expand(z.shape)
-        first, second = [zero, one], [zero, torch.zeros_like(z)]
+        zero, one = torch.zeros_like(x[:, :1]), (1 / self.scale).expand(x.shape)
+        first, second = [zero, one], [zero, torch.zeros_like(x)]
         if self.nonlinear:
-            slope = 1 - z.tanh().square()
-            first.append(slope / self.scale)
-            second.append(-2 * z.tanh() * slope / self.scale.square())
+            slope = 1 - x.tanh().square()
+            first.append(slope)
+            second.append(-2 * x.tanh() * slope)
         return torch.cat(first, 1), torch.cat(second, 1)
 
 

@@ -46,7 +46,7 @@ class Config:
     held_out: int = 5
     known: bool = True
     methods: tuple[str, ...] = METHODS
-    fractions: tuple[float, ...] = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+    fractions: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
     cosines: int = 300
     ridge: float = 0.01
     length: float = 1.0

@@ -10,16 +10,17 @@ from torch import Tensor
 
 REWEIGHTINGS = 60  # weighted ridge problems per value of λ at most
 SMOOTHING = 1e-5  # ε of √(|θ_g|² + ε²)
+SELECTED = 0.02  # norm above which a group belongs to the drift that is fitted again
 TOLERANCE = 1e-4  # largest change of a parameter in the last weighted ridge problem
 
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Function θᵀ H θ + 2 hᵀ θ + c of parameters θ, flattened from `[d, P]`.
+    """Function θᵀ H θ + 2 hᵀ θ + c of parameters θ, `[Q]`, such as those of a drift, flattened from `[d, P]`.
 
     Attributes:
-        hessian: H, symmetric, `[d P, d P]`.
-        linear: h, `[d P]`.
+        hessian: H, symmetric, `[Q, Q]`.
+        linear: h, `[Q]`.
         constant: c, `[]`.
     """
 
@@ -28,12 +29,16 @@ class Quadratic:
     constant: Tensor
 
     def __call__(self, theta: Tensor) -> Tensor:
-        """Return the value at θ, `[d P]`."""
+        """Return the value at θ, `[Q]`."""
         return theta @ (self.hessian @ theta) + 2 * self.linear @ theta + self.constant
 
     def slope(self, theta: Tensor) -> Tensor:
-        """Return half the gradient at θ, `[d P]`."""
+        """Return half the gradient at θ, `[Q]`."""
         return self.hessian @ theta + self.linear
+
+    def restrict(self, kept: Tensor) -> Quadratic:
+        """Return the function of some of the parameters, bool `[Q]`, the others zero."""
+        return Quadratic(self.hessian[kept][:, kept], self.linear[kept], self.constant)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Fit:
 
     Attributes:
         fraction: λ over the least λ at which the drift has no edge.
-        theta: `[d P]`.
+        theta: minimum without penalty over the groups that the penalty left, `[Q]`.
         violation: largest violation of the optimality conditions, relative to λ.
     """
 
@@ -67,7 +72,7 @@ class Fit:
 
 
 def combine(terms: Sequence[Term]) -> Quadratic:
-    """Add environments to one function of θ and the unknown sizes, which come last, `[d P + U]`."""
+    """Add environments to one function of θ and the unknown sizes, which come last, `[Q + U]`."""
     unknown = [term for term in terms if term.index is not None and term.size is None]
     count = len(terms[0].quadratic.linear)
     hessian = torch.zeros(count + len(unknown), count + len(unknown), dtype=torch.float64)
@@ -98,9 +103,9 @@ def best_size(term: Term, theta: Tensor) -> float:
 
 
 def fit_path(total: Quadratic, groups: Tensor, fractions: Sequence[float], ridge: float = 1e-6) -> list[Fit]:
-    """Minimize value + 2 λ Σ_g √(|θ_g|² + ε²), the group lasso, for several λ, each from the result of the next smaller.
+    """Select groups by the group lasso for several λ, and fit them again without penalty, which would shrink them.
 
-    A step solves the ridge problem that touches the objective from above at the current θ, by Cholesky factorization:
+    The group lasso minimizes value + 2 λ Σ_g √(|θ_g|² + ε²), for each λ from the result of the next smaller one. A step solves the ridge problem that touches the objective from above at the current θ, by Cholesky factorization:
     every step lowers the objective, whatever the condition of H.
 
     Args:
@@ -122,7 +127,10 @@ def fit_path(total: Quadratic, groups: Tensor, fractions: Sequence[float], ridge
     found = {}
     for fraction in sorted(fractions):
         theta = _minimize(total, groups, fraction * largest, theta)
-        found[fraction] = Fit(fraction, theta, violation(total, groups, fraction * largest, theta))
+        kept = (groups < 0) | (norms(theta, groups) > SELECTED)[groups.clamp_min(0)]
+        again = torch.zeros_like(theta)
+        again[kept] = -torch.linalg.solve(hessian[kept][:, kept], total.linear[kept])
+        found[fraction] = Fit(fraction, again, violation(total, groups, fraction * largest, theta))
     return [found[fraction] for fraction in fractions]
 
 

@@ -28,6 +28,7 @@ GAUSSIAN, PAIRS = "KDS, Gaussian", "KDS, pairs"
 FLUX, SMOOTHED = "flux", "flux, smoothed"
 METHODS = (DUAL, QUADRATIC, GAUSSIAN, PAIRS, FLUX, SMOOTHED)
 NOISE = 1.0  # σ of all systems
+FOLDS = 3  # of the interventions, in the choice of λ
 EDGE = 0.1  # strength above which a dependence counts as an edge
 BOX = 10.0  # standard deviations within which simulations of fitted drifts are kept
 
@@ -53,15 +54,28 @@ class Setting:
     held_out: list[Environment]
 
     @property
-    def validation(self) -> list[int]:
-        """Indices of every third training intervention, at least one, that a fit is validated on."""
-        return list(range(1, len(self.train), 3))
+    def folds(self) -> list[list[int]]:
+        """Indices of the training interventions in each fold of the cross-validation."""
+        return [list(range(first, len(self.train), FOLDS)) for first in range(1, 1 + FOLDS)]
 
     @property
     def groups(self) -> Tensor:
-        """Group of each parameter: one per pair i ≠ j; -1 for constants and own coordinates, `[d P]`."""
+        """Group of each parameter of the drift, `[Q]`: one per pair i ≠ j; -1 for constants and own coordinates."""
         i, j = torch.arange(self.d)[:, None], self.basis.coordinates
-        return torch.where((j < 0) | (j == i), -1, i * self.d + j).flatten()
+        return torch.where((j < 0) | (j == i), -1, i * self.d + j)[self.basis.allowed]
+
+    @property
+    def constants(self) -> list[int]:
+        """Index of the constant of each entry of the drift among the parameters."""
+        counts = self.basis.allowed.sum(1)
+        return (counts.cumsum(0) - counts).tolist()
+
+    def drift(self, theta: Tensor) -> BasisDrift:
+        """Return the drift with parameters `[..., Q]`; shifts that follow them are left out."""
+        allowed = self.basis.allowed
+        full = torch.zeros(*theta.shape[:-1], *allowed.shape, dtype=torch.float64)
+        full[..., allowed] = theta[..., : len(self.groups)]
+        return BasisDrift(self.basis, full)
 
 
 def make_setting(run: Run, kind: str, d: int, seed: int) -> Setting:
@@ -104,7 +118,7 @@ def make_objective(run: Run, setting: Setting, method: str) -> Callable[[Tensor]
 
 
 def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
-    """Fit a drift, the strength of the penalty chosen by the validation interventions; return it and the seconds."""
+    """Fit a drift, the strength of the penalty chosen by interventions left out in turn; return it and the seconds."""
     begun = time.perf_counter()
     objective = make_objective(run, setting, method)
     terms = []
@@ -112,13 +126,15 @@ def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
         target, size = environment.target, None
         if target is not None and run.config.known:
             size = environment.shift / setting.basis.scale[target].item()
-        index = None if target is None else target * len(setting.basis.coordinates)
-        terms.append(Term(objective(environment.x), index, size))
+        index = None if target is None else setting.constants[target]
+        quadratic = objective(environment.x).restrict(setting.basis.allowed.flatten())
+        terms.append(Term(quadratic, index, size))
     groups, fractions = setting.groups, run.config.fractions
-    kept = [term for k, term in enumerate(terms) if k not in setting.validation]
-    path = fit_terms(kept, groups, fractions)
-    errors = validate(run, setting, terms, path)
-    best = min(range(len(fractions)), key=errors.__getitem__)
+    errors = torch.zeros(len(fractions), dtype=torch.float64)
+    for fold in setting.folds:
+        path = fit_terms([term for k, term in enumerate(terms) if k not in fold], groups, fractions)
+        errors += validate(run, setting, terms, path, fold)
+    best = int(errors.argmin())
     return fit_terms(terms, groups, fractions[best : best + 1])[0], time.perf_counter() - begun
 
 
@@ -129,41 +145,34 @@ def fit_terms(terms: Sequence[Term], groups: Tensor, fractions: Sequence[float])
     return fit_path(total, torch.cat([groups, unknown]), fractions)
 
 
-def validate(run: Run, setting: Setting, terms: Sequence[Term], path: Sequence[Fit]) -> list[float]:
-    """Return the error of the means in the validation environments, of every fit of a path."""
-    errors = []
-    for found in path:
-        shifts, means = [], []
-        for k in setting.validation:
-            environment, term = setting.train[k], terms[k]
-            size = environment.shift
-            if term.size is None:
-                assert environment.target is not None
-                theta = found.theta[: setting.groups.numel()]
-                size = best_size(term, theta) * setting.basis.scale[environment.target].item()
-            shifts.append(shift_of(environment.target, size, setting.d))
-            means.append(environment.x.mean(0))
-        x = predict(run, setting, found, torch.stack(shifts), run.config.validation_samples)
-        errors.append(mean_error(setting, x.mean(1), torch.stack(means)))
-    return errors
+def validate(run: Run, setting: Setting, terms: Sequence[Term], path: Sequence[Fit], fold: list[int]) -> Tensor:
+    """Return the error of the means in environments that were left out, summed over them, per fit of a path."""
+    means = torch.stack([setting.train[k].x.mean(0) for k in fold])
+    shifts = torch.zeros(len(path), len(fold), setting.d, dtype=torch.float64)
+    for row, found in zip(shifts, path, strict=True):
+        for shift, k in zip(row, fold, strict=True):
+            target, size = setting.train[k].target, setting.train[k].shift
+            assert target is not None
+            if terms[k].size is None:
+                size = best_size(terms[k], found.theta[: len(setting.groups)]) * setting.basis.scale[target].item()
+            shift[target] = size
+    drift = setting.drift(torch.stack([found.theta for found in path])[:, None])
+    x = predict(run, setting, drift, shifts, run.config.validation_samples)
+    return errors_of_means(setting, x.mean(-2), means).sum(1)
 
 
-def predict(run: Run, setting: Setting, found: Fit | None, shifts: Tensor, samples: int) -> Tensor:
-    """Simulate a fitted drift, or the true one, under shifts `[E, d]`; return `[E, samples, d]`.
+def predict(run: Run, setting: Setting, drift: BasisDrift | None, shifts: Tensor, samples: int) -> Tensor:
+    """Simulate fitted drifts, or the true one, under shifts `[..., E, d]`; return `[..., E, samples, d]`.
 
     A fitted drift is simulated inside a box of `BOX` standard deviations, since it may be unstable.
     """
-    d, basis = setting.d, setting.basis.float()
+    d, basis, config = setting.d, setting.basis.float(), run.config
     generator = run.generator("predict", setting.kind, d, setting.seed)
-    start = basis.center + basis.scale * torch.randn(len(shifts), samples, d, generator=generator)
-    drift: Callable[[Tensor], Tensor] = setting.system.float()
-    if found is not None:
-        fitted = BasisDrift(setting.basis, found.theta[: setting.groups.numel()].unflatten(0, (d, -1))).float()
-        low, high = basis.center - BOX * basis.scale, basis.center + BOX * basis.scale
-        drift = Boxed(fitted, low, high)
-    config = run.config
-    x = simulate(drift, start, shifts[:, None].float(), NOISE, config.time, config.step, generator)
-    return (x if found is None else x.clamp(low, high)).double()
+    start = basis.center + basis.scale * torch.randn(shifts.shape[-2], samples, d, generator=generator)
+    low, high = basis.center - BOX * basis.scale, basis.center + BOX * basis.scale
+    used: Callable[[Tensor], Tensor] = setting.system.float() if drift is None else Boxed(drift.float(), low, high)
+    x = simulate(used, start, shifts[..., None, :].float(), NOISE, config.time, config.step, generator)
+    return x.clamp(low, high).double()
 
 
 @dataclass(frozen=True)
@@ -179,16 +188,14 @@ class Boxed:
         return self.drift(inside).clamp(-100, 100) + 5 * (inside - x)
 
 
-def mean_error(setting: Setting, found: Tensor, wanted: Tensor) -> float:
-    """Return the root mean square over variables of the error of means, in standard deviations, averaged over rows."""
-    scale = setting.train[0].x.std(0)
-    return ((found - wanted) / scale).square().mean(1).sqrt().mean().item()
+def errors_of_means(setting: Setting, found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the root mean square over variables of the error of means, in standard deviations of observations."""
+    return ((found - wanted) / setting.train[0].x.std(0)).square().mean(-1).sqrt()
 
 
 def structure(setting: Setting, found: Fit) -> dict[str, float]:
     """Return F1 of edges stronger than `EDGE`, and the average precision of all pairs ranked by strength."""
-    theta = found.theta[: setting.groups.numel()].unflatten(0, (setting.d, -1))
-    strengths = BasisDrift(setting.basis, theta).strengths(setting.train[0].x)
+    strengths = setting.drift(found.theta).strengths(setting.train[0].x)
     off = ~torch.eye(setting.d, dtype=torch.bool)
     scores, truth = strengths[off], setting.system.parents[off]
     hits = (truth & (scores > EDGE)).sum().item()
@@ -228,10 +235,11 @@ def compare(run: Run, setting: Setting, method: str, found: Fit | None) -> dict[
         x = setting.train[0].x.expand(len(held_out), -1, -1)
     else:
         shifts = torch.stack([shift_of(e.target, e.shift, setting.d) for e in held_out])
-        x = predict(run, setting, found, shifts, run.config.samples)
+        drift = None if found is None else setting.drift(found.theta)
+        x = predict(run, setting, drift, shifts, run.config.samples)
     truth = torch.stack([environment.x for environment in held_out])
     count = run.config.distance_samples
     distances = [
         wasserstein2(one[:count] / scale, other[:count] / scale) for one, other in zip(x, truth, strict=True)
     ]  # fmt: skip
-    return {"error": mean_error(setting, x.mean(1), truth.mean(1)), "w2": sum(distances) / len(distances)}
+    return {"error": errors_of_means(setting, x.mean(1), truth.mean(1)).mean().item(), "w2": sum(distances) / len(distances)}
