@@ -26,20 +26,19 @@ def dual_quadratic(x: Tensor, basis: Basis, noise: float, features: Sequence[Fea
         ridge: relative to the diagonal of G.
     """
     values = basis(x) / len(x)
-    rows, gram, constant = [], [], []
     found = [family.gradients(x, x) for family in features]
-    for amplitudes, directions, owners, laplacians in found:
-        # g_k = Σ_r [owner_r = k] Σ_ip w_ri s_i θ_ip E[a_r b_p] 2/σ²
-        moments = amplitudes.T @ values
-        terms = (2 / noise**2) * (directions * basis.scale)[:, :, None] * moments[:, None]
-        count = laplacians.shape[1]
-        rows.append(terms.new_zeros(count, *terms.shape[1:]).index_add(0, owners, terms).flatten(1))
-        constant.append(laplacians.mean(0))
-        # ∇φ_k as `[K, n d]`
-        gradients = amplitudes.T[:, :, None] * directions[:, None]
-        gram.append(terms.new_zeros(count, *gradients.shape[1:]).index_add(0, owners, gradients).flatten(1))
-    every, matrix, offset = torch.cat(gram), torch.cat(rows), torch.cat(constant)
-    product = every @ every.T / len(x)
+    counts = [family.laplacians.shape[1] for family in found]
+    firsts = [sum(counts[:k]) for k in range(len(counts))]
+    owners = torch.cat([family.owners + first for family, first in zip(found, firsts, strict=True)])
+    amplitudes = torch.cat([family.amplitudes for family in found], 1)
+    directions = torch.cat([family.directions for family in found])
+    # g_k = Σ_r [owner_r = k] Σ_ip w_ri s_i θ_ip E[a_r b_p] 2/σ²
+    terms = (2 / noise**2) * (directions * basis.scale)[:, :, None] * (amplitudes.T @ values)[:, None]
+    matrix = terms.new_zeros(sum(counts), *terms.shape[1:]).index_add(0, owners, terms).flatten(1)
+    offset = torch.cat([family.laplacians for family in found], 1).mean(0)
+    products = (amplitudes.T @ amplitudes / len(x)) * (directions @ directions.T)
+    rows = products.new_zeros(sum(counts), len(owners)).index_add(0, owners, products)
+    product = rows.new_zeros(len(rows), len(rows)).index_add(1, owners, rows)
     factor = torch.linalg.cholesky(product + ridge * product.diagonal().diag())
     matrix = torch.linalg.solve_triangular(factor, matrix, upper=False)
     offset = torch.linalg.solve_triangular(factor, offset[:, None], upper=False)[:, 0]

@@ -30,9 +30,11 @@ class Config:
         cosines: cosine test functions of the dual loss.
         ridge: ridge of the dual loss.
         length: length of the kernels in units of √d standard deviations (Gaussian) or one (pairs).
-        kernel_samples: samples per environment in KDS, whose cost is quadratic in them.
-        sigma, smoothed_sigma: σ of the density estimate of the flux loss as written, and with the drift smoothed.
-        chains, horizons: number of horizons of the flux loss, and chains for each.
+        pairs_samples: samples per environment in KDS for pairs, whose cost is quadratic in samples and in d.
+        sigma: σ of the density estimate of the flux loss as written.
+        smoothed_sigma: that of the flux loss with the drift smoothed, in units of √d.
+        horizons: number of horizons of the flux loss.
+        chains, smoothed_chains: chains per horizon, as written and smoothed.
         time, step: length and step of simulations.
         validation_samples: chains per simulated validation intervention.
         distance_samples: samples of which W2 is computed.
@@ -50,11 +52,12 @@ class Config:
     cosines: int = 300
     ridge: float = 0.01
     length: float = 1.0
-    kernel_samples: int = 500
+    pairs_samples: int = 500
     sigma: float = 0.5
-    smoothed_sigma: float = 1.0
-    chains: int = 250
+    smoothed_sigma: float = 0.45
     horizons: int = 4
+    chains: int = 250
+    smoothed_chains: int = 50
     time: float = 12.0
     step: float = 0.1
     validation_samples: int = 300
@@ -95,7 +98,7 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(
-            kinds=("tanh",), dims=(4,), seeds=1, samples=60, cosines=10, kernel_samples=40, chains=20, horizons=1,
+            kinds=("tanh",), dims=(4,), seeds=1, samples=60, cosines=10, pairs_samples=40, chains=20, smoothed_chains=20, horizons=1,
             fractions=(0.1, 0.01), time=2.0, validation_samples=20, distance_samples=50,
         ),
         "small": Config(),

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REWEIGHTINGS = 60  # weighted ridge problems per value of λ at most
+REWEIGHTINGS = 200  # weighted ridge problems in a row at most
+ROUNDS = 5  # of such rows; between them groups that left too early come back
 SMOOTHING = 1e-5  # ε of √(|θ_g|² + ε²)
+GONE = 1e-4  # norm below which a group leaves the problem
 SELECTED = 0.02  # norm above which a group belongs to the drift that is fitted again
-TOLERANCE = 1e-4  # largest change of a parameter in the last weighted ridge problem
+TOLERANCE = 1e-5  # largest change of a parameter in the last weighted ridge problem
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def violation(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -
     The slope of a group is -λ θ_g/|θ_g|, or at most λ in norm where θ_g = 0; that of parameters without penalty is 0.
     """
     slope, sizes = total.slope(theta), norms(theta, groups)
-    free, zero = groups < 0, sizes < 10 * SMOOTHING
+    free, zero = groups < 0, sizes < GONE
     inside = torch.where(zero, norms(slope, groups) - penalty, 0).max()
     unit = torch.where(free, 0, theta / sizes.clamp_min(SMOOTHING)[groups.clamp_min(0)])
     outside = torch.where(zero, 0, norms(slope + penalty * unit, groups)).max()
@@ -155,11 +157,28 @@ def violation(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -
 
 
 def _minimize(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -> Tensor:
+    """Minimize for one λ. Groups with norm 0 stay out unless their slope shows that they belong to the minimum."""
+    for _ in range(ROUNDS):
+        theta = _reweight(total, groups, penalty, theta)
+        slope = total.slope(theta)
+        missing = (norms(theta, groups) == 0) & (norms(slope, groups) > 1.001 * penalty)
+        if not missing.any():
+            break
+        back = (groups >= 0) & missing[groups.clamp_min(0)]
+        theta = torch.where(back, -SELECTED * slope / norms(slope, groups)[groups.clamp_min(0)], theta)
+    return theta
+
+
+def _reweight(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -> Tensor:
+    """Solve weighted ridge problems until the parameters stay as they are; groups that vanish leave the problem."""
     free, of = groups < 0, groups.clamp_min(0)
     for _ in range(REWEIGHTINGS):
-        weights = penalty / (norms(theta, groups).square() + SMOOTHING**2).sqrt()
-        factor = torch.linalg.cholesky(total.hessian + torch.where(free, 0, weights[of]).diag())
-        before, theta = theta, -torch.cholesky_solve(total.linear[:, None], factor)[:, 0]
+        sizes = norms(theta, groups)
+        weights = torch.where(free, 0, (penalty / (sizes.square() + SMOOTHING**2).sqrt())[of])
+        kept = free | (sizes >= GONE)[of]
+        factor = torch.linalg.cholesky(total.hessian[kept][:, kept] + weights[kept].diag())
+        before, theta = theta, torch.zeros_like(theta)
+        theta[kept] = -torch.cholesky_solve(total.linear[kept][:, None], factor)[:, 0]
         if (theta - before).abs().max() < TOLERANCE:
             break
     return theta

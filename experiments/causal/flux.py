@@ -37,7 +37,7 @@ class FluxSettings:
 def flux_quadratic(
     x: Tensor, basis: Basis, noise: float, settings: FluxSettings, generator: torch.Generator
 ) -> Quadratic:
-    """Return half the mean of `flux_matching_loss` for fixed random numbers.
+    """Return half the mean of `flux_matching_loss` for fixed random numbers, of the parameters that are allowed.
 
     All samples are reference points. The diffusion of the loss has a factor 2, so its field is f 2/σ². The matrix of
     the gradient is symmetric only in expectation. Its symmetric part is taken, and its negative eigenvalues are set
@@ -65,8 +65,10 @@ def flux_quadratic(
             total + scale * part for total, part in zip((hessian, linear, constant), parts, strict=True)
         )  # fmt: skip
     assert isinstance(hessian, Tensor)
-    values, vectors = torch.linalg.eigh(0.5 * (hessian + hessian.T))
-    return Quadratic(vectors * values.clamp_min(0) @ vectors.T, torch.as_tensor(linear), torch.as_tensor(constant))
+    found = Quadratic(0.5 * (hessian + hessian.T), torch.as_tensor(linear), torch.as_tensor(constant))
+    found = found.restrict(basis.allowed.flatten())
+    values, vectors = torch.linalg.eigh(found.hessian)
+    return Quadratic(vectors * values.clamp_min(0) @ vectors.T, found.linear, found.constant)
 
 
 def of_chains(
@@ -76,20 +78,16 @@ def of_chains(
 
     ∇r is the sum over (i, p) of θ_ip κ_i [∇∂_i b_p + s_i ∇b_p + b_p ∇s_i], κ_i = 2 scale_i/σ², and of -∇(Δp̂/p̂).
     """
-    variance, d = settings.sigma**2, refs.shape[1]
-    n = len(chains.x0)
+    variance, n = settings.sigma**2, len(chains.x0)
     at_start = derivatives(chains.x0, refs, basis, settings)[0]
     value, gradient, hessian = derivatives(chains.xt, refs, basis, settings)
     weights = transition_weights(chains.x0, chains.xt, refs, variance, tau, backend=settings.backend)
     zero = torch.zeros_like(chains.xt)
     alone = residual_gradient(chains.xt, zero, refs, variance, backend=settings.backend)
-    units = torch.eye(d, dtype=refs.dtype)[:, None].expand(d, *chains.xt.shape).contiguous()
-    score_slopes = torch.stack([
-        residual_gradient(chains.xt, unit, refs, variance, backend=settings.backend) - alone for unit in units
-    ])  # fmt: skip
+    score_slopes = score_jacobian(chains.xt, refs, settings.sigma)
     # of (i', p') in direction i: `[n, i', p', i]`
     slopes = hessian.transpose(1, 2) + chains.score_t[:, :, None, None] * gradient[:, None]
-    slopes = slopes + value[:, None, :, None] * score_slopes.transpose(0, 1)[:, :, None]
+    slopes = slopes + value[:, None, :, None] * score_slopes[:, :, None]
     factor = 2 * basis.scale / noise**2
     slopes = slopes * factor[:, None, None]
     moved = -weights.T @ at_start / n
@@ -122,6 +120,16 @@ def derivatives(z: Tensor, refs: Tensor, basis: Basis, settings: FluxSettings) -
         found.append((mean, gradient, hessian.unflatten(-1, (d, d))))
     mean, gradient, hessian = (torch.cat(parts) for parts in zip(*found, strict=True))
     return mean, gradient, hessian
+
+
+def score_jacobian(z: Tensor, refs: Tensor, sigma: float) -> Tensor:
+    """Return the derivative of the score, (Cov/σ² - I)/σ² under the weights of the density estimate, `[n, d, d]`."""
+    found = []
+    for points in z.split(CHUNK):
+        weights = kernel_weights(points, refs, sigma)
+        offset = (refs - (weights @ refs)[:, None]) / sigma**2
+        found.append(offset.mT @ (weights[..., None] * offset))
+    return torch.cat(found) - torch.eye(z.shape[1], dtype=z.dtype) / sigma**2
 
 
 def kernel_weights(z: Tensor, refs: Tensor, sigma: float) -> Tensor:

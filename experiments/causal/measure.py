@@ -56,7 +56,8 @@ class Setting:
     @property
     def folds(self) -> list[list[int]]:
         """Indices of the training interventions in each fold of the cross-validation."""
-        return [list(range(first, len(self.train), FOLDS)) for first in range(1, 1 + FOLDS)]
+        count = min(FOLDS, len(self.train) - 1)
+        return [list(range(first, len(self.train), count)) for first in range(1, 1 + count)]
 
     @property
     def groups(self) -> Tensor:
@@ -95,16 +96,14 @@ def make_setting(run: Run, kind: str, d: int, seed: int) -> Setting:
 
 
 def make_objective(run: Run, setting: Setting, method: str) -> Callable[[Tensor], Quadratic]:
-    """Return what maps samples of one environment to the objective of a method."""
-    config, basis = run.config, setting.basis
-    if method in (GAUSSIAN, PAIRS):
-        kds, length = (gaussian_kds, setting.d**0.5) if method == GAUSSIAN else (pairs_kds, 1.0)
-        return lambda x: kds(x[: config.kernel_samples], basis, NOISE, config.length * length)
+    """Return what maps samples of one environment to the objective of a method, a function of `[Q]` parameters."""
+    config, basis, allowed = run.config, setting.basis, setting.basis.allowed.flatten()
+    if method == GAUSSIAN:
+        return lambda x: gaussian_kds(x, basis, NOISE, config.length * setting.d**0.5).restrict(allowed)
+    if method == PAIRS:
+        return lambda x: pairs_kds(x[: config.pairs_samples], basis, NOISE, config.length).restrict(allowed)
     if method in (FLUX, SMOOTHED):
-        options = FluxSettings(
-            config.sigma if method == FLUX else config.smoothed_sigma, config.chains, config.horizons,
-            method == SMOOTHED, run.backend,
-        )  # fmt: skip
+        options = flux_settings(run, setting.d, method)
         generator = run.generator("flux", setting.kind, setting.d, setting.seed)
         return lambda x: flux_quadratic(x, basis, NOISE, options, generator)
 
@@ -112,14 +111,23 @@ def make_objective(run: Run, setting: Setting, method: str) -> Callable[[Tensor]
         features: list[Features] = [LinearFeatures(), QuadraticFeatures()]
         if method == DUAL:
             features.append(CosineFeatures.draw(x, config.cosines, num_coordinates=2, seed=setting.seed))
-        return dual_quadratic(x, basis, NOISE, features, config.ridge)
+        return dual_quadratic(x, basis, NOISE, features, config.ridge).restrict(allowed)
 
     return dual
 
 
+def flux_settings(run: Run, d: int, method: str) -> FluxSettings:
+    """Return the settings of the flux loss, as written or smoothed. Third moments make smoothed chains costly."""
+    config = run.config
+    if method == FLUX:
+        return FluxSettings(config.sigma, config.chains, config.horizons, smoothed=False, backend=run.backend)
+    sigma = config.smoothed_sigma * d**0.5
+    return FluxSettings(sigma, config.smoothed_chains, config.horizons, smoothed=True, backend=run.backend)
+
+
 def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
-    """Fit a drift, the strength of the penalty chosen by interventions left out in turn; return it and the seconds."""
-    begun = time.perf_counter()
+    """Fit a drift, the strength of the penalty chosen by interventions left out in turn; return it and CPU seconds."""
+    begun = time.process_time()
     objective = make_objective(run, setting, method)
     terms = []
     for environment in setting.train:
@@ -127,15 +135,14 @@ def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
         if target is not None and run.config.known:
             size = environment.shift / setting.basis.scale[target].item()
         index = None if target is None else setting.constants[target]
-        quadratic = objective(environment.x).restrict(setting.basis.allowed.flatten())
-        terms.append(Term(quadratic, index, size))
+        terms.append(Term(objective(environment.x), index, size))
     groups, fractions = setting.groups, run.config.fractions
     errors = torch.zeros(len(fractions), dtype=torch.float64)
     for fold in setting.folds:
         path = fit_terms([term for k, term in enumerate(terms) if k not in fold], groups, fractions)
         errors += validate(run, setting, terms, path, fold)
     best = int(errors.argmin())
-    return fit_terms(terms, groups, fractions[best : best + 1])[0], time.perf_counter() - begun
+    return fit_terms(terms, groups, fractions[best : best + 1])[0], time.process_time() - begun
 
 
 def fit_terms(terms: Sequence[Term], groups: Tensor, fractions: Sequence[float]) -> list[Fit]:
@@ -222,7 +229,7 @@ def measure(run: Run, kind: str, d: int, seed: int) -> None:
             row = {"seconds": seconds, "fraction": found.fraction, "violation": found.violation}
             row |= structure(setting, found)
         if method in (FLUX, SMOOTHED):
-            sigma = run.config.sigma if method == FLUX else run.config.smoothed_sigma
+            sigma = flux_settings(run, d, method).sigma
             row["centers"] = effective_centers(setting.train[0].x, sigma, run.generator("centers", seed))
         row |= compare(run, setting, method, found)
         run.log(kind="fit", setting=kind, d=d, seed=seed, method=method, **row)
