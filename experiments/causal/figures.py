@@ -1,28 +1,48 @@
-"""Figures: errors, distances and structure by method."""
+"""Figure: error, distance, structure and cost by method and setting."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.causal.measure import NO_EFFECT, TRUTH
+from experiments.causal.measure import DUAL, FLUX, GAUSSIAN, NO_EFFECT, PAIRS, QUADRATIC, SMOOTHED, TRUTH
 from experiments.common import figures as style
 from experiments.common.run import Run
 
+COLORS = {
+    NO_EFFECT: style.REFERENCE,
+    DUAL: style.FLUX,
+    QUADRATIC: "#56B4E9",
+    GAUSSIAN: style.SCORE_MATCHING,
+    PAIRS: style.ACCENT,
+    FLUX: style.VIOLATING,
+    SMOOTHED: style.PRESERVING,
+    TRUTH: style.DATA,
+}
+COLUMNS = {
+    "error": "error of means (standard deviations)",
+    "w2": "W2",
+    "f1": "F1 of edges",
+    "seconds": "CPU seconds of a fit",
+}
+LOGARITHMIC = ("error", "seconds")
 
-def draw_errors(path: Path, run: Run) -> None:
-    """Draw a panel per setting and measure, with a dot per system."""
-    config = run.config
-    settings = [(kind, d) for kind in config.kinds for d in config.dims]
-    names = (NO_EFFECT, *config.methods, TRUTH)
-    columns = {"error": "error of means (std)", "w2": "W2", "f1": "F1"}
-    size = (3.0 * len(columns) + 1.0, 2.2 * len(settings))
-    figure, panels = style.new_figure(*size, len(settings), len(columns), sharey=True, squeeze=False)
+
+def draw_methods(path: Path, run: Run) -> None:
+    """Draw a row of panels per setting, a column per measure, with a dot per system."""
+    settings = [(kind, d) for d in run.config.dims for kind in run.config.kinds]
+    names = (NO_EFFECT, *run.config.methods, TRUTH)
+    size = (2.6 * len(COLUMNS) + 1.0, 0.24 * len(names) * len(settings) + 0.6)
+    figure, panels = style.new_figure(*size, len(settings), len(COLUMNS), sharex="col", sharey=True, squeeze=False)
     for row, (kind, d) in zip(panels, settings, strict=True):
-        for axes, (column, label) in zip(row, columns.items(), strict=True):
+        for axes, (column, label) in zip(row, COLUMNS.items(), strict=True):
             for place, name in enumerate(names):
                 values = run.by_seed("fit", column, setting=kind, d=d, method=name)
-                axes.plot(values, [place] * len(values), "o", ms=4, alpha=0.7, color=style.CYCLE[place % 7])
-            axes.set(xlabel=label, xlim=(0, None), title=f"{kind}, d = {d}")
+                axes.plot(values, [place] * len(values), "o", ms=4, alpha=0.8, color=COLORS[name])
+            if column in LOGARITHMIC:
+                axes.set_xscale("log")
+            if row is panels[-1]:
+                axes.set_xlabel(label)
         row[0].set_yticks(range(len(names)), names)
-        row[0].invert_yaxis()
+        row[0].set_ylabel(f"{kind}, d = {d}")
+    panels[0][0].set_ylim(len(names) - 0.4, -0.6)
     style.save(figure, path)

@@ -107,8 +107,9 @@ def best_size(term: Term, theta: Tensor) -> float:
 def fit_path(total: Quadratic, groups: Tensor, fractions: Sequence[float], ridge: float = 1e-6) -> list[Fit]:
     """Select groups by the group lasso for several λ, and fit them again without penalty, which would shrink them.
 
-    The group lasso minimizes value + 2 λ Σ_g √(|θ_g|² + ε²), for each λ from the result of the next smaller one. A step solves the ridge problem that touches the objective from above at the current θ, by Cholesky factorization:
-    every step lowers the objective, whatever the condition of H.
+    The group lasso minimizes value + 2 λ Σ_g √(|θ_g|² + ε²), for each λ from the result of the next smaller one. A step
+    solves the ridge problem that touches the objective from above at the current θ, by Cholesky factorization: every
+    step lowers the objective, whatever the condition of H.
 
     Args:
         total: the function.

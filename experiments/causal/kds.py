@@ -4,8 +4,8 @@ For dx = f dt + σ dW let A φ = f·∇φ + (σ²/2) Δφ, whose mean is zero fo
 
     KDS = E_{x,x'} A_x A_x' k(x, x') = sup over the unit ball of its function space of (E[A φ])².
 
-Both kernels are made of Gaussians κ_i = exp(-z_i²/2ℓ²) of the differences z = (x - x')/s of standardized coordinates, in
-which f is f/s and σ²/2 is D_i = σ²/(2 s_i²). With the derivatives κ_i^(m) = h_m κ_i in z_i and A = Σ_i A_i,
+Both kernels are made of Gaussians κ_i = exp(-z_i²/2ℓ²) of the differences z = (x - x')/s of standardized coordinates,
+in which f is f/s and σ²/2 is D_i = σ²/(2 s_i²). With the derivatives κ_i^(m) = h_m κ_i in z_i and A = Σ_i A_i,
 
     A_i κ_i = (f_i h_1 + D_i h_2) κ_i,    A'_i κ_i = (-f'_i h_1 + D_i h_2) κ_i,
     A_i A'_i κ_i = (-f_i f'_i h_2 + D_i (f_i - f'_i) h_3 + D_i² h_4) κ_i.
@@ -25,7 +25,8 @@ from experiments.causal.fit import Quadratic
 def gaussian_kds(x: Tensor, basis: Basis, noise: float, length: float) -> Quadratic:
     """Return KDS for the Gaussian kernel, the product of all κ_i.
 
-    A A' k/k = (Σ_i A_iκ_i/κ_i)(Σ_i A'_iκ_i/κ_i) + Σ_i [f_i f'_i/ℓ² + 2 D_i (f_i - f'_i) z_i/ℓ⁴ + D_i² (2/ℓ⁴ - 4 z_i²/ℓ⁶)].
+    A A' k/k = (Σ_i A_iκ_i/κ_i)(Σ_i A'_iκ_i/κ_i)
+               + Σ_i [f_i f'_i/ℓ² + 2 D_i (f_i - f'_i) z_i/ℓ⁴ + D_i² (2/ℓ⁴ - 4 z_i²/ℓ⁶)].
 
     Args:
         x: samples, `[n, d]`.

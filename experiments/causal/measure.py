@@ -249,4 +249,7 @@ def compare(run: Run, setting: Setting, method: str, found: Fit | None) -> dict[
     distances = [
         wasserstein2(one[:count] / scale, other[:count] / scale) for one, other in zip(x, truth, strict=True)
     ]  # fmt: skip
-    return {"error": errors_of_means(setting, x.mean(1), truth.mean(1)).mean().item(), "w2": sum(distances) / len(distances)}
+    return {
+        "error": errors_of_means(setting, x.mean(1), truth.mean(1)).mean().item(),
+        "w2": sum(distances) / len(distances),
+    }

@@ -1,4 +1,4 @@
-"""Checks of causal: closed forms against automatic differentiation and the library's losses, simulator, solver, runs."""
+"""Checks of causal: closed forms against automatic differentiation and the losses of the library, solver, and runs."""
 
 from __future__ import annotations
 
@@ -117,11 +117,15 @@ def test_derivatives_of_the_smoothed_basis_are_those_of_autograd() -> None:
         return (-0.5 * ((z - refs) / 0.8).square().sum(1)).softmax(0) @ drift.basis(refs)
 
     found = derivatives(z, refs, drift.basis, FluxSettings(0.8, 4, 1, smoothed=True))
-    for part, function in zip(found, (smoothed, torch.func.jacrev(smoothed), torch.func.hessian(smoothed)), strict=True):
+    for part, function in zip(
+        found, (smoothed, torch.func.jacrev(smoothed), torch.func.hessian(smoothed)), strict=True
+    ):
         torch.testing.assert_close(part, torch.func.vmap(function)(z))
 
 
-def kernel_deviation(kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor, drift: Callable[[Tensor], Tensor]) -> Tensor:
+def kernel_deviation(
+    kernel: Callable[[Tensor, Tensor], Tensor], x: Tensor, drift: Callable[[Tensor], Tensor]
+) -> Tensor:
     """Mean of A_x A_x' k over all pairs, A applied by automatic differentiation."""
 
     def apply(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -185,7 +189,9 @@ def test_flux_objective_has_the_value_and_the_gradient_of_the_library() -> None:
         return 2 / NOISE**2 * BasisDrift(drift.basis, theta)(z)
 
     draws = Draws(tau=tau, start=noise[0], chain=noise[1:])
-    target = flux_target(field, x, sigma, FluxOptions(horizon=horizon, divergence="exact", backend="torch"), draws=draws)
+    target = flux_target(
+        field, x, sigma, FluxOptions(horizon=horizon, divergence="exact", backend="torch"), draws=draws
+    )
     scale = -math.expm1(-4.0)  # e^{-τ}/q(τ)
     loss = target.loss(field).mean()
     loss.backward()
@@ -193,7 +199,9 @@ def test_flux_objective_has_the_value_and_the_gradient_of_the_library() -> None:
     slope = scale * (matrix @ drift.theta.flatten() + linear.flatten())
     torch.testing.assert_close(2 * slope, theta.grad.flatten(), rtol=1e-8, atol=1e-10)
     start = dataclasses.replace(drift, theta=torch.zeros_like(drift.theta))
-    at_zero = flux_target(start, x, sigma, FluxOptions(horizon=horizon, divergence="exact", backend="torch"), draws=draws)
+    at_zero = flux_target(
+        start, x, sigma, FluxOptions(horizon=horizon, divergence="exact", backend="torch"), draws=draws
+    )
     torch.testing.assert_close(2 * scale * constant, at_zero.loss(start).mean(), rtol=1e-8, atol=1e-10)
 
 
@@ -230,7 +238,9 @@ def test_lasso_is_at_its_optimum_and_selected_groups_are_fitted_again() -> None:
     assert counts[0] == 0 < counts[1] < counts[2]
     for found in path:
         kept = found.theta != 0
-        torch.testing.assert_close(total.slope(found.theta)[kept], torch.zeros(int(kept.sum())).double(), atol=1e-8, rtol=0)
+        torch.testing.assert_close(
+            total.slope(found.theta)[kept], torch.zeros(int(kept.sum())).double(), atol=1e-8, rtol=0
+        )
 
 
 # ---------------------------------------------------------------- measures
@@ -252,7 +262,9 @@ def test_structure_of_the_true_drift_is_perfect_and_of_none_is_not() -> None:
 
 def test_box_keeps_unstable_drifts_finite() -> None:
     low, high = -torch.ones(1), torch.ones(1)
-    x = simulate(Boxed(lambda x: 5 * x, low, high), torch.full((10, 1), 0.5), torch.zeros(1), 0.1, 20.0, 0.1, generator())
+    x = simulate(
+        Boxed(lambda x: 5 * x, low, high), torch.full((10, 1), 0.5), torch.zeros(1), 0.1, 20.0, 0.1, generator()
+    )
     assert (x.abs() < 3).all()
 
 
@@ -263,7 +275,7 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     rows = finished.rows("fit")
     assert [row["method"] for row in rows] == [NO_EFFECT, TRUTH, *METHODS]
     assert all(math.isfinite(row["error"]) and math.isfinite(row["w2"]) for row in rows)
-    assert {path.stem for path in finished.figures} == {"errors"}
+    assert {path.stem for path in finished.figures} == {"methods"}
     assert all(path.stat().st_size > 10_000 for path in finished.figures)
     assert "tanh, d = 4" in (finished.out / "summary.md").read_text()
 
@@ -299,7 +311,9 @@ def test_bad_settings(changes: dict[str, Any], text: str) -> None:
         dataclasses.replace(experiment.EXPERIMENT.config("smoke"), **changes)
 
 
-@pytest.mark.parametrize(("kind", "parents", "text"), [("cubic", 2, "kind must be"), ("tanh", 4, "num_parents must be")])
+@pytest.mark.parametrize(
+    ("kind", "parents", "text"), [("cubic", 2, "kind must be"), ("tanh", 4, "num_parents must be")]
+)
 def test_bad_systems(kind: str, parents: int, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make_system(kind, 4, parents, 1.0, generator())
