@@ -26,7 +26,7 @@ class Basis:
         """Make the basis that suits data `[n, d]`."""
         return cls(x.mean(0), x.std(0), nonlinear)
 
-    def float(self) -> Basis:
+    def single(self) -> Basis:
         """Return the basis in float32."""
         return Basis(self.center.float(), self.scale.float(), self.nonlinear)
 
@@ -79,9 +79,9 @@ class BasisDrift:
         """Return the drift at x `[..., n, d]`, with the leading dimensions of θ."""
         return self.basis.scale * (self.basis(x) @ self.theta.mT)
 
-    def float(self) -> BasisDrift:
+    def single(self) -> BasisDrift:
         """Return the drift in float32."""
-        return BasisDrift(self.basis.float(), self.theta.float())
+        return BasisDrift(self.basis.single(), self.theta.float())
 
     def strengths(self, x: Tensor) -> Tensor:
         """Return the standard deviation over x `[n, d]` of the part of f_i/s_i that depends on x_j, `[d, d]`."""

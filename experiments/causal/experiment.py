@@ -109,7 +109,7 @@ EXPERIMENT = Experiment(
         ),
         "small": Config(),
         "paper": Config(
-            kinds=("tanh", "perceptron", "linear"), seeds=5, known=False, dims=(5, 20), samples=2000,
+            kinds=("tanh", "perceptron", "linear"), seeds=5, known=False, dims=(5, 20, 50), samples=2000,
         ),
     },
     main=main,

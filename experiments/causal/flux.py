@@ -12,7 +12,7 @@ from experiments.causal.fit import Quadratic
 from fluxkernels import FluxPass, flux_pass, residual_gradient, transition_weights
 from fluxmatching import TruncatedExponentialHorizon
 
-CHUNK = 64  # points whose third moments are computed at once
+CHUNK = 2**25  # numbers in memory at once where moments are computed
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def flux_quadratic(
         generator: of the samples that start chains, of horizons and of noise.
     """
     horizon = TruncatedExponentialHorizon(1.0, 4.0)
-    hessian, linear, constant = 0.0, 0.0, 0.0
+    parts = []
     for k in range(settings.horizons):
         uniform = (k + torch.rand((), generator=generator, dtype=torch.float64)) / settings.horizons
         tau = horizon.quantile(uniform, torch.tensor(settings.sigma, dtype=torch.float64))
@@ -59,13 +59,10 @@ def flux_quadratic(
         seed = int(torch.randint(2**62, (), generator=generator))
         chains = flux_pass(starts, x, settings.sigma**2, tau, seed=seed, backend=settings.backend)
         weight = (-tau - horizon.log_density(tau, torch.tensor(settings.sigma, dtype=torch.float64))).exp()
-        parts = of_chains(chains, x, basis, noise, settings, tau)
         scale = weight / settings.horizons
-        hessian, linear, constant = (
-            total + scale * part for total, part in zip((hessian, linear, constant), parts, strict=True)
-        )  # fmt: skip
-    assert isinstance(hessian, Tensor)
-    found = Quadratic(0.5 * (hessian + hessian.T), torch.as_tensor(linear), torch.as_tensor(constant))
+        parts.append([scale * part for part in of_chains(chains, x, basis, noise, settings, tau)])
+    hessian, linear, constant = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+    found = Quadratic(0.5 * (hessian + hessian.T), linear, constant)
     found = found.restrict(basis.allowed.flatten())
     values, vectors = torch.linalg.eigh(found.hessian)
     return Quadratic(vectors * values.clamp_min(0) @ vectors.T, found.linear, found.constant)
@@ -109,7 +106,7 @@ def derivatives(z: Tensor, refs: Tensor, basis: Basis, settings: FluxSettings) -
         places = torch.nn.functional.one_hot(basis.coordinates + 1, d + 1)[:, 1:].to(z)
         return basis(z), first[..., None] * places, second[..., None, None] * places[:, :, None] * places[:, None]
     values, found = basis(refs), []
-    for points in z.split(CHUNK):
+    for points in z.split(max(1, CHUNK // (len(refs) * d**2))):
         weights = kernel_weights(points, refs, settings.sigma)
         mean = weights @ values
         offset = (refs - (weights @ refs)[:, None]) / settings.sigma**2  # [k, M, d]
@@ -125,7 +122,7 @@ def derivatives(z: Tensor, refs: Tensor, basis: Basis, settings: FluxSettings) -
 def score_jacobian(z: Tensor, refs: Tensor, sigma: float) -> Tensor:
     """Return the derivative of the score, (Cov/σ² - I)/σ² under the weights of the density estimate, `[n, d, d]`."""
     found = []
-    for points in z.split(CHUNK):
+    for points in z.split(max(1, CHUNK // refs.numel())):
         weights = kernel_weights(points, refs, sigma)
         offset = (refs - (weights @ refs)[:, None]) / sigma**2
         found.append(offset.mT @ (weights[..., None] * offset))

@@ -96,7 +96,7 @@ def make_setting(run: Run, kind: str, d: int, seed: int) -> Setting:
 
 
 def make_objective(run: Run, setting: Setting, method: str) -> Callable[[Tensor], Quadratic]:
-    """Return what maps samples of one environment to the objective of a method, a function of `[Q]` parameters."""
+    """Return the function that makes the objective of a method, of `[Q]` parameters, from samples of an environment."""
     config, basis, allowed = run.config, setting.basis, setting.basis.allowed.flatten()
     if method == GAUSSIAN:
         return lambda x: gaussian_kds(x, basis, NOISE, config.length * setting.d**0.5).restrict(allowed)
@@ -173,11 +173,11 @@ def predict(run: Run, setting: Setting, drift: BasisDrift | None, shifts: Tensor
 
     A fitted drift is simulated inside a box of `BOX` standard deviations, since it may be unstable.
     """
-    d, basis, config = setting.d, setting.basis.float(), run.config
+    d, basis, config = setting.d, setting.basis.single(), run.config
     generator = run.generator("predict", setting.kind, d, setting.seed)
     start = basis.center + basis.scale * torch.randn(shifts.shape[-2], samples, d, generator=generator)
     low, high = basis.center - BOX * basis.scale, basis.center + BOX * basis.scale
-    used: Callable[[Tensor], Tensor] = setting.system.float() if drift is None else Boxed(drift.float(), low, high)
+    used: Callable[[Tensor], Tensor] = setting.system.single() if drift is None else Boxed(drift.single(), low, high)
     x = simulate(used, start, shifts[..., None, :].float(), NOISE, config.time, config.step, generator)
     return x.clamp(low, high).double()
 

@@ -70,7 +70,7 @@ def test_parents_are_what_enters_the_drift(kind: str) -> None:
     assert torch.equal(slopes > 0, wanted)
     assert system.parents.sum(1).tolist() == [2] * 7
     assert system.parents.diagonal().sum() == 0
-    assert system.float()(torch.zeros(3, 7)).dtype == torch.float32
+    assert system.single()(torch.zeros(3, 7)).dtype == torch.float32
 
 
 def test_samples_of_a_linear_system_have_the_stationary_mean_and_covariance() -> None:
