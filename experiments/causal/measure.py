@@ -27,6 +27,7 @@ DUAL, QUADRATIC = "dual", "dual, quadratic"
 GAUSSIAN, PAIRS = "KDS, Gaussian", "KDS, pairs"
 FLUX, SMOOTHED = "flux", "flux, smoothed"
 METHODS = (DUAL, QUADRATIC, GAUSSIAN, PAIRS, FLUX, SMOOTHED)
+COSTLY = (PAIRS, SMOOTHED)  # methods for few dimensions only
 NOISE = 1.0  # σ of all systems
 FOLDS = 3  # of the interventions, in the choice of λ
 EDGE = 0.1  # strength above which a dependence counts as an edge
@@ -214,10 +215,15 @@ def structure(setting: Setting, found: Fit) -> dict[str, float]:
     }
 
 
+def methods_at(run: Run, d: int) -> list[str]:
+    """Return the methods that are fitted in d dimensions."""
+    return [name for name in run.config.methods if name not in COSTLY or d <= run.config.costly_d]
+
+
 def measure(run: Run, kind: str, d: int, seed: int) -> None:
     """Log missing rows "fit" of one setting, one per method."""
     done = {row["method"] for row in run.rows("fit") if (row["setting"], row["d"], row["seed"]) == (kind, d, seed)}
-    wanted = [name for name in (NO_EFFECT, TRUTH, *run.config.methods) if name not in done]
+    wanted = [name for name in (NO_EFFECT, TRUTH, *methods_at(run, d)) if name not in done]
     if not wanted:
         return
     setting = make_setting(run, kind, d, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from experiments.causal.measure import DUAL, FLUX, GAUSSIAN, METHODS, NO_EFFECT, QUADRATIC, SMOOTHED, TRUTH
+from experiments.causal.measure import DUAL, FLUX, GAUSSIAN, METHODS, NO_EFFECT, QUADRATIC, SMOOTHED, TRUTH, methods_at
 from experiments.common.results import Result, spread
 from experiments.common.run import Run
 
@@ -58,7 +58,7 @@ def against(run: Run, method: str) -> Result:
 def of_centers(run: Run, method: str) -> Result:
     """List the effective number of centers of the density estimate."""
     found = [run.by_seed("fit", "centers", setting=kind, d=d, method=method) for kind, d in settings(run)]
-    text = " / ".join(spread(values, ".1f") for values in found)
+    text = " / ".join(spread(values, ".1f") if values else "–" for values in found)
     return Result(f"{method}: effective number of centers, of {run.config.samples}", text)
 
 
@@ -66,7 +66,7 @@ def of_settings(run: Run) -> list[Result]:
     """List all measures of every setting and method."""
     lines = []
     for kind, d in settings(run):
-        for method in (NO_EFFECT, TRUTH, *run.config.methods):
+        for method in (NO_EFFECT, TRUTH, *methods_at(run, d)):
             found = {c: run.by_seed("fit", c, setting=kind, d=d, method=method) for c in COLUMNS}
             text = "; ".join(f"{COLUMNS[c]} {spread(v, '.2f')}" for c, v in found.items() if v)
             lines.append(Result(f"{kind}, d = {d}: {method}", text))
