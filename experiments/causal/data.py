@@ -40,8 +40,8 @@ class System:
     def single(self) -> System:
         """Return the system in float32, in which simulation takes a third of the time."""
         inner = None if self.inner is None else (self.inner[0].float(), self.inner[1].float())
-        numbers = {"decay": self.decay.float(), "offset": self.offset.float(), "weights": self.weights.float()}
-        return dataclasses.replace(self, inner=inner, **numbers)
+        decay, offset, weights = self.decay.float(), self.offset.float(), self.weights.float()
+        return dataclasses.replace(self, decay=decay, offset=offset, weights=weights, inner=inner)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the drift at x `[..., d]`."""

@@ -31,18 +31,18 @@ def draw_methods(path: Path, run: Run) -> None:
     """Draw a row of panels per setting, a column per measure, with a dot per system."""
     settings = [(kind, d) for d in run.config.dims for kind in run.config.kinds]
     names = (NO_EFFECT, *run.config.methods, TRUTH)
-    size = (2.6 * len(COLUMNS) + 1.0, 0.24 * len(names) * len(settings) + 0.6)
-    figure, panels = style.new_figure(*size, len(settings), len(COLUMNS), sharex="col", sharey=True, squeeze=False)
+    size = (2.6 * len(COLUMNS) + 1.0, 0.27 * len(names) * len(settings) + 0.6)
+    figure, panels = style.new_figure(*size, len(settings), len(COLUMNS), sharey=True, squeeze=False)
     for row, (kind, d) in zip(panels, settings, strict=True):
-        for axes, (column, label) in zip(row, COLUMNS.items(), strict=True):
+        for axes, column in zip(row, COLUMNS, strict=True):
             for place, name in enumerate(names):
                 values = run.by_seed("fit", column, setting=kind, d=d, method=name)
                 axes.plot(values, [place] * len(values), "o", ms=4, alpha=0.8, color=COLORS[name])
             if column in LOGARITHMIC:
                 axes.set_xscale("log")
-            if row is panels[-1]:
-                axes.set_xlabel(label)
         row[0].set_yticks(range(len(names)), names)
         row[0].set_ylabel(f"{kind}, d = {d}")
+    for axes, label in zip(panels[-1], COLUMNS.values(), strict=True):
+        axes.set_xlabel(label)
     panels[0][0].set_ylim(len(names) - 0.4, -0.6)
     style.save(figure, path)
