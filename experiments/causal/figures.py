@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.ticker import NullFormatter
+
 from experiments.causal.measure import DUAL, FLUX, GAUSSIAN, NO_EFFECT, PAIRS, QUADRATIC, SMOOTHED, TRUTH
 from experiments.common import figures as style
 from experiments.common.run import Run
@@ -39,7 +41,9 @@ def draw_methods(path: Path, run: Run) -> None:
                 values = run.by_seed("fit", column, setting=kind, d=d, method=name)
                 axes.plot(values, [place] * len(values), "o", ms=4, alpha=0.8, color=COLORS[name])
             if column in LOGARITHMIC:
-                axes.set_xscale("log")
+                every = [r[column] for r in run.rows("fit") if column in r]
+                axes.set(xscale="log", xlim=(min(every) / 1.3, max(every) * 1.3))
+                axes.xaxis.set_minor_formatter(NullFormatter())
         row[0].set_yticks(range(len(names)), names)
         row[0].set_ylabel(f"{kind}, d = {d}")
     for axes, label in zip(panels[-1], COLUMNS.values(), strict=True):
