@@ -115,7 +115,8 @@ def test_unknown_name_in_a_process_of_its_own() -> None:
     command = [sys.executable, "-m", "experiments", "run", "nope"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no experiment 'nope'; there are controllable, ")
+    assert done.stderr.startswith("error: no experiment 'nope'; there are ")
+    assert " controllable, " in done.stderr
     assert "Traceback" not in done.stderr
 
 
