@@ -1,0 +1,1 @@
+from experiments.causal.experiment import EXPERIMENT as EXPERIMENT
