@@ -142,8 +142,8 @@ def main() -> None:
             write("| cells | the counts | the layer written | more, at most | the fit |" + "\n" + "|---" * 5 + "|")
             for cells in (PANCREAS, LARGE):
                 found = run_module("bench.training.velocity", "--shared-memory", cells).stdout.split()[-4:]
-                counts, layer, added = (int(word) / 1e9 for word in found[:3])
-                sizes = f"{counts:.3g} GB | {layer:.3g} GB | {added - layer:.3g} GB"
+                counts, written, grown = (int(word) / 1e9 for word in found[:3])
+                sizes = f"{counts:.3g} GB | {written:.3g} GB | {grown - written:.3g} GB"
                 write(f"| {cells} | {sizes} | {float(found[3]):.0f} s |")
 
 
