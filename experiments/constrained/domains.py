@@ -170,16 +170,21 @@ class Problem:
     draw: Callable[[int, torch.Generator], Tensor]
 
 
-def draw_box(count: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Draw a mixture of three normal distributions with standard deviation 0.4, cut off at the faces of the box.
+BOX_SPREAD = 0.4  # standard deviation of a component in the box, before it is cut off
 
-    Coordinate k of component c has the mean 0.7 cos(2π (c/3 + k/4)): near a face for some and central for others.
-    """
-    component = torch.randint(3, (count, 1), generator=generator).double()
-    mean = 0.7 * (2 * torch.pi * (component / 3 + torch.arange(dim) / 4)).cos()
+
+def box_means(dim: int) -> Tensor:
+    """Return means of the three components in the box: 0.7 cos(2π (c/3 + k/4)), `[3, D]`."""
+    component = torch.arange(3).double().unsqueeze(-1)
+    return 0.7 * (2 * torch.pi * (component / 3 + torch.arange(dim) / 4)).cos()
+
+
+def draw_box(count: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Draw a mixture of three normal distributions, cut off at the faces of the box."""
+    mean = box_means(dim)[torch.randint(3, (count,), generator=generator)]
     uniform = torch.rand(count, dim, generator=generator, dtype=torch.float64)
-    low, high = (torch.special.ndtr((side - mean) / 0.4) for side in (-1.0, 1.0))
-    return (mean + 0.4 * torch.special.ndtri(low + (high - low) * uniform)).clamp(-1, 1)
+    low, high = (torch.special.ndtr((side - mean) / BOX_SPREAD) for side in (-1.0, 1.0))
+    return (mean + BOX_SPREAD * torch.special.ndtri(low + (high - low) * uniform)).clamp(-1, 1)
 
 
 def draw_simplex(count: int, domain: Simplex, generator: torch.Generator) -> Tensor:
@@ -207,8 +212,8 @@ def _make_problems() -> dict[str, Problem]:
     plane, many = Simplex(2), Simplex(20)
     return {
         "box": Problem(Box(2), 0.1, lambda n, g: draw_box(n, 2, g)),
-        "simplex": Problem(plane, 0.06, lambda n, g: draw_simplex(n, plane, g)),
-        "annulus": Problem(Annulus(0.5), 0.05, lambda n, g: draw_annulus(n, 0.5, g)),
+        "simplex": Problem(plane, 0.08, lambda n, g: draw_simplex(n, plane, g)),
+        "annulus": Problem(Annulus(0.4), 0.08, lambda n, g: draw_annulus(n, 0.4, g)),
         "box 20": Problem(Box(20), 0.05, lambda n, g: draw_box(n, 20, g)),
         "simplex 20": Problem(many, 0.003, lambda n, g: draw_simplex(n, many, g)),
     }

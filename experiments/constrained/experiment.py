@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import product
 
-import torch
-
 from experiments.common.registry import Experiment, check_sizes
 from experiments.common.results import Figure
 from experiments.common.run import Run
-from experiments.constrained import figures
+from experiments.constrained import exact, figures
 from experiments.constrained.domains import PROBLEMS
 from experiments.constrained.measure import measure, measure_exact
 from experiments.constrained.results import results
-from experiments.constrained.training import VARIANTS, Field, train
+from experiments.constrained.training import STRATA, Field, train, variants
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,12 @@ class Config:
         problems: domains with data: "box", "simplex" and "annulus" in the plane, "box 20" and "simplex 20".
         seeds: trainings per field.
         data: training samples.
+        refs: how many of them are reference points of the density estimate.
         batch, steps, lr, ema: training with Adam; the learning rate falls to zero along a cosine.
         width: width of the networks.
-        turn: rotation with which turning fields start, in units of 1/variance of the data.
         weight: λ, weight of the penalty.
-        margin: inward component of σ f from which on nothing is paid.
+        margin, gentle_margin: inward components of σ f from which on nothing is paid: one that no field with the right
+            law has, and one that the score has.
         samples: chains per field.
         time: length of a chain in units of σ².
         step_sizes: step sizes of Langevin dynamics in units of σ².
@@ -38,20 +37,21 @@ class Config:
     problems: tuple[str, ...] = tuple(PROBLEMS)
     seeds: int = 3
     data: int = 20_000
+    refs: int = 1024
     batch: int = 256
-    steps: int = 1000
-    lr: float = 3e-3
+    steps: int = 500
+    lr: float = 1e-2
     ema: float = 0.99
     width: int = 64
-    turn: float = 3.0
     weight: float = 1.0
     margin: float = 1.5
+    gentle_margin: float = 0.5
     samples: int = 1000
     time: float = 50.0
-    step_sizes: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0)
+    step_sizes: tuple[float, ...] = (0.1, 0.3, 1.0)
 
     def __post_init__(self) -> None:
-        check_sizes(self, data=self.batch, ema=0, margin=0, samples=2)
+        check_sizes(self, data=max(self.batch, self.refs), batch=STRATA, ema=0, margin=0, gentle_margin=0, samples=2)
         if self.ema >= 1:
             raise ValueError(f"ema must be below 1, got {self.ema}")
         if not self.step_sizes or not self.problems:
@@ -64,9 +64,11 @@ def main(run: Run) -> None:
     """Train and measure every field on every domain with every seed, compare, draw."""
     for name in run.config.problems:
         measure_exact(run, name)
+    if exact.PROBLEM in run.config.problems:
+        exact.study(run)
     shown: dict[tuple[str, str], Field] = {}
-    todo = list(product(range(run.config.seeds), run.config.problems, VARIANTS))
-    for seed, name, variant in run.bar(todo, "fields"):
+    pairs = [(name, variant) for name in run.config.problems for variant in variants(name)]
+    for seed, (name, variant) in run.bar(list(product(range(run.config.seeds), pairs)), "fields"):
         field = train(run, name, variant, seed)
         measure(run, name, variant, seed, field)
         if seed == 0 and PROBLEMS[name].domain.dim == 2:
@@ -75,24 +77,25 @@ def main(run: Run) -> None:
 
 
 def draw(run: Run, fields: dict[tuple[str, str], Field]) -> list[Figure]:
-    """Draw all figures and return them with their captions."""
-    paths = {name: run.figure(name) for name in ("steps", "price", *(["fields"] if fields else []))}
-    figures.draw_steps(paths["steps"], run)
-    figures.draw_price(paths["price"], run)
-    if fields:
-        grids = {name: figures.grid_around(name) for name in dict.fromkeys(name for name, _ in fields)}
-        with torch.no_grad():
-            values = {
-                (name, variant): (PROBLEMS[name].sigma * field(grids[name].to(run.device))).cpu()
-                for (name, variant), field in fields.items()
-            }
-        figures.draw_fields(paths["fields"], values, grids)
+    """Draw all figures and return them with their captions; `fields` are those of the plane, by problem and variant."""
     captions = {
         "steps": "Invalid points, and the distance of valid ones to the data, by step size; one dot per seed.",
-        "price": f"Distance of valid points against invalid points at steps of {run.config.step_sizes[0]} σ².",
-        "fields": "σ f inside (blue) and outside (orange) of the domain, seed 0.",
+        "price": f"Distance of valid points against invalid points at steps of {run.config.step_sizes[-1]} σ².",
     }
-    return [Figure(path, captions[name]) for name, path in paths.items()]
+    figures.draw_steps(run.figure("steps"), run)
+    figures.draw_price(run.figure("price"), run)
+    if fields:
+        captions["fields"] = "σ f inside (blue) and outside (orange) of the domain, seed 0."
+        grids = {name: figures.grid_around(name) for name in dict.fromkeys(name for name, _ in fields)}
+        shown = {
+            (name, variant): (PROBLEMS[name].sigma * field(grids[name].to(run.device))).detach().cpu()
+            for (name, variant), field in fields.items()
+        }
+        figures.draw_fields(run.figure("fields"), shown, grids)
+    if exact.PROBLEM in run.config.problems:
+        captions["exact"] = "Box in the plane, fields in closed form that leave p_σ in place; one dot per seed."
+        figures.draw_exact(run.figure("exact"), run)
+    return [Figure(run.figure(name), caption) for name, caption in captions.items()]
 
 
 EXPERIMENT = Experiment(
@@ -105,12 +108,12 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(
-            problems=("box", "simplex 20"), seeds=1, data=64, batch=32, steps=3, width=8, samples=32, time=2.0,
+            problems=("box", "simplex 20"), seeds=1, data=64, refs=64, batch=32, steps=3, width=8, samples=32, time=2.0,
             step_sizes=(0.2, 1.0),
         ),
         "small": Config(),
         "paper": Config(
-            data=100_000, batch=1024, steps=20_000, lr=1e-3, ema=0.999, width=128, samples=4000, time=200.0
+            data=100_000, refs=16_384, batch=1024, steps=20_000, lr=1e-3, ema=0.999, width=128, samples=4000, time=200.0
         ),
     },
     main=main,

@@ -13,18 +13,22 @@ from torch import Tensor
 from experiments.common import figures as style
 from experiments.common.run import Run
 from experiments.constrained.domains import PROBLEMS, Domain
-from experiments.constrained.results import METHODS, by_step, exact, values
-from experiments.constrained.training import FLUX, FLUX_PENALTY, SCORE, SCORE_PENALTY, TURNING, TURNING_PENALTY
+from experiments.constrained.exact import EXACT_FIELDS, EXACT_SCORE, OUTWARD, TANGENTIAL
+from experiments.constrained.results import METHODS, by_step, exact, exact_by_step, values
+from experiments.constrained.training import FLUX, FLUX_PENALTY, SCORE, SCORE_PENALTY, START, START_PENALTY
 
 COLORS = {
     SCORE: style.SCORE_MATCHING,
     SCORE_PENALTY: style.ACCENT,
-    FLUX: "#56B4E9",
-    FLUX_PENALTY: style.FLUX,
-    TURNING: style.VIOLATING,
-    TURNING_PENALTY: style.PRESERVING,
+    FLUX: style.FLUX,
+    FLUX_PENALTY: style.PRESERVING,
+    START: style.VIOLATING,
+    START_PENALTY: "#56B4E9",
     "score, reflected": style.DATA,
     "score, projected": style.REFERENCE,
+    EXACT_SCORE: style.SCORE_MATCHING,
+    TANGENTIAL: style.PRESERVING,
+    OUTWARD: style.VIOLATING,
 }
 
 
@@ -57,11 +61,25 @@ def _draw_method(axes: Any, found: Mapping[float, list[float]], method: str) -> 
         axes.plot([step] * len(value), value, ".", color=COLORS[method], ms=3)
 
 
+def draw_exact(path: Path, run: Run) -> None:
+    """Draw invalid points, and the distance of valid ones, of the exact fields over the step size."""
+    fig, panels = style.new_figure(6.4, 2.8, 1, 2)
+    for axes, column in zip(panels, ("invalid", "valid"), strict=True):
+        for name in EXACT_FIELDS:
+            _draw_method(axes, exact_by_step(run, name, column), name)
+        axes.axhline(exact(run, "box")[column], color="black", lw=0.8, ls=":", label="exact samples of p_σ")
+        axes.set(xscale="log", xlabel="step size / σ²")
+    panels[0].set_ylabel("share of invalid points")
+    panels[1].set_ylabel("distance of valid points / σ")
+    panels[0].legend(fontsize=7)
+    style.save(fig, path)
+
+
 def draw_price(path: Path, run: Run) -> None:
-    """Draw distance of valid points over the share of invalid ones at the first step size, one dot per seed."""
+    """Draw distance of valid points over the share of invalid ones at the largest step size, one dot per seed."""
     problems = run.config.problems
     fig, panels = style.new_figure(2.6 * len(problems), 2.9, 1, len(problems), squeeze=False)
-    step = run.config.step_sizes[0]
+    step = run.config.step_sizes[-1]
     for axes, problem in zip(panels[0], problems, strict=True):
         for method in METHODS:
             share, distance = (values(run, problem, method, step, c) for c in ("invalid", "valid"))
@@ -88,6 +106,9 @@ def draw_fields(path: Path, fields: Mapping[tuple[str, str], Tensor], grids: Map
     fig, panels = style.new_figure(2.1 * len(names), 2.2 * len(grids), len(grids), len(names), squeeze=False)
     for row, (problem, x) in zip(panels, grids.items(), strict=True):
         for axes, name in zip(row, names, strict=True):
+            if (problem, name) not in fields:
+                axes.set_axis_off()
+                continue
             f, inside = fields[problem, name], PROBLEMS[problem].domain.inside(x)
             for part, color in ((inside, style.FLUX), (~inside, style.SCORE_MATCHING)):
                 axes.quiver(*x[part].T, *f[part].T, color=color, angles="xy", scale=30, width=0.006)

@@ -8,15 +8,17 @@ from typing import Any
 from experiments.common.results import Result, spread
 from experiments.common.run import Run
 from experiments.constrained.domains import PROBLEMS
+from experiments.constrained.exact import EXACT_FIELDS, EXACT_SCORE, OUTWARD, PROBLEM
 from experiments.constrained.measure import PLAIN, PROJECTED, REFLECTED
 from experiments.constrained.training import (
     FLUX,
     FLUX_PENALTY,
     SCORE,
     SCORE_PENALTY,
-    TURNING,
-    TURNING_PENALTY,
+    START,
+    START_PENALTY,
     VARIANTS,
+    variants,
 )
 
 # Rows of the tables: field and sampler.
@@ -25,7 +27,7 @@ METHODS = {
     "score, reflected": (SCORE, REFLECTED),
     "score, projected": (SCORE, PROJECTED),
 }
-PENALIZED = ((FLUX, FLUX_PENALTY), (TURNING, TURNING_PENALTY), (SCORE, SCORE_PENALTY))
+PENALIZED = ((START, START_PENALTY), (FLUX, FLUX_PENALTY), (SCORE, SCORE_PENALTY))
 
 
 def values(run: Run, problem: str, method: str, step: float, column: str) -> list[float]:
@@ -41,6 +43,11 @@ def by_step(run: Run, problem: str, method: str, column: str) -> dict[float, lis
     return {step: value for step, value in found.items() if value}
 
 
+def exact_by_step(run: Run, field: str, column: str) -> dict[float, list[float]]:
+    """Return a column of the rows "exact field" by step size."""
+    return {step: run.by_seed("exact field", column, field=field, step=step) for step in run.config.step_sizes}
+
+
 def exact(run: Run, problem: str) -> dict[str, Any]:
     """Return the row "exact" of a problem."""
     (row,) = (row for row in run.rows("exact") if row["problem"] == problem)
@@ -48,71 +55,117 @@ def exact(run: Run, problem: str) -> dict[str, Any]:
 
 
 def results(run: Run) -> list[Result]:
-    """Compare with the criteria, problem by problem."""
-    lines = [line for problem in run.config.problems for line in of_problem(run, problem)]
-    return [*of_claim(run), *lines]
+    """Compare with the criteria: exact fields, penalties, then every method on every problem."""
+    problems = run.config.problems
+    return [
+        *(of_exact_fields(run) if PROBLEM in problems else []),
+        *(line for problem in problems for line in of_penalties(run, problem)),
+        *(line for problem in problems for line in of_problem(run, problem)),
+    ]
 
 
-def of_claim(run: Run) -> list[Result]:
-    """Lines about the claim: what the penalty changes, over all problems and seeds, at every step size."""
-    lines = []
+def of_exact_fields(run: Run) -> list[Result]:
+    """Lines about fields that leave p_σ in place exactly."""
+    found = {name: exact_by_step(run, name, "invalid") for name in EXACT_FIELDS}
+    flows = {name: run.by_seed("exact field", "mean", field=name)[0] for name in EXACT_FIELDS}
+    step = run.config.step_sizes[-1]
+    largest = {name: statistics.mean(shares[step]) for name, shares in found.items()}
+    return [
+        *(
+            Result(f"box, {name}: invalid points in % at steps of {', '.join(map(str, shares))} σ²", _percent(shares))
+            for name, shares in found.items()
+        ),
+        Result(
+            f"box: invalid points at steps of {step} σ²: {OUTWARD} over {EXACT_SCORE}",
+            f"{largest[OUTWARD] / largest[EXACT_SCORE]:.2f}",
+            "theory: above 1",
+            largest[OUTWARD] > largest[EXACT_SCORE],
+        ),
+        Result(
+            f"box: mean of σ f·n over the boundary: {' / '.join(EXACT_FIELDS)}",
+            " / ".join(f"{value:.3f}" for value in flows.values()),
+            "theory: equal",
+            max(flows.values()) - min(flows.values()) < 0.02,
+        ),
+    ]
+
+
+def of_penalties(run: Run, problem: str) -> list[Result]:
+    """Lines about what the penalty changes on one problem, at the largest step size."""
+    step, lines = run.config.step_sizes[-1], []
     for before, after in PENALIZED:
-        for column, what in (("invalid", "invalid points"), ("valid", "distance of valid points"), ("all", "distance")):
-            changes = {step: change(run, before, after, step, column) for step in run.config.step_sizes}
-            found = [f"{value:+.0%}" for value in changes.values()]
-            criterion = column == "invalid" and before != SCORE
-            lines.append(
-                Result(
-                    f"{what}: {after}, relative to that without penalty, at steps of "
-                    f"{', '.join(map(str, changes))} σ², mean of problems and seeds",
-                    ", ".join(found),
-                    "criterion: below 0" if criterion else "–",
-                    all(value < 0 for value in changes.values()) if criterion else None,
-                )
+        if before not in variants(problem):
+            continue
+        share = [values(run, problem, name, step, "invalid") for name in (before, after)]
+        distance = [values(run, problem, name, step, "valid") for name in (before, after)]
+        lines.append(
+            Result(
+                f"{problem}: {before} → {after}: invalid points in % at steps of {step} σ²; distance of valid ones, in σ",
+                f"{' → '.join(spread([100 * v for v in s], '.1f') for s in share)}; "
+                f"{' → '.join(spread(d, '.2f') for d in distance)}",
+                "criterion: fewer" if before != SCORE else "–",
+                statistics.mean(share[1]) < statistics.mean(share[0]) if before != SCORE else None,
             )
+        )
     return lines
-
-
-def change(run: Run, before: str, after: str, step: float, column: str) -> float:
-    """Average the relative change of a column over problems and seeds."""
-    found = []
-    for problem in run.config.problems:
-        pairs = zip(
-            values(run, problem, before, step, column), values(run, problem, after, step, column), strict=True
-        )  # fmt: skip
-        found += [new / old - 1 for old, new in pairs if old]
-    return statistics.mean(found) if found else 0.0
 
 
 def of_problem(run: Run, problem: str) -> list[Result]:
     """Lines of one problem: exact samples, then every method."""
-    truth = exact(run, problem)
+    truth, step = exact(run, problem), run.config.step_sizes[0]
     lines = [
         Result(
-            f"{problem}: exact samples of p_σ: invalid; distance of all, of valid points, of fresh data, in σ",
-            f"{truth['invalid']:.1%}; {truth['all']:.2f}, {truth['valid']:.2f}, {truth['floor']:.2f}",
+            f"{problem}: exact samples of p_σ: invalid; distance of all, of valid points, of fresh data, in σ; "
+            f"effective centers of {run.config.batch}",
+            f"{truth['invalid']:.1%}; {truth['all']:.2f}, {truth['valid']:.2f}, {truth['floor']:.2f}; "
+            f"{truth['centers']:.1f}",
         )
     ]
     for method in METHODS:
         shares = by_step(run, problem, method, "invalid")
         if not shares:
             continue
-        step = run.config.step_sizes[0]
-        text = ", ".join(f"{100 * statistics.mean(v):.1f}" for v in shares.values())
-        whole, valid = (spread(values(run, problem, method, step, c), ".2f") for c in ("all", "valid"))
+        whole, valid = (spread(values(run, problem, method, step, column), ".2f") for column in ("all", "valid"))
         lines.append(
             Result(
                 f"{problem}, {method}: invalid points in % by step size; distance of all, of valid points at the first",
-                f"{text}; {whole}, {valid}",
+                f"{_percent(shares)}; {whole}, {valid}",
             )
         )
-        rows = run.by_seed("boundary", "mean", problem=problem, field=method)
-        if PROBLEMS[problem].domain.dim == 2 and rows:
-            score = run.by_seed("boundary", "score_mean", problem=problem, field=method)
-            lines.append(
-                Result(
-                    f"{problem}, {method}: mean of σ f·n over the boundary, of σ s·n",
-                    f"{spread(rows)}; {statistics.mean(score):.3f}",
-                )
+    return [*lines, *of_endings(run, problem), *of_boundary(run, problem)]
+
+
+def of_endings(run: Run, problem: str) -> list[Result]:
+    """Lines about the points x + σ² f(x), which the score puts at the mean of the data given x."""
+    step = run.config.step_sizes[0]
+    lines = []
+    for method in variants(problem):
+        invalid, valid = (values(run, problem, method, step, f"denoised {column}") for column in ("invalid", "valid"))
+        lines.append(
+            Result(
+                f"{problem}, {method}, denoised at the end: invalid points in %; distance of valid ones",
+                f"{spread([100 * value for value in invalid], '.1f')}; {spread(valid, '.2f')}",
             )
+        )
     return lines
+
+
+def of_boundary(run: Run, problem: str) -> list[Result]:
+    """Lines about the flow through the boundary of the plane."""
+    if PROBLEMS[problem].domain.dim != 2:
+        return []
+    rows = {name: run.by_seed("boundary", "mean", problem=problem, field=name) for name in variants(problem)}
+    outward = {name: run.by_seed("boundary", "outward", problem=problem, field=name) for name in variants(problem)}
+    score = run.by_seed("boundary", "score_mean", problem=problem, field=SCORE)[0]
+    return [
+        Result(
+            f"{problem}, {name}: mean of σ f·n over the boundary; share of it where f points outward in %",
+            f"{spread(rows[name], '.2f')}; {spread([100 * value for value in outward[name]], '.1f')}",
+            f"score of the data: {score:.2f}",
+        )
+        for name in rows
+    ]
+
+
+def _percent(shares: dict[float, list[float]]) -> str:
+    return ", ".join(f"{100 * statistics.mean(value):.1f}" for value in shares.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from experiments.common.networks import Perceptron
@@ -13,9 +12,19 @@ from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
 from experiments.common.schedules import cosine_decay
 from experiments.constrained.domains import PROBLEMS, Domain, Problem
-from fluxmatching import DenoisingScoreMatching, EDMField, FluxMatching, FluxOptions, Trainer, TrainingOptions
+from experiments.constrained.smoothed_box import SmoothedBox
+from fluxmatching import (
+    DenoisingScoreMatching,
+    DSMOptions,
+    EDMField,
+    FluxMatching,
+    FluxOptions,
+    Trainer,
+    TrainingOptions,
+)
 
 Field = Callable[[Tensor], Tensor]
+STRATA = 8  # horizons per minibatch of Flux Matching
 
 
 @dataclass(frozen=True)
@@ -24,52 +33,53 @@ class Variant:
 
     Attributes:
         flux: Flux Matching; else denoising score matching.
-        penalty: with the penalty at the boundary.
-        turning: starts with a rotation.
+        penalty: "inward" or "gentle", by the margin of the penalty at the boundary; "" without it.
+        outward: starts with the circulation of `smoothed_box`, which crosses the boundary; for the box of the plane.
     """
 
     flux: bool
-    penalty: bool = False
-    turning: bool = False
+    penalty: str = ""
+    outward: bool = False
 
 
 SCORE, SCORE_PENALTY = "score", "score, penalty"
 FLUX, FLUX_PENALTY = "flux", "flux, penalty"
-TURNING, TURNING_PENALTY = "turning flux", "turning flux, penalty"
+START, START_PENALTY = "outward start", "outward start, gentle penalty"
 VARIANTS = {
     SCORE: Variant(flux=False),
-    SCORE_PENALTY: Variant(flux=False, penalty=True),
+    SCORE_PENALTY: Variant(flux=False, penalty="inward"),
     FLUX: Variant(flux=True),
-    FLUX_PENALTY: Variant(flux=True, penalty=True),
-    TURNING: Variant(flux=True, turning=True),
-    TURNING_PENALTY: Variant(flux=True, penalty=True, turning=True),
+    FLUX_PENALTY: Variant(flux=True, penalty="inward"),
+    START: Variant(flux=True, outward=True),
+    START_PENALTY: Variant(flux=True, outward=True, penalty="gentle"),
 }
 
 
-class TurningField(nn.Module):
-    """f(z) = g(z) + ω Jz at one noise level: a preconditioned network beside a rotation of pairs of coordinates.
+def variants(problem: str) -> list[str]:
+    """Return the names of the variants that are trained on a problem."""
+    return [name for name, variant in VARIANTS.items() if problem == "box" or not variant.outward]
+
+
+class FixedLevelField(nn.Module):
+    """f(z) = g(z) + c(z) at one noise level: a preconditioned network, and a given field or none.
 
     Args:
         dim, width: number of dimensions and width of the hidden layers.
         sigma: noise level.
         spread: standard deviation of the data.
-        turn: ω of the start in units of 1/spread². The network can learn to undo it.
+        added: c, without parameters; None for 0.
 
     Shape:
         z `[n, D]`; returns the shape of z.
     """
 
-    def __init__(self, dim: int, width: int, sigma: float, spread: float, turn: float = 0.0) -> None:
+    def __init__(self, dim: int, width: int, sigma: float, spread: float, added: Field | None = None) -> None:
         super().__init__()
-        self.network, self.sigma = EDMField(Perceptron(dim, width), spread), sigma
-        self.omega = turn / spread**2
+        self.network, self.sigma, self.added = EDMField(Perceptron(dim, width), spread), sigma, added
 
     def forward(self, z: Tensor) -> Tensor:
-        f = self.network(z, self.sigma)
-        if not self.omega:
-            return f
-        first, second = z.unflatten(-1, (-1, 2)).unbind(-1)
-        return f + self.omega * torch.stack([-second, first], -1).flatten(-2)
+        f: Tensor = self.network(z, self.sigma)
+        return f if self.added is None else f + self.added(z)
 
 
 def boundary_penalty(f: Tensor, normal: Tensor, sigma: float, margin: float) -> Tensor:
@@ -121,20 +131,27 @@ def data(run: Run, name: str) -> Tensor:
     return PROBLEMS[name].draw(run.config.data, run.generator("data", name)).float().to(run.device)
 
 
-def make_loss(run: Run, problem: Problem, variant: Variant, spread: float, seed: int) -> BoundaryMatching:
-    """Make the loss module of a variant; fields of one problem and seed start with the same weights."""
-    config, sigma, dim = run.config, problem.sigma, problem.domain.dim
+def make_loss(run: Run, problem: Problem, variant: Variant, x: Tensor, seed: int) -> BoundaryMatching:
+    """Make the loss module of a variant; fields of one problem and seed start with the same weights.
+
+    Args:
+        run: settings, random numbers and backend.
+        problem: domain and noise level.
+        variant: the loss.
+        x: training samples, `[n, D]`, the first of which are the reference points.
+        seed: determines the initial weights.
+    """
+    config, sigma, refs = run.config, problem.sigma, x[: run.config.refs]
     with run.drawing("weights", seed):
-        turn = config.turn if variant.turning else 0.0
-        field = TurningField(dim, config.width, sigma, spread, turn)
+        added = SmoothedBox(sigma).circulation if variant.outward else None
+        field = FixedLevelField(problem.domain.dim, config.width, sigma, x.std().item(), added)
     loss: nn.Module
     if variant.flux:
-        loss = FluxMatching(field, sigma, FluxOptions(strata=4, backend=run.backend))
+        loss = FluxMatching(field, sigma, FluxOptions(strata=STRATA, backend=run.backend), refs=refs)
     else:
-        loss = DenoisingScoreMatching(field, sigma)
-    return BoundaryMatching(
-        loss, problem.domain, sigma, config.weight if variant.penalty else 0.0, config.margin
-    )  # fmt: skip
+        loss = DenoisingScoreMatching(field, sigma, DSMOptions(backend=run.backend), refs=refs)
+    margin = {"": 0.0, "gentle": config.gentle_margin, "inward": config.margin}[variant.penalty]
+    return BoundaryMatching(loss, problem.domain, sigma, config.weight if variant.penalty else 0.0, margin)
 
 
 def train(run: Run, problem: str, variant: str, seed: int) -> nn.Module:
@@ -152,7 +169,7 @@ def train(run: Run, problem: str, variant: str, seed: int) -> nn.Module:
         seed=run.generator("training", seed).initial_seed() >> 1, accelerator=str(run.device), progress=False,
     )  # fmt: skip
     trainer = Trainer(
-        make_loss(run, PROBLEMS[problem], VARIANTS[variant], x.std().item(), seed),
+        make_loss(run, PROBLEMS[problem], VARIANTS[variant], x, seed),
         x,
         options,
         folder=run.out / "models" / f"{problem}-{variant}-{seed}".replace(", ", "-").replace(" ", "-"),
