@@ -100,7 +100,7 @@ def of_penalties(run: Run, problem: str) -> list[Result]:
         distance = [values(run, problem, name, step, "valid") for name in (before, after)]
         lines.append(
             Result(
-                f"{problem}: {before} → {after}: invalid points in % at steps of {step} σ²; distance of valid ones, in σ",
+                f"{problem}: {before} → {after}: invalid points in % at steps of {step} σ²; distance of valid ones",
                 f"{' → '.join(spread([100 * v for v in s], '.1f') for s in share)}; "
                 f"{' → '.join(spread(d, '.2f') for d in distance)}",
                 "criterion: fewer" if before != SCORE else "–",

@@ -34,7 +34,7 @@ class Variant:
     Attributes:
         flux: Flux Matching; else denoising score matching.
         penalty: "inward" or "gentle", by the margin of the penalty at the boundary; "" without it.
-        outward: starts with the circulation of `smoothed_box`, which crosses the boundary; for the box of the plane.
+        outward: with the circulation of `smoothed_box` added, which crosses the boundary; for the box of the plane.
     """
 
     flux: bool
@@ -131,20 +131,24 @@ def data(run: Run, name: str) -> Tensor:
     return PROBLEMS[name].draw(run.config.data, run.generator("data", name)).float().to(run.device)
 
 
-def make_loss(run: Run, problem: Problem, variant: Variant, x: Tensor, seed: int) -> BoundaryMatching:
-    """Make the loss module of a variant; fields of one problem and seed start with the same weights.
+def make_field(run: Run, problem: Problem, variant: Variant, spread: float, seed: int) -> FixedLevelField:
+    """Make a field with the untrained network of a seed."""
+    with run.drawing("weights", seed):
+        added = SmoothedBox(problem.sigma).circulation if variant.outward else None
+        return FixedLevelField(problem.domain.dim, run.config.width, problem.sigma, spread, added).to(run.device)
+
+
+def make_loss(run: Run, problem: Problem, variant: Variant, field: FixedLevelField, x: Tensor) -> BoundaryMatching:
+    """Make the loss module of a variant.
 
     Args:
-        run: settings, random numbers and backend.
+        run: settings and backend.
         problem: domain and noise level.
         variant: the loss.
+        field: field to train.
         x: training samples, `[n, D]`, the first of which are the reference points.
-        seed: determines the initial weights.
     """
     config, sigma, refs = run.config, problem.sigma, x[: run.config.refs]
-    with run.drawing("weights", seed):
-        added = SmoothedBox(sigma).circulation if variant.outward else None
-        field = FixedLevelField(problem.domain.dim, config.width, sigma, x.std().item(), added)
     loss: nn.Module
     if variant.flux:
         loss = FluxMatching(field, sigma, FluxOptions(strata=STRATA, backend=run.backend), refs=refs)
@@ -154,27 +158,34 @@ def make_loss(run: Run, problem: Problem, variant: Variant, x: Tensor, seed: int
     return BoundaryMatching(loss, problem.domain, sigma, config.weight if variant.penalty else 0.0, margin)
 
 
-def train(run: Run, problem: str, variant: str, seed: int) -> nn.Module:
+def train(run: Run, name: str, variant: str, seed: int, start: FixedLevelField | None = None) -> FixedLevelField:
     """Train, or resume training, and return the averaged field.
 
     Args:
         run: settings, random numbers, backend, device and folder.
-        problem: one of `PROBLEMS`.
+        name: one of `PROBLEMS`.
         variant: one of `VARIANTS`.
         seed: determines initial weights, minibatches and noise.
+        start: trained field whose network is trained further; None for a new network.
     """
-    config, x = run.config, data(run, problem)
+    config, x = run.config, data(run, name)
+    steps = config.steps if start is None else config.further_steps
     options = TrainingOptions(
-        config.steps, config.batch, lr=config.lr, optimizer="adam", ema=config.ema,
-        seed=run.generator("training", seed).initial_seed() >> 1, accelerator=str(run.device), progress=False,
+        steps, config.batch, lr=config.lr, optimizer="adam", ema=config.ema, progress=False,
+        seed=run.generator("training", seed, variant).initial_seed() >> 1, accelerator=str(run.device),
     )  # fmt: skip
+    field = make_field(run, PROBLEMS[name], VARIANTS[variant], x.std().item(), seed)
+    if start is not None:
+        field.network.load_state_dict(start.network.state_dict())
     trainer = Trainer(
-        make_loss(run, PROBLEMS[problem], VARIANTS[variant], x, seed),
+        make_loss(run, PROBLEMS[name], VARIANTS[variant], field, x),
         x,
         options,
-        folder=run.out / "models" / f"{problem}-{variant}-{seed}".replace(", ", "-").replace(" ", "-"),
-        lr_factor=cosine_decay(config.steps),
+        folder=run.out / "models" / f"{name}-{variant}-{seed}".replace(", ", "-").replace(" ", "-"),
+        lr_factor=cosine_decay(steps),
     )
     trainer.run()
     run.save_seconds()
-    return averaged_field(trainer).requires_grad_(False)
+    trained = averaged_field(trainer).requires_grad_(False)
+    assert isinstance(trained, FixedLevelField)
+    return trained
