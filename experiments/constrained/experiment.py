@@ -26,7 +26,7 @@ class Config:
         refs: how many of them are reference points of the density estimate.
         batch, lr, ema: training with Adam; the learning rate falls to zero along a cosine.
         steps: steps of the score from a new network.
-        further_steps: steps of all other fields, which start from the trained score.
+        further_steps, further_lr: steps and learning rate of all other fields, which start from the trained score.
         width: width of the networks.
         weight: λ, weight of the penalty.
         margin, gentle_margin: inward components of σ f from which on nothing is paid: one that no field with the right
@@ -43,6 +43,7 @@ class Config:
     batch: int = 512
     steps: int = 400
     further_steps: int = 150
+    further_lr: float = 2e-3
     lr: float = 1e-2
     ema: float = 0.99
     width: int = 64
@@ -117,7 +118,7 @@ EXPERIMENT = Experiment(
         ),
         "small": Config(),
         "paper": Config(
-            data=100_000, refs=16_384, batch=4096, steps=20_000, further_steps=20_000, lr=3e-3, ema=0.999, width=128,
+            data=100_000, refs=16_384, batch=4096, steps=20_000, further_steps=20_000, lr=3e-3, further_lr=1e-3, ema=0.999, width=128,
             samples=4000, time=200.0,
         ),
     },

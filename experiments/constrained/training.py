@@ -169,9 +169,9 @@ def train(run: Run, name: str, variant: str, seed: int, start: FixedLevelField |
         start: trained field whose network is trained further; None for a new network.
     """
     config, x = run.config, data(run, name)
-    steps = config.steps if start is None else config.further_steps
+    steps, lr = (config.steps, config.lr) if start is None else (config.further_steps, config.further_lr)
     options = TrainingOptions(
-        steps, config.batch, lr=config.lr, optimizer="adam", ema=config.ema, progress=False,
+        steps, config.batch, lr=lr, optimizer="adam", ema=config.ema, progress=False,
         seed=run.generator("training", seed, variant).initial_seed() >> 1, accelerator=str(run.device),
     )  # fmt: skip
     field = make_field(run, PROBLEMS[name], VARIANTS[variant], x.std().item(), seed)
