@@ -118,8 +118,8 @@ EXPERIMENT = Experiment(
         ),
         "small": Config(),
         "paper": Config(
-            data=100_000, refs=16_384, batch=4096, steps=20_000, further_steps=20_000, lr=3e-3, further_lr=1e-3, ema=0.999, width=128,
-            samples=4000, time=200.0,
+            data=100_000, refs=16_384, batch=4096, steps=20_000, lr=3e-3, further_steps=20_000, further_lr=1e-3,
+            ema=0.999, width=128, samples=4000, time=200.0,
         ),
     },
     main=main,
