@@ -20,7 +20,9 @@ REFLECTIONS = 8  # mirrored at most so often; what is outside even then is proje
 class Domain(Protocol):
     """Closed set of points and its boundary."""
 
-    dim: int
+    @property
+    def dim(self) -> int:
+        """D."""
 
     def inside(self, x: Tensor) -> Tensor:
         """Return whether points belong to the domain, `[n]`."""

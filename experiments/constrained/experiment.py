@@ -23,7 +23,7 @@ class Config:
         problems: domains with data: "box", "simplex" and "annulus" in the plane, "box 20" and "simplex 20".
         seeds: trainings per field.
         data: training samples.
-        refs: how many of them are reference points of the density estimate.
+        refs: how many of them are reference points of the density estimate in the plane.
         batch, lr, ema: training with Adam; the learning rate falls to zero along a cosine.
         steps: steps of the score from a new network.
         further_steps, further_lr: steps and learning rate of all other fields, which start from the trained score.

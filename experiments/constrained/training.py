@@ -141,14 +141,18 @@ def make_field(run: Run, problem: Problem, variant: Variant, spread: float, seed
 def make_loss(run: Run, problem: Problem, variant: Variant, field: FixedLevelField, x: Tensor) -> BoundaryMatching:
     """Make the loss module of a variant.
 
+    In the plane the reference points are a fixed set. In many dimensions they are the minibatch: a fixed set would not
+    contain the points of the minibatch, and its estimate would pull each of them to some other point far away.
+
     Args:
         run: settings and backend.
         problem: domain and noise level.
         variant: the loss.
         field: field to train.
-        x: training samples, `[n, D]`, the first of which are the reference points.
+        x: training samples, `[n, D]`, from which the fixed set is taken.
     """
-    config, sigma, refs = run.config, problem.sigma, x[: run.config.refs]
+    config, sigma = run.config, problem.sigma
+    refs = x[: config.refs] if problem.domain.dim == 2 else None
     loss: nn.Module
     if variant.flux:
         loss = FluxMatching(field, sigma, FluxOptions(strata=STRATA, backend=run.backend), refs=refs)
