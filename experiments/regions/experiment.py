@@ -25,7 +25,7 @@ class Config:
         seeds: trainings per model.
         data: training images.
         iterations, batch, lr, warmup, ema: training with Adam; the learning rate falls to zero along a cosine.
-        width: width of the hidden layers.
+        width: channels of the network.
         sigma_min, sigma_max: noise levels: log-uniform between them in training, from one to the other in sampling.
         samples: generated images.
         sampling_steps: steps of the reverse VE sampler.
@@ -33,14 +33,14 @@ class Config:
 
     seeds: int = 3
     data: int = 4000
-    iterations: int = 600
-    batch: int = 128
-    lr: float = 2e-3
+    iterations: int = 1000
+    batch: int = 64
+    lr: float = 5e-3
     warmup: int = 100
-    ema: float = 0.98
-    width: int = 128
-    sigma_min: float = 0.05
-    sigma_max: float = 10.0
+    ema: float = 0.99
+    width: int = 16
+    sigma_min: float = 0.1
+    sigma_max: float = 4.0
     samples: int = 500
     sampling_steps: int = 64
 
@@ -91,7 +91,7 @@ EXPERIMENT = Experiment(
         ),
         "small": Config(),
         "paper": Config(
-            data=50_000, iterations=50_000, batch=256, lr=1e-3, warmup=1000, ema=0.999, width=512, samples=4000,
+            data=50_000, iterations=50_000, batch=256, lr=1e-3, warmup=1000, ema=0.999, width=64, samples=4000,
             sampling_steps=512,
         ),
     },

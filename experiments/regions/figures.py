@@ -64,13 +64,12 @@ def draw_images(path: Path, shown: Mapping[str, Tensor]) -> None:
         path: file to write.
         shown: `[n, 2, 8, 8]` by name.
     """
-    count = min(len(images) for images in shown.values())
-    fig, panels = style.new_figure(0.85 * count, 0.6 * len(shown), len(shown), count, squeeze=False)
-    for row, (name, images) in zip(panels, shown.items(), strict=True):
-        for axes, image in zip(row, images, strict=False):
-            gap = torch.full((image.shape[1], 1), 0.5)
-            axes.imshow(torch.cat([image[0], gap, image[1]], 1), cmap="gray", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[])
-            axes.grid(False)
-        row[0].set_ylabel(name.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize=7)
+    fig, rows = style.new_figure(8.0, 0.62 * len(shown), len(shown), 1)
+    for axes, (name, images) in zip(rows, shown.items(), strict=True):
+        thin, wide = torch.full((images.shape[2], 1), 0.5), torch.ones(images.shape[2], 2)
+        strip = [part for left, right in images.float() for part in (left, thin, right, wide)]
+        axes.imshow(torch.cat(strip[:-1], 1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.grid(False)
+        axes.set_ylabel(name.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize=7)
     style.save(fig, path)

@@ -24,6 +24,7 @@ from fluxmatching import exponential_schedule
 BLOCK = SIZE * SIZE  # pixels of a part
 LENGTH, DELTA, JITTER = 1.5, 0.7, 1e-3  # correlation length, δ, and variance of independent noise of the pixels
 LEVELS = (0.1, 0.3, 1.0, 3.0)
+SIGMA_MIN, SIGMA_MAX = 0.02, 80.0  # of the reverse VE sampler: far below the noise of the pixels, far above the image
 FACTORS = (1, 4, 16)  # of the number of sampling steps
 SCORE, FLUX, DSM = "score", "flux, masked", "score matching, masked"
 FIELDS: dict[str, linear.Matrix] = {SCORE: linear.score_matrix, FLUX: linear.flux_matrix, DSM: linear.dsm_matrix}
@@ -60,7 +61,7 @@ def stationary(matrix: Tensor) -> Tensor:
 
 def study(run: Run) -> None:
     """Log missing rows "stationary" (by σ) and "generated" (by number of steps of the reverse VE sampler)."""
-    covariance, config = image_covariance(), run.config
+    covariance = image_covariance()
     done = {(row["field"], row["sigma"]) for row in run.rows("stationary")}
     for sigma in LEVELS:
         total = linear.noised(covariance, sigma)
@@ -76,10 +77,10 @@ def study(run: Run) -> None:
             )  # fmt: skip
     done = {(row["field"], row["steps"]) for row in run.rows("generated")}
     for name, field in FIELDS.items():
-        for steps in (factor * config.sampling_steps for factor in FACTORS):
+        for steps in (factor * run.config.sampling_steps for factor in FACTORS):
             if (name, steps) in done:
                 continue
-            sigmas = exponential_schedule(steps, config.sigma_min, config.sigma_max)
+            sigmas = exponential_schedule(steps, SIGMA_MIN, SIGMA_MAX)
             found = linear.generated(field, covariance, BLOCK, sigmas)
             run.log(
                 kind="generated", field=name, steps=steps, w2=bures_wasserstein2(found, covariance),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 SIZE = 8  # pixels of a side of a part
 LOW, HIGH = 2.0, 5.0  # range of both coordinates (row, column) of the left center
-DISPLACEMENT = 0.6  # standard deviation of both coordinates of the right center about the mirror image
+DISPLACEMENT = 1.0  # standard deviation of both coordinates of the right center about the mirror image
 RADIUS, SOFTNESS = 1.6, 0.4  # of a disc and of its edge
 STEP = 0.1  # of the grid on which centers are found
 

@@ -14,7 +14,6 @@ from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
 from experiments.common.schedules import cosine_decay
 from experiments.regions.images import (
-    SIZE,
     center_correlation,
     displacement,
     draw_centers,
@@ -46,7 +45,7 @@ def make_trainer(run: Run, objective: str, mask: str, seed: int) -> Trainer:
     """
     config, images = run.config, data(run)
     with run.drawing("weights", seed):
-        field = EDMField(PartsNetwork(SIZE * SIZE, config.width, mask == MASKED), images.std().item())
+        field = EDMField(PartsNetwork(config.width, mask == MASKED), images.std().item())
         noise = LogUniformNoise(config.sigma_min, config.sigma_max)
         loss = make_loss(objective, field, noise, TruncatedExponentialHorizon(1.0), backend=run.backend)
     options = TrainingOptions(

@@ -53,7 +53,7 @@ def test_joint_distribution_of_the_centers() -> None:
     centers = draw_centers(100_000, generator())
     left = centers[:, 0]
     assert (left.min().item(), left.max().item()) == pytest.approx((2, 5), abs=1e-3)
-    assert pytest.approx(math.sqrt(0.75 / (0.75 + 0.36))) == CORRELATION
+    assert pytest.approx(math.sqrt(0.75 / (0.75 + 1.0))) == CORRELATION
     assert center_correlation(centers) == pytest.approx(CORRELATION, abs=5e-3)
     assert displacement(centers) == pytest.approx(DISPLACEMENT, abs=5e-3)
     unrelated = torch.stack([centers[:, 0], centers[:, 1].roll(1, 0)], 1)
@@ -134,7 +134,7 @@ def test_which_linear_fields_keep_the_joint_distribution() -> None:
 @pytest.mark.parametrize("masked", [True, False])
 def test_blocks_of_the_jacobian(masked: bool) -> None:
     torch.manual_seed(0)
-    field = EDMField(PartsNetwork(9, 16, masked), 0.3).double()
+    field = EDMField(PartsNetwork(8, masked), 0.3).double()
     x = torch.randn(1, 2, 3, 3, generator=generator(), dtype=torch.float64)
     for sigma in (0.05, 10.0):
         jacobian = torch.func.jacrev(lambda z, s=sigma: field(z, s))(x)[0, :, :, :, 0]
@@ -163,7 +163,7 @@ def test_models_of_a_seed_differ_in_mask_and_objective_alone(tmp_path: Path) -> 
     [
         ({"ema": 1.0}, "ema must be below 1, got 1.0"),
         ({"data": 8}, "data must be at least 16, got 8"),
-        ({"sigma_min": 20.0}, "0 < sigma_min < sigma_max must hold, got 20.0 and 10.0"),
+        ({"sigma_min": 20.0}, "0 < sigma_min < sigma_max must hold, got 20.0 and 4.0"),
     ],
 )
 def test_bad_settings(changes: dict[str, Any], text: str) -> None:
@@ -176,7 +176,7 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     rows = finished.rows("model")
     assert [(row["objective"], row["mask"]) for row in rows] == list(MODELS)
     assert all((row["seen"] == 0) == (row["mask"] == MASKED) for row in rows)
-    assert finished.rows("floor")[0]["displacement"] == pytest.approx(DISPLACEMENT, abs=0.15)
+    assert finished.rows("floor")[0]["displacement"] == pytest.approx(DISPLACEMENT, abs=0.3)
     text = (finished.out / "summary.md").read_text()
     assert "displacement of the parts, masked: flux / score matching" in text
     assert f"Gaussian images, {gaussian.DSM}: correlation that the field keeps" in text
