@@ -46,6 +46,7 @@ from fluxmatching.losses.modules import (
 from fluxmatching.losses.noise_levels import LogNormalNoise, LogUniformNoise
 from fluxmatching.losses.options import FluxOptions
 from fluxmatching.losses.reference_set import ReferenceSet
+from fluxmatching.losses.smoothing import SmoothedField, effective_centers
 from fluxmatching.losses.step_defect import step_defect_loss
 from fluxmatching.losses.target import FluxTarget, MatchedField, flux_target
 from fluxmatching.sampling.flow import (
@@ -61,7 +62,6 @@ from fluxmatching.sampling.likelihood import bits_per_dim, log_likelihood
 from fluxmatching.sampling.ode import ODESolver, edm_heun, probability_flow
 from fluxmatching.sampling.reverse import predictor_corrector, reverse_ve
 from fluxmatching.sampling.schedules import exponential_schedule, karras_schedule
-from fluxmatching.smoothing import SmoothedField, effective_centers
 from fluxmatching.training import Trainer, TrainingError, TrainingOptions
 from fluxmatching.unet import UNet
 

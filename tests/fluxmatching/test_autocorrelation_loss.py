@@ -233,3 +233,9 @@ def test_bad_arguments(change: dict[str, object], error: type[Exception], text: 
 def test_bad_step_sizes(step_size: object) -> None:
     with pytest.raises((ValueError, TypeError), match=r"^step_defect_loss: step_size must be a positive number"):
         step_defect_loss(lambda z: -z, torch.randn(8, 2), step_size)  # type: ignore[arg-type]
+
+
+def test_a_step_to_where_the_field_is_not_finite_is_refused() -> None:
+    x = torch.full((4, 2), 2.0)
+    with pytest.raises(ValueError, match=r"^step_defect_loss: field after a step of 0.5 must be finite"):
+        step_defect_loss(lambda z: torch.where(z > 3, torch.inf, 4.0), x, 0.5)

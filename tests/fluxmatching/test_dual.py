@@ -300,3 +300,26 @@ class Symmetric(torch.nn.Module):
 
     def forward(self, matrix: Tensor) -> Tensor:
         return (matrix + matrix.T) / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": None}, "features must be families"),
+        ({"features": LinearFeatures}, "features must be families"),
+        ({"ridge": -1.0}, "ridge must be a positive number"),
+        ({"halves": 1}, "halves must be True or False"),
+    ],
+)
+def test_the_module_checks_its_arguments_at_once(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^DualFluxMatching: {message}"):
+        DualFluxMatching(torch.sin, **{"features": LinearFeatures(), **arguments})  # type: ignore[arg-type]
+
+
+def test_errors_name_the_argument() -> None:
+    x, _ = normal_data(20, 2)
+    with pytest.raises(ValueError, match=r"^dual_flux_loss: refs must be finite"):
+        dual_flux_loss(torch.sin, x, LinearFeatures(), refs=x * torch.nan)
+    for ridge in (None, "", False, -1.0):
+        with pytest.raises((TypeError, ValueError), match=r"^quadratic_flux_loss: ridge must be a positive number"):
+            quadratic_flux_loss(torch.sin, x, ridge=ridge)  # type: ignore[arg-type]

@@ -1,5 +1,7 @@
 """Smoothed fields and effective centers against sums in float64 and closed forms of normal data."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,27 @@ def test_smoothed_field_is_the_weighted_sum(sigma: float) -> None:
         torch.testing.assert_close(SmoothedField(field, refs, sigma)(z), wanted, rtol=1e-9, atol=1e-9)
 
 
+def test_weights_in_float32_far_from_each_other_are_those_of_the_differences() -> None:
+    generator = torch.Generator().manual_seed(10)
+    refs = 1000 * torch.randn(40, 1, generator=generator).sign() + 0.05 * torch.randn(40, 3, generator=generator)
+    z, field = refs[:9] + 0.05 * torch.randn(9, 3, generator=generator), lambda x: 2 * x.sin()
+    wanted = weights(z.double(), refs.double(), 0.05) @ field(refs.double())
+    torch.testing.assert_close(SmoothedField(field, refs, 0.05)(z).double(), wanted, rtol=0, atol=3e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = SmoothedField(field, refs, 0.05)(z)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-4)
+
+
+def test_a_copy_shares_the_points() -> None:
+    x = torch.randn(30, 2)
+    smoothed = SmoothedField(smooth_field(2).float(), x, 0.8)
+    copied = copy.deepcopy(smoothed)
+    torch.testing.assert_close(copied(x), smoothed(x))
+    assert copied.refs.points is smoothed.refs.points
+    assert not list(smoothed.buffers())
+    assert smoothed.double()(x.double()).dtype == torch.float64
+
+
 def test_smoothed_field_of_the_identity_is_the_posterior_mean() -> None:
     x = torch.randn(40, 2, 2, generator=torch.Generator().manual_seed(1))
     found = SmoothedField(lambda z: z, x, 0.7)(x[:5] + 0.3)
@@ -62,7 +85,7 @@ def test_parameters_of_the_field_learn_through_it() -> None:
     assert all(name.startswith("field.field.") for name in names)
     loss(x, seed=0)[0].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in loss.parameters())
-    assert "field.refs" not in loss.state_dict()
+    assert all(value.shape != x.shape for value in loss.state_dict().values() if isinstance(value, Tensor))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -74,6 +97,23 @@ def test_effective_centers_are_the_inverse_of_the_summed_squares(sigma: float, d
     wanted = torch.stack([1 / weights(z[k], refs[k], sigma).square().sum(1) for k in range(2)])
     tolerance = 1e-3 if dtype == torch.float32 else 1e-9
     torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+def test_effective_centers_with_a_sigma_per_point_or_group() -> None:
+    refs = torch.randn(2, 30, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    z, sigmas = refs[:, :5] + 0.1, torch.tensor([[0.1, 0.5, 1.0, 2.0, 9.0]] * 2, dtype=torch.float64)
+    one_by_one = [[effective_centers(z[g, n : n + 1], refs[g], float(sigmas[g, n])) for n in range(5)] for g in (0, 1)]
+    wanted = torch.tensor(one_by_one, dtype=torch.float64)
+    torch.testing.assert_close(effective_centers(z[0], refs[0], sigmas[0]), wanted[0])
+    torch.testing.assert_close(effective_centers(z, refs, sigmas[:, 1]), effective_centers(z, refs, 0.5))
+    with pytest.raises(ValueError, match="sigma2 of shape"):
+        effective_centers(z[0], refs[0], sigmas[0, :3])
+
+
+def test_the_log_of_flux_matching_with_a_sigma_per_stratum() -> None:
+    x = torch.randn(128, 2, generator=torch.Generator().manual_seed(9))
+    module = FluxMatching(smooth_field(2).float(), torch.tensor([0.1, 0.5, 1.0, 2.0]), FluxOptions(strata=4))
+    assert 1 < module(x, seed=0)[1]["effective_centers"] < 128
 
 
 def test_effective_centers_of_many_dimensions_stay_in_range() -> None:

@@ -41,8 +41,8 @@ def autocorrelation_loss(
     For a field that keeps p, -A = S - N. N = 0 for the score, whose loss is 1 up to sampling noise. Any N makes the
     time shorter, by at most a factor 1 + |S^-½ N S^-½|². One evaluation of the field per sample, no derivative and no
     score is needed. Only the part N of A is used: the loss does not show whether f keeps p, nor whether a step of some
-    size is stable. Therefore it belongs beside `augmentation_loss` or `flux_matching_loss`, and `step_defect_loss`,
-    which bounds it: f may be made faster simply by making it larger.
+    size is stable. Therefore it belongs beside `augmentation_loss` or `flux_matching_loss`, and `step_defect_loss`:
+    without that the loss falls as N grows, without bound on f.
 
     >>> features = CosineFeatures.draw(x, 32)  # doctest: +SKIP
     >>> loss = augmentation_loss(v, x, sigma).mean() + 0.1 * autocorrelation_loss(f, noised, features).mean()
@@ -56,16 +56,16 @@ def autocorrelation_loss(
 
     Returns:
         `[N]`, the same number for every sample, in (0, 1] up to rounding. Differentiable in the parameters of the
-        field; x and the features are constants. It is even in N, so that its gradient is
-        0 where N = 0, as for f = s and many samples.
+        field; x and the features are constants. It is even in N, so that its gradient is 0 where N = 0, as for
+        f = s and many samples.
 
     Raises:
         ValueError: too few samples, values that are not finite, no coordinate of x varies, or a ridge that is too small
             for S.
         TypeError: an argument of the wrong type.
 
-    Source: Galerkin estimates of asymptotic variances, such as Duncan, Lelièvre and Pavliotis (2016); in the paper the
-    proxy of Eq. 44 has this place.
+    Source: Galerkin estimates of asymptotic variances, such as Duncan, Lelièvre and Pavliotis (2016); the paper
+    rewards mixing by the proxy of Eq. 44 instead.
     """
     function = "autocorrelation_loss"
     points, ridge = as_points(function, field, x, 2), check_positive(function, "ridge", ridge)

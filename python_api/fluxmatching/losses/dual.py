@@ -236,7 +236,9 @@ def dual_flux_loss(
     """
     function = "dual_flux_loss"
     points, ridge = as_points(function, field, x, 4), check_positive(function, "ridge", ridge)
-    others = points if refs is None else as_points(function, field, check_tensor(function, "refs", refs, like=x), 1)
+    others = (
+        points if refs is None else as_points(function, field, check_tensor(function, "refs", refs, like=x), 1, "refs")
+    )
     if others.shape[1] != points.shape[1]:
         raise ValueError(f"{function}: refs must have the event shape of x, {shape_of(x)}, got {shape_of(others)}")
     families = as_families(function, features)
@@ -273,7 +275,7 @@ def quadratic_flux_loss(field: Field, x: Tensor, *, ridge: float = 0.0) -> Tenso
     Args:
         field: f(x), x `[n, *event]`.
         x: data, `[N, *event]`, N > D, with a covariance of full rank; without that give a ridge.
-        ridge: added to the λ, in units of their mean.
+        ridge: added to the λ, in units of their mean, ≥ 0; another number than the ridge of `dual_flux_loss`.
 
     Returns:
         `[N]`, the same number for every sample, in inverse squared units of x. Its mean over minibatches is larger than
@@ -285,7 +287,8 @@ def quadratic_flux_loss(field: Field, x: Tensor, *, ridge: float = 0.0) -> Tenso
     """
     function = "quadratic_flux_loss"
     points = as_points(function, field, x, 2)
-    ridge = check_positive(function, "ridge", ridge) if ridge else 0.0
+    if ridge != 0 or isinstance(ridge, bool):
+        ridge = check_positive(function, "ridge", ridge)
     values = field_values(function, field, x)
     with no_autocast(x.device):
         with torch.no_grad():
@@ -314,15 +317,15 @@ def as_families(function: str, features: F | Sequence[F], *, with_values: bool =
     return families
 
 
-def as_points(function: str, field: Field, x: Tensor, least: int) -> Tensor:
-    """Return the samples as `[N, D]`, checked."""
+def as_points(function: str, field: Field, x: Tensor, least: int, name: str = "x") -> Tensor:
+    """Return the samples of an argument as `[N, D]`, checked."""
     if not callable(field):
         raise TypeError(f"{function}: field must be callable, got {type(field).__name__}")
-    check_tensor(function, "x", x)
-    check_not_half(function, "x", x)
+    check_tensor(function, name, x)
+    check_not_half(function, name, x)
     if x.ndim < 2 or len(x) < least:
-        raise ValueError(f"{function}: x must have shape [N, *event] with N at least {least}, got {shape_of(x)}")
-    check_finite(function, x=x)
+        raise ValueError(f"{function}: {name} must have shape [N, *event] with N at least {least}, got {shape_of(x)}")
+    check_finite(function, **{name: x})
     return x.detach().flatten(1)
 
 

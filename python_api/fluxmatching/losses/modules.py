@@ -15,22 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from fluxkernels import philox
-from fluxkernels.checks import as_number_tensor, check_seed, check_tensor
+from fluxkernels.checks import as_number_tensor, check_positive, check_seed, check_tensor
 from fluxmatching.distributed import rank_and_size, rank_seed, shared_seed
 from fluxmatching.engines import network_inside
 from fluxmatching.field_modules import networks_of
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
-from fluxmatching.losses.dual import Features, dual_flux_loss
+from fluxmatching.losses.dual import Features, as_families, dual_flux_loss
 from fluxmatching.losses.noise_levels import LogNormalNoise
 from fluxmatching.losses.options import FluxOptions, check_options
 from fluxmatching.losses.reference_set import ReferenceSet
+from fluxmatching.losses.smoothing import effective_centers
 from fluxmatching.losses.target import FluxTarget, build_target
-from fluxmatching.smoothing import effective_centers
 
 Logged = dict[str, Tensor]
-POINTS_OF_CENTERS = 64  # of a minibatch at which effective centers are counted: few, since it is in every step
+# First samples of a minibatch, at which effective centers are counted: few, since every step does it.
+POINTS_OF_CENTERS = 32
 
 
 class NoiseLevels(Protocol):
@@ -125,7 +126,9 @@ class FluxMatching(LossModule):
         self.options = options
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
-        """Return the mean loss `[]` and {"loss", "tau", "effective_centers"}, see `fluxmatching.effective_centers`.
+        """Return the mean loss `[]` and {"loss", "tau", "effective_centers"}.
+
+        The last is the mean of `fluxmatching.effective_centers` at 32 starts of chains.
 
         Args:
             x: clean minibatch, `[N, *event]`, float32 or float64; grouped: `[N, G, D]`.
@@ -262,8 +265,12 @@ class DualFluxMatching(LossModule):
         halves: bool = True,
         refs: Tensor | int | None = None,
     ) -> None:
+        name = "DualFluxMatching"
         super().__init__(field, refs=refs)
-        self.features, self.ridge, self.halves = features, ridge, halves
+        self.features, self.ridge = as_families(name, features), check_positive(name, "ridge", ridge)
+        if not isinstance(halves, bool):
+            raise TypeError(f"{name}: halves must be True or False, got {halves!r}")
+        self.halves = halves
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, Logged]:
         """Return the mean loss `[]` and {"loss"}.
@@ -272,7 +279,7 @@ class DualFluxMatching(LossModule):
             x: minibatch in random order, `[N, *event]`, float32 or float64.
             seed: for engines, which give one to every loss; this one draws nothing.
         """
-        self.key(x, seed)  # which checks them
+        check_seed("DualFluxMatching", seed)
         refs = self.refs(x)
         values = dual_flux_loss(self.field, x, self.features, refs=refs, ridge=self.ridge, halves=self.halves)
         loss = values.mean()
@@ -280,10 +287,13 @@ class DualFluxMatching(LossModule):
 
 
 def _mean_centers(target: FluxTarget, options: FluxOptions) -> Tensor:
-    """Return the mean of `effective_centers` over some starts of chains, `[]`."""
-    points = target.x0[:POINTS_OF_CENTERS]
-    points = points.transpose(0, 1) if options.grouped else points.flatten(1)
-    return effective_centers(points, target.refs, target.sigma, backend=options.backend).mean()
+    """Return the mean of `effective_centers` over some starts of chains, and over groups, `[]`."""
+    points, sigma = target.x0[:POINTS_OF_CENTERS], target.sigma
+    if options.grouped:
+        points = points.transpose(0, 1)
+    else:
+        points, sigma = points.flatten(1), sigma[:POINTS_OF_CENTERS] if sigma.ndim else sigma
+    return effective_centers(points, target.refs, sigma, backend=options.backend).mean()
 
 
 def takes_sigma_per_sample(field: object) -> bool:

@@ -16,8 +16,8 @@ def step_defect_loss(field: Field, x: Tensor, step_size: float) -> Tensor:
         ℓ = h/(2D) |f(x + h f(x)) - f(x)|²,   x ~ p, h the step size.
 
     An Euler step of size h follows dx = f dt well where f hardly changes along it, and is stable there. A field that is
-    made faster without this term becomes too large for any step of useful size. For a linear field f = Bx and normal p
-    with covariance Σ the mean loss is h³/(2D) tr(B² Σ B²ᵀ).
+    made faster without this term becomes too large for any step of useful size. For a linear field f = Bx and E xxᵀ = Σ
+    the mean loss is h³/(2D) tr(B² Σ B²ᵀ).
 
     Args:
         field: f(x), x `[n, *event]`; at a noise level σ it is `lambda z: f(z, sigma)`.
@@ -29,7 +29,7 @@ def step_defect_loss(field: Field, x: Tensor, step_size: float) -> Tensor:
         constant.
 
     Raises:
-        ValueError: step_size is not positive, or x or the field at x is not finite.
+        ValueError: step_size is not positive, or x or the field, at x or after the step, is not finite.
         TypeError: an argument of the wrong type.
     """
     function = "step_defect_loss"
@@ -40,6 +40,6 @@ def step_defect_loss(field: Field, x: Tensor, step_size: float) -> Tensor:
     with no_autocast(x.device):
         moved = start + step_size * here
     there = call_field(field, moved)
-    check_finite(function, field=here)
+    check_finite(function, **{"field": here, f"field after a step of {step_size:g}": there})
     with no_autocast(x.device):
         return step_size / (2 * D) * (there - here).square().flatten(1).sum(1)
