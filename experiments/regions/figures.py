@@ -13,7 +13,7 @@ from experiments.common import figures as style
 from experiments.common.run import Run
 from experiments.regions import gaussian
 from experiments.regions.images import CORRELATION, DISPLACEMENT
-from experiments.regions.results import NAMES, by_model
+from experiments.regions.results import by_name
 
 COLORS = {
     gaussian.SCORE: style.REFERENCE,
@@ -21,6 +21,8 @@ COLORS = {
     gaussian.DSM: style.SCORE_MATCHING,
     "flux, full": "#56B4E9",
     "score matching, full": style.ACCENT,
+    "exact score": style.DATA,
+    "exact score, masked": style.VIOLATING,
 }
 
 
@@ -44,14 +46,14 @@ def draw_gaussian(path: Path, run: Run) -> None:
 
 def draw_agreement(path: Path, run: Run) -> None:
     """Draw correlation and displacement of the parts of each model, one dot per seed, beside the truth."""
-    fig, panels = style.new_figure(7.0, 2.6, 1, 2)
+    fig, panels = style.new_figure(9.0, 2.6, 1, 2)
     for axes, column, truth in zip(panels, ("correlation", "displacement"), (CORRELATION, DISPLACEMENT), strict=True):
-        found = by_model(run, column)
-        for place, (key, name) in enumerate(NAMES.items()):
-            axes.bar(place, statistics.mean(found[key]), color=COLORS[name], alpha=0.6)
-            axes.plot([place] * len(found[key]), found[key], ".", color="black", ms=4)
+        found = by_name(run, column)
+        for place, (name, values) in enumerate(found.items()):
+            axes.bar(place, statistics.mean(values), color=COLORS[name], alpha=0.6)
+            axes.plot([place] * len(values), values, ".", color="black", ms=4)
         axes.axhline(truth, color="black", ls=":", lw=1)
-        axes.set_xticks(range(len(NAMES)), [name.replace(", ", "\n") for name in NAMES.values()], fontsize=7)
+        axes.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found], fontsize=6)
     panels[0].set_ylabel("correlation of the centers")
     panels[1].set_ylabel("displacement / pixels")
     style.save(fig, path)
