@@ -10,7 +10,7 @@ import torch
 from experiments.common.registry import Experiment, check_sizes
 from experiments.common.results import Figure
 from experiments.common.run import Run
-from experiments.regions import figures, gaussian
+from experiments.regions import exact, figures, gaussian
 from experiments.regions.images import draw_images
 from experiments.regions.results import NAMES, results
 from experiments.regions.training import MODELS, SHOWN, measure_truth, samples_file, train
@@ -52,9 +52,10 @@ class Config:
 
 
 def main(run: Run) -> None:
-    """Study linear fields, train the models with every seed, compare, draw."""
+    """Study linear fields and exact ones, train the models with every seed, compare, draw."""
     gaussian.study(run)
     measure_truth(run)
+    exact.study(run)
     for seed, (objective, mask) in run.bar(list(product(range(run.config.seeds), MODELS)), "models"):
         train(run, objective, mask, seed)
     run.summary(results(run), draw(run))

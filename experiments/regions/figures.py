@@ -13,7 +13,7 @@ from experiments.common import figures as style
 from experiments.common.run import Run
 from experiments.regions import gaussian
 from experiments.regions.images import CORRELATION, DISPLACEMENT
-from experiments.regions.results import NAMES, by_model
+from experiments.regions.results import by_name
 
 COLORS = {
     gaussian.SCORE: style.REFERENCE,
@@ -21,6 +21,8 @@ COLORS = {
     gaussian.DSM: style.SCORE_MATCHING,
     "flux, full": "#56B4E9",
     "score matching, full": style.ACCENT,
+    "exact score": style.DATA,
+    "exact score, masked": style.VIOLATING,
 }
 
 
@@ -36,7 +38,7 @@ def draw_gaussian(path: Path, run: Run) -> None:
         rows = [row for row in run.rows("generated") if row["field"] == name]
         panels[2].plot([row["steps"] for row in rows], [row["w2"] for row in rows], **look)
     panels[0].set(xscale="log", xlabel="σ", ylabel="correlation that the field keeps")
-    panels[1].set(xscale="log", yscale="log", xlabel="σ", ylabel="σ × size of the field")
+    panels[1].set(xscale="log", xlabel="σ", ylabel="σ × size of the field")
     panels[2].set(xscale="log", yscale="log", xlabel="steps of the sampler", ylabel="W2 of samples to the data")
     panels[0].legend(fontsize=7)
     style.save(fig, path)
@@ -44,14 +46,18 @@ def draw_gaussian(path: Path, run: Run) -> None:
 
 def draw_agreement(path: Path, run: Run) -> None:
     """Draw correlation and displacement of the parts of each model, one dot per seed, beside the truth."""
-    fig, panels = style.new_figure(7.0, 2.6, 1, 2)
+    fig, panels = style.new_figure(10.5, 2.6, 1, 2)
     for axes, column, truth in zip(panels, ("correlation", "displacement"), (CORRELATION, DISPLACEMENT), strict=True):
-        found = by_model(run, column)
-        for place, (key, name) in enumerate(NAMES.items()):
-            axes.bar(place, statistics.mean(found[key]), color=COLORS[name], alpha=0.6)
-            axes.plot([place] * len(found[key]), found[key], ".", color="black", ms=4)
+        found = by_name(run, column)
+        for place, (name, values) in enumerate(found.items()):
+            axes.bar(place, statistics.mean(values), color=COLORS[name], alpha=0.6)
+            axes.plot([place] * len(values), values, ".", color="black", ms=4)
         axes.axhline(truth, color="black", ls=":", lw=1)
-        axes.set_xticks(range(len(NAMES)), [name.replace(", ", "\n") for name in NAMES.values()], fontsize=7)
+        axes.set_xticks(
+            range(len(found)),
+            [name.replace(" matching", "\nmatching").replace(", ", "\n") for name in found],
+            fontsize=7,
+        )
     panels[0].set_ylabel("correlation of the centers")
     panels[1].set_ylabel("displacement / pixels")
     style.save(fig, path)
@@ -64,7 +70,7 @@ def draw_images(path: Path, shown: Mapping[str, Tensor]) -> None:
         path: file to write.
         shown: `[n, 2, 8, 8]` by name.
     """
-    fig, rows = style.new_figure(8.0, 0.62 * len(shown), len(shown), 1)
+    fig, rows = style.new_figure(8.0, 0.42 * len(shown), len(shown), 1)
     for axes, (name, images) in zip(rows, shown.items(), strict=True):
         thin, wide = torch.full((images.shape[2], 1), 0.5), torch.ones(images.shape[2], 2)
         strip = [part for left, right in images.float() for part in (left, thin, right, wide)]

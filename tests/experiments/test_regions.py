@@ -16,6 +16,7 @@ from experiments.common.distances import bures_wasserstein2
 from experiments.common.objectives import DSM, FLUX
 from experiments.common.run import Run
 from experiments.regions import EXPERIMENT, gaussian
+from experiments.regions.exact import exact_field
 from experiments.regions.experiment import main
 from experiments.regions.images import (
     CORRELATION,
@@ -178,7 +179,7 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     assert all((row["seen"] == 0) == (row["mask"] == MASKED) for row in rows)
     assert finished.rows("floor")[0]["displacement"] == pytest.approx(DISPLACEMENT, abs=0.3)
     text = (finished.out / "summary.md").read_text()
-    assert "displacement of the parts, masked: flux / score matching" in text
+    assert "correlation under the mask: flux / score matching / exact score" in text
     assert f"Gaussian images, {gaussian.DSM}: correlation that the field keeps" in text
 
 
@@ -189,6 +190,27 @@ def test_a_run_that_lost_its_last_rows_ends_as_it_would_have(copied: Run) -> Non
     shutil.rmtree(samples_file(copied, DSM, FULL, 0).parent)  # the last model is trained again, the one before is not
     main(copied)
     assert copied.rows() == rows
+
+
+def test_exact_masked_field_is_nearest_to_the_score() -> None:
+    """Its left part is the mean of the score's left part given the left part: by self-normalized sums over p_σ."""
+    refs, sigma = draw_images(6, generator())[:, :, 2:4, 2:4].double(), 0.5
+    left = refs[:, 0].flatten(1)[:1] + 0.1
+    right = refs[:, 1].flatten(1).repeat(20_000, 1)
+    right = right + sigma * torch.randn(right.shape, generator=generator(1)).double()
+    # Points with this left part, the right one from the estimate's mixture of the right parts alone, then weighted.
+    z = torch.stack([left.expand_as(right), right], 1)
+    points, parts = refs.flatten(1), refs[:, 1].flatten(1)
+    joint = (torch.cdist(z.flatten(1), points).square() / (-2 * sigma**2)).logsumexp(1)
+    proposed = (torch.cdist(right, parts).square() / (-2 * sigma**2)).logsumexp(1)
+    weight = (joint - proposed).softmax(0)
+    level = torch.tensor(sigma).double()
+    full = exact_field(refs, FULL)(z.reshape(-1, 2, 2, 2), level)[:, 0].flatten(1)
+    masked = exact_field(refs, MASKED)(z[:1].reshape(1, 2, 2, 2), level)
+    truth = (weight.unsqueeze(1) * full).sum(0)
+    torch.testing.assert_close(masked[0, 0].flatten(), truth, atol=0.05, rtol=0)
+    assert (full.mean(0) - truth).abs().max() > 0.1
+    torch.testing.assert_close(masked[:, 1], exact_field(refs, FULL)(z[:1].reshape(1, 2, 2, 2), level)[:, 1])
 
 
 def test_images_have_two_parts() -> None:
