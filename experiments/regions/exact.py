@@ -1,4 +1,4 @@
-"""What score matching finds without errors of training: scores of a density estimate, with and without the mask.
+"""Scores of a density estimate, with and without the mask: what score matching finds without errors of training.
 
 The estimate has many true images as reference points. Under the mask the left part of the field that is nearest to the
 score is E[s_left | left part], the score of the left part alone.
