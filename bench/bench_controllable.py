@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bench.baselines import BACKENDS, PUBLISHED
 from experiments.common.mixture import GaussianMixture, triangle_means
-from experiments.controllable.fields import Controls, Family, SkewTemplate, TriangleTemplate, rotate
+from experiments.common.rotation import quarter_turn
+from experiments.controllable.fields import Controls, Family, SkewTemplate, TriangleTemplate
 from experiments.controllable.metrics import flux_losses
 from tests.support import published
 
@@ -33,7 +34,7 @@ def field_by_autograd(controls: Controls, family: Family) -> Callable[[Tensor], 
     signs = (-1, 1) if family == "preserving" else (1, 1)
 
     def turn(v: Tensor) -> Tensor:
-        return rotate(v) if family == "preserving" else v
+        return quarter_turn(v) if family == "preserving" else v
 
     def field(x: Tensor) -> Tensor:
         score = controls.mixture.score(x)

@@ -265,6 +265,15 @@ def _is_sound(t: Tensor) -> bool:
     return t.is_cuda or (cpu.missing() is None and cpu.is_finite(t))  # a GPU's values are not waited for
 
 
+def check_number(function: str, name: str, value: object) -> float:
+    """Return a finite number as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{function}: {name} must be a finite number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{function}: {name} must be a finite number, got {value}")
+    return float(value)
+
+
 def check_positive(function: str, name: str, value: object) -> float:
     """Return a finite positive number as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -113,8 +113,11 @@ def main() -> None:
     parser.add_argument("--memory", type=int, metavar="CELLS", help=argparse.SUPPRESS)
     parser.add_argument("--shared-memory", type=int, metavar="CELLS", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory or options.shared_memory:
-        (print_memory if options.memory else print_shared_memory)(options.memory or options.shared_memory)
+    if options.memory:
+        print_memory(options.memory)
+        return
+    if options.shared_memory:
+        print_shared_memory(options.shared_memory)
         return
     device = device_argument(parser, options.device)
     names = [b.name for b in backends().values() if not b.missing and (not b.devices or device.type in b.devices)]

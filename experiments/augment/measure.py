@@ -10,6 +10,7 @@ from experiments.augment.chains import Field
 from experiments.augment.problems import MixtureProblem
 from experiments.augment.training import EXACT, LEARNED, SCORE, TRAINED, TRAINED_LEARNED
 from experiments.common.autocorrelation import integrated_autocorrelation_time
+from experiments.common.rotation import quarter_turn
 from experiments.common.run import Run
 from fluxmatching import CosineFeatures, autocorrelation_loss, mixing_loss, step_defect_loss, unadjusted_langevin
 
@@ -21,7 +22,7 @@ def circulating(problem: MixtureProblem, turn: float) -> Field:
 
     def field(z: Tensor) -> Tensor:
         score = problem.mixture.score(z)
-        return score + turn * torch.stack([-score[:, 1], score[:, 0]], 1)
+        return score + turn * quarter_turn(score)
 
     return field
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from experiments.augment import problems
 from experiments.augment.fields import LearnedField, Score, StreamField, TurnedScore
 from experiments.augment.problems import MixtureProblem
-from experiments.common.networks import Perceptron
+from experiments.common.networks import FixedLevelField
 from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
 from experiments.common.schedules import cosine_decay
@@ -19,7 +19,6 @@ from fluxmatching import (
     CosineFeatures,
     DenoisingScoreMatching,
     DSMOptions,
-    EDMField,
     FluxOptions,
     Trainer,
     TrainingOptions,
@@ -152,8 +151,8 @@ def train_score(run: Run, problem: MixtureProblem, seed: int) -> nn.Module:
     """Train a score model of p_σ by denoising score matching, and return it as f(x)."""
     level = math.sqrt(problem.unit)
     with run.drawing("score model", seed):
-        model = ScoreModel(problem.mixture.dim, run.config.score_width, level, problem.mixture.means.std().item())
-    loss = DenoisingScoreMatching(model, FixedNoise(level), DSMOptions(backend=run.backend))
+        model = FixedLevelField(problem.mixture.dim, run.config.score_width, level, problem.mixture.means.std().item())
+    loss = DenoisingScoreMatching(model, level, DSMOptions(backend=run.backend))
     data = component_means(run, problem, seed)
     return train(run, loss, data, "score", seed, steps=run.config.score_steps, batch=run.config.batch)
 
@@ -218,25 +217,3 @@ class GaussianScore:
 
     def __call__(self, x: Tensor) -> Tensor:
         return -x / self.variances
-
-
-class FixedNoise:
-    """One noise level for all samples, as a distribution."""
-
-    def __init__(self, sigma: float) -> None:
-        self.sigma = sigma
-
-    def quantile(self, uniform: Tensor) -> Tensor:
-        """Return σ, whatever the argument."""
-        return torch.full_like(uniform, self.sigma)
-
-
-class ScoreModel(nn.Module):
-    """Score model f(z, σ) = EDM-preconditioned perceptron, also called as f(z) at one σ."""
-
-    def __init__(self, dim: int, width: int, sigma: float, sigma_data: float) -> None:
-        super().__init__()
-        self.field, self.sigma = EDMField(Perceptron(dim, width), sigma_data), sigma
-
-    def forward(self, z: Tensor, sigma: Tensor | None = None) -> Tensor:
-        return self.field(z, z.new_full((), self.sigma) if sigma is None else sigma)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from experiments.causal.drifts import Basis
 from experiments.causal.fit import Quadratic
+from experiments.common.kernel_weights import kernel_weights
 from fluxkernels import FluxPass, flux_pass, residual_gradient, transition_weights
 from fluxmatching import TruncatedExponentialHorizon
 
@@ -127,15 +128,3 @@ def score_jacobian(z: Tensor, refs: Tensor, sigma: float) -> Tensor:
         offset = (refs - (weights @ refs)[:, None]) / sigma**2
         found.append(offset.mT @ (weights[..., None] * offset))
     return torch.cat(found) - torch.eye(z.shape[1], dtype=z.dtype) / sigma**2
-
-
-def kernel_weights(z: Tensor, refs: Tensor, sigma: float) -> Tensor:
-    """Return the weights of reference points in the density estimate at z, `[n, M]`."""
-    return (-0.5 * torch.cdist(z, refs).square() / sigma**2).softmax(1)
-
-
-def effective_centers(x: Tensor, sigma: float, generator: torch.Generator) -> float:
-    """Return the mean perplexity of the weights at points of the density estimate, between 1 and the number of x."""
-    z = x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    weights = kernel_weights(z, x, sigma)
-    return torch.special.entr(weights).sum(1).exp().mean().item()

@@ -15,9 +15,10 @@ from experiments.causal.data import Environment, System, make_environments, make
 from experiments.causal.drifts import Basis, BasisDrift
 from experiments.causal.dual import dual_quadratic
 from experiments.causal.fit import Fit, Quadratic, Term, best_size, combine, fit_path
-from experiments.causal.flux import FluxSettings, effective_centers, flux_quadratic
+from experiments.causal.flux import FluxSettings, flux_quadratic
 from experiments.causal.kds import gaussian_kds, pairs_kds
 from experiments.common.distances import wasserstein2
+from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
 from fluxmatching import CosineFeatures, LinearFeatures, QuadraticFeatures
 from fluxmatching.losses.dual import Features
@@ -236,7 +237,9 @@ def measure(run: Run, kind: str, d: int, seed: int) -> None:
             row |= structure(setting, found)
         if method in (FLUX, SMOOTHED):
             sigma = flux_settings(run, d, method).sigma
-            row["centers"] = effective_centers(setting.train[0].x, sigma, run.generator("centers", seed))
+            x = setting.train[0].x
+            noise = torch.randn(x.shape, generator=run.generator("centers", seed), dtype=x.dtype)
+            row["centers"] = mean_perplexity(x + sigma * noise, x, sigma)
         row |= compare(run, setting, method, found)
         run.log(kind="fit", setting=kind, d=d, seed=seed, method=method, **row)
 

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from fluxmatching import EDMField
+from fluxmatching.fields import Field
+
 
 class Perceptron(nn.Module):
     """F(x, c_noise) of `fluxmatching.EDMField` in few dimensions: three hidden layers.
@@ -29,6 +32,28 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         return self.layers(torch.cat([x, c_noise[:, None]], 1))
+
+
+class FixedLevelField(nn.Module):
+    """f(z) = g(z) + c(z) at one noise level: a preconditioned perceptron, and a given field or none.
+
+    Args:
+        dim, width: number of dimensions and width of the hidden layers.
+        sigma: noise level.
+        spread: standard deviation of the data.
+        added: c, without parameters; None for 0.
+
+    Shape:
+        z `[n, D]`; returns the shape of z.
+    """
+
+    def __init__(self, dim: int, width: int, sigma: float, spread: float, added: Field | None = None) -> None:
+        super().__init__()
+        self.network, self.sigma, self.added = EDMField(Perceptron(dim, width), spread), sigma, added
+
+    def forward(self, z: Tensor) -> Tensor:
+        f: Tensor = self.network(z, self.sigma)
+        return f if self.added is None else f + self.added(z)
 
 
 class Block(nn.Module):

@@ -1,11 +1,12 @@
-"""Samples of a trained field."""
+"""Samples of a field."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fluxmatching import exponential_schedule, reverse_ve
+from fluxmatching.fields import NoisyField
 
 
 def on_device(generator: torch.Generator, device: torch.device) -> torch.Generator:
@@ -14,7 +15,7 @@ def on_device(generator: torch.Generator, device: torch.device) -> torch.Generat
 
 
 def sample_reverse_ve(
-    field: nn.Module, like: Tensor, num_steps: int, sigma_min: float, sigma_max: float, generator: torch.Generator
+    field: NoisyField, like: Tensor, num_steps: int, sigma_min: float, sigma_max: float, generator: torch.Generator
 ) -> Tensor:
     """Draw samples by the reverse VE sampler from σ_max down to σ_min, with the shape and device of `like`."""
     start = sigma_max * torch.randn(like.shape, generator=generator)

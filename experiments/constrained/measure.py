@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
 from experiments.common.sampling import on_device
 from experiments.constrained.domains import PROBLEMS, Problem
@@ -170,13 +171,7 @@ def measure_exact(run: Run, name: str) -> None:
     other = ruler.fresh(run, name, "floor")
     noise = torch.randn(other.shape, generator=run.generator("noise", name), dtype=torch.float64).to(other)
     noised = other + problem.sigma * noise
-    centers = effective_centers(noised[: run.config.batch], ruler.data[: run.config.batch], problem.sigma)
+    centers = mean_perplexity(noised[: run.config.batch], ruler.data[: run.config.batch], problem.sigma)
     run.log(
         kind="exact", problem=name, floor=ruler(other), centers=centers, **ruler.of_all_and_valid(noised)
     )  # fmt: skip
-
-
-def effective_centers(z: Tensor, refs: Tensor, sigma: float) -> float:
-    """Average the perplexity of the weights that the density estimate gives its reference points at z."""
-    weights = (torch.cdist(z, refs).square() / (-2 * sigma**2)).softmax(-1)
-    return torch.special.entr(weights).sum(-1).exp().mean().item()

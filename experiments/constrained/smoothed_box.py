@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from experiments.common.rotation import quarter_turn
 from experiments.constrained.domains import BOX_SPREAD, box_means
 
 STRENGTH = 15.0  # a
@@ -78,11 +79,6 @@ class SmoothedBox:
         logs = _log_normal((z.double().unsqueeze(1) - means) / total**0.5) - 0.5 * math.log(total)
         logs = logs + _log_probability(posterior, spread) - _log_probability(means, BOX_SPREAD)
         return logs.sum(-1)
-
-
-def quarter_turn(vectors: Tensor) -> Tensor:
-    """Return vectors `[n, 2]` turned by 90 degrees counterclockwise."""
-    return torch.stack([-vectors[:, 1], vectors[:, 0]], -1)
 
 
 def _log_normal(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from experiments.common.networks import Perceptron
+from experiments.common.networks import FixedLevelField
 from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
 from experiments.common.schedules import cosine_decay
@@ -16,7 +16,6 @@ from experiments.constrained.smoothed_box import SmoothedBox
 from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
-    EDMField,
     FluxMatching,
     FluxOptions,
     Trainer,
@@ -58,28 +57,6 @@ VARIANTS = {
 def variants(problem: str) -> list[str]:
     """Return the names of the variants that are trained on a problem."""
     return [name for name, variant in VARIANTS.items() if problem == "box" or not variant.outward]
-
-
-class FixedLevelField(nn.Module):
-    """f(z) = g(z) + c(z) at one noise level: a preconditioned network, and a given field or none.
-
-    Args:
-        dim, width: number of dimensions and width of the hidden layers.
-        sigma: noise level.
-        spread: standard deviation of the data.
-        added: c, without parameters; None for 0.
-
-    Shape:
-        z `[n, D]`; returns the shape of z.
-    """
-
-    def __init__(self, dim: int, width: int, sigma: float, spread: float, added: Field | None = None) -> None:
-        super().__init__()
-        self.network, self.sigma, self.added = EDMField(Perceptron(dim, width), spread), sigma, added
-
-    def forward(self, z: Tensor) -> Tensor:
-        f: Tensor = self.network(z, self.sigma)
-        return f if self.added is None else f + self.added(z)
 
 
 def boundary_penalty(f: Tensor, normal: Tensor, sigma: float, margin: float) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from experiments.common.jet import Jet, linear, log_gaussian, log_sigmoid, log_sigmoid_below, product
 from experiments.common.mixture import GaussianMixture
+from experiments.common.rotation import quarter_turn
 
 Family = Literal["preserving", "violating"]
 FAMILIES: tuple[Family, ...] = ("preserving", "violating")
@@ -25,15 +26,9 @@ CONTROLS = ("rot", "tri", "skew")
 BLOCK = 4096
 
 
-def rotate(v: Tensor, dim: int = -1) -> Tensor:
-    """Compute J v with J = [[0, -1], [1, 0]], a quarter turn counterclockwise along `dim`: shape of v."""
-    first, second = v.unbind(dim)
-    return torch.stack([-second, first], dim)
-
-
 def turn(v: Tensor, family: Family) -> Tensor:
     """Compute R v, with R a quarter turn (preserving) or the identity (violating): `[2, ...]`."""
-    return rotate(v, 0) if family == "preserving" else v
+    return quarter_turn(v, 0) if family == "preserving" else v
 
 
 def points_last(x: Tensor) -> Tensor:
@@ -74,7 +69,7 @@ class TriangleTemplate(Template):
         edge = vertices.roll(-1, 1) - vertices
         length = edge.norm(dim=0)
         e = edge / length
-        n = -rotate(e, 0)  # outward, the vertices being counterclockwise
+        n = -quarter_turn(e, 0)  # outward, the vertices being counterclockwise
         a, d = (u.T @ x - (u * vertices).sum(0).unsqueeze(-1) for u in (e, n))  # Eq. 20, [3, n]
 
         slope = self.kappa / self.width
@@ -109,7 +104,7 @@ class SkewTemplate(Template):
     def log_jet(self, x: Tensor) -> Jet:
         alpha = math.radians(self.angle)
         d = x.new_tensor([[math.cos(alpha)], [math.sin(alpha)]])
-        d_perp = rotate(d, 0)
+        d_perp = quarter_turn(d, 0)
         t, t_perp = (x * d).sum(0, keepdim=True), (x * d_perp).sum(0, keepdim=True)
 
         bump = Jet.along(d, t - self.distance * self.radius, log_gaussian(self.along))  # Eq. 25
@@ -223,7 +218,7 @@ class Field:
         slope = b.gradient - log_p.gradient
         pulled = slope + s
         if self.family == "preserving":
-            terms = slope * (turned * pulled).sum(0) + product(b.hessian, turned - rotate(pulled, 0))
+            terms = slope * (turned * pulled).sum(0) + product(b.hessian, turned - quarter_turn(pulled, 0))
         else:
             terms = slope * ((turned * pulled).sum(0) + b.laplacian) + product(b.hessian, turned + pulled)
             terms = terms + b.laplacian_gradient

@@ -15,6 +15,7 @@ from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.networks import Perceptron
 from experiments.common.objectives import HORIZONS, OBJECTIVES, averaged_field, make_loss
 from experiments.common.registry import Paused
+from experiments.common.rotation import quarter_turn
 from experiments.common.run import Run
 from fluxmatching import (
     EDMField,
@@ -46,7 +47,7 @@ def exact_score(z: Tensor, sigma: Tensor) -> Tensor:
 def circulating(z: Tensor, sigma: Tensor) -> Tensor:
     """s + Js with a quarter turn J: ∇·(p Js) = ∇·(J∇p) = 0, so it preserves p_σ like the score s; not reversible."""
     score = exact_score(z, sigma)
-    return score + torch.stack([-score[:, 1], score[:, 0]], 1)
+    return score + quarter_turn(score)
 
 
 KNOWN: dict[str, Field] = {EXACT: exact_score, CIRCULATING: circulating}

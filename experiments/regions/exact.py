@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from experiments.common.run import Run
-from experiments.common.sampling import on_device
 from experiments.regions.images import draw_images
-from experiments.regions.training import FULL, MASKED, measure
+from experiments.regions.training import FULL, MASKED, measure, sample
 from fluxkernels import kde_score
-from fluxmatching import exponential_schedule, reverse_ve
 from fluxmatching.fields import NoisyField
 
 REFERENCES = 5000  # true images
@@ -43,16 +41,15 @@ def exact_field(refs: Tensor, mask: str, backend: str | None = None) -> NoisyFie
 
 def study(run: Run) -> None:
     """Log missing rows "exact": samples of both fields, from the same noise for each run of the seeds."""
-    config = run.config
     refs = draw_images(REFERENCES, run.generator("exact")).to(run.device)
     done = {(row["mask"], row["seed"]) for row in run.rows("exact")}
-    for seed in range(config.seeds):
+    for seed in range(run.config.seeds):
         for mask in (FULL, MASKED):
             if (mask, seed) in done:
                 continue
-            generator = run.generator("sample", seed)
-            start = config.sigma_max * torch.randn(config.samples, *refs.shape[1:], generator=generator)
-            sigmas = exponential_schedule(config.sampling_steps, config.sigma_min, config.sigma_max)
-            noise = on_device(generator, run.device)
-            images = reverse_ve(exact_field(refs, mask, run.backend), start.to(run.device), sigmas, generator=noise)
-            run.log(kind="exact", mask=mask, seed=seed, **measure(run, images))
+            run.log(
+                kind="exact",
+                mask=mask,
+                seed=seed,
+                **measure(run, sample(run, exact_field(refs, mask, run.backend), seed)),
+            )

@@ -22,6 +22,7 @@ from experiments.regions.images import (
 )
 from experiments.regions.networks import PartsNetwork
 from fluxmatching import EDMField, LogUniformNoise, Trainer, TrainingOptions, TruncatedExponentialHorizon
+from fluxmatching.fields import NoisyField
 
 MASKED, FULL = MASKS = ("masked", "full")
 MODELS = tuple(product((FLUX, DSM), MASKS))
@@ -69,7 +70,7 @@ def train(run: Run, objective: str, mask: str, seed: int) -> None:
     run.log(kind="model", **key, seen=left_sees_right(field, data(run)[:1], 1.0), **measure(run, images))
 
 
-def sample(run: Run, field: nn.Module, seed: int) -> Tensor:
+def sample(run: Run, field: NoisyField, seed: int) -> Tensor:
     """Generate images, from the same noise for all models of a seed."""
     config = run.config
     like = data(run)[:1].expand(config.samples, -1, -1, -1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from experiments.common.networks import Perceptron
 from experiments.common.objectives import averaged_field
+from experiments.common.rotation import quarter_turn
 from experiments.common.run import Run
 from experiments.common.schedules import cosine_decay
 from fluxkernels import philox
@@ -86,7 +87,7 @@ class FlowField(nn.Module):
             g = torch.cat([self.first(x[:, :1], t), g[:, 1:]], 1)
         linear = (self.variance * t - (1 - t)) / ((1 - t).square() + self.variance * t.square())
         f = linear.unsqueeze(-1) * x + g
-        return f + self.turn * torch.stack([-x[:, 1], x[:, 0]], 1) if self.turn else f
+        return f + self.turn * quarter_turn(x) if self.turn else f
 
 
 class VelocityUnits(LossNormalizer):

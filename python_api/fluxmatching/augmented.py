@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from numbers import Real
 
 from torch import Tensor, nn
 
-from fluxmatching.field_modules import networks_of
+from fluxkernels.checks import check_number
+from fluxmatching.field_modules import check_field
 from fluxmatching.fields import call_field
 
 
@@ -44,19 +43,9 @@ class AugmentedField(nn.Module):
     def __init__(self, score_model: Callable[..., Tensor], v: Callable[..., Tensor], scale: float = 1.0) -> None:
         super().__init__()
         name = type(self).__name__
-        for argument, part in (("score_model", score_model), ("v", v)):
-            if not callable(part):
-                raise TypeError(f"{name}: {argument} must be callable, got {type(part).__name__}")
-            if not isinstance(part, nn.Module) and (networks := networks_of(part)):
-                raise TypeError(
-                    f"{name}: {argument} must be a torch.nn.Module, so that its parameters are registered; got a "
-                    f"function that uses {type(networks[0]).__name__}"
-                )
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            raise TypeError(f"{name}: scale must be a finite number, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"{name}: scale must be a finite number, got {scale}")
-        self.score_model, self.v, self.scale = score_model, v, float(scale)
+        check_field(name, "score_model", score_model)
+        check_field(name, "v", v)
+        self.score_model, self.v, self.scale = score_model, v, check_number(name, "scale", scale)
         if isinstance(score_model, nn.Module):
             score_model.requires_grad_(False).eval()
 

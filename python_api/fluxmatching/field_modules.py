@@ -82,6 +82,17 @@ def networks_of(field: Callable[..., Any]) -> list[nn.Module]:
     return [thing for thing in reachable_from(field) if isinstance(thing, nn.Module)]
 
 
+def check_field(function: str, name: str, field: Any) -> None:
+    """Raise TypeError unless a field that a module is to hold is a module itself, or a function without networks."""
+    if not callable(field):
+        raise TypeError(f"{function}: {name} must be callable, got {type(field).__name__}")
+    if not isinstance(field, nn.Module) and (networks := networks_of(field)):
+        raise TypeError(
+            f"{function}: {name} must be a torch.nn.Module, so that its parameters are registered; got a function that "
+            f"uses {type(networks[0]).__name__}"
+        )
+
+
 def is_compiled(field: Callable[..., Any]) -> bool:
     """Return whether a callable, or one reachable from it, was made by `torch.compile`."""
     modules = (module for network in networks_of(field) for module in network.modules())

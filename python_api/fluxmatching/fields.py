@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fluxkernels.checks import check_dense
+from fluxkernels.checks import check_dense, check_finite
 from fluxmatching.field_modules import networks_of
 
 Field = Callable[[Tensor], Tensor]  # f(z), z `[n, *event]`, each sample by itself
@@ -39,6 +39,17 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor | flo
     if not f.is_floating_point():
         raise TypeError(f"field must return floating-point numbers, got {f.dtype}")
     return f.to(z.dtype)
+
+
+def finite_field(function: str, field: Callable[..., Tensor], z: Tensor, *condition: Tensor | float) -> Tensor:
+    """Return `call_field(field, z, *condition)` for a loss that is named in errors.
+
+    Raises:
+        ValueError: the field is not finite. On a GPU nothing is read, and the training looks at its loss.
+    """
+    f = call_field(field, z, *condition)
+    check_finite(function, field=f)
+    return f
 
 
 def _other_dtype(field: Callable[..., Tensor], z: Tensor, error: RuntimeError) -> torch.dtype | None:

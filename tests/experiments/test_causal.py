@@ -19,9 +19,10 @@ from experiments.causal.drifts import Basis, BasisDrift
 from experiments.causal.dual import dual_quadratic
 from experiments.causal.experiment import EXPERIMENT, main
 from experiments.causal.fit import Fit, Quadratic, Term, best_size, combine, fit_path, norms
-from experiments.causal.flux import FluxSettings, derivatives, effective_centers, of_chains
+from experiments.causal.flux import FluxSettings, derivatives, of_chains
 from experiments.causal.kds import gaussian_kds, pairs_kds
 from experiments.causal.measure import METHODS, NO_EFFECT, TRUTH, Boxed, Setting, structure
+from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
 from fluxkernels import flux_pass
 from fluxmatching import (
@@ -206,8 +207,10 @@ def test_flux_objective_has_the_value_and_the_gradient_of_the_library() -> None:
 
 
 @pytest.mark.parametrize(("sigma", "low", "high"), [(1e-3, 1, 1.01), (30.0, 49.9, 50.01)])
-def test_effective_centers_count_the_points_that_matter(sigma: float, low: float, high: float) -> None:
-    assert low - 1e-9 <= effective_centers(normal(50, 3), sigma, generator()) <= high
+def test_the_perplexity_counts_the_points_that_matter(sigma: float, low: float, high: float) -> None:
+    x = normal(50, 3)
+    z = x + sigma * torch.randn(x.shape, generator=generator(), dtype=x.dtype)
+    assert low - 1e-9 <= mean_perplexity(z, x, sigma) <= high
 
 
 # ---------------------------------------------------------------- solver

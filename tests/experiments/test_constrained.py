@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from scipy.stats import norm, truncnorm
 from torch import Tensor
 
+from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
 from experiments.constrained import EXPERIMENT
 from experiments.constrained.domains import BOX_SPREAD, PROBLEMS, Annulus, Box, Problem, Simplex, box_means
@@ -25,7 +26,6 @@ from experiments.constrained.measure import (
     PROJECTED,
     REFLECTED,
     boundary_flow,
-    effective_centers,
     sliced_wasserstein2,
     walk,
 )
@@ -263,9 +263,9 @@ def test_sliced_distance_of_a_shift() -> None:
     assert sliced_wasserstein2(x, x, torch.eye(3).double()) == 0
 
 
-def test_effective_centers() -> None:
+def test_perplexity() -> None:
     refs = torch.tensor([[0.0], [0.0], [100.0]])
-    assert effective_centers(torch.zeros(1, 1), refs, 1.0) == pytest.approx(2)
+    assert mean_perplexity(torch.zeros(1, 1), refs, 1.0) == pytest.approx(2)
 
 
 # ---------------------------------------------------------------- runs

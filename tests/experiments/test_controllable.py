@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from experiments.common.mixture import GaussianMixture, triangle_means
+from experiments.common.rotation import quarter_turn
 from experiments.common.run import Run
 from experiments.controllable import experiment as controllable
-from experiments.controllable.fields import FAMILIES, Controls, Family, SkewTemplate, TriangleTemplate, rotate
+from experiments.controllable.fields import FAMILIES, Controls, Family, SkewTemplate, TriangleTemplate
 from experiments.controllable.metrics import (
     Grid,
     GridMetrics,
@@ -112,7 +113,7 @@ def test_preserving_controls_are_the_rotated_gradients_of_their_stream_functions
     for k in range(3):
         (gradient,) = torch.autograd.grad(streams[:, k].sum(), x, retain_graph=True)
         expected = density * controls.basis(x, "preserving")[:, k]
-        torch.testing.assert_close(rotate(gradient), expected, rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(quarter_turn(gradient), expected, rtol=1e-9, atol=1e-15)
 
 
 def test_controls_have_the_papers_directions(controls: Controls) -> None:
@@ -121,11 +122,11 @@ def test_controls_have_the_papers_directions(controls: Controls) -> None:
     score = controls.mixture.score(x)
     keep, violate = controls.basis(x, "preserving"), controls.basis(x, "violating")
     assert ((violate[:, 0] * score).sum(-1) > 0).all()
-    assert ((keep[:, 0] * rotate(score)).sum(-1) > 0).all()
+    assert ((keep[:, 0] * quarter_turn(score)).sum(-1) > 0).all()
     steep = grad.norm(dim=-1) > 1e-8
     assert ((violate[:, 1] * grad).sum(-1)[steep] > 0).all()
-    assert ((keep[:, 1] * rotate(grad)).sum(-1)[steep] < 0).all()
-    torch.testing.assert_close(rotate(torch.tensor([1.0, 2.0])), torch.tensor([-2.0, 1.0]))
+    assert ((keep[:, 1] * quarter_turn(grad)).sum(-1)[steep] < 0).all()
+    torch.testing.assert_close(quarter_turn(torch.tensor([1.0, 2.0])), torch.tensor([-2.0, 1.0]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from fluxkernels.checks import check_num_steps, check_tensor, shape_of
+from fluxkernels.checks import check_num_steps, check_number, check_tensor, shape_of
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.flows.labels import check_labels
 from fluxmatching.flows.paths import check_times
@@ -49,7 +47,7 @@ class GuidedField(nn.Module):
         if not callable(field):
             raise TypeError(f"{name}: field must be callable, got {type(field).__name__}")
         self.num_classes = check_num_steps(name, num_classes, "num_classes")
-        self.field, self.scale = field, _check_scale(name, scale)
+        self.field, self.scale = field, check_number(name, "scale", scale)
         self.register_buffer("labels", check_labels(name, labels, num_classes), persistent=False)
 
     def check_samples(self, samples: int) -> None:
@@ -87,14 +85,6 @@ class GuidedField(nn.Module):
         both = call_field(self.field, torch.cat([x, x]), torch.cat([t, t]), torch.cat([labels, unlabeled]))
         with_label, without_label = both.chunk(2)
         return without_label + self.scale * (with_label - without_label)
-
-
-def _check_scale(function: str, scale: object) -> float:
-    if isinstance(scale, bool) or not isinstance(scale, Real):
-        raise TypeError(f"{function}: scale must be a finite number, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"{function}: scale must be a finite number, got {scale}")
-    return float(scale)
 
 
 def split_field(field: NoisyField, samples: int, size: int) -> list[NoisyField]:

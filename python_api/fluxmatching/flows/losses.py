@@ -13,7 +13,7 @@ from fluxkernels import philox
 from fluxkernels.backend import check_backend
 from fluxkernels.checks import can_check_values, check_choice, check_finite, check_seed, check_tensor, shape_of
 from fluxmatching.distributed import rank_and_size, rank_seed
-from fluxmatching.fields import call_field, per_sample
+from fluxmatching.fields import finite_field, per_sample
 from fluxmatching.flows.closed_form import check_refs, over_sigma, posterior_mean, posterior_mean_of_class
 from fluxmatching.flows.couplings import Coupling, couple
 from fluxmatching.flows.labels import check_labels
@@ -135,9 +135,7 @@ def conditional_flow_matching_loss(
     x_t = (broadcast.alpha * x1 + broadcast.sigma * x0).detach()
     mean = _stable_mean(function, x_t, c, x1, refs, labels, options) if options.stable_target else None
     target = _target(function, c, x0, x1, mean, options, times)
-    value = call_field(field, x_t, times.to(x1.dtype), *classes)
-    check_finite(function, field=value)
-    error = value - target
+    error = finite_field(function, field, x_t, times.to(x1.dtype), *classes) - target
     if options.error not in (None, options.prediction):
         scale = _error_scale(c, str(options.error), options.prediction)
         _check_finite(function, scale, f"the error of the {options.error} is not finite", times)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fluxkernels import kde_mean, philox
 from fluxkernels.backend import check_backend
 from fluxkernels.checks import check_choice, check_finite, check_same_shape, check_seed, check_tensor
-from fluxmatching.fields import Field, call_field, per_sample
+from fluxmatching.fields import Field, finite_field, per_sample
 from fluxmatching.losses.draws import Draws, seeded_start
 from fluxmatching.losses.grouping import Grouping
 from fluxmatching.losses.options import as_sigma, check_options
@@ -90,9 +90,7 @@ def dsm_loss(
     if options.stable:
         with torch.no_grad():
             mean = grouping.from_points(kde_mean(grouping.to_points(z), points, variance, backend=options.backend))
-    value = call_field(field, z)
-    check_finite(function, field=value)
-    error = (z - mean) + weight * value
+    error = (z - mean) + weight * finite_field(function, field, z)
     return (error.square() / (weight if options.form == "eps" else torch.ones_like(weight))).flatten(1).sum(1)
 
 

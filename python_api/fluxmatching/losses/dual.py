@@ -28,7 +28,7 @@ from fluxkernels.checks import (
     shape_of,
 )
 from fluxkernels.devices import no_autocast
-from fluxmatching.fields import Field, call_field
+from fluxmatching.fields import Field, finite_field
 from fluxmatching.losses.options import check_not_half
 
 
@@ -331,9 +331,7 @@ def as_points(function: str, field: Field, x: Tensor, least: int, name: str = "x
 
 def field_values(function: str, field: Field, x: Tensor) -> Tensor:
     """Return the field at the samples, `[N, D]`, whatever it does with its input."""
-    values = call_field(field, x.detach().clone()).flatten(1)
-    check_finite(function, field=values)
-    return values
+    return finite_field(function, field, x.detach().clone()).flatten(1)
 
 
 def spread_of(x: Tensor) -> Tensor:

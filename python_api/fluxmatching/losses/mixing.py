@@ -18,7 +18,7 @@ from fluxkernels.checks import (
     read_numbers,
 )
 from fluxkernels.devices import no_autocast
-from fluxmatching.fields import NoisyField, call_field
+from fluxmatching.fields import NoisyField, finite_field
 from fluxmatching.losses.annealed import LossNormalizer
 
 
@@ -78,9 +78,7 @@ def mixing_loss(
     noised = (x + level * start).detach()
     reference, off = noised[:half], noised[half : 2 * half] + level * pushes[0]
     h = step_size * level.square()
-    value = call_field(field, off, level)
-    check_finite("mixing_loss", field=value)
-    mixed = off + h * value + (2 * h).sqrt() * pushes[1]
+    mixed = off + h * finite_field("mixing_loss", field, off, level) + (2 * h).sqrt() * pushes[1]
     with torch.no_grad():
         before = sinkhorn_divergence(off, reference, epsilon=epsilon, iterations=iterations)
     after = sinkhorn_divergence(mixed, reference, epsilon=epsilon, iterations=iterations)

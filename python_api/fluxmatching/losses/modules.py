@@ -18,7 +18,7 @@ from fluxkernels import philox
 from fluxkernels.checks import as_number_tensor, check_positive, check_seed, check_tensor
 from fluxmatching.distributed import rank_and_size, rank_seed, shared_seed
 from fluxmatching.engines import network_inside
-from fluxmatching.field_modules import networks_of
+from fluxmatching.field_modules import check_field
 from fluxmatching.fields import Field, NoisyField
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
@@ -63,14 +63,7 @@ class LossModule(nn.Module):
         gather_across_ranks: bool = False,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if not callable(field):
-            raise TypeError(f"{name}: field must be callable, got {type(field).__name__}")
-        if not isinstance(field, nn.Module) and (networks := networks_of(field)):
-            raise TypeError(
-                f"{name}: field must be a torch.nn.Module, so that its parameters are registered; got a function that "
-                f"uses {type(networks[0]).__name__}"
-            )
+        check_field(type(self).__name__, "field", field)
         self.field = field
         self.horizon = horizon
         self.refs = ReferenceSet(refs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fluxkernels import kde_log_density
 from fluxkernels.checks import as_number_tensor, check_finite, check_positive, check_tensor, shape_of
 from fluxkernels.devices import no_autocast
-from fluxmatching.field_modules import networks_of
+from fluxmatching.field_modules import check_field
 from fluxmatching.fields import Field, call_field
 from fluxmatching.losses.options import check_not_half
 from fluxmatching.losses.reference_set import ReferenceSet
@@ -44,13 +44,7 @@ class SmoothedField(nn.Module):
     def __init__(self, field: Field, refs: Tensor, sigma: float) -> None:
         super().__init__()
         name = "SmoothedField"
-        if not callable(field):
-            raise TypeError(f"{name}: field must be callable, got {type(field).__name__}")
-        if not isinstance(field, nn.Module) and (networks := networks_of(field)):
-            raise TypeError(
-                f"{name}: field must be a torch.nn.Module, so that its parameters are registered; got a function that "
-                f"uses {type(networks[0]).__name__}"
-            )
+        check_field(name, "field", field)
         check_tensor(name, "refs", refs)
         check_not_half(name, "refs", refs)
         if refs.ndim < 2:

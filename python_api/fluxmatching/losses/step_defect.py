@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fluxkernels.checks import check_finite, check_positive
 from fluxkernels.devices import no_autocast
-from fluxmatching.fields import Field, call_field
+from fluxmatching.fields import Field, call_field, finite_field
 from fluxmatching.losses.dual import as_points
 
 
@@ -36,10 +36,10 @@ def step_defect_loss(field: Field, x: Tensor, step_size: float) -> Tensor:
     D = as_points(function, field, x, 1).shape[1]
     step_size = check_positive(function, "step_size", step_size)
     start = x.detach()
-    here = call_field(field, start.clone())
+    here = finite_field(function, field, start.clone())
     with no_autocast(x.device):
         moved = start + step_size * here
     there = call_field(field, moved)
-    check_finite(function, **{"field": here, f"field after a step of {step_size:g}": there})
+    check_finite(function, **{f"field after a step of {step_size:g}": there})
     with no_autocast(x.device):
         return step_size / (2 * D) * (there - here).square().flatten(1).sum(1)
