@@ -1,0 +1,1 @@
+from experiments.critic.experiment import EXPERIMENT as EXPERIMENT
