@@ -53,23 +53,17 @@ class Critic(nn.Module):
             x: points, `[n, D]`.
             directions: v, `[K, D]`, or for every point its own, `[n, K, D]`.
         """
-        first, *others = [*self.hidden, self.last]
+        first, *others = [layer for layer in (*self.hidden, self.last) if isinstance(layer, nn.Linear)]
         value, slope = first(x / self.spread), directions @ first.weight.T / self.spread
         curvature = torch.zeros_like(value)
         for layer in others:
             below = torch.sigmoid(value)
             rise = below * (1 + value * (1 - below))
             bend = below * (1 - below) * (2 + value * (1 - 2 * below))
-            curvature = layer_product(rise * curvature + bend * slope.square().sum(-2), layer)
-            slope = layer_product(rise[:, None] * slope, layer)
+            curvature = (rise * curvature + bend * slope.square().sum(-2)) @ layer.weight.T
+            slope = (rise[:, None] * slope) @ layer.weight.T
             value = layer(value * below)
         return slope[..., 0], curvature[:, 0]
-
-
-def layer_product(x: Tensor, layer: nn.Module) -> Tensor:
-    """Return a linear layer's product, without its bias."""
-    assert isinstance(layer, nn.Linear)
-    return x @ layer.weight.T
 
 
 def draw_directions(x: Tensor, probes: int, generator: torch.Generator) -> Tensor:

@@ -45,15 +45,15 @@ class Config:
     probes: int = 4
     refs: int = 1024
     cells: int = 120
-    chains: int = 2000
+    chains: int = 1000
     chain_steps: int = 300
     rounds: int = 15
-    mixture_seconds: float = 5.0
-    springs_seconds: float = 2.5
-    stages: tuple[int, ...] = (30, 100, 300)
+    mixture_seconds: float = 3.0
+    springs_seconds: float = 1.5
+    stages: tuple[int, ...] = (20, 100, 300)
     adaptations: int = 2
     extra: tuple[int, ...] = (0, 2, 10, 100)
-    minibatches: int = 48
+    minibatches: int = 32
 
     def __post_init__(self) -> None:
         check_sizes(self, probes=0, extra=0, minibatches=2, batch=48, stages=0)

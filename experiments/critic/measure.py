@@ -45,7 +45,7 @@ def describe(samples: Tensor, truth: Tensor | None, mean: Tensor | None = None) 
     """Return error and cosine of the mean gradient and the signal-to-noise ratio of one minibatch.
 
     The signal is the part of the mean along the exact gradient, squared, and the noise the trace of the covariance.
-    The noise of the estimated mean is subtracted from squares of it.
+    The noise of the estimated mean is subtracted from squares of it, but the cosine stays at most 1.
 
     Args:
         samples: gradients of minibatches, `[B, P]`.
@@ -61,7 +61,11 @@ def describe(samples: Tensor, truth: Tensor | None, mean: Tensor | None = None) 
     size = truth.norm().item()
     along = (mean @ truth).item() / size
     error = max((mean - truth).square().sum().item() - left, 0.0)
-    return {"error": math.sqrt(error) / size, "cosine": along / math.sqrt(square), "snr": along**2 / noise}
+    return {
+        "error": math.sqrt(error) / size,
+        "cosine": along / math.sqrt(max(square, along**2)),
+        "snr": along**2 / noise,
+    }
 
 
 def at_stage(

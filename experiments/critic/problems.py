@@ -153,7 +153,8 @@ class SpringsProblem:
     """Gaussian with the covariance of trajectories of two masses on springs: ten points of four numbers each."""
 
     def __init__(self) -> None:
-        self.sigma, self.refs = SPRINGS_LEVEL, None
+        self.sigma = SPRINGS_LEVEL
+        self.refs: Tensor | None = None
         states = trajectories(TRAJECTORIES, torch.Generator().manual_seed(0), POINTS)[:, ::EVERY]
         self.block = states.shape[-1]
         data = states.flatten(1).double().T.cov()

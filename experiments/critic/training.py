@@ -25,6 +25,7 @@ from experiments.critic.methods import (
 from experiments.critic.problems import MIXTURE, SPRINGS, Problem, make_problem
 
 AVERAGE = 0.99  # decay of the moving average of the weights
+TUNING = 1 / 3  # of the budget of a training, for each setting
 MARKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the budget
 LRS = {MIXTURE: (1e-3, 3e-3), SPRINGS: (1e-2, 3e-2)}
 
@@ -146,7 +147,7 @@ def tune(run: Run, name: str, problem: Problem) -> None:
     for method, k, lr in run.bar(cases, f"{name}: settings"):
         training = make_training(run, problem, method, options(run, name, method)[k], lr, "tuning", name)
         generator = run.generator("tuning", name)
-        for _ in range(num_steps(run, name, method, k, run.config.seconds(name) / 2)):
+        for _ in range(num_steps(run, name, method, k, run.config.seconds(name) * TUNING)):
             training.adapt(generator)
             training.step(generator)
         loss = quality(problem, training)["loss"]
