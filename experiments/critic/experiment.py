@@ -81,7 +81,10 @@ def draw(run: Run) -> list[Figure]:
     figures.draw_steps(paths["steps"], run)
     figures.draw_curves(paths["curves"], run)
     return [
-        Figure(paths["estimates"], "Relative error of the mean gradient, and signal-to-noise ratio per CPU second."),
+        Figure(
+            paths["estimates"],
+            "Relative error of the mean gradient, cosine of one minibatch, and signal-to-noise ratio per second.",
+        ),
         Figure(paths["steps"], "Relative error of the gradient against further steps at the fixed field."),
         Figure(paths["curves"], "σ² J and distance of the law that the field keeps against CPU seconds."),
     ]
@@ -97,8 +100,8 @@ EXPERIMENT = Experiment(
     ),
     presets={
         "smoke": Config(
-            seeds=1, batch=64, width=8, refs=64, cells=30, chains=50, chain_steps=5, rounds=2, mixture_seconds=0.1,
-            springs_seconds=0.1, stages=(1, 3), adaptations=1, extra=(0, 2), minibatches=3,
+            seeds=1, batch=64, width=8, refs=64, cells=30, chains=50, chain_steps=5, rounds=1, mixture_seconds=0.02,
+            springs_seconds=0.02, stages=(1, 3), adaptations=1, extra=(0, 2), minibatches=3,
         ),
         "small": Config(),
         "paper": Config(

@@ -6,6 +6,8 @@ import math
 import statistics
 from pathlib import Path
 
+from matplotlib.ticker import NullFormatter
+
 from experiments.common import figures as style
 from experiments.common.run import Run
 from experiments.critic.methods import (
@@ -22,7 +24,7 @@ from experiments.critic.methods import (
     SINGLE,
 )
 from experiments.critic.problems import MIXTURE, NAMES
-from experiments.critic.results import GOAL, estimates
+from experiments.critic.results import GOAL, alignments, estimates
 
 COLORS = {
     CROSS: style.FLUX,
@@ -39,22 +41,26 @@ LINES = {CONTROL: ":", DSM: "--"}
 
 
 def draw_estimates(path: Path, run: Run) -> None:
-    """Draw error and signal-to-noise ratio per second against the stage, a row per problem."""
+    """Draw error, alignment and signal-to-noise ratio per second against the stage, a row per problem."""
     stages = run.config.stages
-    figure, panels = style.new_figure(8.4, 6.0, 2, 2, sharex=True)
+    figure, panels = style.new_figure(10.4, 5.6, 2, 3, sharex=True)
     for row, name in zip(panels, NAMES, strict=True):
-        for axes, column in zip(row, ("error", "rate"), strict=True):
+        for axes, column in zip(row, ("error", "alignment", "rate"), strict=True):
             for method, color in COLORS.items():
-                found = [estimates(run, name, stage, method, 0, column) for stage in stages]
+                cases = [(run, name, stage, method, 0) for stage in stages]
+                found = [alignments(*case) if column == "alignment" else estimates(*case, column) for case in cases]
                 if all(found):
                     means = [statistics.mean(values) for values in found]
                     axes.plot(stages, means, "o" + LINES.get(method, "-"), ms=4, color=color, label=method)
-            axes.set(xscale="log", yscale="log")
-        row[0].set_ylabel(f"{name}\nrelative error of the gradient")
-        row[1].set_ylabel("signal-to-noise ratio per CPU second")
+            axes.set(xscale="log", yscale="linear" if column == "alignment" else "log")
+            axes.set_xticks(stages, list(map(str, stages)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        row[0].set_ylabel(f"{name}\nrelative error of the mean gradient")
+        row[1].set_ylabel("cosine of one minibatch's gradient")
+        row[2].set_ylabel("signal-to-noise ratio per CPU second")
     for axes in panels[1]:
         axes.set_xlabel("steps of the training of the field")
-    handles, labels = panels[0][1].get_legend_handles_labels()
+    handles, labels = panels[0][2].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     style.save(figure, path)
 

@@ -50,6 +50,17 @@ def estimates(run: Run, name: str, stage: int, method: str, k: int, column: str)
     return run.by_seed("estimate", column, problem=name, stage=stage, method=method, k=k)
 
 
+def alignment(cosine: float, snr: float) -> float:
+    """Return the cosine between the gradient of one minibatch and the exact one, about, from that of its mean."""
+    return cosine / math.sqrt(1 + cosine**2 / max(snr, 1e-30))
+
+
+def alignments(run: Run, name: str, stage: int, method: str, k: int) -> list[float]:
+    """Return the alignment of one minibatch, in the order of seeds."""
+    columns = (estimates(run, name, stage, method, k, column) for column in ("cosine", "snr"))
+    return [alignment(cosine, snr) for cosine, snr in zip(*columns, strict=False)]
+
+
 def cases(run: Run) -> list[tuple[str, int]]:
     """Return problem and stage of all estimates, in the order of the numbers in a line."""
     return [(name, stage) for name in NAMES for stage in run.config.stages]
@@ -163,7 +174,11 @@ def of_estimate(run: Run, name: str, stage: int, method: str) -> list[Result]:
         found = {c: estimates(run, name, stage, method, k, c) for c in ("error", "cosine", "snr", "seconds", "rate")}
         if not found["snr"]:
             continue
-        text = f"error {spread(found['error'], '.2f')}, cosine {spread(found['cosine'])}, " if found["error"] else ""
+        text = ""
+        if found["error"]:
+            aligned = alignments(run, name, stage, method, k)
+            text += f"error {spread(found['error'], '.2f')}, cosine {spread(found['cosine'], '.2f')}, "
+            text += f"of one minibatch {spread(aligned, '.2f')}, "
         text += f"SNR {spread(found['snr'], '.2f')}, {1e3 * found['seconds'][0]:.1f} ms, "
         text += f"{spread(found['rate'], '.0f')} per s"
         title = f"{name}, stage {stage}: {method}" + (f", k = {k}" if method in FOLLOWERS else "")

@@ -114,7 +114,7 @@ def measure_costs(run: Run, name: str, problem: Problem) -> None:
     }
     times: dict[tuple[str, int], list[tuple[float, float]]] = {case: [] for case in cases}
     generator = run.generator("cost", name)
-    for _ in run.bar(range(run.config.rounds + 2), f"{name}: cost of a step"):
+    for _ in run.bar(range(run.config.rounds + 1), f"{name}: cost of a step"):
         for case, training in trainings.items():
             marks = [time.process_time()]
             for work in (training.adapt, training.step):
@@ -122,7 +122,7 @@ def measure_costs(run: Run, name: str, problem: Problem) -> None:
                 marks.append(time.process_time())
             times[case].append((marks[1] - marks[0], marks[2] - marks[1]))
     for (method, k), found in times.items():
-        adapting, step = (statistics.median(column) for column in zip(*found[2:], strict=True))
+        adapting, step = (statistics.median(column) for column in zip(*found[1:], strict=True))
         count = max(1, trainings[method, k].adaptations)
         run.log(kind="cost", problem=name, method=method, option=k, adapt=adapting / count, step=step)
 
