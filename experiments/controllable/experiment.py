@@ -77,7 +77,7 @@ class Config:
 
 
 def make_controls(run: Run, seed: int = 0) -> Controls:
-    """Make the controls of Sec. B.1 on the run's device, with scale factors estimated from a seed's samples (Eq. 31)."""
+    """Make the controls of Sec. B.1 on the run's device, with scale factors from samples of a seed (Eq. 31)."""
     mixture = GaussianMixture(triangle_means(RADIUS).to(run.device), VARIANCE)
     controls = Controls(mixture, TriangleTemplate(mixture.means), SkewTemplate(RADIUS))
     controls.normalize(mixture.sample(run.config.scale_samples, run.generator("scale", seed)))

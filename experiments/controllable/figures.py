@@ -11,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from experiments.common import figures as style
+from experiments.controllable.bins import bin_means
 from experiments.controllable.fields import Controls
-from experiments.controllable.metrics import bin_means
 
 Row = dict[str, Any]
 

@@ -1,11 +1,12 @@
 """How much of its freedom a minibatch's loss leaves: the minimum on a line of linear fields under the mask.
 
 The line f_α(x) = -((1 - α) A_0 + α A_1) x runs from the field that preserves p_σ (A_0, loss 0 if p_σ is Gaussian) to
-masked score matching (A_1), both of `linear.py`. Centers are drawn from the Gaussian of the trajectories. The loss knows
-p_σ only by its density estimate. Where the kernels overlap, its minimum on the line is α = 0. Where they do not, every
-center is a Gaussian by itself, which f_α has to preserve by itself; then the minimum has a closed form, near α = 1.
+masked score matching (A_1), both of `linear.py`. Centers are drawn from the Gaussian of the trajectories. The loss
+knows p_σ only by its density estimate. Where the kernels overlap, its minimum on the line is α = 0. Where they do not,
+every center is a Gaussian by itself, which f_α has to preserve by itself. Then the minimum has a closed form, near
+α = 1.
 
-The loss of a linear field is quadratic in α, and its gradient, in which q̂ is detached, is linear: values and gradients at
+The loss of a linear field is quadratic in α. Its gradient, in which q̂ is detached, is linear. Values and gradients at
 both ends of the line determine the minimum and the zero of the gradient, at which training stops.
 """
 

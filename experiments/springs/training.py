@@ -71,9 +71,7 @@ def make_trainer(
             samples.shape[1], width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
         )
         wrong = objective == DSM and config.dsm_label == "sigma2"
-        field = make_field(
-            network, samples.std().item(), input_scaling=config.input_scaling, wrong_label=wrong
-        )
+        field = make_field(network, samples.std().item(), input_scaling=config.input_scaling, wrong_label=wrong)
         loss = make_loss(
             objective, field, noise, HORIZONS[config.horizon](config.tau_max), backend=backend or run.backend,
             refs=samples[: config.refs] if config.refs else None,
@@ -87,7 +85,7 @@ def make_trainer(
 
 
 def train(run: Run, objective: str, mask: str, seed: int, clock: Clock) -> None:
-    """Train one model and evaluate it at every stage (rows "model").
+    """Train one model and evaluate it at every stage (rows "model"); at least one iteration, so that commands get on.
 
     Raises:
         Paused: the time is up.
@@ -98,7 +96,6 @@ def train(run: Run, objective: str, mask: str, seed: int, clock: Clock) -> None:
     for iteration in stages(run.config):
         if iteration in done:
             continue
-        clock.check(f"iteration {iteration} of {name}")
         trainer = make_trainer(run, objective, mask, seed, iterations=iteration, folder=folder)
         trainer.run(clock.left)
         if trainer.iteration > iteration:
