@@ -38,11 +38,9 @@ NOTES = (
     "V is the L² norm of the residual r, the exact loss 2 J̃ / ν² its H⁻¹ norm: fine structure counts in the "
     "first and hardly in the second. The triangle control is the finest, so its fields have a larger V at a "
     "smaller loss, and where they follow coarser ones on the axis of V, the exact loss dips as well.",
-    "The published program takes the divergence in V by central differences on the 25 × 25 grid, whose spacing is wider "
-    "than the structure of the triangle control. This halves that control's V; the exact loss then rises in most seeds. "
-    "Fields that keep p_σ exactly have a positive V by these differences.",
-    "The standard errors of the flux loss are large because a minibatch has one horizon, and because "
-    "∇ψ_skew / p grows so fast in the tails that the loss of its violating fields has no finite variance.",
+    "The published program takes the divergence in V by central differences on the 25 × 25 grid, whose spacing is "
+    "wider than the structure of the triangle control. This halves that control's V; the exact loss then rises in most "
+    "seeds. Fields that keep p_σ exactly have a positive V by these differences.",
 )
 
 

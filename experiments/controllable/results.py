@@ -72,7 +72,7 @@ def results(fields: Sequence[Row], seeds: Sequence[Sequence[Row]], bins: int) ->
 
 
 def violation_results(seeds: Sequence[Sequence[Row]], bins: int) -> list[Result]:
-    """How the losses depend on V over the seeds, for both ways to take its divergence."""
+    """Dependence of the losses on V over the seeds, for both ways to take its divergence."""
     lines = []
     for violation, name in VIOLATIONS.items():
         for loss, text in (("flux_loss", "flux loss rises from bin to bin of V, within standard errors"),

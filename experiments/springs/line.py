@@ -1,4 +1,4 @@
-"""How much of its freedom a minibatch's loss leaves: the minimum on a line of linear fields under the mask.
+"""Minimum of a minibatch's loss on a line of linear fields under the mask: how much freedom the loss leaves.
 
 The line f_α(x) = -((1 - α) A_0 + α A_1) x runs from the field that preserves p_σ (A_0, loss 0 if p_σ is Gaussian) to
 masked score matching (A_1), both of `linear.py`. Centers are drawn from the Gaussian of the trajectories. The loss

@@ -106,7 +106,7 @@ def other_changes(run: Run) -> list[Result]:
 
 
 def line_results(run: Run) -> list[Result]:
-    """Where the loss of a minibatch is least, and its gradient vanishes, on the line of linear fields."""
+    """Least loss of a minibatch, and zero of its gradient, on the line of linear fields."""
     lines = []
     for row in run.rows("line"):
         centers = f"{line.BATCH} centers" + (f" + {row['refs']}" if row["refs"] else "")

@@ -102,7 +102,8 @@ def train(run: Run, objective: str, mask: str, seed: int, clock: Clock) -> None:
             raise UsageError(f"{folder} is trained beyond iteration {iteration}, which was not logged: delete it")
         if trainer.iteration < iteration:
             raise Paused(f"{name} at iteration {trainer.iteration} of {run.config.iterations}")
-        run.log(kind="model", **key, iteration=iteration, **evaluate(run, averaged_field(trainer), *key.values()))
+        found = evaluate(run, averaged_field(trainer), objective, mask, seed)
+        run.log(kind="model", **key, iteration=iteration, **found)
 
 
 def evaluate(run: Run, field: nn.Module, objective: str, mask: str, seed: int) -> dict[str, float]:
