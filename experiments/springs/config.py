@@ -21,7 +21,8 @@ class Config:
         data: number of training trajectories.
         every: keep every n-th of their 50 time points, starting with the first.
         standardize: whether models are trained on data with mean 0 and deviation 1 of each of the four coordinates,
-            as in the published program; distances are in the simulator's units either way.
+            as in the published program; distances of samples are in the simulator's units either way, those of linear
+            fields in the units of the models.
         refs: reference points of both objectives, the first of the training trajectories; 0 takes the minibatch.
         iterations, batch, lr, warmup, ema: training with Adam.
         minutes: time limit of one command; 0 for no limit. The same command resumes.
