@@ -13,7 +13,6 @@ from fluxkernels.checks import check_sigma_range
 from fluxmatching import (
     DenoisingScoreMatching,
     DSMOptions,
-    EDMField,
     FluxOptions,
     Horizon,
     LearnedHorizon,
@@ -82,13 +81,14 @@ class FastFluxMatching(NoiseAnnealedFluxMatching):
 
 def make_loss(
     objective: str,
-    field: EDMField,
+    field: nn.Module,
     noise: NoiseLevels,
     horizon: Horizon,
     *,
     backend: str | None,
     chunk_size: int | None = None,
     mixing_weight: float = 0.01,
+    refs: Tensor | None = None,
 ) -> nn.Module:
     """Make the loss module of an objective, with one σ per minibatch (Eq. 11, 45).
 
@@ -103,14 +103,15 @@ def make_loss(
         backend: backend of the ops.
         chunk_size: see `fluxmatching.FluxOptions`.
         mixing_weight: λ of Eq. 45.
+        refs: reference points of Flux Matching and score matching; None for the minibatch.
     """
     if objective == DSM:
-        dsm = DSMOptions(backend=backend)
-        return DenoisingScoreMatching(field, noise, dsm, normalizer=LossNormalizer(), sigma_per_sample=False)
+        dsm, normalizer = DSMOptions(backend=backend), LossNormalizer()
+        return DenoisingScoreMatching(field, noise, dsm, normalizer=normalizer, sigma_per_sample=False, refs=refs)
     options = FluxOptions(horizon=horizon, strata=1, chunk_size=chunk_size, backend=backend)
     if objective == FAST:
         return FastFluxMatching(field, noise, options, mixing_weight)
-    return NoiseAnnealedFluxMatching(field, noise, options)
+    return NoiseAnnealedFluxMatching(field, noise, options, refs=refs)
 
 
 def averaged_field(trainer: Trainer) -> nn.Module:

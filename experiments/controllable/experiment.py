@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.stats import spearmanr
 
 from experiments.common.mixture import GaussianMixture, triangle_means
 from experiments.common.registry import Experiment
-from experiments.common.results import Figure, Result
+from experiments.common.results import Figure
 from experiments.common.run import Run
 from experiments.controllable.fields import (
     CONTROLS,
@@ -22,8 +21,9 @@ from experiments.controllable.fields import (
     SkewTemplate,
     TriangleTemplate,
 )
-from experiments.controllable.figures import draw_best_fields, draw_exact, draw_losses
-from experiments.controllable.metrics import Grid, GridMetrics, bin_means, flux_losses
+from experiments.controllable.figures import draw_best_fields, draw_exact, draw_losses, draw_violation
+from experiments.controllable.metrics import Grid, GridMetrics, flux_losses
+from experiments.controllable.results import results
 
 RADIUS, VARIANCE = 2.3, 0.625  # Eq. 15
 GRID_LIMIT = 5.5
@@ -38,8 +38,9 @@ NOTES = (
     "V is the L² norm of the residual r, the exact loss 2 J̃ / ν² its H⁻¹ norm: fine structure counts in the "
     "first and hardly in the second. The triangle control is the finest, so its fields have a larger V at a "
     "smaller loss, and where they follow coarser ones on the axis of V, the exact loss dips as well.",
-    "The standard errors of the flux loss are large because a minibatch has one horizon, and because "
-    "∇ψ_skew / p grows so fast in the tails that the loss of its violating fields has no finite variance.",
+    "The published program takes the divergence in V by central differences on the 25 × 25 grid, whose spacing is "
+    "wider than the structure of the triangle control. This halves that control's V; the exact loss then rises in most "
+    "seeds. Fields that keep p_σ exactly have a positive V by these differences.",
 )
 
 
@@ -48,6 +49,7 @@ class Config:
     """Sizes of the experiment; the defaults are the paper's.
 
     Args:
+        seeds: repetitions of the violating sweep, each with scale factors and minibatches of its own.
         batch: points per minibatch, B.
         minibatches: independent minibatches per field.
         grid_points: points per side of the grid for the metrics.
@@ -58,6 +60,7 @@ class Config:
         bins: bins in Figure 4.
     """
 
+    seeds: int = 9
     batch: int = 256
     minibatches: int = 64
     grid_points: int = 25
@@ -74,11 +77,11 @@ class Config:
                 raise ValueError(f"{name} must be at least {least.get(name, 1)}, got {value}")
 
 
-def make_controls(run: Run) -> Controls:
-    """Make the controls of Sec. B.1 on the run's device, with scale factors estimated from samples (Eq. 31)."""
+def make_controls(run: Run, seed: int = 0) -> Controls:
+    """Make the controls of Sec. B.1 on the run's device, with scale factors from samples of a seed (Eq. 31)."""
     mixture = GaussianMixture(triangle_means(RADIUS).to(run.device), VARIANCE)
     controls = Controls(mixture, TriangleTemplate(mixture.means), SkewTemplate(RADIUS))
-    controls.normalize(mixture.sample(run.config.scale_samples, run.generator("scale")))
+    controls.normalize(mixture.sample(run.config.scale_samples, run.generator("scale", seed)))
     return controls
 
 
@@ -93,17 +96,22 @@ def exact_losses(controls: Controls, thetas: torch.Tensor, points: int) -> list[
     return (2 * projected / variance).tolist()
 
 
-def sweep(run: Run, controls: Controls, metrics: dict[Family, GridMetrics]) -> list[Row]:
-    """Log metrics and losses of the 27 fields of both families (Eq. 40), one row each; skip rows on disk."""
+def make_metrics(run: Run, controls: Controls, families: Sequence[Family]) -> dict[Family, GridMetrics]:
+    """Make the metrics of families of fields on the paper's grid."""
+    grid = Grid(controls.mixture, run.config.grid_points, GRID_LIMIT)
+    return {family: GridMetrics(controls, family, grid) for family in families}
+
+
+def sweep(run: Run, controls: Controls, metrics: dict[Family, GridMetrics], seed: int = 0) -> list[Row]:
+    """Log metrics and losses of the 27 fields of each family (Eq. 40), one row each; skip rows on disk."""
     config: Config = run.config
-    done = {(row["family"], row["index"]) for row in run.rows("field")}
+    done = {(row["family"], row["index"]) for row in run.rows("field") if row["seed"] == seed}
     thetas = torch.tensor(list(itertools.product((-LEVEL, 0.0, LEVEL), repeat=3)), dtype=torch.float64)
     thetas = thetas.to(run.device)
-    exact = exact_losses(controls, thetas, config.exact_points)
+    wanted = [key for key in itertools.product(metrics, range(len(thetas))) if key not in done]
+    exact = exact_losses(controls, thetas, config.exact_points) if wanted else []
 
-    for family, index in run.bar(list(itertools.product(FAMILIES, range(len(thetas)))), "fields"):
-        if (family, index) in done:
-            continue
+    for family, index in run.bar(wanted, f"fields, seed {seed}"):
         theta = thetas[index]
         losses = flux_losses(
             controls,
@@ -111,20 +119,30 @@ def sweep(run: Run, controls: Controls, metrics: dict[Family, GridMetrics]) -> l
             family,
             config.batch,
             config.minibatches,
-            run.generator("loss", family, index),
+            run.generator("loss", family, index, seed),
             run.backend,
         )
         run.log(
             kind="field",
             family=family,
             index=index,
+            seed=seed,
             **_coefficients(theta),
             **metrics[family].all(theta),
             exact_loss=exact[index] if family == "violating" else 0.0,
             flux_loss=losses.mean(),
             flux_loss_error=losses.std() / config.minibatches**0.5,
         )
-    return run.rows("field")
+    return [row for row in run.rows("field") if row["seed"] == seed]
+
+
+def repeat(run: Run) -> list[list[Row]]:
+    """Log the violating sweep of every seed above 0, and return its rows."""
+    repeated = []
+    for seed in range(1, run.config.seeds):
+        controls = make_controls(run, seed)
+        repeated.append(sweep(run, controls, make_metrics(run, controls, ("violating",)), seed))
+    return repeated
 
 
 def _coefficients(theta: torch.Tensor) -> Row:
@@ -176,17 +194,18 @@ def main(run: Run) -> None:
     """Sweep both families, scan the axes, draw the figures, and compare with the paper."""
     config: Config = run.config
     controls = make_controls(run)
-    grid = Grid(controls.mixture, config.grid_points, GRID_LIMIT)
-    metrics = {family: GridMetrics(controls, family, grid) for family in FAMILIES}
+    metrics = make_metrics(run, controls, FAMILIES)
     fields = sweep(run, controls, metrics)
+    seeds = [[row for row in fields if row["family"] == "violating"], *repeat(run)]
     scanned = scan(run, metrics["preserving"])
     shown = {METRIC_OF[control]: best_field(scanned, control) for control in CONTROLS}
 
     samples = controls.mixture.sample(config.shown_samples, run.generator("shown"))
-    paths = [run.figure(name) for name in ("fields", "losses", "exact")]
+    paths = [run.figure(name) for name in ("fields", "losses", "exact", "violation")]
     draw_best_fields(paths[0], controls, shown, samples)
     draw_losses(paths[1], fields, config.bins)
     draw_exact(paths[2], fields)
+    draw_violation(paths[3], seeds, config.bins)
     figures = [
         Figure(
             paths[0],
@@ -204,54 +223,13 @@ def main(run: Run) -> None:
             "The Monte Carlo flux loss of the violating fields against its exact value 2 J̃ / ν², from a "
             "finite-volume solve on a fine grid.",
         ),
-    ]
-    run.summary(results(fields, config.bins), figures, NOTES)
-
-
-def results(fields: list[Row], bins: int) -> list[Result]:
-    """Compare with the paper."""
-
-    def column(family: str, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([row[name] for row in fields if row["family"] == family], dtype=np.float64)
-
-    flux, flux_error = column("violating", "flux_loss"), column("violating", "flux_loss_error")
-    violation, exact = column("violating", "violation"), column("violating", "exact_loss")
-    leak = np.abs(column("preserving", "flux_loss")).max() / flux.mean()
-    blind = column("preserving", "score_matching_loss").mean() / column("violating", "score_matching_loss").mean()
-    binned = bin_means(violation, flux, flux_error, bins)
-    agreement = flux.mean() / exact.mean()
-    agreement_error = np.sqrt((flux_error**2).sum()) / len(flux) / exact.mean()
-    return [
-        Result(
-            "largest flux loss of a preserving field / mean of the violating fields",
-            f"{leak:.1e}",
-            "exactly zero",
-            bool(leak < 1e-3),
-        ),
-        Result(
-            "flux loss rises from bin to bin of the violation, within standard errors",
-            "yes" if binned.rising else "no",
-            "rises",
-            binned.rising,
-        ),
-        Result(
-            "the exact loss, in the same bins",
-            "rises" if bin_means(violation, exact, np.zeros_like(exact), bins).rising else "does not rise throughout",
-        ),
-        Result("rank correlation of flux loss and violation V", f"{spearmanr(violation, flux)[0]:.2f}"),
-        Result("rank correlation of flux loss and its exact value", f"{spearmanr(exact, flux)[0]:.2f}"),
-        Result(
-            "mean flux loss / mean exact value, violating fields",
-            f"{agreement:.2f} ± {agreement_error:.2f}",
-            "1 (theory)",
-        ),
-        Result(
-            "score-matching loss, mean of preserving / mean of violating fields",
-            f"{blind:.3f}",
-            "blind: no difference",
-            bool(abs(blind - 1) < 0.05),
+        Figure(
+            paths[3],
+            f"Mean losses of the violating fields in {config.bins} bins of V, over their mean; one line per seed. Left "
+            "V with the exact divergence, right with central differences on the grid, as in the published program.",
         ),
     ]
+    run.summary(results(fields, seeds, config.bins), figures, NOTES)
 
 
 EXPERIMENT = Experiment(
@@ -263,7 +241,7 @@ EXPERIMENT = Experiment(
         "or shear, and positive on fields that do not; the score-matching loss cannot distinguish the two."
     ),
     presets={
-        "smoke": Config(batch=32, minibatches=4, exact_points=25, scan_points=5, shown_samples=300),
+        "smoke": Config(seeds=2, batch=32, minibatches=4, exact_points=25, scan_points=5, shown_samples=300),
         "small": Config(minibatches=16),
         "paper": Config(),
     },

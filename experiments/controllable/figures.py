@@ -11,8 +11,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from experiments.common import figures as style
+from experiments.controllable.bins import bin_means
 from experiments.controllable.fields import Controls
-from experiments.controllable.metrics import bin_means
 
 Row = dict[str, Any]
 
@@ -24,6 +24,7 @@ PANELS = (
     ("triangle", "Triangle shape", "$M_{\\mathrm{tri}}$", "preserving"),
     ("skewness", "Jacobian skewness", "$M_{\\mathrm{skew}}$", "preserving"),
     ("violation", "Distribution violation", "$V$", "violating"),
+    ("grid_violation", "Violation by differences", "$V$, central differences", "violating"),
 )
 
 
@@ -62,7 +63,7 @@ def draw_best_fields(path: Path, controls: Controls, shown: dict[str, Row], samp
 
 
 def draw_losses(path: Path, fields: list[Row], bins: int) -> None:
-    """Draw Figure 4: both losses over their means in the violating family, against the four attributes.
+    """Draw Figure 4: both losses over their means in the violating family, against the attributes.
 
     Args:
         path: file to write.
@@ -73,7 +74,7 @@ def draw_losses(path: Path, fields: list[Row], bins: int) -> None:
         name: np.mean([row[name] for row in fields if row["family"] == "violating"])
         for name in ("score_matching_loss", "flux_loss")
     }
-    fig, axes = style.new_figure(12.0, 3.3, 1, 4, sharey=True)
+    fig, axes = style.new_figure(14.5, 3.4, 1, 5, sharey=True)
     for ax, (metric, title, symbol, family) in zip(axes, PANELS, strict=True):
         rows = [row for row in fields if row["family"] == family]
         x = np.array([row[metric] for row in rows])
@@ -112,4 +113,26 @@ def draw_exact(path: Path, fields: list[Row]) -> None:
     fig.colorbar(points, ax=ax, label="distribution violation $V$")
     ax.set(xlabel=r"exact flux loss $2\tilde{J}/\nu^2$ (finite volumes)", ylabel="Monte Carlo flux loss")
     ax.legend(loc="upper left", frameon=False)
+    style.save(fig, path)
+
+
+def draw_violation(path: Path, seeds: list[list[Row]], bins: int) -> None:
+    """Draw mean losses of the violating fields in bins of V, both ways to take its divergence; one line per seed."""
+    fig, axes = style.new_figure(7.5, 3.0, 1, 2, sharey=True)
+    for ax, (metric, title, symbol, _) in zip(axes, PANELS[3:], strict=True):
+        for rows in seeds:
+            x = np.array([row[metric] for row in rows])
+            for name, label, color, line in (
+                ("flux_loss", "Flux Matching", style.FLUX, "o-"),
+                ("exact_loss", "its exact value", style.DATA, "--"),
+            ):
+                y = np.array([row[name] for row in rows])
+                binned = bin_means(x, y / y.mean(), np.zeros_like(y), bins)
+                ax.plot(
+                    binned.x, binned.mean, line,
+                    color=color, markersize=2.5, linewidth=0.9, alpha=0.7, label=label if rows is seeds[0] else None,
+                )  # fmt: skip
+        ax.set(title=title, xlabel=symbol)
+    axes[0].set_ylabel("loss / mean over fields")
+    axes[0].legend(frameon=False)
     style.save(fig, path)

@@ -56,6 +56,21 @@ def draw_linear(
     style.save(fig, path)
 
 
+def draw_line(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the zero of the loss's gradient on the line of fields by σ, and the same for centers that are each alone."""
+    fig, axes = style.new_figure(4.2, 2.8)
+    for refs, color in zip(sorted({row["refs"] for row in rows}), (style.FLUX, style.PRESERVING), strict=True):
+        found = [row for row in rows if row["refs"] == refs]
+        x, y, error = ([row[name] for row in found] for name in ("sigma", "stop", "error"))
+        label = f"{refs} reference points more" if refs else "minibatch of 256"
+        axes.errorbar(x, y, error, fmt="o-", ms=4, capsize=2, color=color, label=label)
+    axes.plot(x, [row["alone"] for row in found], "--", color=style.REFERENCE, label="each center alone")
+    axes.axhline(0, color=style.DATA, lw=0.8)
+    axes.set(xscale="log", xlabel="σ", ylabel="0: keeps p_σ, 1: masked DSM")
+    axes.legend()
+    style.save(fig, path)
+
+
 def draw_trajectories(path: Path, by_model: Mapping[str, Tensor], spacing: float, shown: int = 12) -> None:
     """Draw the first position over time and both positions in a plane; one row per model, the simulator first."""
     fig, axes = style.new_figure(6.5, 1.7 * len(by_model), len(by_model), 2, squeeze=False)

@@ -9,11 +9,12 @@ Fields are f(x) = -A x; the score has A = Σ⁻¹. Under the mask A is block low
 - Score matching finds the projection, the score of each time point given the past alone: the rows of A are those of the
   inverses of Σ's leading blocks. This field does not preserve p_σ.
 
-Samples of the reverse VE sampler are Gaussian as well; their W2 to N(0, C) is the Bures distance.
+Samples of both samplers are Gaussian as well; their W2 to N(0, C) is the Bures distance.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -72,14 +73,19 @@ def size(matrix: Tensor, covariance: Tensor, sigma: float) -> float:
     return float(sigma * ((matrix @ covariance) * matrix).sum().div(len(matrix)).sqrt())
 
 
-def generated(field: Matrix, covariance: Tensor, block: int, sigmas: Tensor) -> Tensor:
-    """Covariance of the samples that `fluxmatching.reverse_ve` makes from N(0, σ_0² I); its last step adds no noise."""
+def generated(field: Matrix, covariance: Tensor, block: int, sigmas: Tensor, sampler: str = "reverse") -> Tensor:
+    """Covariance of the samples made from N(0, σ_0² I) by a sampler of `sampling.py`.
+
+    "reverse" is `fluxmatching.reverse_ve`, whose last step adds no noise; "ode" is `euler_flow`, which never adds any.
+    """
     identity = torch.eye(len(covariance)).to(covariance)
     found, last = sigmas[0] ** 2 * identity, float(sigmas[-1])
     for sigma, lower in pairwise(sigmas.tolist()):
         variance = sigma**2 - lower**2
-        step = identity - variance * field(noised(covariance, sigma), block)
-        found = step @ found @ step.T + (variance if lower > last else 0.0) * identity
+        length = variance if sampler == "reverse" else sigma**2 * math.log(sigma / lower)
+        step = identity - length * field(noised(covariance, sigma), block)
+        noisy = sampler == "reverse" and lower > last
+        found = step @ found @ step.T + (variance if noisy else 0.0) * identity
     return found
 
 
@@ -91,7 +97,7 @@ def study(run: Run, samples: Tensor) -> None:
     wanted = [(name, k * config.sampling_steps) for name in FIELDS for k in (1, 3, 9)]
     for name, num_steps in run.bar([key for key in wanted if key not in done], "linear fields"):
         sigmas = exponential_schedule(num_steps, config.sigma_min, config.sigma_max)
-        made = generated(FIELDS[name], covariance, block, sigmas)
+        made = generated(FIELDS[name], covariance, block, sigmas, config.sampler)
         run.log(kind="linear", field=name, steps=num_steps, w2=bures_wasserstein2(made, covariance))
     sized = {(row["field"], row["sigma"]) for row in run.rows("linear size")}
     for sigma in SIGMAS:

@@ -8,14 +8,27 @@ from experiments.common.objectives import DSM, FLUX, stages
 from experiments.common.results import Result, spread
 from experiments.common.run import Run
 from experiments.common.timing import step_results
-from experiments.springs import linear
+from experiments.springs import line, linear
 from experiments.springs.training import CAUSAL, MASKS, MODELS, OBJECTIVES, SIZED
 
 
-def relative_changes(run: Run, objective: str, iteration: int) -> list[float]:
+def relative_changes(run: Run, objective: str, iteration: int, column: str = "w2") -> list[float]:
     """(W2 with the causal mask)/(W2 without) - 1 after that iteration, one value per seed."""
-    full, causal = (run.by_seed("model", "w2", objective=objective, mask=mask, iteration=iteration) for mask in MASKS)
-    return [masked / unmasked - 1 for unmasked, masked in zip(full, causal, strict=True)]
+    full, causal = (run.by_seed("model", column, objective=objective, mask=mask, iteration=iteration) for mask in MASKS)
+    return quotients(causal, full)
+
+
+def quotients(masked: list[float], unmasked: list[float]) -> list[float]:
+    """masked/unmasked - 1, one value per seed."""
+    return [one / other - 1 for one, other in zip(masked, unmasked, strict=True)]
+
+
+def least(run: Run, objective: str, mask: str, column: str = "w2") -> list[float]:
+    """Least W2 over the evaluations, one value per seed: that of the checkpoint that the published program keeps."""
+    found = [
+        run.by_seed("model", column, objective=objective, mask=mask, iteration=stage) for stage in stages(run.config)
+    ]
+    return [min(values) for values in zip(*found, strict=True)]
 
 
 def linear_curves(run: Run) -> tuple[dict[str, dict[float, float]], dict[str, dict[float, float]]]:
@@ -41,20 +54,71 @@ def trained_sizes(run: Run) -> dict[str, dict[float, float]]:
 
 def results(run: Run, changes: dict[str, dict[int, list[float]]]) -> list[Result]:
     """Lines of the summary; `changes` are the relative changes of W2 by objective and stage."""
-    return [*distances(run), *mask_changes(run, changes), *linear_fields(run), *step_results(run, DSM)]
+    return [
+        *distances(run),
+        *mask_changes(run, changes),
+        *other_changes(run),
+        *linear_fields(run),
+        *line_results(run),
+        *step_results(run, DSM),
+    ]
 
 
 def distances(run: Run) -> list[Result]:
-    """W2 of each model and of new trajectories to the training trajectories."""
+    """W2 of each model, of new trajectories and of repeated ones, to the training and to fresh trajectories."""
     last = run.config.iterations
-    lines = [
-        Result(
-            f"W2 to the training trajectories: {objective}, {mask}",
-            spread(run.by_seed("model", "w2", objective=objective, mask=mask, iteration=last), ".4g"),
+    lines = []
+    for objective, mask in MODELS:
+        known = {"objective": objective, "mask": mask, "iteration": last}
+        found = [run.by_seed("model", column, **known) for column in ("w2", "w2_fresh")]
+        found.append(least(run, objective, mask))
+        lines.append(
+            Result(
+                f"W2 to training / fresh trajectories; to training ones, least evaluation: {objective}, {mask}",
+                "{} / {}; {}".format(*(spread(values, ".4g") for values in found)),
+            )
         )
-        for objective, mask in MODELS
+    (row,) = run.rows("floor")
+    names = {"w2": "new trajectories of the simulator", "repeated": "training trajectories, repeated at random"}
+    lines += [
+        Result(f"W2 to training / fresh trajectories: {text}", f"{row[name]:.4g} / {row[f'{name}_fresh']:.4g}")
+        for name, text in names.items()
     ]
-    return [*lines, Result("W2 of new trajectories of the simulator", f"{run.rows('floor')[0]['w2']:.4g}")]
+    return lines
+
+
+def other_changes(run: Run) -> list[Result]:
+    """The mask's effect by W2 to fresh trajectories, by the best checkpoints, and with the label of the training."""
+    last, lines = run.config.iterations, []
+    for objective in OBJECTIVES:
+        changes = {
+            "to fresh trajectories": relative_changes(run, objective, last, "w2_fresh"),
+            "of the least evaluation": quotients(*(least(run, objective, mask) for mask in MASKS[::-1])),
+        }
+        own = relative_changes(run, objective, last, "w2_own_label")
+        if own:
+            changes["sampled with the label of its training"] = own
+        lines += [
+            Result(f"change of W2 by the mask, {name}: {objective}", spread(found, "+.1%"))
+            for name, found in changes.items()
+        ]
+    return lines
+
+
+def line_results(run: Run) -> list[Result]:
+    """Least loss of a minibatch, and zero of its gradient, on the line of linear fields."""
+    lines = []
+    for row in run.rows("line"):
+        centers = f"{line.BATCH} centers" + (f" + {row['refs']}" if row["refs"] else "")
+        values = f"{row['minimum']:.2f}; {row['stop']:.2f} ± {row['error']:.2f}; {row['alone']:.2f}"
+        lines.append(
+            Result(
+                f"line from keeping p_σ (0) to masked DSM (1), σ = {row['sigma']:g}, {centers}: least loss; "
+                "zero of its gradient; least loss of centers alone; effective centers",
+                f"{values}; {row['centers']:.1f}",
+            )
+        )
+    return lines
 
 
 def mask_changes(run: Run, changes: dict[str, dict[int, list[float]]]) -> list[Result]:

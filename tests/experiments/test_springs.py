@@ -19,7 +19,7 @@ from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from experiments.springs import EXPERIMENT, simulator
 from experiments.springs.experiment import main
-from experiments.springs.results import relative_changes
+from experiments.springs.results import least, relative_changes
 from experiments.springs.simulator import trajectories, velocity
 from experiments.springs.training import MODELS, OBJECTIVES, data, floor, make_trainer, samples_file
 from fluxmatching import LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
@@ -125,7 +125,7 @@ def test_every_fifth_point_of_the_same_trajectories(tmp_path: Path) -> None:
     assert found.shape == (run.config.data, 10, 4)
     assert torch.equal(found, data(make_run(tmp_path / "all"))[:, ::5])
     assert make_trainer(run, "flux", "causal", seed=0, iterations=1).step().isfinite()
-    assert floor(run) > 0
+    assert floor(run)["w2"] > 0
 
 
 def test_relative_changes_by_hand(tmp_path: Path) -> None:
@@ -136,6 +136,10 @@ def test_relative_changes_by_hand(tmp_path: Path) -> None:
             run.log(kind="model", objective="flux", mask=mask, seed=1 - seed, iteration=2, w2=1.0)
     assert relative_changes(run, "flux", 4) == pytest.approx([-0.25, 0.5])
     assert relative_changes(run, "flux", 2) == [0, 0]
+    assert least(run, "flux", "causal") == [1, 1]
+    run.log(kind="model", objective="DSM", mask="full", seed=0, iteration=2, w2=3.0)
+    run.log(kind="model", objective="DSM", mask="full", seed=0, iteration=4, w2=2.0)
+    assert least(run, "DSM", "full") == [2]
 
 
 def test_every_horizon_trains(tmp_path: Path) -> None:
@@ -172,6 +176,10 @@ def test_sizes_of_trained_fields(finished: Run) -> None:
         ({"width": 18}, "width must be a multiple of 2 heads, got 18 and 2"),
         ({"evaluations": 9}, "evaluations must be at most iterations, got 9 and 4"),
         ({"data": 8}, "data must be at least 16"),
+        ({"refs": 8}, "refs must be 0 .the minibatch. or from batch = 16 to data = 64, got 8"),
+        ({"refs": 65}, "from batch = 16 to data = 64, got 65"),
+        ({"sampler": "heun"}, "sampler must be one of reverse, ode, got 'heun'"),
+        ({"dsm_label": "log"}, "dsm_label must be one of sigma, sigma2, got 'log'"),
         ({"every": 0}, "every must be above 0"),
         ({"every": 26}, "every must leave two points of 50, so be at most 25, got 26"),
     ],
@@ -185,10 +193,13 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
     assert [(row["objective"], row["mask"]) for row in finished.rows("model")] == [m for m in MODELS for _ in range(2)]
     assert [row["iteration"] for row in finished.rows("model")] == [2, 4] * len(MODELS)
     assert all(row["w2"] > 0 for row in finished.rows("model"))
-    assert {path.stem for path in finished.figures} == {"mask", "linear", "trajectories"}
+    assert {path.stem for path in finished.figures} == {"mask", "linear", "line", "trajectories"}
     assert (finished.out / "figures" / "masses.gif").stat().st_size > 1000
     text = (finished.out / "summary.md").read_text()
     assert "change of W2 by the mask after 2, 4 iterations: flux" in text
+    assert "change of W2 by the mask, of the least evaluation: DSM" in text
+    assert "own label" not in text
+    assert len(finished.rows("line")) == 8
     assert "linear fields in 72 steps: W2 under the mask, score matching over Flux Matching" in text
 
 
@@ -198,9 +209,9 @@ def test_of_a_finished_run_nothing_is_trained_again(copied: Run) -> None:
     assert copied.rows() == rows
 
 
-@pytest.mark.parametrize("kept", [6, 19, -1])
+@pytest.mark.parametrize("kept", [20, 64, -1])
 def test_a_run_that_lost_its_last_rows_ends_as_it_would_have(copied: Run, kept: int) -> None:
-    """Killed within the models, between a checkpoint and its row, and within the linear fields."""
+    """Killed within the linear fields, between a checkpoint and its row, and at the end."""
     metrics = copied.out / "metrics.jsonl"
     lines, rows = metrics.read_text().splitlines(keepends=True), copied.rows("model") + copied.rows("linear size")
     metrics.write_text("".join(lines[:kept]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from experiments.common.distances import bures_wasserstein2
 from experiments.springs import linear
+from experiments.springs.sampling import euler_flow
 from fluxmatching import exponential_schedule, reverse_ve
 
 BLOCK = 2
@@ -53,6 +56,25 @@ def test_sampler_by_simulation(covariance: torch.Tensor) -> None:
 
     x = reverse_ve(field, start, sigmas, generator=generator)
     torch.testing.assert_close(x.T.cov(), exact, rtol=0.03, atol=0.03 * float(exact.diag().max()))
+
+
+def test_eulers_probability_flow_by_its_linear_map(covariance: torch.Tensor) -> None:
+    sigmas = exponential_schedule(12, 0.1, 10.0)
+    exact = linear.generated(linear.flux_matrix, covariance, BLOCK, sigmas, "ode")
+
+    def field(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return -x @ linear.flux_matrix(linear.noised(covariance, float(sigma)), BLOCK).T
+
+    images = euler_flow(field, torch.eye(8, dtype=torch.float64), sigmas)  # of the unit vectors, as rows
+    torch.testing.assert_close(100 * images.T @ images, exact)
+
+
+def test_eulers_steps_are_those_of_the_flow_in_log_sigma() -> None:
+    """dx/d(log σ) = -σ² f with f = -x/σ²: x_K = x_0 (1 - log(σ_0/σ_K)/K)^K."""
+    sigmas = exponential_schedule(50, 0.5, 8.0)
+    found = euler_flow(lambda x, sigma: -x / sigma**2, torch.ones(1, 3, dtype=torch.float64), sigmas)
+    assert found[0].tolist() == pytest.approx([(1 - math.log(16) / 50) ** 50] * 3)
+    assert found[0, 0] == pytest.approx(1 / 16, rel=0.1)  # the flow itself
 
 
 def test_many_steps_make_the_data_unless_score_matching_is_masked(covariance: torch.Tensor) -> None:
