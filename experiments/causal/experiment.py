@@ -59,7 +59,7 @@ class Config:
     methods: tuple[str, ...] = METHODS
     costly_d: int = 5
     fractions: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003, 0.001)
-    patience: int = 3
+    patience: int = 2
     cosines: int = 300
     ridge: float = 0.01
     length: float = 1.0

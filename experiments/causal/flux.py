@@ -35,9 +35,7 @@ class FluxSettings:
     backend: str | None = None
 
 
-def flux_quadratic(
-    x: Tensor, basis: Basis, noise: float, settings: FluxSettings, generator: torch.Generator
-) -> Dense:
+def flux_quadratic(x: Tensor, basis: Basis, noise: float, settings: FluxSettings, generator: torch.Generator) -> Dense:
     """Return half the mean of `flux_matching_loss` for fixed random numbers, of the parameters that are allowed.
 
     All samples are reference points. The diffusion of the loss has a factor 2, so its field is f 2/σ². The matrix of

@@ -287,7 +287,9 @@ def test_fit_is_the_minimum_over_the_chosen_edges_and_the_sizes(known: bool, lef
     counts = []
     for found in problem.path((1.01, 0.5, 0.01), left_out):
         assert found.violation < 1e-5
-        sizes = [best_size(term, found.theta) if term.size is None and term.index is not None else None for term in terms]
+        sizes = [
+            best_size(term, found.theta) if term.size is None and term.index is not None else None for term in terms
+        ]
         slope = sum((term.slope(found.theta, size) for term, size in zip(terms, sizes, strict=True)), torch.zeros(12))
         kept = (found.theta != 0) | (torch.arange(12) <= 2)
         torch.testing.assert_close(slope[kept], torch.zeros(int(kept.sum())).double(), atol=2e-5, rtol=0)
