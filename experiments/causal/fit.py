@@ -105,6 +105,7 @@ class Problem:
             hessian[:before, :before] = self.hessians[k]
             for term in part:
                 rows = term.quadratic.block(added, self.working)
+                rows[:, before:] = 0.5 * (rows[:, before:] + rows[:, before:].T)
                 hessian[before:] += rows
                 if term.index is not None:
                     earlier = self.columns.get(id(term), hessian[0, :0])
