@@ -35,7 +35,7 @@ class Config:
         costly_d: largest d for which "KDS, pairs" and "flux, smoothed" are fitted, whose cost grows fastest with d.
         fractions: strengths of the penalty, relative to that at which no edge is left.
         patience: number of strengths in a row, from the largest down, that predict worse than the best one so far and
-            end the search.
+            end the search, if that one has at most half of the error of "no effect".
         cosines: cosine test functions of the dual loss.
         ridge: ridge of the dual loss.
         length: length of the kernels in units of √d standard deviations (Gaussian) or one (pairs).
@@ -114,7 +114,8 @@ EXPERIMENT = Experiment(
         ),
         "small": Config(),
         "paper": Config(
-            kinds=("tanh", "perceptron", "linear"), seeds=5, known=False, dims=(5, 20, 50), samples=2000, costly_d=20,
+            kinds=("tanh", "perceptron", "linear"), seeds=5, known=False, dims=(5, 20, 50, 100, 200), samples=2000,
+            costly_d=20,
         ),
     },
     main=main,

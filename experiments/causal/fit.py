@@ -154,8 +154,9 @@ class Problem:
         """
         used = [k for k in range(len(self.parts)) if k != left_out]
         hessian, linear = self.assemble(used)
-        theta, sizes = self._split(solve(hessian, linear, ~self._penalized(linear)))
-        largest = self.slope(theta, sizes, used)[self.penalized].abs().max().item()
+        found = solve(hessian, linear, ~self._penalized(linear))
+        theta, sizes = self._split(found)
+        largest = self._slope(found, hessian, linear, used)[self.penalized].abs().max().item()
         for fraction in fractions:
             penalty = fraction * largest
             while True:
@@ -163,7 +164,7 @@ class Problem:
                 start = torch.cat([theta[self.working], sizes])
                 found = lasso(hessian, linear, self._penalized(linear), penalty, start)
                 theta, sizes = self._split(found)
-                slope = self.slope(theta, sizes, used)
+                slope = self._slope(found, hessian, linear, used)
                 outside = slope.abs()
                 outside[self.working] = 0
                 if not (outside > (1 + SLACK) * penalty).any():
@@ -171,6 +172,12 @@ class Problem:
                 self.extend(outside > AHEAD * penalty)
             again = solve(hessian, linear, ~self._penalized(linear) | (found.abs() > SELECTED))
             yield Fit(fraction, self._split(again)[0], violation(slope, theta, self.penalized, penalty))
+
+    def _slope(self, found: Tensor, hessian: Tensor, linear: Tensor, used: list[int]) -> Tensor:
+        """Return half the gradient, `[Q]`, by the stored H and h if they have all parameters."""
+        if len(self.working) == len(self.penalized):
+            return self._split(hessian @ found + linear)[0]
+        return self.slope(*self._split(found), used)
 
     def _penalized(self, linear: Tensor) -> Tensor:
         """Return which parameters of the working set have a penalty, and that unknown sizes have none, `[W + U]`."""

@@ -32,6 +32,7 @@ COSTLY = (PAIRS, SMOOTHED)  # methods for few dimensions only
 NOISE = 1.0  # σ of all systems
 FOLDS = 3  # of the interventions, in the choice of λ
 EDGE = 0.1  # strength above which a dependence counts as an edge
+SHARE = 0.5  # of the error of "no effect": what counts as a prediction
 BOX = 10.0  # standard deviations within which simulations of fitted drifts are kept
 
 
@@ -138,11 +139,14 @@ def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
     folds, fractions = setting.folds, sorted(run.config.fractions, reverse=True)
     problem = Problem.of([[terms[0]], *([terms[k] for k in fold] for fold in folds)], setting.edges)
     paths = [problem.path(fractions, left_out=part) for part in range(1, 1 + len(folds))]
+    observed, *others = [environment.x.mean(0) for environment in setting.train]
+    no_effect = sum(errors_of_means(setting, observed, mean).item() for mean in others)
     errors: list[float] = []
     for found in zip(*paths, strict=True):
         errors.append(sum(validate(run, setting, terms, *pair) for pair in zip(found, folds, strict=True)))
         best = errors.index(min(errors))
-        if len(errors) - 1 - best == run.config.patience:
+        # Strong penalties may predict worse and worse before the right one, but none of them well.
+        if len(errors) - 1 - best >= run.config.patience and errors[best] < SHARE * no_effect:
             break
     return next(problem.path([fractions[best]])), time.process_time() - begun
 
