@@ -14,7 +14,7 @@ from fluxmatching.losses.dual import centered
 
 @dataclass(frozen=True)
 class Cosines:
-    """What is left of K test functions φ_k beside the linear and quadratic ones. ∇φ_k = a_k w_k, U as in `Dual`.
+    """Means of K test functions φ_k with ∇φ_k = a_k w_k, beside the linear and quadratic ones. U as in `Dual`.
 
     Attributes:
         directions: w, `[K, d]`.

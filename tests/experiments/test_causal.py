@@ -38,6 +38,7 @@ from fluxmatching import (
     flux_target,
     quadratic_flux_loss,
 )
+from fluxmatching.losses.dual import Features
 
 NOISE = 0.7
 
@@ -189,7 +190,7 @@ def test_dual_objective_is_that_of_the_library(nonlinear: bool) -> None:
     x, drift = problem(300, nonlinear=nonlinear)
     drift, theta = allowed(drift)
     cosines = CosineFeatures.draw(x, 30, num_coordinates=2)
-    features = [LinearFeatures(), QuadraticFeatures(), cosines]
+    features: list[Features] = [LinearFeatures(), QuadraticFeatures(), cosines]
 
     def scaled(z: Tensor) -> Tensor:
         return 2 / NOISE**2 * drift(z)
