@@ -47,6 +47,19 @@ class Basis:
         constant = torch.ones(d, 1, dtype=torch.bool)
         return torch.cat([constant, own, ~own] if self.nonlinear else [constant, own | ~own], 1)
 
+    @property
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Entry of the drift and function of each of the Q parameters that are allowed, `[Q]` and `[Q]`."""
+        rows, functions = self.allowed.nonzero(as_tuple=True)
+        return rows, functions
+
+    def full(self, theta: Tensor) -> Tensor:
+        """Return parameters `[..., Q]` as `[..., d, P]`, zero where none is allowed."""
+        allowed = self.allowed
+        found = theta.new_zeros(*theta.shape[:-1], *allowed.shape)
+        found[..., allowed] = theta
+        return found
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the values at x `[..., d]`, `[..., P]`."""
         z = (x - self.center) / self.scale

@@ -34,6 +34,8 @@ class Config:
         methods: losses to fit with.
         costly_d: largest d for which "KDS, pairs" and "flux, smoothed" are fitted, whose cost grows fastest with d.
         fractions: strengths of the penalty, relative to that at which no edge is left.
+        patience: number of strengths in a row, from the largest down, that predict worse than the best one so far and
+            end the search, if that one has at most half of the error of "no effect".
         cosines: cosine test functions of the dual loss.
         ridge: ridge of the dual loss.
         length: length of the kernels in units of √d standard deviations (Gaussian) or one (pairs).
@@ -57,6 +59,7 @@ class Config:
     methods: tuple[str, ...] = METHODS
     costly_d: int = 5
     fractions: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003, 0.001)
+    patience: int = 2
     cosines: int = 300
     ridge: float = 0.01
     length: float = 1.0
@@ -111,7 +114,8 @@ EXPERIMENT = Experiment(
         ),
         "small": Config(),
         "paper": Config(
-            kinds=("tanh", "perceptron", "linear"), seeds=5, known=False, dims=(5, 20, 50), samples=2000, costly_d=20,
+            kinds=("tanh", "perceptron", "linear"), seeds=5, known=False, dims=(5, 20, 50, 100, 200), samples=2000,
+            costly_d=20,
         ),
     },
     main=main,

@@ -1,46 +1,21 @@
-"""One solver for all objectives that are quadratic in the parameters of the drift."""
+"""One solver for all objectives: the lasso over several λ, with entries of H in a working set of parameters only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-REWEIGHTINGS = 200  # weighted ridge problems in a row at most
-ROUNDS = 5  # of such rows; between them groups that left too early come back
-SMOOTHING = 1e-5  # ε of √(|θ_g|² + ε²)
-GONE = 1e-4  # norm below which a group leaves the problem
-SELECTED = 0.02  # norm above which a group belongs to the drift that is fitted again
-TOLERANCE = 1e-5  # largest change of a parameter in the last weighted ridge problem
+from experiments.causal.lasso import lasso, solve
+from experiments.causal.quadratic import Quadratic
 
-
-@dataclass(frozen=True)
-class Quadratic:
-    """Function θᵀ H θ + 2 hᵀ θ + c of parameters θ, `[Q]`, such as those of a drift, flattened from `[d, P]`.
-
-    Attributes:
-        hessian: H, symmetric, `[Q, Q]`.
-        linear: h, `[Q]`.
-        constant: c, `[]`.
-    """
-
-    hessian: Tensor
-    linear: Tensor
-    constant: Tensor
-
-    def __call__(self, theta: Tensor) -> Tensor:
-        """Return the value at θ, `[Q]`."""
-        return theta @ (self.hessian @ theta) + 2 * self.linear @ theta + self.constant
-
-    def slope(self, theta: Tensor) -> Tensor:
-        """Return half the gradient at θ, `[Q]`."""
-        return self.hessian @ theta + self.linear
-
-    def restrict(self, kept: Tensor) -> Quadratic:
-        """Return the function of some of the parameters, bool `[Q]`, the others zero."""
-        return Quadratic(self.hessian[kept][:, kept], self.linear[kept], self.constant)
+SELECTED = 0.02  # size above which a parameter belongs to the drift that is fitted again
+RIDGE = 1e-6  # added to the diagonal of H, relative to its mean over parameters without penalty
+WHOLE = 500  # number of parameters up to which all are in the working set at once
+SLACK = 1e-3  # by how much, relative to λ, a slope outside the working set may exceed λ
+AHEAD = 0.4  # where the working set grows, parameters whose slope exceeds this times λ join it
 
 
 @dataclass(frozen=True)
@@ -57,6 +32,15 @@ class Term:
     index: int | None
     size: float | None
 
+    def slope(self, theta: Tensor, size: float | None) -> Tensor:
+        """Return half the gradient in θ, `[Q]`, for a size that is fitted."""
+        size = self.size if size is None else size
+        if self.index is None or size is None:
+            return self.quadratic.slope(theta)
+        shifted = theta.clone()
+        shifted[self.index] += size
+        return self.quadratic.slope(shifted)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -64,7 +48,7 @@ class Fit:
 
     Attributes:
         fraction: λ over the least λ at which the drift has no edge.
-        theta: minimum without penalty over the groups that the penalty left, `[Q]`.
+        theta: minimum without penalty over the parameters that the penalty left, `[Q]`.
         violation: largest violation of the optimality conditions, relative to λ.
     """
 
@@ -73,113 +57,145 @@ class Fit:
     violation: float
 
 
-def combine(terms: Sequence[Term]) -> Quadratic:
-    """Add environments to one function of θ and the unknown sizes, which come last, `[Q + U]`."""
-    unknown = [term for term in terms if term.index is not None and term.size is None]
-    count = len(terms[0].quadratic.linear)
-    hessian = torch.zeros(count + len(unknown), count + len(unknown), dtype=torch.float64)
-    linear, constant = hessian.new_zeros(len(hessian)), hessian.new_zeros(())
-    for term in terms:
-        own, index = term.quadratic, term.index
-        hessian[:count, :count] += own.hessian
-        linear[:count] += own.linear
-        constant = constant + own.constant
-        if index is None:
-            continue
-        if term.size is not None:
-            linear[:count] += own.hessian[index] * term.size
-            constant = constant + own.hessian[index, index] * term.size**2 + 2 * own.linear[index] * term.size
-            continue
-        place = count + next(k for k, other in enumerate(unknown) if other is term)
-        hessian[place, :count] = hessian[:count, place] = own.hessian[index]
-        hessian[place, place] = own.hessian[index, index]
-        linear[place] = own.linear[index]
-    return Quadratic(hessian, linear, constant)
-
-
 def best_size(term: Term, theta: Tensor) -> float:
     """Return the size of an environment's shift that minimizes its objective for a given drift."""
     assert term.index is not None
-    curvature = term.quadratic.hessian[term.index, term.index]
+    index = torch.tensor([term.index])
+    curvature = term.quadratic.block(index, index)[0, 0]
     return (-term.quadratic.slope(theta)[term.index] / curvature).item()
 
 
-def fit_path(total: Quadratic, groups: Tensor, fractions: Sequence[float], ridge: float = 1e-6) -> list[Fit]:
-    """Select groups by the group lasso for several λ, and fit them again without penalty, which would shrink them.
+@dataclass
+class Problem:
+    """Sum of the objectives of environments, in parts of which one can be left out.
 
-    The group lasso minimizes value + 2 λ Σ_g √(|θ_g|² + ε²), for each λ from the result of the next smaller one. A step
-    solves the ridge problem that touches the objective from above at the current θ, by Cholesky factorization: every
-    step lowers the objective, whatever the condition of H.
-
-    Args:
-        total: the function.
-        groups: group of each parameter; -1 for those without penalty.
-        fractions: λ over the least λ at which all groups vanish.
-        ridge: added to the diagonal of H, relative to its mean.
-
-    Returns:
-        one result per fraction, in the order given.
+    Attributes:
+        parts: the environments.
+        penalized: which parameters have a penalty, bool `[Q]`.
+        working: indices of the parameters in the working set; all others are zero, `[W]`.
+        hessians: sum of H over each part, of the working set, `[W, W]`.
+        columns: of each environment with an intervention, the column of H that belongs to its shift, `[W]`.
+        ridge: added to the diagonal of H.
     """
-    hessian = total.hessian + ridge * total.hessian.diagonal().mean() * torch.eye(len(groups), dtype=torch.float64)
-    total = Quadratic(hessian, total.linear, total.constant)
-    free = groups < 0
-    alone = torch.zeros_like(total.linear)
-    alone[free] = -torch.linalg.solve(hessian[free][:, free], total.linear[free])
-    largest = norms(total.slope(alone), groups).max().item()
-    theta = -torch.cholesky_solve(total.linear[:, None], torch.linalg.cholesky(hessian))[:, 0]
-    found = {}
-    for fraction in sorted(fractions):
-        theta = _minimize(total, groups, fraction * largest, theta)
-        kept = (groups < 0) | (norms(theta, groups) > SELECTED)[groups.clamp_min(0)]
-        again = torch.zeros_like(theta)
-        again[kept] = -torch.linalg.solve(hessian[kept][:, kept], total.linear[kept])
-        found[fraction] = Fit(fraction, again, violation(total, groups, fraction * largest, theta))
-    return [found[fraction] for fraction in fractions]
+
+    parts: list[list[Term]]
+    penalized: Tensor
+    working: Tensor
+    hessians: list[Tensor]
+    columns: dict[int, Tensor]
+    ridge: float = 0.0
+
+    @classmethod
+    def of(cls, parts: list[list[Term]], penalized: Tensor) -> Problem:
+        """Make a problem whose working set are the parameters without penalty, or all if they are few."""
+        empty = torch.zeros(0, dtype=torch.long)
+        problem = cls(parts, penalized, empty, [torch.zeros(0, 0, dtype=torch.float64) for _ in parts], {})
+        problem.extend(~penalized if len(penalized) > WHOLE else torch.ones_like(penalized))
+        free = ~penalized[problem.working]
+        problem.ridge = RIDGE * sum(hessian.diagonal()[free].mean().item() for hessian in problem.hessians)
+        return problem
+
+    def extend(self, new: Tensor) -> None:
+        """Add parameters, bool `[Q]`, to the working set."""
+        added, before = new.nonzero()[:, 0], len(self.working)
+        self.working = torch.cat([self.working, added])
+        place = {index: k for k, index in enumerate(self.working.tolist())}
+        for k, part in enumerate(self.parts):
+            hessian = torch.zeros(len(self.working), len(self.working), dtype=torch.float64)
+            hessian[:before, :before] = self.hessians[k]
+            for term in part:
+                rows = term.quadratic.block(added, self.working)
+                rows[:, before:] = 0.5 * (rows[:, before:] + rows[:, before:].T)
+                hessian[before:] += rows
+                if term.index is not None:
+                    earlier = self.columns.get(id(term), hessian[0, :0])
+                    self.columns[id(term)] = torch.cat([earlier, rows[:, place[term.index]]])
+            hessian[:before, before:] = hessian[before:, :before].T
+            self.hessians[k] = hessian
+
+    def assemble(self, used: list[int]) -> tuple[Tensor, Tensor]:
+        """Return H and h of the sum over some parts, of the working set and the unknown sizes, which come last."""
+        terms = [term for k in used for term in self.parts[k]]
+        unknown = [term for term in terms if term.index is not None and term.size is None]
+        count = len(self.working)
+        hessian = torch.zeros(count + len(unknown), count + len(unknown), dtype=torch.float64)
+        linear = hessian.new_zeros(len(hessian))
+        for k in used:
+            hessian[:count, :count] += self.hessians[k]
+        for term in terms:
+            linear[:count] += term.quadratic.linear[self.working]
+            if term.index is not None and term.size is not None:
+                linear[:count] += term.size * self.columns[id(term)]
+        for place, term in enumerate(unknown, count):
+            column, at = self.columns[id(term)], self.working == term.index
+            hessian[place, :count] = hessian[:count, place] = column
+            hessian[place, place] = column[at]
+            linear[place] = term.quadratic.linear[term.index]
+        return hessian + self.ridge * torch.eye(len(hessian), dtype=torch.float64), linear
+
+    def slope(self, theta: Tensor, sizes: Tensor, used: list[int]) -> Tensor:
+        """Return half the gradient of the sum over some parts at θ, `[Q]`, and unknown sizes, `[U]`."""
+        left, total = iter(sizes.tolist()), self.ridge * theta
+        for k in used:
+            for term in self.parts[k]:
+                fitted = term.index is not None and term.size is None
+                total = total + term.slope(theta, next(left) if fitted else None)
+        return total
+
+    def path(self, fractions: Sequence[float], left_out: int | None = None) -> Iterator[Fit]:
+        """Choose edges by the lasso for one λ after the other, and fit them again without penalty.
+
+        For each λ the working set grows until no slope outside it exceeds λ. Paths of one problem share it, and may
+        take turns.
+
+        Args:
+            fractions: λ over the least λ at which all edges vanish; quickest if they fall.
+            left_out: part that does not count.
+        """
+        used = [k for k in range(len(self.parts)) if k != left_out]
+        hessian, linear = self.assemble(used)
+        found = solve(hessian, linear, ~self._penalized(linear))
+        theta, sizes = self._split(found)
+        largest = self._slope(found, hessian, linear, used)[self.penalized].abs().max().item()
+        for fraction in fractions:
+            penalty = fraction * largest
+            while True:
+                hessian, linear = self.assemble(used)
+                start = torch.cat([theta[self.working], sizes])
+                found = lasso(hessian, linear, self._penalized(linear), penalty, start)
+                theta, sizes = self._split(found)
+                slope = self._slope(found, hessian, linear, used)
+                outside = slope.abs()
+                outside[self.working] = 0
+                if not (outside > (1 + SLACK) * penalty).any():
+                    break
+                self.extend(outside > AHEAD * penalty)
+            again = solve(hessian, linear, ~self._penalized(linear) | (found.abs() > SELECTED))
+            yield Fit(fraction, self._split(again)[0], violation(slope, theta, self.penalized, penalty))
+
+    def _slope(self, found: Tensor, hessian: Tensor, linear: Tensor, used: list[int]) -> Tensor:
+        """Return half the gradient, `[Q]`, by the stored H and h if they have all parameters."""
+        if len(self.working) == len(self.penalized):
+            return self._split(hessian @ found + linear)[0]
+        return self.slope(*self._split(found), used)
+
+    def _penalized(self, linear: Tensor) -> Tensor:
+        """Return which parameters of the working set have a penalty, and that unknown sizes have none, `[W + U]`."""
+        penalized = self.penalized[self.working]
+        return torch.cat([penalized, penalized.new_zeros(len(linear) - len(penalized))])
+
+    def _split(self, found: Tensor) -> tuple[Tensor, Tensor]:
+        """Return θ `[Q]` and the unknown sizes `[U]` for parameters of the working set and sizes, `[W + U]`."""
+        theta = found.new_zeros(len(self.penalized))
+        theta[self.working] = found[: len(self.working)]
+        return theta, found[len(self.working) :]
 
 
-def norms(theta: Tensor, groups: Tensor) -> Tensor:
-    """Return |θ_g| of every group, `[G]`."""
-    penalized = groups >= 0
-    squares = theta.new_zeros(int(groups.max()) + 1)
-    return squares.index_add(0, groups[penalized], theta[penalized].square()).sqrt()
+def violation(slope: Tensor, theta: Tensor, penalized: Tensor, penalty: float) -> float:
+    """Return the largest violation of the conditions of a minimum of the lasso, relative to λ.
 
-
-def violation(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -> float:
-    """Return the largest violation of the conditions of a minimum of the group lasso, relative to λ.
-
-    The slope of a group is -λ θ_g/|θ_g|, or at most λ in norm where θ_g = 0; that of parameters without penalty is 0.
+    The slope is -λ times the sign of a parameter, or at most λ in size where it is zero; without penalty it is 0.
     """
-    slope, sizes = total.slope(theta), norms(theta, groups)
-    free, zero = groups < 0, sizes < GONE
-    inside = torch.where(zero, norms(slope, groups) - penalty, 0).max()
-    unit = torch.where(free, 0, theta / sizes.clamp_min(SMOOTHING)[groups.clamp_min(0)])
-    outside = torch.where(zero, 0, norms(slope + penalty * unit, groups)).max()
-    return torch.stack([inside, outside, slope[free].abs().max()]).max().item() / penalty
-
-
-def _minimize(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -> Tensor:
-    """Minimize for one λ. Groups with norm 0 stay out unless their slope shows that they belong to the minimum."""
-    for _ in range(ROUNDS):
-        theta = _reweight(total, groups, penalty, theta)
-        slope = total.slope(theta)
-        missing = (norms(theta, groups) == 0) & (norms(slope, groups) > 1.001 * penalty)
-        if not missing.any():
-            break
-        back = (groups >= 0) & missing[groups.clamp_min(0)]
-        theta = torch.where(back, -SELECTED * slope / norms(slope, groups)[groups.clamp_min(0)], theta)
-    return theta
-
-
-def _reweight(total: Quadratic, groups: Tensor, penalty: float, theta: Tensor) -> Tensor:
-    """Solve weighted ridge problems until the parameters stay as they are; groups that vanish leave the problem."""
-    free, of = groups < 0, groups.clamp_min(0)
-    for _ in range(REWEIGHTINGS):
-        sizes = norms(theta, groups)
-        weights = torch.where(free, 0, (penalty / (sizes.square() + SMOOTHING**2).sqrt())[of])
-        kept = free | (sizes >= GONE)[of]
-        factor = torch.linalg.cholesky(total.hessian[kept][:, kept] + weights[kept].diag())
-        before, theta = theta, torch.zeros_like(theta)
-        theta[kept] = -torch.cholesky_solve(total.linear[kept][:, None], factor)[:, 0]
-        if (theta - before).abs().max() < TOLERANCE:
-            break
-    return theta
+    wanted = torch.where(penalized, -penalty * theta.sign(), 0)
+    excess = torch.where(penalized & (theta == 0), slope.abs() - penalty, (slope - wanted).abs())
+    return max(excess.max().item(), 0) / penalty

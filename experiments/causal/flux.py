@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from experiments.causal.drifts import Basis
-from experiments.causal.fit import Quadratic
+from experiments.causal.quadratic import Dense
 from experiments.common.kernel_weights import kernel_weights
 from fluxkernels import FluxPass, flux_pass, residual_gradient, transition_weights
 from fluxmatching import TruncatedExponentialHorizon
@@ -35,9 +35,7 @@ class FluxSettings:
     backend: str | None = None
 
 
-def flux_quadratic(
-    x: Tensor, basis: Basis, noise: float, settings: FluxSettings, generator: torch.Generator
-) -> Quadratic:
+def flux_quadratic(x: Tensor, basis: Basis, noise: float, settings: FluxSettings, generator: torch.Generator) -> Dense:
     """Return half the mean of `flux_matching_loss` for fixed random numbers, of the parameters that are allowed.
 
     All samples are reference points. The diffusion of the loss has a factor 2, so its field is f 2/σ². The matrix of
@@ -63,10 +61,10 @@ def flux_quadratic(
         scale = weight / settings.horizons
         parts.append([scale * part for part in of_chains(chains, x, basis, noise, settings, tau)])
     hessian, linear, constant = (torch.stack(part).sum(0) for part in zip(*parts, strict=True))
-    found = Quadratic(0.5 * (hessian + hessian.T), linear, constant)
+    found = Dense(0.5 * (hessian + hessian.T), linear, constant)
     found = found.restrict(basis.allowed.flatten())
     values, vectors = torch.linalg.eigh(found.hessian)
-    return Quadratic(vectors * values.clamp_min(0) @ vectors.T, found.linear, found.constant)
+    return Dense(vectors * values.clamp_min(0) @ vectors.T, found.linear, found.constant)
 
 
 def of_chains(

@@ -14,14 +14,14 @@ from torch import Tensor
 from experiments.causal.data import Environment, System, make_environments, make_system, shift_of, simulate
 from experiments.causal.drifts import Basis, BasisDrift
 from experiments.causal.dual import dual_quadratic
-from experiments.causal.fit import Fit, Quadratic, Term, best_size, combine, fit_path
+from experiments.causal.fit import Fit, Problem, Term, best_size
 from experiments.causal.flux import FluxSettings, flux_quadratic
 from experiments.causal.kds import gaussian_kds, pairs_kds
+from experiments.causal.quadratic import Quadratic
 from experiments.common.distances import wasserstein2
 from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
-from fluxmatching import CosineFeatures, LinearFeatures, QuadraticFeatures
-from fluxmatching.losses.dual import Features
+from fluxmatching import CosineFeatures
 
 NO_EFFECT, TRUTH = "no effect", "true drift"
 DUAL, QUADRATIC = "dual", "dual, quadratic"
@@ -32,6 +32,7 @@ COSTLY = (PAIRS, SMOOTHED)  # methods for few dimensions only
 NOISE = 1.0  # σ of all systems
 FOLDS = 3  # of the interventions, in the choice of λ
 EDGE = 0.1  # strength above which a dependence counts as an edge
+SHARE = 0.5  # of the error of "no effect": what counts as a prediction
 BOX = 10.0  # standard deviations within which simulations of fitted drifts are kept
 
 
@@ -62,23 +63,20 @@ class Setting:
         return [list(range(first, len(self.train), count)) for first in range(1, 1 + count)]
 
     @property
-    def groups(self) -> Tensor:
-        """Group of each parameter of the drift, `[Q]`: one per pair i ≠ j; -1 for constants and own coordinates."""
-        i, j = torch.arange(self.d)[:, None], self.basis.coordinates
-        return torch.where((j < 0) | (j == i), -1, i * self.d + j)[self.basis.allowed]
+    def edges(self) -> Tensor:
+        """Which parameters of the drift are those of a pair i ≠ j, bool `[Q]`; not constants and own coordinates."""
+        rows, functions = self.basis.entries
+        coordinates = self.basis.coordinates[functions]
+        return (coordinates >= 0) & (coordinates != rows)
 
     @property
     def constants(self) -> list[int]:
         """Index of the constant of each entry of the drift among the parameters."""
-        counts = self.basis.allowed.sum(1)
-        return (counts.cumsum(0) - counts).tolist()
+        return (self.basis.entries[1] == 0).nonzero()[:, 0].tolist()
 
     def drift(self, theta: Tensor) -> BasisDrift:
-        """Return the drift with parameters `[..., Q]`; shifts that follow them are left out."""
-        allowed = self.basis.allowed
-        full = torch.zeros(*theta.shape[:-1], *allowed.shape, dtype=torch.float64)
-        full[..., allowed] = theta[..., : len(self.groups)]
-        return BasisDrift(self.basis, full)
+        """Return the drift with parameters `[..., Q]`."""
+        return BasisDrift(self.basis, self.basis.full(theta))
 
 
 def make_setting(run: Run, kind: str, d: int, seed: int) -> Setting:
@@ -99,21 +97,21 @@ def make_setting(run: Run, kind: str, d: int, seed: int) -> Setting:
 
 def make_objective(run: Run, setting: Setting, method: str) -> Callable[[Tensor], Quadratic]:
     """Return the function that makes the objective of a method, of `[Q]` parameters, from samples of an environment."""
-    config, basis, allowed = run.config, setting.basis, setting.basis.allowed.flatten()
+    config, basis = run.config, setting.basis
     if method == GAUSSIAN:
-        return lambda x: gaussian_kds(x, basis, NOISE, config.length * setting.d**0.5).restrict(allowed)
+        return lambda x: gaussian_kds(x, basis, NOISE, config.length * setting.d**0.5)
     if method == PAIRS:
-        return lambda x: pairs_kds(x[: config.pairs_samples], basis, NOISE, config.length).restrict(allowed)
+        return lambda x: pairs_kds(x[: config.pairs_samples], basis, NOISE, config.length)
     if method in (FLUX, SMOOTHED):
         options = flux_settings(run, setting.d, method)
         generator = run.generator("flux", setting.kind, setting.d, setting.seed)
         return lambda x: flux_quadratic(x, basis, NOISE, options, generator)
 
     def dual(x: Tensor) -> Quadratic:
-        features: list[Features] = [LinearFeatures(), QuadraticFeatures()]
+        cosines = None
         if method == DUAL:
-            features.append(CosineFeatures.draw(x, config.cosines, num_coordinates=2, seed=setting.seed))
-        return dual_quadratic(x, basis, NOISE, features, config.ridge).restrict(allowed)
+            cosines = CosineFeatures.draw(x, config.cosines, num_coordinates=2, seed=setting.seed)
+        return dual_quadratic(x, basis, NOISE, cosines, config.ridge)
 
     return dual
 
@@ -138,49 +136,46 @@ def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
             size = environment.shift / setting.basis.scale[target].item()
         index = None if target is None else setting.constants[target]
         terms.append(Term(objective(environment.x), index, size))
-    groups, fractions = setting.groups, run.config.fractions
-    errors = torch.zeros(len(fractions), dtype=torch.float64)
-    for fold in setting.folds:
-        path = fit_terms([term for k, term in enumerate(terms) if k not in fold], groups, fractions)
-        errors += validate(run, setting, terms, path, fold)
-    best = int(errors.argmin())
-    return fit_terms(terms, groups, fractions[best : best + 1])[0], time.process_time() - begun
+    folds, fractions = setting.folds, sorted(run.config.fractions, reverse=True)
+    problem = Problem.of([[terms[0]], *([terms[k] for k in fold] for fold in folds)], setting.edges)
+    paths = [problem.path(fractions, left_out=part) for part in range(1, 1 + len(folds))]
+    observed, *others = [environment.x.mean(0) for environment in setting.train]
+    no_effect = sum(errors_of_means(setting, observed, mean).item() for mean in others)
+    errors: list[float] = []
+    for found in zip(*paths, strict=True):
+        errors.append(sum(validate(run, setting, terms, *pair) for pair in zip(found, folds, strict=True)))
+        best = errors.index(min(errors))
+        # Strong penalties may predict worse and worse before the right one, but none of them well.
+        if len(errors) - 1 - best >= run.config.patience and errors[best] < SHARE * no_effect:
+            break
+    return next(problem.path([fractions[best]])), time.process_time() - begun
 
 
-def fit_terms(terms: Sequence[Term], groups: Tensor, fractions: Sequence[float]) -> list[Fit]:
-    """Fit a drift, and the sizes of shifts that are unknown, which have no penalty."""
-    total = combine(terms)
-    unknown = groups.new_full((len(total.linear) - len(groups),), -1)
-    return fit_path(total, torch.cat([groups, unknown]), fractions)
-
-
-def validate(run: Run, setting: Setting, terms: Sequence[Term], path: Sequence[Fit], fold: list[int]) -> Tensor:
-    """Return the error of the means in environments that were left out, summed over them, per fit of a path."""
+def validate(run: Run, setting: Setting, terms: Sequence[Term], found: Fit, fold: list[int]) -> float:
+    """Return the error of the means in environments that were left out, summed over them."""
     means = torch.stack([setting.train[k].x.mean(0) for k in fold])
-    shifts = torch.zeros(len(path), len(fold), setting.d, dtype=torch.float64)
-    for row, found in zip(shifts, path, strict=True):
-        for shift, k in zip(row, fold, strict=True):
-            target, size = setting.train[k].target, setting.train[k].shift
-            assert target is not None
-            if terms[k].size is None:
-                size = best_size(terms[k], found.theta[: len(setting.groups)]) * setting.basis.scale[target].item()
-            shift[target] = size
-    drift = setting.drift(torch.stack([found.theta for found in path])[:, None])
-    x = predict(run, setting, drift, shifts, run.config.validation_samples)
-    return errors_of_means(setting, x.mean(-2), means).sum(1)
+    shifts = torch.zeros_like(means)
+    for shift, k in zip(shifts, fold, strict=True):
+        target, size = setting.train[k].target, setting.train[k].shift
+        assert target is not None
+        if terms[k].size is None:
+            size = best_size(terms[k], found.theta) * setting.basis.scale[target].item()
+        shift[target] = size
+    x = predict(run, setting, setting.drift(found.theta), shifts, run.config.validation_samples)
+    return errors_of_means(setting, x.mean(-2), means).sum().item()
 
 
 def predict(run: Run, setting: Setting, drift: BasisDrift | None, shifts: Tensor, samples: int) -> Tensor:
-    """Simulate fitted drifts, or the true one, under shifts `[..., E, d]`; return `[..., E, samples, d]`.
+    """Simulate a fitted drift, or the true one, under shifts `[E, d]`; return `[E, samples, d]`.
 
     A fitted drift is simulated inside a box of `BOX` standard deviations, since it may be unstable.
     """
     d, basis, config = setting.d, setting.basis.single(), run.config
     generator = run.generator("predict", setting.kind, d, setting.seed)
-    start = basis.center + basis.scale * torch.randn(shifts.shape[-2], samples, d, generator=generator)
+    start = basis.center + basis.scale * torch.randn(len(shifts), samples, d, generator=generator)
     low, high = basis.center - BOX * basis.scale, basis.center + BOX * basis.scale
     used: Callable[[Tensor], Tensor] = setting.system.single() if drift is None else Boxed(drift.single(), low, high)
-    x = simulate(used, start, shifts[..., None, :].float(), NOISE, config.time, config.step, generator)
+    x = simulate(used, start, shifts[:, None].float(), NOISE, config.time, config.step, generator)
     return x.clamp(low, high).double()
 
 

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import statistics
 
-from experiments.causal.measure import DUAL, FLUX, GAUSSIAN, METHODS, NO_EFFECT, QUADRATIC, SMOOTHED, TRUTH, methods_at
+from experiments.causal.measure import (
+    DUAL,
+    FLUX,
+    GAUSSIAN,
+    METHODS,
+    NO_EFFECT,
+    QUADRATIC,
+    SHARE,
+    SMOOTHED,
+    TRUTH,
+    methods_at,
+)
 from experiments.common.results import Result, spread
 from experiments.common.run import Run
 
 COLUMNS = {"error": "error", "w2": "W2", "f1": "F1", "precision": "average precision", "seconds": "CPU seconds"}
-SHARE = 0.5  # of the error without a prediction: what counts as one
 CRITERION = f"criterion: error at most {SHARE:g} × that of no effect"
 
 
@@ -20,7 +30,7 @@ def results(run: Run) -> list[Result]:
     lines += [against(run, name) for name in used if name in (DUAL, QUADRATIC) and GAUSSIAN in used]
     lines += [of_centers(run, name) for name in used if name in (FLUX, SMOOTHED)]
     violations = [row["violation"] for row in run.rows("fit") if "violation" in row]
-    lines.append(Result("largest violation of the conditions of the lasso's minimum, over λ", f"{max(violations):.2f}"))
+    lines.append(Result("largest violation of the conditions of the lasso's minimum, over λ", f"{max(violations):.0e}"))
     return [*lines, *of_settings(run)]
 
 

@@ -13,15 +13,17 @@ import torch
 from scipy.linalg import solve_continuous_lyapunov
 from torch import Tensor
 
-from experiments.causal import experiment
+from experiments.causal import experiment, fit
 from experiments.causal.data import KINDS, Environment, make_environments, make_system, shift_of, simulate
 from experiments.causal.drifts import Basis, BasisDrift
 from experiments.causal.dual import dual_quadratic
 from experiments.causal.experiment import EXPERIMENT, main
-from experiments.causal.fit import Fit, Quadratic, Term, best_size, combine, fit_path, norms
+from experiments.causal.fit import Fit, Problem, Term, best_size
 from experiments.causal.flux import FluxSettings, derivatives, of_chains
 from experiments.causal.kds import gaussian_kds, pairs_kds
+from experiments.causal.lasso import lasso
 from experiments.causal.measure import METHODS, NO_EFFECT, TRUTH, Boxed, Setting, structure
+from experiments.causal.quadratic import Dense, Quadratic, value
 from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
 from fluxkernels import flux_pass
@@ -36,6 +38,7 @@ from fluxmatching import (
     flux_target,
     quadratic_flux_loss,
 )
+from fluxmatching.losses.dual import Features
 
 NOISE = 0.7
 
@@ -58,6 +61,12 @@ def problem(samples: int, d: int = 3, *, nonlinear: bool = True) -> tuple[Tensor
     x = normal(samples, d) * torch.linspace(0.5, 1.5, d) + 0.3
     basis = Basis.of(x, nonlinear)
     return x, BasisDrift(basis, normal(d, len(basis.coordinates), seed=1))
+
+
+def allowed(drift: BasisDrift) -> tuple[BasisDrift, Tensor]:
+    """The drift with the parameters that are allowed, and these, `[Q]`."""
+    theta = drift.theta[drift.basis.allowed]
+    return dataclasses.replace(drift, theta=drift.basis.full(theta)), theta
 
 
 # ---------------------------------------------------------------- systems
@@ -144,6 +153,7 @@ def kernel_deviation(
 
 def test_kernel_deviations_are_those_of_automatic_differentiation() -> None:
     x, drift = problem(6)
+    drift, theta = allowed(drift)
     length = 1.3
 
     def coordinates(one: Tensor, other: Tensor) -> Tensor:
@@ -159,22 +169,44 @@ def test_kernel_deviations_are_those_of_automatic_differentiation() -> None:
     for kds, kernel in ((gaussian_kds, gaussian), (pairs_kds, pairs)):
         found = kds(x, drift.basis, NOISE, length)
         truth = kernel_deviation(kernel, x, drift)
-        torch.testing.assert_close(found(drift.theta.flatten()), truth, rtol=1e-10, atol=0)
-        assert torch.linalg.eigvalsh(found.hessian)[0] > -1e-12
-        torch.testing.assert_close(found.hessian, found.hessian.T)
+        torch.testing.assert_close(value(found, theta), truth, rtol=1e-10, atol=0)
+        check_block(found, digits=6)
 
 
-def test_dual_objective_is_that_of_the_library() -> None:
-    x, drift = problem(300)
-    features = [LinearFeatures(), QuadraticFeatures(), CosineFeatures.draw(x, 30, num_coordinates=2)]
+def check_block(found: Quadratic, digits: int = 9) -> None:
+    """Compare entries of H with differences of the slope, which is affine; some rows and columns, in any order."""
+    every = torch.arange(len(found.linear))
+    whole = found.block(every, every)
+    differences = [found.slope(unit) - found.linear for unit in torch.eye(len(every), dtype=torch.float64)]
+    error = 10**-digits * whole.abs().max().item()
+    torch.testing.assert_close(whole, torch.stack(differences, 1), rtol=0, atol=error)
+    rows, columns = torch.tensor([7, 1, 2]), torch.tensor([0, 9, 7, 5])
+    torch.testing.assert_close(found.block(rows, columns), whole[rows][:, columns], rtol=0, atol=error)
+    assert torch.linalg.eigvalsh(whole)[0] > -error
+
+
+@pytest.mark.parametrize("nonlinear", [False, True])
+def test_dual_objective_is_that_of_the_library(nonlinear: bool) -> None:
+    x, drift = problem(300, nonlinear=nonlinear)
+    drift, theta = allowed(drift)
+    cosines = CosineFeatures.draw(x, 30, num_coordinates=2)
+    features: list[Features] = [LinearFeatures(), QuadraticFeatures(), cosines]
 
     def scaled(z: Tensor) -> Tensor:
         return 2 / NOISE**2 * drift(z)
 
-    found = dual_quadratic(x, drift.basis, NOISE, features, 0.02)(drift.theta.flatten())
-    torch.testing.assert_close(found, dual_flux_loss(scaled, x, features, ridge=0.02, halves=False).mean())
-    quadratic = dual_quadratic(x, drift.basis, NOISE, features[:2], 1e-13)(drift.theta.flatten())
-    torch.testing.assert_close(quadratic, quadratic_flux_loss(scaled, x)[0], rtol=1e-8, atol=0)
+    found = dual_quadratic(x, drift.basis, NOISE, cosines, 0.02)
+    torch.testing.assert_close(
+        value(found, theta), dual_flux_loss(scaled, x, features, ridge=0.02, halves=False).mean()
+    )
+    check_block(found)
+    alone = dual_quadratic(x, drift.basis, NOISE, None, 0.02)
+    torch.testing.assert_close(
+        value(alone, theta), dual_flux_loss(scaled, x, features[:2], ridge=0.02, halves=False).mean()
+    )
+    check_block(alone)
+    exact = dual_quadratic(x, drift.basis, NOISE, None, 1e-13)
+    torch.testing.assert_close(value(exact, theta), quadratic_flux_loss(scaled, x)[0], rtol=1e-8, atol=0)
 
 
 def test_flux_objective_has_the_value_and_the_gradient_of_the_library() -> None:
@@ -216,34 +248,75 @@ def test_the_perplexity_counts_the_points_that_matter(sigma: float, low: float, 
 # ---------------------------------------------------------------- solver
 
 
-def random_quadratic(count: int, seed: int = 0) -> Quadratic:
+def random_quadratic(count: int, seed: int = 0) -> Dense:
     root = normal(count, count, seed=seed)
-    return Quadratic(root @ root.T / count + 0.1 * torch.eye(count), normal(count, seed=seed + 1), normal(1)[0])
+    return Dense(root @ root.T / count + 0.1 * torch.eye(count), normal(count, seed=seed + 1), normal(1)[0])
 
 
-def test_environments_add_up_with_their_shifts_known_or_not() -> None:
-    a, b, c = (random_quadratic(4, seed) for seed in range(3))
-    theta, size = normal(4, seed=9), 0.8
-    total = combine([Term(a, None, None), Term(b, 1, 0.5), Term(c, 2, None)])
-    shifted = theta + 0.5 * torch.eye(4)[1], theta + size * torch.eye(4)[2]
-    wanted = a(theta) + b(shifted[0]) + c(shifted[1])
-    torch.testing.assert_close(total(torch.cat([theta, torch.tensor([size])])), wanted)
-    best = best_size(Term(c, 2, None), theta)
-    assert all(c(theta + best * torch.eye(4)[2]) <= c(theta + (best + e) * torch.eye(4)[2]) for e in (-0.01, 0.01))
+@pytest.mark.parametrize("fraction", [1.01, 0.3, 0.01])
+@pytest.mark.parametrize("curvature", [0.1, 1e-6])
+def test_lasso_is_at_its_optimum_from_any_start(fraction: float, curvature: float) -> None:
+    """The slope of a parameter is -λ times its sign, or at most λ in size where it is 0; the minimum is unique."""
+    root, linear = normal(40, 30), normal(40, seed=1)
+    hessian = root @ root.T / 30 + curvature * torch.eye(40)
+    penalized = torch.arange(40) >= 4
+    alone = torch.zeros(40).double()
+    alone[:4] = -torch.linalg.solve(hessian[:4, :4], linear[:4])
+    penalty = fraction * (hessian @ alone + linear).abs()[4:].max().item()
+    for start in (torch.zeros(40).double(), normal(40, seed=5)):
+        theta = lasso(hessian, linear, penalized, penalty, start)
+        slope = hessian @ theta + linear
+        inside = penalized & (theta == 0)
+        assert (slope[inside].abs() <= penalty * (1 + 1e-5)).all()
+        wanted = torch.where(penalized, -penalty * theta.sign(), 0)
+        torch.testing.assert_close(slope[~inside], wanted[~inside], rtol=0, atol=1e-5 * penalty)
+        assert (inside.sum() == 36) == (fraction > 1)
 
 
-def test_lasso_is_at_its_optimum_and_selected_groups_are_fitted_again() -> None:
-    total, groups = random_quadratic(12), torch.tensor([-1, -1, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4])
-    path = fit_path(total, groups, (1.01, 0.5, 0.01), ridge=1e-12)
-    assert [found.fraction for found in path] == [1.01, 0.5, 0.01]
-    assert all(found.violation < 0.02 for found in path)
-    counts = [(norms(found.theta, groups) > 0).sum().item() for found in path]
-    assert counts[0] == 0 < counts[1] < counts[2]
-    for found in path:
-        kept = found.theta != 0
-        torch.testing.assert_close(
-            total.slope(found.theta)[kept], torch.zeros(int(kept.sum())).double(), atol=1e-8, rtol=0
-        )
+def make_problem(known: bool) -> tuple[Problem, list[Term]]:
+    size = 0.5 if known else None
+    terms = [Term(random_quadratic(12), None, None), Term(random_quadratic(12, 1), 1, size)]
+    terms += [Term(random_quadratic(12, 2), 0, size), Term(random_quadratic(12, 3), 2, 0.3)]
+    return Problem.of([terms[:1], terms[1:3], terms[3:]], torch.arange(12) > 2), terms
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("left_out", [None, 2])
+def test_fit_is_the_minimum_over_the_chosen_edges_and_the_sizes(known: bool, left_out: int | None) -> None:
+    problem, terms = make_problem(known)
+    terms = terms if left_out is None else terms[:3]
+    counts = []
+    for found in problem.path((1.01, 0.5, 0.01), left_out):
+        assert found.violation < 1e-5
+        sizes = [
+            best_size(term, found.theta) if term.size is None and term.index is not None else None for term in terms
+        ]
+        slope = sum((term.slope(found.theta, size) for term, size in zip(terms, sizes, strict=True)), torch.zeros(12))
+        kept = (found.theta != 0) | (torch.arange(12) <= 2)
+        torch.testing.assert_close(slope[kept], torch.zeros(int(kept.sum())).double(), atol=2e-5, rtol=0)
+        counts.append(int(kept.sum()))
+    assert counts[0] == 3 < counts[1] < counts[2]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_working_set_grows_to_the_same_fits(known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = make_problem(known)
+    monkeypatch.setattr(fit, "WHOLE", 0)
+    growing, _ = make_problem(known)
+    assert len(whole.working) == 12
+    assert growing.working.tolist() == [0, 1, 2]
+    fractions, paths = (0.7, 0.5, 0.1), [None, 1, 2]
+    wanted = zip(*[whole.path(fractions, left_out) for left_out in paths], strict=True)
+    for found in zip(*[growing.path(fractions, left_out) for left_out in paths], strict=True):
+        for one, other in zip(found, next(wanted), strict=True):
+            torch.testing.assert_close(one.theta, other.theta, rtol=1e-4, atol=1e-5)
+    assert 3 < len(growing.working) <= 12
+
+
+def test_best_size_of_a_shift_is_the_minimum() -> None:
+    c, theta = random_quadratic(4, 2), normal(4, seed=9)
+    best, unit = best_size(Term(c, 2, None), theta), torch.eye(4).double()[2]
+    assert all(value(c, theta + best * unit) <= value(c, theta + (best + e) * unit) for e in (-0.01, 0.01))
 
 
 # ---------------------------------------------------------------- measures
@@ -260,7 +333,8 @@ def test_structure_of_the_true_drift_is_perfect_and_of_none_is_not() -> None:
     assert structure(setting, Fit(0, exact, 0)) == {"f1": 1, "precision": 1}
     reversed_edges = torch.cat([system.offset[:, None], system.weights.T], 1)[basis.allowed]
     assert structure(setting, Fit(0, reversed_edges, 0))["f1"] < 0.8
-    assert [setting.groups[k].item() for k in setting.constants] == [-1] * 5
+    assert not setting.edges[setting.constants].any()
+    assert setting.edges.sum() == 5 * 4
 
 
 def test_box_keeps_unstable_drifts_finite() -> None:
