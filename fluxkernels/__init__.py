@@ -9,6 +9,7 @@ torch.Size([1, 2])
 
 from fluxkernels.backend import Backend, BackendError, backends, resolve_backend, use_backend
 from fluxkernels.ops.kde import kde_log_density, kde_mean, kde_score
+from fluxkernels.ops.kernel_average import kernel_average, merge_averages
 from fluxkernels.ops.langevin import FluxPass, flux_pass, langevin_chain, langevin_step
 from fluxkernels.ops.residual import residual_gradient
 from fluxkernels.ops.transition import transition_average, transition_weights
@@ -25,8 +26,10 @@ __all__ = [
     "kde_log_density",
     "kde_mean",
     "kde_score",
+    "kernel_average",
     "langevin_chain",
     "langevin_step",
+    "merge_averages",
     "residual_gradient",
     "resolve_backend",
     "transition_average",
