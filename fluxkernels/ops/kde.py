@@ -160,8 +160,10 @@ def _log_total(log_weights: Tensor, exclude_self: bool) -> Tensor:
     """log Σ_j exp(b_j) `[B, 1]`, or of all others for every reference point `[B, M]`."""
     if not exclude_self:
         return log_weights.logsumexp(-1, keepdim=True)
-    # Sums of those before and those after: no difference, which could cancel.
-    absent = log_weights.new_full((len(log_weights), 1), -torch.inf)
-    before = torch.cat([absent, log_weights.logcumsumexp(-1)[:, :-1]], -1)
-    after = torch.cat([log_weights.flip(-1).logcumsumexp(-1)[:, :-1].flip(-1), absent], -1)
+    # Sums of those before and those after: no difference, which could cancel. A finite number stands for -inf, at which
+    # logcumsumexp has no derivative.
+    least = torch.finfo(log_weights.dtype).min / 2
+    logs, absent = log_weights.clamp_min(least), log_weights.new_full((len(log_weights), 1), least)
+    before = torch.cat([absent, logs.logcumsumexp(-1)[:, :-1]], -1)
+    after = torch.cat([logs.flip(-1).logcumsumexp(-1)[:, :-1].flip(-1), absent], -1)
     return torch.logaddexp(before, after)
