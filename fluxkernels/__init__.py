@@ -12,6 +12,8 @@ from fluxkernels.ops.kde import kde_log_density, kde_mean, kde_score
 from fluxkernels.ops.kernel_average import kernel_average, merge_averages
 from fluxkernels.ops.langevin import FluxPass, flux_pass, langevin_chain, langevin_step
 from fluxkernels.ops.residual import residual_gradient
+from fluxkernels.ops.sample_reference import sample_reference
+from fluxkernels.ops.sharding import sharded_kernel_average
 from fluxkernels.ops.transition import transition_average, transition_weights
 from fluxkernels.version import __version__
 from fluxkernels.warming import warm_up
@@ -32,6 +34,8 @@ __all__ = [
     "merge_averages",
     "residual_gradient",
     "resolve_backend",
+    "sample_reference",
+    "sharded_kernel_average",
     "transition_average",
     "transition_weights",
     "use_backend",

@@ -63,6 +63,21 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Cotangents of z, refs, sigma2, values and log_weights; those of None are empty."""
 
+    def sample_reference(
+        self,
+        z: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        log_weights: Tensor | None,
+        exclude_self: bool,
+        kernel: str,
+        seed: Tensor,
+    ) -> Tensor:
+        """Index of a reference point per query `[B, N]`, int64, drawn with the weights of `kernel_average`.
+
+        It is argmax_j (logit_nj - log E_nj), E = -log u from word e of the stream, e = (b·N + n)·M + j.
+        """
+
     def langevin_chain(
         self,
         x0: Tensor,

@@ -90,20 +90,47 @@ register_recomputed_autograd(kernel_average_backward_op)
 
 
 class Weighting(NamedTuple):
-    """What changes the weights of the reference points, as users give it."""
+    """What changes the weights of the reference points, as users give it.
+
+    With `is_part` the reference points are one part of all, and queries may have none there.
+    """
 
     log_weights: Tensor | None = None
     exclude_self: bool = False
     kernel: str = "gaussian"
+    is_part: bool = False
 
 
-class Average:
-    """Arguments of a kernel average, checked and flattened into B groups, and its results.
+class Problem:
+    """Queries, reference points and weights as users give them, checked and flattened into B groups.
 
     Attributes:
         groups: the leading dimensions of the user's tensors.
+        z, refs: `[B, N, D]` and `[B, M, D]`.
         sigma2: `[B, N]` or `[B, 1, M]`.
         log_weights: `[B, M]` or None.
+        exclude_self, kernel: as given.
+    """
+
+    def __init__(self, function: str, x: Tensor, refs: Tensor, sigma2: float | Tensor, weighting: Weighting) -> None:
+        log_weights, exclude_self, self.kernel, is_part = weighting
+        check_choice(function, "kernel", self.kernel, KERNELS)
+        self.groups = groups = check_groups(function, x=x, refs=refs)
+        N, M = x.shape[-2], refs.shape[-2]
+        self.sigma2 = _flat_variance(groups, as_number_tensor(function, "sigma2", sigma2, like=x), N, M)
+        self.exclude_self = bool(exclude_self)
+        if exclude_self:
+            _check_exclusion(function, N, M)
+        self.log_weights = None if log_weights is None else _flat_log_weights(groups, log_weights, x, M)
+        if self.log_weights is not None:
+            _check_present(function, self.log_weights, 0 if is_part else 1 + self.exclude_self)
+        self.z, self.refs = groups.points(x), groups.points(refs)
+
+
+class Average(Problem):
+    """A kernel average.
+
+    Attributes:
         shift, average, log_sum: as `fluxkernels.implementation` has them.
     """
 
@@ -118,26 +145,11 @@ class Average:
         values: Tensor | None = None,
         backend: str | None = None,
     ) -> None:
-        log_weights, exclude_self, kernel = weighting
-        check_choice(function, "kernel", kernel, KERNELS)
-        self.groups = groups = check_groups(function, x=x, refs=refs)
-        N, M = x.shape[-2], refs.shape[-2]
-        self.sigma2 = _flat_variance(groups, as_number_tensor(function, "sigma2", sigma2, like=x), N, M)
-        if exclude_self:
-            _check_exclusion(function, N, M)
-        self.log_weights = None if log_weights is None else _flat_log_weights(groups, log_weights, x, M)
-        if self.log_weights is not None:
-            _check_present(function, self.log_weights, exclude_self)
-        self.shift, self.average, self.log_sum = kernel_average_op(
-            groups.points(x),
-            groups.points(refs),
-            self.sigma2,
-            None if values is None else _flat_values(groups, values, x, M),
-            self.log_weights,
-            bool(exclude_self),
-            kernel,
-            pick_backend(backend, x.device),
-        )
+        super().__init__(function, x, refs, sigma2, weighting)
+        flat = None if values is None else _flat_values(self.groups, values, x, refs.shape[-2])
+        weights = self.log_weights, self.exclude_self, self.kernel
+        name = pick_backend(backend, x.device)
+        self.shift, self.average, self.log_sum = kernel_average_op(self.z, self.refs, self.sigma2, flat, *weights, name)
 
 
 def _flat_variance(groups: Groups, variance: Tensor, N: int, M: int) -> Tensor:
@@ -200,16 +212,16 @@ def _flat_log_weights(groups: Groups, log_weights: object, x: Tensor, M: int) ->
     )
 
 
-def _check_present(function: str, log_weights: Tensor, exclude_self: bool) -> None:
-    """Raise ValueError where a query has no reference point, or a weight is no number."""
+def _check_present(function: str, log_weights: Tensor, needed: int) -> None:
+    """Raise ValueError where a group has fewer reference points than needed, or a weight is no number."""
     if not can_check_values(log_weights):
         return
     logs = log_weights.detach()
     if not bool((logs < torch.inf).all()):  # false for NaN too
         raise ValueError(f"{function}: log_weights must be numbers or -inf, got NaN or +inf")
     fewest = int((logs > -torch.inf).sum(-1).min())
-    if fewest < 1 + exclude_self:
-        own = " beside its own, for exclude_self" if exclude_self else ""
+    if fewest < needed:
+        own = " beside its own, for exclude_self" if needed > 1 else ""
         raise ValueError(
             f"{function}: log_weights must leave each query a reference point above -inf{own}, got {fewest} in a group"
         )

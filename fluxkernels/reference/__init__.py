@@ -9,6 +9,7 @@ from fluxkernels.reference.kde import kde, kde_backward
 from fluxkernels.reference.kernel_average import kernel_average, kernel_average_backward
 from fluxkernels.reference.langevin import flux_pass, langevin_chain
 from fluxkernels.reference.residual import residual_gradient
+from fluxkernels.reference.sample_reference import sample_reference
 from fluxkernels.reference.transition import transition_average, transition_weights
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "langevin_chain",
     "normal",
     "residual_gradient",
+    "sample_reference",
     "transition_average",
     "transition_weights",
 ]

@@ -90,7 +90,7 @@ def weights(problem: Problem, first: int) -> Weights:
     return Weights(relative / total, (top + total.log()).squeeze(-1), exponent, pull)
 
 
-def _problem(
+def prepare(
     z: Tensor,
     refs: Tensor,
     sigma2: Tensor,
@@ -121,7 +121,7 @@ def kernel_average(
 
     Shapes: z `[B, N, D]`, refs `[B, M, D]`, sigma2 `[B, N]` or `[B, 1, M]`, values `[B, M, V]`, log_weights `[B, M]`.
     """
-    problem, origin = _problem(z, refs, sigma2, values, log_weights, exclude_self, kernel)
+    problem, origin = prepare(z, refs, sigma2, values, log_weights, exclude_self, kernel)
     averages, log_sums = [], []
     for _, row, block in problem.blocks():
         found = weights(block, row.start or 0)
@@ -150,7 +150,7 @@ def kernel_average_backward(
     With v the cotangent of the average and g that of the log-sum, a logit has the cotangent
     c_j = w_j ((v_j - average)·v + g); the rest is the chain rule through the logit, and through v_j in the average.
     """
-    problem, origin = _problem(z, refs, sigma2, values, log_weights, exclude_self, kernel)
+    problem, origin = prepare(z, refs, sigma2, values, log_weights, exclude_self, kernel)
     v, g = upcast(g_average, g_log_sum)
     if origin is not None:
         v = v + upcast(g_shift)[0]
