@@ -190,8 +190,8 @@ def streamed() -> None:
         memory = resident_growth(call)
         size = 4 * STREAMED_POINTS * STREAMED_DIMENSIONS
         print(
-            f"{STREAMED_POINTS} reference points in {STREAMED_DIMENSIONS} dimensions, {size / 2**20:.0f} MiB in a file, "
-            f"for {QUERIES} queries in pieces of {PIECE}: {duration(seconds)}, {memory / 2**20:.0f} MiB of memory."
+            f"{STREAMED_POINTS} reference points in {STREAMED_DIMENSIONS} dimensions, {size >> 20} MiB in a file, for "
+            f"{QUERIES} queries in pieces of {PIECE}: {duration(seconds)}, {memory / 2**20:.0f} MiB of memory."
         )
 
 
@@ -204,8 +204,8 @@ def sharded() -> None:
     sent = 4 * QUERIES * (1 + SHARDED_DIMENSIONS + 1)
     print(
         f"{SHARDED_POINTS} reference points in {SHARDED_DIMENSIONS} dimensions for {QUERIES} queries, one thread per "
-        f"process: {duration(times[1])} in one, {duration(times[2])} in two, which exchange {sent / 1024:.0f} KiB, where "
-        f"the points of each are {2 * SHARDED_POINTS * SHARDED_DIMENSIONS / 2**20:.0f} MiB."
+        f"process: {duration(times[1])} in one, {duration(times[2])} in two, which exchange {sent >> 10} KiB; the "
+        f"points of each are {2 * SHARDED_POINTS * SHARDED_DIMENSIONS >> 20} MiB."
     )
 
 
