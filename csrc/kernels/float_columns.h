@@ -42,11 +42,19 @@ public:
 
     /// Finds the reference points that can matter to a query: [begin, end), multiples of FLOATS.
     void window(int64_t set, const double* x, double scale, int64_t& begin, int64_t& end) const {
-        const auto least_at = [&](int64_t place) {
+        window(
+            set, x, [&](const float* a, int64_t) { return std::sqrt(lowest(load(a)) * 1.00001 + cut() / scale); },
+            begin, end);
+    }
+    /// The same, if those at a distance above reach(squared distances of a few, their place) cannot matter.
+    template <class Reach>
+    void window(int64_t set, const double* x, Reach reach, int64_t& begin, int64_t& end) const {
+        const auto reach_at = [&](int64_t place) {
             float a[FLOATS];
-            return near_distances(set, Split(x, D), place, place + FLOATS, a) * 1.00001;
+            near_distances(set, Split(x, D), place, place + FLOATS, a);
+            return reach(a, place);
         };
-        cells_[set].window(x, cut() / scale, FLOATS, padded, least_at, begin, end);
+        cells_[set].window(x, FLOATS, padded, reach_at, begin, end);
     }
 
     /// Squared distances less `base` for reference points [begin, end); returns the least of them. `least` is that of
@@ -56,55 +64,31 @@ public:
         const double here = near_distances(set, Split(x, D), begin, end, a);
         base = 0;
         far = std::min(here, least) > std::min(FAR / scale, cells_[set].diameter);
-        return far ? far_distances(set, x, begin, end, a, base) : here;
+        if (!far) return here;
+        double exact[MOST_IN_TILE];
+        base = far_distances(set, x, begin, end, exact);
+        narrow_differences(exact, end - begin, base, a);
+        return base;
     }
 
     /// Weights as `exponentials`; returns their sum, and adds to `moment` their sums times the reference points.
     double weigh(int64_t set, const double* x, int64_t begin, int64_t end, double least, double scale, const float* a,
                  double* moment) const {
-        const float* r = data(set) + begin;
-        switch (D) {
-            case 1:
-                return weigh_of<1>(r, x, end - begin, least, scale, a, moment);
-            case 2:
-                return weigh_of<2>(r, x, end - begin, least, scale, a, moment);
-            default:
-                return weigh_of<3>(r, x, end - begin, least, scale, a, moment);
-        }
+        return weigh_columns(data(set) + begin, D, x, end - begin, least, scale, a, moment);
     }
     /// Whether `weigh` takes this number of dimensions; more sums do not fit into the registers beside an exponential.
-    bool weighs_at_once() const { return D <= 3; }
+    bool weighs_at_once() const { return D <= MOST_AT_ONCE; }
 
     /// out_d += sum_j w_j (r_jd - x_d), about the high part of x.
     void moments(int64_t set, const float* w, const double* x, int64_t begin, int64_t end, bool far,
                  double* out) const {
-        const float* r = data(set) + begin;
-        const int64_t n = end - begin;
-        int64_t d = 0;
-        if (far)
-            for (; d < D; ++d) out[d] += far_moment(r + d * stride_, w, n, static_cast<float>(x[d]));
-        for (; d + 4 <= D; d += 4) moment<4, 2>(r + d * stride_, w, x + d, n, out + d);
-        for (; d + 2 <= D; d += 2) moment<2, 4>(r + d * stride_, w, x + d, n, out + d);
-        for (; d < D; ++d) moment<1, 4>(r + d * stride_, w, x + d, n, out + d);
+        add_sums(data(set) + begin, D, w, x, end - begin, far, out);
     }
 
     /// p_j = v . (r_j - x) - less, about the high part of x.
     void dots(int64_t set, const double* v, const double* x, int64_t begin, int64_t end, bool far, double less,
               float* p) const {
-        const float* r = data(set) + begin;
-        if (far) {
-            for (int64_t j = 0; j < end - begin; j += LANES) {
-                Vec total = broadcast(-less);
-                for (int64_t d = 0; d < D; ++d) total += (widen(r + d * stride_ + j) - double(float(x[d]))) * v[d];
-                narrow(p + j, total);
-            }
-            return;
-        }
-        for (int64_t j = 0; j < end - begin; j += FLOATS) {
-            Floats total = broadcast(static_cast<float>(-less));
-            for (int64_t d = 0; d < D; ++d) total += (load(r + d * stride_ + j) - float(x[d])) * float(v[d]);
-            store(p + j, total);
-        }
+        dots_of(data(set) + begin, D, v, x, end - begin, far, less, p);
     }
 
     /// out_j += w_j v; `out` is [V, stride], in double.
@@ -130,7 +114,22 @@ public:
 
     const int64_t M, D, padded, tile, pitch;
 
-private:
+protected:
+    static constexpr int64_t MOST_IN_TILE = 2048, MOST_AT_ONCE = 3;
+
+    /// Numbers [M, V] of the reference points of a set, in their order: [V, stride], as their coordinates lie.
+    int64_t values_size(int64_t V) const { return V * stride_; }
+    void pack_values(int64_t set, const Array& from, int64_t V, float* out) const {
+        Buffer<double> rows(M * V);
+        from.load(M, V, rows.get(), V);
+        for (int64_t i = 0; i < V; ++i) {
+            for (int64_t j = 0; j < M; ++j)
+                out[i * stride_ + j] = static_cast<float>(rows[order_[set * M + j] * V + i]);
+            std::fill(out + i * stride_ + M, out + i * stride_ + padded, 0.0f);
+        }
+    }
+    double diameter(int64_t set) const { return cells_[set].diameter; }
+
     // Farther than any reference point, so that the weight is 0, and its square is finite.
     static constexpr float PADDING = 1e17f;
 
@@ -156,7 +155,7 @@ private:
         if (source.move) source.move(set, 0, D, rows.get(), D);
         int32_t* order = order_.get() + set * M;
         cells_[set] = {};
-        cells_[set].sort(rows.get(), M, D, true, source.widest(set), cut(), order, first_.get() + set * (M + 1));
+        cells_[set].sort(rows.get(), M, D, true, source.reach(set, cut()), order, first_.get() + set * (M + 1));
         for (int64_t d = 0; d < D; ++d) {
             float* high = data_.get() + (set * D + d) * stride_;
             for (int64_t j = 0; j < M; ++j) high[j] = static_cast<float>(rows[order[j] * D + d]);
@@ -213,9 +212,9 @@ private:
         }
     }
 
-    double far_distances(int64_t set, const double* x, int64_t begin, int64_t end, float* a, double& base) const {
+    /// Squared distances in double; returns the least.
+    double far_distances(int64_t set, const double* x, int64_t begin, int64_t end, double* exact) const {
         const float *r = data(set) + begin, *beyond = low(set) + (has_low_ ? begin : 0);
-        double exact[2048];
         Vec least = broadcast(static_cast<double>(INFINITY));
         for (int64_t j = 0; j < end - begin; j += LANES) {
             Vec total = {};
@@ -227,11 +226,55 @@ private:
             store(exact + j, total);
             least = smaller(total, least);
         }
-        base = lowest(least);
-        for (int64_t j = 0; j < end - begin; ++j) a[j] = static_cast<float>(exact[j] - base);
-        return base;
+        return lowest(least);
+    }
+    static void narrow_differences(const double* exact, int64_t n, double base, float* a) {
+        for (int64_t j = 0; j < n; ++j) a[j] = static_cast<float>(exact[j] - base);
     }
 
+    /// `weigh` for sums of the numbers of up to MOST_AT_ONCE arrays, about x.
+    double weigh_columns(const float* r, int64_t count, const double* x, int64_t n, double least, double scale,
+                         const float* a, double* moment) const {
+        switch (count) {
+            case 1:
+                return weigh_of<1>(r, x, n, least, scale, a, moment);
+            case 2:
+                return weigh_of<2>(r, x, n, least, scale, a, moment);
+            default:
+                return weigh_of<3>(r, x, n, least, scale, a, moment);
+        }
+    }
+
+    /// `moments` for the numbers of `count` arrays.
+    void add_sums(const float* r, int64_t count, const float* w, const double* x, int64_t n, bool far,
+                  double* out) const {
+        int64_t d = 0;
+        if (far)
+            for (; d < count; ++d) out[d] += far_moment(r + d * stride_, w, n, static_cast<float>(x[d]));
+        for (; d + 4 <= count; d += 4) moment<4, 2>(r + d * stride_, w, x + d, n, out + d);
+        for (; d + 2 <= count; d += 2) moment<2, 4>(r + d * stride_, w, x + d, n, out + d);
+        for (; d < count; ++d) moment<1, 4>(r + d * stride_, w, x + d, n, out + d);
+    }
+
+    /// `dots` for the numbers of `count` arrays.
+    void dots_of(const float* r, int64_t count, const double* v, const double* x, int64_t n, bool far, double less,
+                 float* p) const {
+        if (far) {
+            for (int64_t j = 0; j < n; j += LANES) {
+                Vec total = broadcast(-less);
+                for (int64_t d = 0; d < count; ++d) total += (widen(r + d * stride_ + j) - double(float(x[d]))) * v[d];
+                narrow(p + j, total);
+            }
+            return;
+        }
+        for (int64_t j = 0; j < n; j += FLOATS) {
+            Floats total = broadcast(static_cast<float>(-less));
+            for (int64_t d = 0; d < count; ++d) total += (load(r + d * stride_ + j) - float(x[d])) * float(v[d]);
+            store(p + j, total);
+        }
+    }
+
+private:
     template <int DIMENSIONS>
     double weigh_of(const float* r, const double* x, int64_t n, double least, double scale, const float* a,
                     double* out) const {
