@@ -43,10 +43,11 @@ struct AverageArguments {
     int threads;
     int64_t width;  // that of the values: V, or D without values
     bool exclude_self, laplace;
-    bool per_reference;             // whether sigma2 is [B, M] instead of [B, N]
-    Array z, refs, sigma2;          // [B, N, D], [B, M, D]
-    Array values, log_weights;      // [B, M, V] or none, for the reference points; [B, M] or none, for zeros
-    Array shift, average, log_sum;  // results: [B, N, D] or none, with values; [B, N, V], [B, N]
+    bool per_reference;                // whether sigma2 is [B, M] instead of [B, N]
+    Array z, refs, sigma2;             // [B, N, D], [B, M, D]
+    Array values, log_weights;         // [B, M, V] or none, for the reference points; [B, M] or none, for zeros
+    Array shift, average, log_sum;     // results: [B, N, D] or none, with values; [B, N, V], [B, N]
+    const int64_t* indices = nullptr;  // [N], of the queries in their group; null for 0, 1, ...
 
     /// Whether this is a density estimate.
     bool is_plain() const { return !values && !log_weights && !exclude_self && !laplace && !per_reference; }

@@ -32,6 +32,8 @@ namespace FLUX_TARGET {
 
 #include "float_product.h"
 
+#include "float_weighting.h"
+
 #include "float_queries.h"
 
 #include "float_kde.h"

@@ -27,7 +27,7 @@ static void kernel_average_with(const AverageArguments& args) {
     const Weighted<Refs> refs(args, source);
     each_block(B, N, Refs::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         Queries<Weighted<Refs>> q(refs, source.set_of(b), count, b);
-        q.take(args.z.at(b, first), variances_of(args, b, first), count, first);
+        q.take(args.z.at(b, first), variances_of(args, b, first), count, first, args.indices);
         q.sweep();
         if (!args.values) {
             args.shift.at(b, first).store(count, D, q.moment.get(), q.pitch);
@@ -159,7 +159,7 @@ private:
     /// Loads a block of queries and their cotangents.
     void take(int64_t first, int64_t count) {
         const int64_t D = args_.shape.D;
-        q_.take(args_.z.at(b_, first), variances_of(args_, b_, first), count, first);
+        q_.take(args_.z.at(b_, first), variances_of(args_, b_, first), count, first, args_.indices);
         std::fill_n(v_.get(), count * v_pitch_, 0.0);
         std::fill_n(g_z_.get(), count * q_.pitch, 0.0);
         args_.g_average.at(b_, first).load(count, args_.width, v_.get(), v_pitch_);

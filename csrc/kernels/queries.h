@@ -89,11 +89,12 @@ public:
         center();
         for (int64_t n = 0; n < rows; ++n) set_variance(n, variances.number(0, n));
     }
-    /// The same with weights that are not of distances alone, for queries `first`, `first` + 1, ... of the group. No
-    /// variances are those of reference points.
-    void take(const Array& points, const Array& variances, int64_t count, int64_t first) {
+    /// The same with weights that are not of distances alone, for queries `first`, `first` + 1, ... of the group, or
+    /// those of a list of their indices. No variances are those of reference points.
+    void take(const Array& points, const Array& variances, int64_t count, int64_t first, const int64_t* indices) {
         rows = count;
         first_ = first;
+        indices_ = indices;
         points.load(rows, refs.D, x.get(), pitch);
         center();
         for (int64_t n = 0; n < rows; ++n) {
@@ -239,7 +240,7 @@ private:
     void start() {
         for (int64_t n = 0; n < rows; ++n) {
             if constexpr (WEIGHTED)
-                refs.window(group, set, first_ + n, at(x, n), scale[n], begin[n], end[n]);
+                refs.window(group, set, index(n), at(x, n), scale[n], begin[n], end[n]);
             else
                 refs.window(set, at(x, n), scale[n], begin[n], end[n]);
             least[n] = INFINITY;
@@ -247,6 +248,8 @@ private:
             std::fill_n(moment_at(n), moment_pitch, 0.0);
         }
     }
+    /// Index of a query in its group.
+    int64_t index(int64_t n) const { return indices_ ? indices_[first_ + n] : first_ + n; }
     /// 0 without weights, so that those that there are not stay 0.
     double inverse_total(int64_t n) const { return WEIGHTED && total[n] == 0 ? 0 : 1 / total[n]; }
 
@@ -282,15 +285,15 @@ private:
 
     void find_distances(int64_t first, int64_t count, int64_t from, int64_t to) {
         if constexpr (IN_FLOAT && WEIGHTED) {
-            low_ = refs.distances(group, set, first_ + first, at(x, first), from, to, scale[first], least[first],
-                                  a.get(), base, far_);
+            low_ = refs.distances(group, set, index(first), at(x, first), from, to, scale[first], least[first], a.get(),
+                                  base, far_);
         } else if constexpr (IN_FLOAT) {
             low_ = refs.distances(set, at(x, first), from, to, scale[first], least[first], a.get(), base, far_);
         } else {
             refs.distances(set, at(x, first), count, from, to, a.get(), columns);
             if constexpr (WEIGHTED)
                 for (int64_t i = 0; i < count; ++i)
-                    refs.adjust(group, set, first_ + first + i, scale[first + i], from, to, a.get() + i * columns);
+                    refs.adjust(group, set, index(first + i), scale[first + i], from, to, a.get() + i * columns);
         }
     }
     double low_of(int64_t i, int64_t from, int64_t to) const {
@@ -345,7 +348,8 @@ private:
     }
 
     double cut_;
-    int64_t first_ = 0;  // index of the first query in its group
-    double low_ = 0;     // with one query per subblock: the least distance of the last tile,
-    bool far_ = false;   // and whether its sums are taken in double
+    int64_t first_ = 0;  // place of the first query in its group
+    const int64_t* indices_ = nullptr;
+    double low_ = 0;    // with one query per subblock: the least distance of the last tile,
+    bool far_ = false;  // and whether its sums are taken in double
 };

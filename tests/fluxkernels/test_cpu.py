@@ -61,7 +61,7 @@ NAMES = list(arguments((1, 5, 3, 1)))
 
 def call(name: str, args: tuple[Any, ...]) -> list[Tensor]:
     results = getattr(cpu, name.split(" ")[0])(*args)
-    return [results] if isinstance(results, Tensor) else list(results)
+    return [results] if isinstance(results, Tensor) else [t for t in results if t.numel() > 0]
 
 
 @pytest.fixture
