@@ -10,11 +10,12 @@ public:
     static constexpr int64_t BLOCK = 32;  // queries in a block: enough to fill the vectors of the random numbers
     static constexpr int64_t SUBBLOCK = 1;
 
-    Columns(const Source& source, int threads)
+    /// `more`: numbers per reference point that are used beside its coordinates.
+    Columns(const Source& source, int threads, int64_t more = 0)
         : M(source.count),
           D(source.dimensions),
           padded(round_up(M, 8)),
-          tile(std::clamp<int64_t>(4096 / D / 8 * 8, 128, 1024)),
+          tile(std::clamp<int64_t>(4096 / (D + more) / 8 * 8, 128, 1024)),
           pitch(D),
           stride_(odd_lines(M)),
           data_(source.sets * D * stride_),

@@ -16,11 +16,12 @@ public:
     static constexpr int64_t SUBBLOCK = 1;
     static constexpr double FAR = 64;
 
-    FloatColumns(const Source& source, int threads)
+    /// `more`: numbers per reference point that are used beside its coordinates.
+    FloatColumns(const Source& source, int threads, int64_t more = 0)
         : M(source.count),
           D(source.dimensions),
           padded(round_up(M, FLOATS)),
-          tile(std::clamp<int64_t>(8192 / D / FLOATS * FLOATS, 256, 2048)),
+          tile(std::clamp<int64_t>((more ? 6144 : 8192) / (D + more) / FLOATS * FLOATS, 256, more ? 1024 : 2048)),
           pitch(D),
           has_low_(static_cast<bool>(source.move)),
           stride_(2 * odd_lines((padded + 1) / 2)),
@@ -128,7 +129,16 @@ protected:
             std::fill(out + i * stride_ + M, out + i * stride_ + padded, 0.0f);
         }
     }
-    double diameter(int64_t set) const { return cells_[set].diameter; }
+    /// Whether a query is farther from a reference point than any two of those are from each other, so that their mean
+    /// would lose digits.
+    bool is_outside(int64_t set, const double* x, int64_t place) const {
+        double square = 0;
+        for (int64_t d = 0; d < D; ++d) {
+            const double difference = data(set)[d * stride_ + place] - x[d];
+            square += difference * difference;
+        }
+        return square > cells_[set].diameter;
+    }
 
     // Farther than any reference point, so that the weight is 0, and its square is finite.
     static constexpr float PADDING = 1e17f;
@@ -167,38 +177,47 @@ protected:
         }
     }
 
-    double near_distances(int64_t set, const Split& x, int64_t begin, int64_t end, float* a) const {
+    /// What squared distances are reduced by: a number of each reference point times one factor.
+    struct Reduction {
+        const float* numbers;
+        float factor;
+    };
+    double near_distances(int64_t set, const Split& x, int64_t begin, int64_t end, float* a,
+                          Reduction reduction = {nullptr, 0}) const {
         const float *r = data(set) + begin, *beyond = low(set) + (has_low_ ? begin : 0);
         const auto by_dimension = [&](auto parts) {
             constexpr int PARTS = decltype(parts)::value;
             switch (D) {
                 case 1:
-                    return distances_of<1, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<1, PARTS>(r, beyond, x, reduction, end - begin, a);
                 case 2:
-                    return distances_of<2, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<2, PARTS>(r, beyond, x, reduction, end - begin, a);
                 case 3:
-                    return distances_of<3, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<3, PARTS>(r, beyond, x, reduction, end - begin, a);
                 default:
-                    return distances_of<0, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<0, PARTS>(r, beyond, x, reduction, end - begin, a);
             }
         };
         if (has_low_) return by_dimension(std::integral_constant<int, 2>{});
+        if (reduction.numbers) return by_dimension(std::integral_constant<int, 3>{});
         if (x.exact) return by_dimension(std::integral_constant<int, 0>{});
         return by_dimension(std::integral_constant<int, 1>{});
     }
     /// DIMENSIONS 0 is any number. PARTS: 0 no low parts, 1 those of the query, 2 those of the reference points, which
-    /// only queries in float meet.
+    /// only queries in float meet; 3 none, and reduced distances.
     template <int DIMENSIONS, int PARTS>
-    double distances_of(const float* r, const float* beyond, const Split& x, int64_t n, float* a) const {
+    double distances_of(const float* r, const float* beyond, const Split& x, Reduction reduction, int64_t n,
+                        float* a) const {
         Floats least = broadcast(INFINITY);
         int64_t j = 0;
-        for (; j + 8 * FLOATS <= n; j += 8 * FLOATS) pairs<DIMENSIONS, PARTS, 8>(r + j, beyond + j, x, a + j, least);
-        for (; j < n; j += FLOATS) pairs<DIMENSIONS, PARTS, 1>(r + j, beyond + j, x, a + j, least);
+        for (; j + 8 * FLOATS <= n; j += 8 * FLOATS)
+            pairs<DIMENSIONS, PARTS, 8>(r + j, beyond + j, x, reduction, j, a + j, least);
+        for (; j < n; j += FLOATS) pairs<DIMENSIONS, PARTS, 1>(r + j, beyond + j, x, reduction, j, a + j, least);
         return lowest(least);
     }
     template <int DIMENSIONS, int PARTS, int UNROLL>
-    __attribute__((always_inline)) void pairs(const float* r, const float* beyond, const Split& x, float* a,
-                                              Floats& least) const {
+    __attribute__((always_inline)) void pairs(const float* r, const float* beyond, const Split& x, Reduction reduction,
+                                              int64_t first, float* a, Floats& least) const {
         Floats total[UNROLL] = {};
         for (int64_t d = 0; d < (DIMENSIONS ? DIMENSIONS : D); ++d) FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) {
                 Floats difference = load(r + d * stride_ + u * FLOATS) - x.high[d];
@@ -207,6 +226,7 @@ protected:
                 total[u] += difference * difference;
             }
         FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) {
+            if (PARTS == 3) total[u] -= load(reduction.numbers + first + u * FLOATS) * reduction.factor;
             store(a + u * FLOATS, total[u]);
             least = smaller(total[u], least);
         }

@@ -14,6 +14,12 @@ static double lowest_of(const double* a, int64_t n) {
     return lowest(smaller(smaller(low[0], low[1]), smaller(low[2], low[3])));
 }
 
+static double lowest_of(const float* a, int64_t n) {
+    Floats low = broadcast(INFINITY);
+    for (int64_t j = 0; j < n; j += FLOATS) low = smaller(load(a + j), low);
+    return lowest(low);
+}
+
 /// w_j = factor e^{-(a_j - least) scale}, or 0 where the exponent is below -cut; returns their sum.
 static double exponentials(const double* a, int64_t n, double least, double scale, double cut, double factor,
                            double* w) {

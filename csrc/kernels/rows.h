@@ -10,7 +10,7 @@ public:
     static constexpr int64_t BLOCK = 64;
     static constexpr int64_t SUBBLOCK = BLOCK;
 
-    Rows(const Source& source, int threads)
+    Rows(const Source& source, int threads, int64_t = 0)
         : M(source.count),
           D(source.dimensions),
           padded(round_up(M, 8)),

@@ -14,7 +14,7 @@ public:
     static constexpr bool IN_FLOAT = std::is_same_v<Number, float>;
 
     Weighted(const AverageArguments& args, const Source& source)
-        : Layout(source, args.threads),
+        : Layout(source, args.threads, args.values ? args.width : 0),
           width_(args.width),
           has_values_(args.values),
           has_logs_(args.log_weights),
@@ -27,7 +27,9 @@ public:
           top_(groups_),
           least_factor_(groups_),
           values_(has_values_ ? groups_ * this->values_size(width_) : 1),
+          zeros_(width_),
           place_(args.exclude_self ? source.sets * this->M : 0) {
+        std::fill_n(zeros_.get(), width_, 0.0);
         parallel_for(groups_, args.threads, [&](int64_t group) { pack(args, source.set_of(group), group); });
         for (int64_t set = 0; args.exclude_self && set < source.sets; ++set)
             for (int64_t j = 0; j < this->M; ++j) place_[set * this->M + this->source_index(set, j)] = j;
@@ -79,11 +81,21 @@ public:
     /// Adjusted distances in float, as `FloatColumns::distances`.
     double distances(int64_t group, int64_t set, int64_t query, const double* x, int64_t begin, int64_t end,
                      double scale, double least, float* a, double& base, bool& far) const {
-        const double nearest = this->near_distances(set, typename Layout::Split(x, this->D), begin, end, a);
-        const double here = adjust_floats(group, set, query, scale, begin, end, a);
+        const float* bias = has_logs_ ? narrow_bias_.get() + own(group) * this->padded + begin : nullptr;
+        const typename Layout::Reduction reduction{bias, static_cast<float>(1 / scale)};
+        const typename Layout::Split split(x, this->D);
+        double here;
+        if (laplace_ || per_reference_) {
+            this->near_distances(set, split, begin, end, a);
+            leave_out(set, query, begin, end, a);
+            here = adjust_floats(group, reduction, begin, end, a);
+        } else {
+            here = this->near_distances(set, split, begin, end, a, reduction);
+            if (leave_out(set, query, begin, end, a)) here = lowest_of(a, end - begin);
+        }
         base = 0;
         // The heaviest logit says how far those are, at most, that matter.
-        far = !(std::min(here, least) * scale <= Layout::FAR / 2) || (!has_values_ && nearest > this->diameter(set));
+        far = !(std::min(here, least) * scale <= Layout::FAR / 2) || (!has_values_ && this->is_outside(set, x, begin));
         if (!far) return here;
         double exact[Layout::MOST_IN_TILE];
         this->far_distances(set, x, begin, end, exact);
@@ -97,7 +109,7 @@ public:
     double weigh(int64_t group, int64_t set, const double* x, int64_t begin, int64_t end, double least, double scale,
                  const float* a, double* moment) const {
         if (!has_values_) return Layout::weigh(set, x, begin, end, least, scale, a, moment);
-        return this->weigh_columns(values(group) + begin, width_, ZEROS, end - begin, least, scale, a, moment);
+        return this->weigh_columns(values(group) + begin, width_, zeros_.get(), end - begin, least, scale, a, moment);
     }
     bool weighs_at_once() const { return width_ <= Layout::MOST_AT_ONCE; }
 
@@ -105,9 +117,7 @@ public:
     void average(int64_t group, const Number* w, int64_t rows, int64_t begin, int64_t end, int64_t w_pitch, bool far,
                  double* out, Product& product) const {
         if constexpr (IN_FLOAT) {
-            Buffer<double> zeros(width_);
-            std::fill_n(zeros.get(), width_, 0.0);
-            this->add_sums(values(group) + begin, width_, w, zeros.get(), end - begin, far, out);
+            this->add_sums(values(group) + begin, width_, w, zeros_.get(), end - begin, far, out);
         } else {
             this->value_sums(values(group), width_, w, rows, begin, end, w_pitch, out, average_pitch(), product);
         }
@@ -117,9 +127,7 @@ public:
     void dots_with_values(int64_t group, const double* v, int64_t rows, int64_t begin, int64_t end, bool far,
                           const double* less, Number* p, int64_t p_pitch) const {
         if constexpr (IN_FLOAT) {
-            Buffer<double> zeros(width_);
-            std::fill_n(zeros.get(), width_, 0.0);
-            this->dots_of(values(group) + begin, width_, v, zeros.get(), end - begin, far, less[0], p);
+            this->dots_of(values(group) + begin, width_, v, zeros_.get(), end - begin, far, less[0], p);
         } else {
             this->value_dots(values(group), width_, v, rows, begin, end, average_pitch(), p, p_pitch);
             for (int64_t n = 0; n < rows; ++n)
@@ -133,8 +141,6 @@ public:
     }
 
 private:
-    static constexpr double ZEROS[3] = {};
-
     static bool are_shared(const AverageArguments& args) {
         const bool variances = !args.per_reference || args.sigma2.stride[0] == 0;
         return args.refs.stride[0] == 0 && args.values.stride[0] == 0 && args.log_weights.stride[0] == 0 && variances;
@@ -169,34 +175,29 @@ private:
             this->pack_values(set, args.values.at(group), width_, values_.get() + group * this->values_size(width_));
     }
 
+    /// Makes the distance to a query's own point infinite; returns whether that is in [begin, end).
     template <class Any>
-    void leave_out(int64_t set, int64_t query, int64_t begin, int64_t end, Any* a) const {
-        if (!excludes_) return;
+    bool leave_out(int64_t set, int64_t query, int64_t begin, int64_t end, Any* a) const {
+        if (!excludes_) return false;
         const int64_t place = place_[set * this->M + query];
-        if (begin <= place && place < end) a[place - begin] = INFINITY;
+        if (place < begin || place >= end) return false;
+        a[place - begin] = INFINITY;
+        return true;
     }
 
-    /// `adjust` in float; returns the least.
-    double adjust_floats(int64_t group, int64_t set, int64_t query, double scale, int64_t begin, int64_t end,
-                         float* a) const {
-        const int64_t from = own(group) * this->padded + begin, n = end - begin;
+    /// `adjust` in float, but for own points; returns the least.
+    template <class Reduction>
+    double adjust_floats(int64_t group, Reduction reduction, int64_t begin, int64_t end, float* a) const {
+        const int64_t n = end - begin;
         if (laplace_)
             for (int64_t j = 0; j < n; ++j) a[j] = std::sqrt(a[j]);
-        if (per_reference_)
-            for (int64_t j = 0; j < n; ++j) a[j] *= static_cast<float>(factor_[from + j]);
-        leave_out(set, query, begin, end, a);
-        const float* b = narrow_bias_.get() + from;
-        const Floats across = broadcast(static_cast<float>(1 / scale));
-        Floats least = broadcast(INFINITY);
-        if (has_logs_)
-            for (int64_t j = 0; j < n; j += FLOATS) {
-                const Floats value = load(a + j) - load(b + j) * across;
-                store(a + j, value);
-                least = smaller(value, least);
-            }
-        else
-            for (int64_t j = 0; j < n; j += FLOATS) least = smaller(load(a + j), least);
-        return lowest(least);
+        if (per_reference_) {
+            const double* t = factors(group) + begin;
+            for (int64_t j = 0; j < n; ++j) a[j] *= static_cast<float>(t[j]);
+        }
+        if (reduction.numbers)
+            for (int64_t j = 0; j < n; ++j) a[j] -= reduction.numbers[j] * reduction.factor;
+        return lowest_of(a, n);
     }
 
     const int64_t width_;
@@ -208,6 +209,7 @@ private:
     Buffer<double> factor_;              // [groups, padded]: t
     Buffer<double> top_, least_factor_;  // [groups]: the largest log-weight, the least t
     Buffer<Number> values_;
+    Buffer<double> zeros_;   // [V]: the point that sums of values are taken about
     Buffer<int64_t> place_;  // [sets, M]: that of a reference point by its index
 };
 template <class Layout>
