@@ -34,11 +34,14 @@ static void repeat_average(const AverageArguments& args, const std::vector<int64
     log_sum.place(args.log_sum);
 }
 
-/// Averages of one group; each block of queries is a task.
-static void average_group(const AverageArguments& args) {
-    const int64_t N = args.shape.N, M = args.shape.M, D = args.shape.D, V = args.width;
-    const FloatRows refs(1, M, D, args.threads, [&](int64_t) { return Points{args.refs}; });
-    const FloatWeighting weighting(args, 0, refs.padded);
+/// The reference points of the first group, for `FloatRows`.
+static auto points_of(const AverageArguments& args) {
+    return [refs = args.refs](int64_t) { return Points{refs}; };
+}
+
+/// Averages of one group against its reference points; each block of queries is a task.
+static void average_group(const AverageArguments& args, const FloatRows& refs, const FloatWeighting& weighting) {
+    const int64_t N = args.shape.N, D = args.shape.D, V = args.width;
     each_block(1, N, FloatRows::BLOCK, args.threads, [&](int64_t, int64_t first, int64_t count) {
         FloatQueries q(refs, 0, count, true, &weighting);
         q.take(Points{args.z.at(0, first)}, variances_of(args, 0, first), count, first, args.indices);
@@ -66,12 +69,22 @@ static void kernel_average_floats(const AverageArguments& args) {
     const Shape& shape = args.shape;
     if (args.values && !(args.values.largest(shape.B, shape.M, args.width) <= LARGEST))
         return kernel_average_with<Rows>(args);
+    const bool one_set = args.refs.stride[0] == 0, one_weighting = are_shared(args);
+    std::optional<FloatRows> refs;
+    std::optional<FloatWeighting> weighting;
+    if (one_set) refs.emplace(1, shape.M, shape.D, args.threads, points_of(args));
+    if (one_weighting) weighting.emplace(args, 0, refs->padded);
     // Many groups are tasks of their own: a small one stays in the cache from its packing to its results.
     const bool by_group = shape.B >= args.threads;
     parallel_for(shape.B, by_group ? args.threads : 1, [&](int64_t b) {
         AverageArguments group = group_of(args, b);
         if (!by_group) group.threads = args.threads;
-        average_group(group);
+        std::optional<FloatRows> own_refs;
+        std::optional<FloatWeighting> own_weighting;
+        if (!one_set) own_refs.emplace(1, shape.M, shape.D, group.threads, points_of(group));
+        const FloatRows& against = one_set ? *refs : *own_refs;
+        if (!one_weighting) own_weighting.emplace(group, 0, against.padded);
+        average_group(group, against, one_weighting ? *weighting : *own_weighting);
     });
 }
 

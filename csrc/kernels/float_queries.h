@@ -285,6 +285,8 @@ private:
     double slope(const Query& q, double nearest) const {
         return weighting_ ? weighting_->slope(q.scale, nearest) : q.scale;
     }
+    /// The part of |x|^2 + |r|^2 below which a squared distance found by products is not used, with weighting.
+    double smallest() const { return weighting_->laplace ? 1.0 / 32 : 0; }
     bool averages_values() const { return weighting_ && weighting_->has_values; }
     /// The logit of query n for reference point j at a squared distance.
     double logit_at(int64_t n, int64_t j, double square) const {
@@ -356,7 +358,7 @@ private:
         const float* product_of = w.get() + n * columns;
         const double* norm = refs.norms(set) + from;
         const bool one_panel = refs.is_one_panel();
-        const double smallest = weighting_->laplace ? 1.0 / 32 : 0;
+        const double smallest = this->smallest();
         Vec nearest = broadcast(static_cast<double>(INFINITY));
         Word near = {};
         for (int64_t j = 0; j < to - from; j += LANES) {
@@ -390,11 +392,17 @@ private:
         Query& q = query[n];
         const int64_t j = from + q.at;
         if (q.best <= q.top || j >= refs.M) return;
+        const double dot = 2 * refs.dot(set, x, n, j), norm = refs.norms(set)[j];
         if (weighting_) {
-            exact(n, exact_.get());
-            q.best = logit_at(n, j, distance(j));
+            const double square = q.norm + norm - dot;
+            if (square > (q.norm + norm) * smallest()) {
+                q.best = weighting_->logit(j, q.scale, square);
+            } else {
+                exact(n, exact_.get());
+                q.best = weighting_->logit(j, q.scale, distance(j));
+            }
         } else {
-            q.best = (2 * refs.dot(set, x, n, j) - refs.norms(set)[j]) * q.scale;
+            q.best = (dot - norm) * q.scale;
         }
         logit[n * columns + q.at] = q.best;
     }
@@ -507,8 +515,10 @@ private:
                         (static_cast<uint64_t>(n + from) * 4 + static_cast<uint64_t>(k)) * 0x9E3779B97F4A7C15u >> 40) %
                     (to - from);
                 while (!(y[j] >= q.limit) || j == q.at) j = (j + 1) % (to - from);
-                const double error = weighting_ ? weighting_->square(from + j, q.scale, y[j]) - distance(from + j)
-                                                : (y[j] - y[q.at]) / q.scale - (nearest - distance(from + j));
+                const double found = weighting_ ? weighting_->square(from + q.at, q.scale, y[q.at]) -
+                                                      weighting_->square(from + j, q.scale, y[j])
+                                                : (y[j] - y[q.at]) / q.scale;
+                const double error = found - (nearest - distance(from + j));
                 const double relative = error / size(q);
                 squares += relative * relative;
             }

@@ -6,6 +6,12 @@
 // g_j t_j - b_j/scale_n, infinite for what is absent. All that follows distances stays as it is: the least of them, the
 // weights e^{-(a - least) scale}, their sums.
 
+/// Whether all groups have the same reference points with the same weights and values.
+static bool are_shared(const AverageArguments& args) {
+    const bool variances = !args.per_reference || args.sigma2.stride[0] == 0;
+    return args.refs.stride[0] == 0 && args.values.stride[0] == 0 && args.log_weights.stride[0] == 0 && variances;
+}
+
 template <class Layout>
 class Weighted : public Layout {
 public:
@@ -141,10 +147,6 @@ public:
     }
 
 private:
-    static bool are_shared(const AverageArguments& args) {
-        const bool variances = !args.per_reference || args.sigma2.stride[0] == 0;
-        return args.refs.stride[0] == 0 && args.values.stride[0] == 0 && args.log_weights.stride[0] == 0 && variances;
-    }
     int64_t own(int64_t group) const { return groups_ == 1 ? 0 : group; }
     const Number* values(int64_t group) const { return values_.get() + own(group) * this->values_size(width_); }
 
