@@ -4,6 +4,8 @@ Arguments in float32 or narrower are computed in float32 with checked errors, ot
 MATH.md. Functions, arguments and shapes are those of `fluxkernels.implementation`.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 import math
 from collections.abc import Sequence
 from functools import partial
