@@ -75,7 +75,7 @@ def of_case(case: Case, index: int) -> Problem:
 
 
 def error(got: Tensor, truth: Tensor, scale: float = 0.0) -> float:
-    """Largest error relative to the largest number, if float32 has that; infinite where numbers are not finite in both."""
+    """Largest error relative to the largest number, if float32 has that; infinite if only one is finite."""
     finite = truth.isfinite()
     if not torch.equal(finite, got.isfinite()) or truth.numel() == 0:
         return 0.0 if truth.numel() == got.numel() == 0 else math.inf
