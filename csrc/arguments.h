@@ -41,7 +41,7 @@ struct KdeBackwardArguments {
 struct AverageArguments {
     Shape shape;
     int threads;
-    int64_t width;  // that of the values: V, or D without values
+    int64_t width;  // that of the values: V, or D without values; 0 if only the log-sum is wanted
     bool exclude_self, laplace;
     bool per_reference;                // whether sigma2 is [B, M] instead of [B, N]
     Array z, refs, sigma2;             // [B, N, D], [B, M, D]

@@ -76,6 +76,8 @@ Array array(const py::object& tensor) {
     constexpr int64_t SIZES[] = {8, 4, 2, 2};
     Array result;
     result.data = static_cast<char*>(PyLong_AsVoidPtr(Reader::call(tensor, reader->data_ptr).ptr()));
+    static char nothing;
+    if (!result.data) result.data = &nothing;  // of a tensor without numbers, which is there all the same
     result.type = reader->type(tensor);
     result.item = SIZES[static_cast<int>(result.type)];
     const py::tuple strides = Reader::call(tensor, reader->stride);

@@ -43,9 +43,9 @@ static auto points_of(const AverageArguments& args) {
 static void average_group(const AverageArguments& args, const FloatRows& refs, const FloatWeighting& weighting) {
     const int64_t N = args.shape.N, D = args.shape.D, V = args.width;
     each_block(1, N, FloatRows::BLOCK, args.threads, [&](int64_t, int64_t first, int64_t count) {
-        FloatQueries q(refs, 0, count, true, &weighting);
+        FloatQueries q(refs, 0, count, args.width > 0, &weighting);
         q.take(Points{args.z.at(0, first)}, variances_of(args, 0, first), count, first, args.indices);
-        q.sweep(true);
+        q.sweep(args.width > 0);
         for (int64_t n = 0; n < count; ++n) {
             if (q.query[n].rejected) continue;
             const double log_sum = q.log_sum(n);

@@ -28,7 +28,7 @@ static void kernel_average_with(const AverageArguments& args) {
     each_block(B, N, Refs::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         Queries<Weighted<Refs>> q(refs, source.set_of(b), count, b);
         q.take(args.z.at(b, first), variances_of(args, b, first), count, first, args.indices);
-        q.sweep();
+        q.sweep(args.width > 0);
         if (!args.values) {
             args.shift.at(b, first).store(count, D, q.moment.get(), q.pitch);
             for (int64_t n = 0; n < count; ++n)
