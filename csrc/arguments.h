@@ -25,6 +25,7 @@ struct KdeArguments {
     int threads;
     Array z, refs, sigma2;           // [B, N, D], [B, M, D], [B, N]
     Array shift, mean, log_density;  // those results that are wanted: [B, N, D] twice, and [B, N]
+    Array log_sum{};                 // the same, log of the sum of weights: log-density without its constants, [B, N]
 };
 
 struct KdeBackwardArguments {
@@ -32,6 +33,29 @@ struct KdeBackwardArguments {
     int threads;
     Array g_shift, g_mean, g_log_density, z, refs, sigma2;
     Array g_z, g_refs, g_sigma2;  // results
+    bool normalized = true;       // false: g_log_density is the cotangent of the log-sum
+};
+
+/// Averages of values under weights with the logits log_weights_j - |z - r_j|^2/2 sigma^2, or - |z - r_j|/sigma for the
+/// Laplace kernel.
+struct AverageArguments {
+    Shape shape;
+    int threads;
+    int64_t width;  // that of the values: V, or D without values; 0 if only the log-sum is wanted
+    bool exclude_self, laplace;
+    bool per_reference;                // whether sigma2 is [B, M] instead of [B, N]
+    Array z, refs, sigma2;             // [B, N, D], [B, M, D]
+    Array values, log_weights;         // [B, M, V] or none, for the reference points; [B, M] or none, for zeros
+    Array shift, average, log_sum;     // results: [B, N, D] or none, with values; [B, N, V], [B, N]
+    const int64_t* indices = nullptr;  // [N], of the queries in their group; null for 0, 1, ...
+
+    /// Whether this is a density estimate.
+    bool is_plain() const { return !values && !log_weights && !exclude_self && !laplace && !per_reference; }
+};
+
+struct AverageBackwardArguments : AverageArguments {
+    Array g_shift, g_average, g_log_sum;
+    Array g_z, g_refs, g_sigma2, g_values, g_log_weights;  // results, the last two as their arguments
 };
 
 struct ResidualArguments {
@@ -63,12 +87,14 @@ struct TransitionArguments {
 };
 
 /// Every kernel and its arguments. The rest of csrc/ iterates this list.
-#define FLUX_FOR_EACH_KERNEL(DO)                \
-    DO(kde, KdeArguments)                       \
-    DO(kde_backward, KdeBackwardArguments)      \
-    DO(residual_gradient, ResidualArguments)    \
-    DO(langevin, LangevinArguments)             \
-    DO(transition_weights, TransitionArguments) \
+#define FLUX_FOR_EACH_KERNEL(DO)                          \
+    DO(kde, KdeArguments)                                 \
+    DO(kde_backward, KdeBackwardArguments)                \
+    DO(kernel_average, AverageArguments)                  \
+    DO(kernel_average_backward, AverageBackwardArguments) \
+    DO(residual_gradient, ResidualArguments)              \
+    DO(langevin, LangevinArguments)                       \
+    DO(transition_weights, TransitionArguments)           \
     DO(transition_average, TransitionArguments)
 
 /// For tests of the kernels in float32. Queries that they were asked for and that they rejected; a fault: coordinates

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "arguments.h"
 #include "parallel.h"
@@ -75,6 +76,8 @@ Array array(const py::object& tensor) {
     constexpr int64_t SIZES[] = {8, 4, 2, 2};
     Array result;
     result.data = static_cast<char*>(PyLong_AsVoidPtr(Reader::call(tensor, reader->data_ptr).ptr()));
+    static char nothing;
+    if (!result.data) result.data = &nothing;  // of a tensor without numbers, which is there all the same
     result.type = reader->type(tensor);
     result.item = SIZES[static_cast<int>(result.type)];
     const py::tuple strides = Reader::call(tensor, reader->stride);
@@ -137,6 +140,47 @@ void kde_backward(const Sizes& sizes, int threads, View g_shift, View g_mean, Vi
     run(chosen.load()->kde_backward,
         KdeBackwardArguments{shape, threads_for(shape, threads), array(g_shift), array(g_mean), array(g_log_density),
                              array(z), array(refs), array(sigma2), array(g_z), array(g_refs), array(g_sigma2)});
+}
+
+AverageArguments average_of(const Sizes& sizes, int threads, const std::tuple<bool, bool, bool>& options,
+                            const std::vector<py::object>& inputs) {
+    const Shape shape = shape_of(sizes);
+    const int64_t width = sizes.at(4);
+    const auto [exclude_self, laplace, per_reference] = options;
+    return {shape,
+            threads_for(shape, threads, width + 10),
+            width,
+            exclude_self,
+            laplace,
+            per_reference,
+            array(inputs.at(0)),
+            array(inputs.at(1)),
+            array(inputs.at(2)),
+            array(inputs.at(3)),
+            array(inputs.at(4)),
+            {},
+            {},
+            {}};
+}
+
+/// Sizes: those of the shape, and the width. Options: exclude_self, laplace, per_reference. Inputs: those from z to
+/// log_weights.
+void kernel_average(const Sizes& sizes, int threads, const std::tuple<bool, bool, bool>& options,
+                    const std::vector<py::object>& inputs, View shift, View average, View log_sum) {
+    AverageArguments args = average_of(sizes, threads, options, inputs);
+    args.shift = array(shift);
+    args.average = array(average);
+    args.log_sum = array(log_sum);
+    run(chosen.load()->kernel_average, args);
+}
+
+void kernel_average_backward(const Sizes& sizes, int threads, const std::tuple<bool, bool, bool>& options,
+                             const std::vector<py::object>& inputs, View g_shift, View g_average, View g_log_sum,
+                             View g_z, View g_refs, View g_sigma2, View g_values, View g_log_weights) {
+    run(chosen.load()->kernel_average_backward,
+        AverageBackwardArguments{average_of(sizes, threads, options, inputs), array(g_shift), array(g_average),
+                                 array(g_log_sum), array(g_z), array(g_refs), array(g_sigma2), array(g_values),
+                                 array(g_log_weights)});
 }
 
 void residual_gradient(const Sizes& sizes, int threads, View z, View field, View refs, View sigma2, View factor,

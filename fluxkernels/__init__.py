@@ -9,8 +9,11 @@ torch.Size([1, 2])
 
 from fluxkernels.backend import Backend, BackendError, backends, resolve_backend, use_backend
 from fluxkernels.ops.kde import kde_log_density, kde_mean, kde_score
+from fluxkernels.ops.kernel_average import kernel_average, merge_averages
 from fluxkernels.ops.langevin import FluxPass, flux_pass, langevin_chain, langevin_step
 from fluxkernels.ops.residual import residual_gradient
+from fluxkernels.ops.sample_reference import sample_reference
+from fluxkernels.ops.sharding import sharded_kernel_average
 from fluxkernels.ops.transition import transition_average, transition_weights
 from fluxkernels.version import __version__
 from fluxkernels.warming import warm_up
@@ -25,10 +28,14 @@ __all__ = [
     "kde_log_density",
     "kde_mean",
     "kde_score",
+    "kernel_average",
     "langevin_chain",
     "langevin_step",
+    "merge_averages",
     "residual_gradient",
     "resolve_backend",
+    "sample_reference",
+    "sharded_kernel_average",
     "transition_average",
     "transition_weights",
     "use_backend",

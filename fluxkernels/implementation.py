@@ -3,6 +3,8 @@
 Shapes are flat: queries `[B, N, D]`, reference points `[B, M, D]`, B groups. Tensors may have any strides.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -29,6 +31,52 @@ class Kernels(Protocol):
         self, g_shift: Tensor, g_mean: Tensor, g_log_density: Tensor, z: Tensor, refs: Tensor, sigma2: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Cotangents of z, refs and sigma2 from those of the results of `kde`."""
+
+    def kernel_average(
+        self,
+        z: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        values: Tensor | None,
+        log_weights: Tensor | None,
+        exclude_self: bool,
+        kernel: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(Σ_j w_j r_j - z, Σ_j w_j v_j, log Σ_j exp(logit_j)) for sigma2 `[B, N]` or `[B, 1, M]`.
+
+        Values `[B, M, V]`, None for the reference points; with values the first result is `[B, N, 0]`. log_weights
+        `[B, M]`, None for zeros. A kernel is "gaussian", exp(-|z - r|²/2σ²), or "laplace", exp(-|z - r|/σ).
+        """
+
+    def kernel_average_backward(
+        self,
+        g_shift: Tensor,
+        g_average: Tensor,
+        g_log_sum: Tensor,
+        z: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        values: Tensor | None,
+        log_weights: Tensor | None,
+        exclude_self: bool,
+        kernel: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Cotangents of z, refs, sigma2, values and log_weights; those of None are empty."""
+
+    def sample_reference(
+        self,
+        z: Tensor,
+        refs: Tensor,
+        sigma2: Tensor,
+        log_weights: Tensor | None,
+        exclude_self: bool,
+        kernel: str,
+        seed: Tensor,
+    ) -> Tensor:
+        """Index of a reference point per query `[B, N]`, int64, drawn with the weights of `kernel_average`.
+
+        It is argmax_j (logit_nj - log E_nj), E = -log u from word e of the stream, e = (b·N + n)·M + j.
+        """
 
     def langevin_chain(
         self,

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from fluxkernels.devices import on_device
 
-CHAIN, START, PROBE, HORIZON, ENDPOINTS, MIXING, NOISE_LEVEL, TIME, LABEL, PARTNER, SOURCE, ORDER = range(12)
+CHAIN, START, PROBE, HORIZON, ENDPOINTS, MIXING, NOISE_LEVEL, TIME, LABEL, PARTNER, SOURCE, ORDER, REFERENCE = range(13)
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_LOW = 0xFFFFFFFF
+LOW = 0xFFFFFFFF
 
 
 def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,9 +35,9 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Te
     for _ in range(10):
         # int64 products wrap modulo 2⁶⁴, so both halves are right after the copies of the sign bit are masked out.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        high0, high1 = (product0 >> 32) & _LOW, (product1 >> 32) & _LOW
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _LOW, high0 ^ c3 ^ k1, product0 & _LOW
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+        high0, high1 = (product0 >> 32) & LOW, (product1 >> 32) & LOW
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & LOW, high0 ^ c3 ^ k1, product0 & LOW
+        k0, k1 = (k0 + _WEYL[0]) & LOW, (k1 + _WEYL[1]) & LOW
     return c0, c1, c2, c3
 
 
@@ -46,8 +46,8 @@ def bits(seed: Tensor, shape: Sequence[int], stream: int) -> Tensor:
     steps, elements = shape[0], math.prod(shape[1:])
     block = torch.arange((elements + 3) // 4, device=seed.device)
     step = torch.arange(steps, device=seed.device).unsqueeze(-1)
-    counter = (block & _LOW, block >> 32, step, torch.full_like(step, stream))
-    return torch.stack(torch.broadcast_tensors(*philox(counter, (seed & _LOW, (seed >> 32) & _LOW))), dim=-1)
+    counter = (block & LOW, block >> 32, step, torch.full_like(step, stream))
+    return torch.stack(torch.broadcast_tensors(*philox(counter, (seed & LOW, (seed >> 32) & LOW))), dim=-1)
 
 
 def _to_shape(words: Tensor, shape: Sequence[int]) -> Tensor:
@@ -71,7 +71,7 @@ def normal_from_words(words: Tensor, dtype: torch.dtype) -> Tensor:
     a, b = words[..., 0::2], words[..., 1::2]
     # -log u for u = (a + ½)/2³², through 1 - u in the upper half, so that float32 keeps its digits at both ends.
     lower = -torch.log((a.to(dtype) + 0.5) * 2.0**-32)
-    upper = -torch.log1p(-((_LOW - a).to(dtype) + 0.5) * 2.0**-32)
+    upper = -torch.log1p(-((LOW - a).to(dtype) + 0.5) * 2.0**-32)
     radius = (2 * torch.where(a < 1 << 31, lower, upper)).sqrt()
     angle = b.to(dtype) * (2 * math.pi * 2.0**-32)
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2)

@@ -34,7 +34,9 @@ def begin(what: str, device: torch.device, *, keep: bool = True) -> Iterator[Cal
         print(text, flush=True)
         lines.append(text)
 
-    command = ["-m", f"bench.training.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+    # The module, where Python was started with -m.
+    started = getattr(sys.modules["__main__"], "__spec__", None)
+    command = ["-m", started.name if started else Path(sys.argv[0]).stem, *sys.argv[1:]]
     write(f"`python {' '.join(command)}`, {origin.sentence()}\n")
     yield write
     if keep:

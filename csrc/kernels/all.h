@@ -16,6 +16,10 @@ namespace FLUX_TARGET {
 
 #include "kde.h"
 
+#include "weighting.h"
+
+#include "kernel_average.h"
+
 #include "residual.h"
 
 #include "langevin.h"
@@ -28,11 +32,15 @@ namespace FLUX_TARGET {
 
 #include "float_product.h"
 
+#include "float_weighting.h"
+
 #include "float_queries.h"
 
 #include "float_kde.h"
 
 #include "float_backward.h"
+
+#include "float_average.h"
 
 #include "float_langevin.h"
 
@@ -51,17 +59,32 @@ static bool fit_float_as_factor(const Array& points, const Shape& shape) {
     const double largest = points.largest(shape.B, shape.N, shape.D);
     return largest == 0 || (largest >= LEAST && largest <= LARGEST);
 }
-static bool fit_float(const Array& z, const Array& refs, const Array& sigma2, const Shape& shape) {
-    if (!fit_float(z, shape, shape.N) || !fit_float(refs, shape, shape.M) || sigma2.type == Type::float64) return false;
-    for (int64_t b = 0; b < shape.B; ++b)
-        for (int64_t n = 0; n < (sigma2.stride[1] ? shape.N : 1); ++n)
+static bool variances_fit_float(const Array& sigma2, int64_t B, int64_t count) {
+    if (sigma2.type == Type::float64) return false;
+    for (int64_t b = 0; b < B; ++b)
+        for (int64_t n = 0; n < (sigma2.stride[1] ? count : 1); ++n)
             if (!fits_float(sigma2.number(b, n))) return false;
     return true;
+}
+static bool fit_float(const Array& z, const Array& refs, const Array& sigma2, const Shape& shape) {
+    return fit_float(z, shape, shape.N) && fit_float(refs, shape, shape.M) &&
+           variances_fit_float(sigma2, shape.B, shape.N);
 }
 static bool fit_float(const KdeArguments& args) { return fit_float(args.z, args.refs, args.sigma2, args.shape); }
 static bool fit_float(const KdeBackwardArguments& args) {
     return fit_float(args.z, args.refs, args.sigma2, args.shape) && fit_float_as_factor(args.g_shift, args.shape) &&
            fit_float_as_factor(args.g_mean, args.shape);
+}
+static bool fit_float(const AverageArguments& args) {
+    const Shape& shape = args.shape;
+    return fit_float(args.z, shape, shape.N) && fit_float(args.refs, shape, shape.M) &&
+           variances_fit_float(args.sigma2, shape.B, args.per_reference ? shape.M : shape.N) &&
+           (!args.values || fit_float(args.values, {shape.B, shape.N, shape.M, args.width}, shape.M));
+}
+static bool fit_float(const AverageBackwardArguments& args) {
+    const Shape of_average{args.shape.B, args.shape.N, args.shape.M, args.width};
+    return fit_float(static_cast<const AverageArguments&>(args)) && fit_float_as_factor(args.g_average, of_average) &&
+           (!args.g_shift || fit_float_as_factor(args.g_shift, args.shape));
 }
 static bool fit_float(const ResidualArguments& args) {
     return fit_float(args.z, args.refs, args.sigma2, args.shape) && fit_float_as_factor(args.field, args.shape);
@@ -77,6 +100,7 @@ static bool narrow(const Array& one, const Array& other) {
 }
 static bool narrow(const KdeArguments& args) { return narrow(args.z, args.refs); }
 static bool narrow(const KdeBackwardArguments& args) { return narrow(args.z, args.refs); }
+static bool narrow(const AverageArguments& args) { return narrow(args.z, args.refs); }
 static bool narrow(const ResidualArguments& args) { return narrow(args.z, args.refs); }
 static bool narrow(const LangevinArguments& args) { return narrow(args.x, args.refs); }
 static bool narrow(const TransitionArguments& args) { return narrow(args.x0, args.xt); }

@@ -2,22 +2,26 @@
 //
 // Included inside of a target's namespace.
 
-/// The reference points of an array [B, M, D], for queries with variances sigma2 [B, N] or [B]. Groups that share their
-/// reference points get one set.
-static Source source_of(const Array& refs, const Shape& shape, const Array& sigma2) {
+/// The reference points of an array [B, M, D], for `variances` numbers sigma2 [B, variances] or [B]. Groups that share
+/// their reference points get one set.
+static Source source_of(const Array& refs, const Shape& shape, const Array& sigma2, int64_t variances,
+                        bool laplace = false) {
     const bool shared = refs.stride[0] == 0;
-    const auto widest = [=](int64_t set) {
-        double most = 0;
+    const auto reach = [=](int64_t set, double cut) {
+        double widest = 0;
         for (int64_t b = shared ? 0 : set; b < (shared ? shape.B : set + 1); ++b)
-            for (int64_t n = 0; n < (sigma2.stride[1] == 0 ? 1 : shape.N); ++n)
-                most = std::max(most, sigma2.number(b, n));
-        return most;
+            for (int64_t n = 0; n < (sigma2.stride[1] == 0 ? 1 : variances); ++n)
+                widest = std::max(widest, sigma2.number(b, n));
+        return laplace ? std::sqrt(widest) * cut : std::sqrt(2 * widest * cut);
     };
     return {shared ? 1 : shape.B, shape.M, shape.D,
             [=](int64_t set, int64_t first, int64_t last, double* out, int64_t pitch) {
                 refs.at(set, 0, first).load(shape.M, last - first, out, pitch);
             },
-            widest};
+            reach};
+}
+static Source source_of(const Array& refs, const Shape& shape, const Array& sigma2) {
+    return source_of(refs, shape, sigma2, shape.N);
 }
 
 /// Calls run(b, first, count) for blocks of at most `block` of the N queries of each group.

@@ -7,10 +7,9 @@
 /// above rounding, which a bound on that coordinate proves.
 class Cells {
 public:
-    /// Orders the points of rows [M, D]; `finite` is false where numbers have no order. `widest` is the largest
-    /// variance of a query, `cut` the -log of the weight that may be dropped.
-    void sort(const double* rows, int64_t M, int64_t D, bool finite, double widest, double cut, int32_t* order,
-              int32_t* first) {
+    /// Orders the points of rows [M, D]; `finite` is false where numbers have no order. `reach` is the
+    /// distance from which on weights may be dropped.
+    void sort(const double* rows, int64_t M, int64_t D, bool finite, double reach, int32_t* order, int32_t* first) {
         M_ = M;
         first_ = first;
         double range = 0;
@@ -29,9 +28,8 @@ public:
                 per_unit_ = M / range;
             }
         }
-        // Windows pay off if one leaves out half of the range; it is 2 sqrt(2 cut) sigma wide for a query in the
-        // middle.
-        if (!finite || M < 64 || range < 4 * std::sqrt(2 * widest * cut)) coordinate = -1;
+        // Windows pay off if one leaves out half of the range; it is 2 reach wide for a query in the middle.
+        if (!finite || M < 64 || range < 4 * reach) coordinate = -1;
         if (coordinate < 0)
             for (int64_t j = 0; j < M; ++j) order[j] = static_cast<int32_t>(j);
         else
@@ -43,16 +41,15 @@ public:
         const double place = (value - least_) * per_unit_;
         return place > 0 ? static_cast<int64_t>(std::min(place, static_cast<double>(M_ - 1))) : 0;
     }
-    /// The places [begin, end), multiples of `lanes`, of all points that can matter to a query x: those with a squared
-    /// distance up to `excess` above the least. least_at(place) is the least squared distance to `lanes` points.
-    template <class LeastAt>
-    void window(const double* x, double excess, int64_t lanes, int64_t padded, LeastAt least_at, int64_t& begin,
-                int64_t& end) const {
+    /// The places [begin, end), multiples of `lanes`, of all points that can matter to a query x. reach_at(place) is
+    /// the distance from which on no point can, found from the `lanes` points at that place: the weight of the heaviest
+    /// of a few points bounds that of the heaviest of all.
+    template <class ReachAt>
+    void window(const double* x, int64_t lanes, int64_t padded, ReachAt reach_at, int64_t& begin, int64_t& end) const {
         begin = 0;
         end = padded;
         if (coordinate < 0) return;
-        // The distance to the nearest of a few points bounds that to the nearest of all.
-        const double at = x[coordinate], reach = std::sqrt(least_at(place_before(at, lanes)) + excess);
+        const double at = x[coordinate], reach = reach_at(place_before(at, lanes));
         begin = place_before(at - reach, lanes);
         end = std::max(round_up(first_[cell(at + reach) + 1], lanes), begin + lanes);
     }

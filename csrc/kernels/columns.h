@@ -10,11 +10,12 @@ public:
     static constexpr int64_t BLOCK = 32;  // queries in a block: enough to fill the vectors of the random numbers
     static constexpr int64_t SUBBLOCK = 1;
 
-    Columns(const Source& source, int threads)
+    /// `more`: numbers per reference point that are used beside its coordinates.
+    Columns(const Source& source, int threads, int64_t more = 0)
         : M(source.count),
           D(source.dimensions),
           padded(round_up(M, 8)),
-          tile(std::clamp<int64_t>(4096 / D / 8 * 8, 128, 1024)),
+          tile(std::clamp<int64_t>(4096 / (D + more) / 8 * 8, 128, 1024)),
           pitch(D),
           stride_(odd_lines(M)),
           data_(source.sets * D * stride_),
@@ -35,12 +36,18 @@ public:
 
     /// Finds the reference points that can matter to a query: [begin, end), multiples of LANES.
     void window(int64_t set, const double* x, double scale, int64_t& begin, int64_t& end) const {
-        const auto least_at = [&](int64_t place) {
+        window(
+            set, x, [&](const double* a, int64_t) { return std::sqrt(lowest(load(a)) + cut() / scale); }, begin, end);
+    }
+    /// The same, if those at a distance above reach(squared distances of a few, their place) cannot matter.
+    template <class Reach>
+    void window(int64_t set, const double* x, Reach reach, int64_t& begin, int64_t& end) const {
+        const auto reach_at = [&](int64_t place) {
             double a[LANES];
             pairs<false, 1>(data_.get() + set * D * stride_ + place, x, a);
-            return lowest(load(a));
+            return reach(a, place);
         };
-        cells_[set].window(x, cut() / scale, LANES, padded, least_at, begin, end);
+        cells_[set].window(x, LANES, padded, reach_at, begin, end);
     }
 
     void distances(int64_t set, const double* x, int64_t, int64_t begin, int64_t end, double* a, int64_t) const {
@@ -52,11 +59,7 @@ public:
 
     void moments(int64_t set, const double* w, int64_t, int64_t begin, int64_t end, int64_t, double* out,
                  Product&) const {
-        const double* r = data_.get() + set * D * stride_ + begin;
-        int64_t d = 0;
-        for (; d + 4 <= D; d += 4) moment<4, 2>(r + d * stride_, w, end - begin, out + d);
-        for (; d + 2 <= D; d += 2) moment<2, 4>(r + d * stride_, w, end - begin, out + d);
-        for (; d < D; ++d) moment<1, 8>(r + d * stride_, w, end - begin, out + d);
+        add_sums(data_.get() + set * D * stride_ + begin, D, w, end - begin, out);
     }
 
     /// `out` is [V, stride].
@@ -80,7 +83,41 @@ public:
 
     const int64_t M, D, padded, tile, pitch;
 
+protected:
+    /// Numbers [M, V] of the reference points of a set, in their order: [V, stride], as their coordinates lie.
+    int64_t values_size(int64_t V) const { return V * stride_; }
+    void pack_values(int64_t set, const Array& from, int64_t V, double* out) const {
+        Buffer<double> rows(M * V);
+        from.load(M, V, rows.get(), V);
+        for (int64_t i = 0; i < V; ++i) {
+            for (int64_t j = 0; j < M; ++j) out[i * stride_ + j] = rows[order_[set * M + j] * V + i];
+            std::fill(out + i * stride_ + M, out + i * stride_ + padded, 0.0);
+        }
+    }
+    /// out += sum_j w_j values_j
+    void value_sums(const double* values, int64_t V, const double* w, int64_t, int64_t begin, int64_t end, int64_t,
+                    double* out, int64_t, Product&) const {
+        add_sums(values + begin, V, w, end - begin, out);
+    }
+    /// p_j = v . values_j
+    void value_dots(const double* values, int64_t V, const double* v, int64_t, int64_t begin, int64_t end, int64_t,
+                    double* p, int64_t) const {
+        for (int64_t j = 0; j < end - begin; j += LANES) {
+            Vec total = {};
+            for (int64_t i = 0; i < V; ++i) total += load(values + i * stride_ + begin + j) * v[i];
+            store(p + j, total);
+        }
+    }
+
 private:
+    /// out_d += sum_j w_j r_jd for `count` arrays of numbers, one per coordinate.
+    void add_sums(const double* r, int64_t count, const double* w, int64_t n, double* out) const {
+        int64_t d = 0;
+        for (; d + 4 <= count; d += 4) moment<4, 2>(r + d * stride_, w, n, out + d);
+        for (; d + 2 <= count; d += 2) moment<2, 4>(r + d * stride_, w, n, out + d);
+        for (; d < count; ++d) moment<1, 8>(r + d * stride_, w, n, out + d);
+    }
+
     void pack(const Source& source, int64_t set) {
         Buffer<double> rows(M * D);
         double* origin = origin_.get() + set * D;
@@ -97,7 +134,7 @@ private:
         if (source.move) source.move(set, 0, D, rows.get(), D);
         int32_t* order = order_.get() + set * M;
         cells_[set] = {};
-        cells_[set].sort(rows.get(), M, D, finite, source.widest(set), cut(), order, first_.get() + set * (M + 1));
+        cells_[set].sort(rows.get(), M, D, finite, source.reach(set, cut()), order, first_.get() + set * (M + 1));
         for (int64_t d = 0; d < D; ++d) {
             double* to = data_.get() + (set * D + d) * stride_;
             for (int64_t j = 0; j < M; ++j) to[j] = rows[order[j] * D + d];

@@ -191,7 +191,7 @@ static void repeat_backward(const KdeBackwardArguments& args, const std::vector<
     const Gathered g_refs(every, D);
     const Shape shape{1, static_cast<int64_t>(rows.size()), M, D};
     kde_backward_with<Rows>({shape, 1, g_shift.view, g_mean.view, g_log.view, z.view, args.refs, sigma2.view, g_z.view,
-                             g_refs.view, g_sigma2.view});
+                             g_refs.view, g_sigma2.view, args.normalized});
     g_z.place(args.g_z);
     g_sigma2.place(args.g_sigma2);
     for (int64_t i = 0; i < M * D; ++i) sums[i] += g_refs.row(0)[i];
@@ -223,7 +223,7 @@ static void store_query_cotangents(const KdeBackwardArguments& block, FloatQueri
                                          static_cast<float>(g_shift[p * PANEL + d]);
             }
         });
-        const double g = s.constant, squares = s.squares + s.total * k.nearest(n);
+        const double g = block.normalized ? s.constant : 0, squares = s.squares + s.total * k.nearest(n);
         const double g_sigma2 = (squares / query.variance - g * static_cast<double>(D)) / query.variance / 2;
         block.g_sigma2.at(0, n).store(1, 1, &g_sigma2, 1);
     }

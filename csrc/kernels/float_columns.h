@@ -16,11 +16,12 @@ public:
     static constexpr int64_t SUBBLOCK = 1;
     static constexpr double FAR = 64;
 
-    FloatColumns(const Source& source, int threads)
+    /// `more`: numbers per reference point that are used beside its coordinates.
+    FloatColumns(const Source& source, int threads, int64_t more = 0)
         : M(source.count),
           D(source.dimensions),
           padded(round_up(M, FLOATS)),
-          tile(std::clamp<int64_t>(8192 / D / FLOATS * FLOATS, 256, 2048)),
+          tile(std::clamp<int64_t>((more ? 6144 : 8192) / (D + more) / FLOATS * FLOATS, 256, more ? 1024 : 2048)),
           pitch(D),
           has_low_(static_cast<bool>(source.move)),
           stride_(2 * odd_lines((padded + 1) / 2)),
@@ -42,11 +43,19 @@ public:
 
     /// Finds the reference points that can matter to a query: [begin, end), multiples of FLOATS.
     void window(int64_t set, const double* x, double scale, int64_t& begin, int64_t& end) const {
-        const auto least_at = [&](int64_t place) {
+        window(
+            set, x, [&](const float* a, int64_t) { return std::sqrt(lowest(load(a)) * 1.00001 + cut() / scale); },
+            begin, end);
+    }
+    /// The same, if those at a distance above reach(squared distances of a few, their place) cannot matter.
+    template <class Reach>
+    void window(int64_t set, const double* x, Reach reach, int64_t& begin, int64_t& end) const {
+        const auto reach_at = [&](int64_t place) {
             float a[FLOATS];
-            return near_distances(set, Split(x, D), place, place + FLOATS, a) * 1.00001;
+            near_distances(set, Split(x, D), place, place + FLOATS, a);
+            return reach(a, place);
         };
-        cells_[set].window(x, cut() / scale, FLOATS, padded, least_at, begin, end);
+        cells_[set].window(x, FLOATS, padded, reach_at, begin, end);
     }
 
     /// Squared distances less `base` for reference points [begin, end); returns the least of them. `least` is that of
@@ -56,55 +65,31 @@ public:
         const double here = near_distances(set, Split(x, D), begin, end, a);
         base = 0;
         far = std::min(here, least) > std::min(FAR / scale, cells_[set].diameter);
-        return far ? far_distances(set, x, begin, end, a, base) : here;
+        if (!far) return here;
+        double exact[MOST_IN_TILE];
+        base = far_distances(set, x, begin, end, exact);
+        narrow_differences(exact, end - begin, base, a);
+        return base;
     }
 
     /// Weights as `exponentials`; returns their sum, and adds to `moment` their sums times the reference points.
     double weigh(int64_t set, const double* x, int64_t begin, int64_t end, double least, double scale, const float* a,
                  double* moment) const {
-        const float* r = data(set) + begin;
-        switch (D) {
-            case 1:
-                return weigh_of<1>(r, x, end - begin, least, scale, a, moment);
-            case 2:
-                return weigh_of<2>(r, x, end - begin, least, scale, a, moment);
-            default:
-                return weigh_of<3>(r, x, end - begin, least, scale, a, moment);
-        }
+        return weigh_columns(data(set) + begin, D, x, end - begin, least, scale, a, moment);
     }
     /// Whether `weigh` takes this number of dimensions; more sums do not fit into the registers beside an exponential.
-    bool weighs_at_once() const { return D <= 3; }
+    bool weighs_at_once() const { return D <= MOST_AT_ONCE; }
 
     /// out_d += sum_j w_j (r_jd - x_d), about the high part of x.
     void moments(int64_t set, const float* w, const double* x, int64_t begin, int64_t end, bool far,
                  double* out) const {
-        const float* r = data(set) + begin;
-        const int64_t n = end - begin;
-        int64_t d = 0;
-        if (far)
-            for (; d < D; ++d) out[d] += far_moment(r + d * stride_, w, n, static_cast<float>(x[d]));
-        for (; d + 4 <= D; d += 4) moment<4, 2>(r + d * stride_, w, x + d, n, out + d);
-        for (; d + 2 <= D; d += 2) moment<2, 4>(r + d * stride_, w, x + d, n, out + d);
-        for (; d < D; ++d) moment<1, 4>(r + d * stride_, w, x + d, n, out + d);
+        add_sums(data(set) + begin, D, w, x, end - begin, far, out);
     }
 
     /// p_j = v . (r_j - x) - less, about the high part of x.
     void dots(int64_t set, const double* v, const double* x, int64_t begin, int64_t end, bool far, double less,
               float* p) const {
-        const float* r = data(set) + begin;
-        if (far) {
-            for (int64_t j = 0; j < end - begin; j += LANES) {
-                Vec total = broadcast(-less);
-                for (int64_t d = 0; d < D; ++d) total += (widen(r + d * stride_ + j) - double(float(x[d]))) * v[d];
-                narrow(p + j, total);
-            }
-            return;
-        }
-        for (int64_t j = 0; j < end - begin; j += FLOATS) {
-            Floats total = broadcast(static_cast<float>(-less));
-            for (int64_t d = 0; d < D; ++d) total += (load(r + d * stride_ + j) - float(x[d])) * float(v[d]);
-            store(p + j, total);
-        }
+        dots_of(data(set) + begin, D, v, x, end - begin, far, less, p);
     }
 
     /// out_j += w_j v; `out` is [V, stride], in double.
@@ -130,7 +115,31 @@ public:
 
     const int64_t M, D, padded, tile, pitch;
 
-private:
+protected:
+    static constexpr int64_t MOST_IN_TILE = 2048, MOST_AT_ONCE = 3;
+
+    /// Numbers [M, V] of the reference points of a set, in their order: [V, stride], as their coordinates lie.
+    int64_t values_size(int64_t V) const { return V * stride_; }
+    void pack_values(int64_t set, const Array& from, int64_t V, float* out) const {
+        Buffer<double> rows(M * V);
+        from.load(M, V, rows.get(), V);
+        for (int64_t i = 0; i < V; ++i) {
+            for (int64_t j = 0; j < M; ++j)
+                out[i * stride_ + j] = static_cast<float>(rows[order_[set * M + j] * V + i]);
+            std::fill(out + i * stride_ + M, out + i * stride_ + padded, 0.0f);
+        }
+    }
+    /// Whether a query is farther from a reference point than any two of those are from each other, so that their mean
+    /// would lose digits.
+    bool is_outside(int64_t set, const double* x, int64_t place) const {
+        double square = 0;
+        for (int64_t d = 0; d < D; ++d) {
+            const double difference = data(set)[d * stride_ + place] - x[d];
+            square += difference * difference;
+        }
+        return square > cells_[set].diameter;
+    }
+
     // Farther than any reference point, so that the weight is 0, and its square is finite.
     static constexpr float PADDING = 1e17f;
 
@@ -156,7 +165,7 @@ private:
         if (source.move) source.move(set, 0, D, rows.get(), D);
         int32_t* order = order_.get() + set * M;
         cells_[set] = {};
-        cells_[set].sort(rows.get(), M, D, true, source.widest(set), cut(), order, first_.get() + set * (M + 1));
+        cells_[set].sort(rows.get(), M, D, true, source.reach(set, cut()), order, first_.get() + set * (M + 1));
         for (int64_t d = 0; d < D; ++d) {
             float* high = data_.get() + (set * D + d) * stride_;
             for (int64_t j = 0; j < M; ++j) high[j] = static_cast<float>(rows[order[j] * D + d]);
@@ -168,38 +177,47 @@ private:
         }
     }
 
-    double near_distances(int64_t set, const Split& x, int64_t begin, int64_t end, float* a) const {
+    /// What squared distances are reduced by: a number of each reference point times one factor.
+    struct Reduction {
+        const float* numbers;
+        float factor;
+    };
+    double near_distances(int64_t set, const Split& x, int64_t begin, int64_t end, float* a,
+                          Reduction reduction = {nullptr, 0}) const {
         const float *r = data(set) + begin, *beyond = low(set) + (has_low_ ? begin : 0);
         const auto by_dimension = [&](auto parts) {
             constexpr int PARTS = decltype(parts)::value;
             switch (D) {
                 case 1:
-                    return distances_of<1, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<1, PARTS>(r, beyond, x, reduction, end - begin, a);
                 case 2:
-                    return distances_of<2, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<2, PARTS>(r, beyond, x, reduction, end - begin, a);
                 case 3:
-                    return distances_of<3, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<3, PARTS>(r, beyond, x, reduction, end - begin, a);
                 default:
-                    return distances_of<0, PARTS>(r, beyond, x, end - begin, a);
+                    return distances_of<0, PARTS>(r, beyond, x, reduction, end - begin, a);
             }
         };
         if (has_low_) return by_dimension(std::integral_constant<int, 2>{});
+        if (reduction.numbers) return by_dimension(std::integral_constant<int, 3>{});
         if (x.exact) return by_dimension(std::integral_constant<int, 0>{});
         return by_dimension(std::integral_constant<int, 1>{});
     }
     /// DIMENSIONS 0 is any number. PARTS: 0 no low parts, 1 those of the query, 2 those of the reference points, which
-    /// only queries in float meet.
+    /// only queries in float meet; 3 none, and reduced distances.
     template <int DIMENSIONS, int PARTS>
-    double distances_of(const float* r, const float* beyond, const Split& x, int64_t n, float* a) const {
+    double distances_of(const float* r, const float* beyond, const Split& x, Reduction reduction, int64_t n,
+                        float* a) const {
         Floats least = broadcast(INFINITY);
         int64_t j = 0;
-        for (; j + 8 * FLOATS <= n; j += 8 * FLOATS) pairs<DIMENSIONS, PARTS, 8>(r + j, beyond + j, x, a + j, least);
-        for (; j < n; j += FLOATS) pairs<DIMENSIONS, PARTS, 1>(r + j, beyond + j, x, a + j, least);
+        for (; j + 8 * FLOATS <= n; j += 8 * FLOATS)
+            pairs<DIMENSIONS, PARTS, 8>(r + j, beyond + j, x, reduction, j, a + j, least);
+        for (; j < n; j += FLOATS) pairs<DIMENSIONS, PARTS, 1>(r + j, beyond + j, x, reduction, j, a + j, least);
         return lowest(least);
     }
     template <int DIMENSIONS, int PARTS, int UNROLL>
-    __attribute__((always_inline)) void pairs(const float* r, const float* beyond, const Split& x, float* a,
-                                              Floats& least) const {
+    __attribute__((always_inline)) void pairs(const float* r, const float* beyond, const Split& x, Reduction reduction,
+                                              int64_t first, float* a, Floats& least) const {
         Floats total[UNROLL] = {};
         for (int64_t d = 0; d < (DIMENSIONS ? DIMENSIONS : D); ++d) FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) {
                 Floats difference = load(r + d * stride_ + u * FLOATS) - x.high[d];
@@ -208,14 +226,15 @@ private:
                 total[u] += difference * difference;
             }
         FLUX_UNROLL for (int u = 0; u < UNROLL; ++u) {
+            if (PARTS == 3) total[u] -= load(reduction.numbers + first + u * FLOATS) * reduction.factor;
             store(a + u * FLOATS, total[u]);
             least = smaller(total[u], least);
         }
     }
 
-    double far_distances(int64_t set, const double* x, int64_t begin, int64_t end, float* a, double& base) const {
+    /// Squared distances in double; returns the least.
+    double far_distances(int64_t set, const double* x, int64_t begin, int64_t end, double* exact) const {
         const float *r = data(set) + begin, *beyond = low(set) + (has_low_ ? begin : 0);
-        double exact[2048];
         Vec least = broadcast(static_cast<double>(INFINITY));
         for (int64_t j = 0; j < end - begin; j += LANES) {
             Vec total = {};
@@ -227,11 +246,55 @@ private:
             store(exact + j, total);
             least = smaller(total, least);
         }
-        base = lowest(least);
-        for (int64_t j = 0; j < end - begin; ++j) a[j] = static_cast<float>(exact[j] - base);
-        return base;
+        return lowest(least);
+    }
+    static void narrow_differences(const double* exact, int64_t n, double base, float* a) {
+        for (int64_t j = 0; j < n; ++j) a[j] = static_cast<float>(exact[j] - base);
     }
 
+    /// `weigh` for sums of the numbers of up to MOST_AT_ONCE arrays, about x.
+    double weigh_columns(const float* r, int64_t count, const double* x, int64_t n, double least, double scale,
+                         const float* a, double* moment) const {
+        switch (count) {
+            case 1:
+                return weigh_of<1>(r, x, n, least, scale, a, moment);
+            case 2:
+                return weigh_of<2>(r, x, n, least, scale, a, moment);
+            default:
+                return weigh_of<3>(r, x, n, least, scale, a, moment);
+        }
+    }
+
+    /// `moments` for the numbers of `count` arrays.
+    void add_sums(const float* r, int64_t count, const float* w, const double* x, int64_t n, bool far,
+                  double* out) const {
+        int64_t d = 0;
+        if (far)
+            for (; d < count; ++d) out[d] += far_moment(r + d * stride_, w, n, static_cast<float>(x[d]));
+        for (; d + 4 <= count; d += 4) moment<4, 2>(r + d * stride_, w, x + d, n, out + d);
+        for (; d + 2 <= count; d += 2) moment<2, 4>(r + d * stride_, w, x + d, n, out + d);
+        for (; d < count; ++d) moment<1, 4>(r + d * stride_, w, x + d, n, out + d);
+    }
+
+    /// `dots` for the numbers of `count` arrays.
+    void dots_of(const float* r, int64_t count, const double* v, const double* x, int64_t n, bool far, double less,
+                 float* p) const {
+        if (far) {
+            for (int64_t j = 0; j < n; j += LANES) {
+                Vec total = broadcast(-less);
+                for (int64_t d = 0; d < count; ++d) total += (widen(r + d * stride_ + j) - double(float(x[d]))) * v[d];
+                narrow(p + j, total);
+            }
+            return;
+        }
+        for (int64_t j = 0; j < n; j += FLOATS) {
+            Floats total = broadcast(static_cast<float>(-less));
+            for (int64_t d = 0; d < count; ++d) total += (load(r + d * stride_ + j) - float(x[d])) * float(v[d]);
+            store(p + j, total);
+        }
+    }
+
+private:
     template <int DIMENSIONS>
     double weigh_of(const float* r, const double* x, int64_t n, double least, double scale, const float* a,
                     double* out) const {

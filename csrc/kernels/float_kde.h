@@ -13,9 +13,10 @@ static int64_t set_of(const Array& refs, int64_t b) { return refs.stride[0] == 0
 static void repeat_kde(const KdeArguments& args, const std::vector<int64_t>& rows) {
     const int64_t D = args.shape.D;
     const Gathered z(args.z, rows, D), sigma2(args.sigma2, rows, 1), shift(rows, D), mean(rows, D),
-        log_density(rows, 1);
+        log_density(rows, 1), log_sum(rows, 1);
     const Shape shape{1, static_cast<int64_t>(rows.size()), args.shape.M, D};
-    kde_with<Rows>({shape, 1, z.view, args.refs, sigma2.view, shift.view, mean.view, log_density.view});
+    kde_with<Rows>({shape, 1, z.view, args.refs, sigma2.view, shift.view, mean.view, log_density.view, log_sum.view});
+    log_sum.place(args.log_sum);
     shift.place(args.shift);
     mean.place(args.mean);
     log_density.place(args.log_density);
@@ -45,7 +46,7 @@ static void kde_floats(const KdeArguments& args) {
     each_block(B, N, FloatRows::BLOCK, args.threads, [&](int64_t b, int64_t first, int64_t count) {
         const int64_t set = set_of(args.refs, b);
         KdeArguments block = args;
-        for (Array* array : {&block.z, &block.sigma2, &block.shift, &block.mean, &block.log_density})
+        for (Array* array : {&block.z, &block.sigma2, &block.shift, &block.mean, &block.log_density, &block.log_sum})
             if (*array) *array = array->at(b, first);
         block.refs = args.refs.at(b);
         FloatQueries q(refs, set, count, moments);
@@ -55,6 +56,10 @@ static void kde_floats(const KdeArguments& args) {
             if (block.log_density) {
                 const double log_density = q.log_sum(n) - constant - 0.5 * D * std::log(q.query[n].variance);
                 block.log_density.at(0, n).store(1, 1, &log_density, 1);
+            }
+            if (block.log_sum) {
+                const double log_sum = q.log_sum(n);
+                block.log_sum.at(0, n).store(1, 1, &log_sum, 1);
             }
             if (!moments || q.query[n].rejected) continue;
             write_row(block.mean, n, D, [&](float* out) { q.mean(n, out); });

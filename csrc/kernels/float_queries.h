@@ -17,6 +17,7 @@ public:
         double top;              // largest logit so far, that of the head: y = (2 x.r - |r|^2) scale
         double rest, share;      // sum of the other weights relative to the head's; part that came by a product
         double bound;            // estimate of the largest error of a logit, in nats
+        double nearest;          // with weighting: least squared distance of those found by products
         int64_t head;
         bool rejected;
         // Of the present tile:
@@ -24,16 +25,17 @@ public:
         int64_t at, live;
     };
 
-    FloatQueries(const FloatRows& refs, int64_t set, int64_t most, bool mean)
+    FloatQueries(const FloatRows& refs, int64_t set, int64_t most, bool mean, const FloatWeighting* weighting = nullptr)
         : refs(refs),
           set(set),
           columns(refs.tile),
           x(most, refs.D),
-          sum(mean ? most : 0, refs.D),
+          sum(mean ? most : 0, weighting ? weighting->width : refs.D),
           query(most),
           logit(most * columns),
           w(most * columns),
           product(most),
+          weighting_(weighting),
           exact_(2 * round_up(refs.D, 8)),
           cut_(log_of_least_weight(refs.M) * LOG2_E) {
         std::fill_n(exact_.get(), 2 * round_up(refs.D, 8), 0.0);
@@ -57,6 +59,16 @@ public:
         for (int64_t n = 0; n < count; ++n) set_variance(n, variances.number(0, n));
         take(points, count);
     }
+    /// Loads points with a weighting, their variances or none, and their indices in the group.
+    void take(const Points& points, const Array& variances, int64_t count, int64_t first, const int64_t* indices) {
+        for (int64_t n = 0; n < count; ++n) {
+            query[n].variance = variances ? variances.number(0, n) : 1;
+            query[n].scale = LOG2_E * (variances ? weighting_->scale_of(query[n].variance) : 1);
+        }
+        first_ = first;
+        indices_ = indices;
+        take(points, count);
+    }
     /// The centered coordinates in x have changed: from now on they are the points.
     void moved() {
         is_given_ = false;
@@ -74,8 +86,13 @@ public:
         for (int64_t from = 0; from < refs.padded; from += columns) {
             const int64_t to = std::min(from + columns, refs.padded);
             weigh(from, to, mean);
-            if (mean) add_products(w.get(), from, to, sum);
+            if (!mean) continue;
+            if (averages_values())
+                product.add(w.get(), columns, 1, rows, to - from, weighting_->values, from, sum, 0);
+            else
+                add_products(w.get(), from, to, sum);
         }
+        for (int64_t n = 0; n < rows; ++n) query[n].rejected |= query[n].head < 0;
     }
 
     /// Calls visit(from, to) for tiles of reference points. `w` then holds the weights, which sum to one over all
@@ -134,6 +151,15 @@ public:
             out[d] = static_cast<float>(to[d] - static_cast<double>(origin[d]) - static_cast<double>(centered[d]));
     }
 
+    /// The average of the values for query n.
+    void average(int64_t n, float* out) const {
+        const float inverse = static_cast<float>(1 / (1 + query[n].rest));
+        for (int64_t p = 0; p < sum.count; ++p) {
+            const float* row = sum.row(p, n);
+            for (int64_t d = 0; d < sum.inside(p); ++d) out[p * PANEL + d] = row[d] * inverse;
+        }
+    }
+
     /// The mean of query n; before `displace`.
     void mean(int64_t n, float* out) const {
         const Query& q = query[n];
@@ -167,6 +193,7 @@ public:
     /// log of the sum of weights: log p without its constant.
     double log_sum(int64_t n) const {
         const Query& q = query[n];
+        if (weighting_) return std::log1p(q.rest) + q.top / LOG2_E + weighting_->top;
         return std::log1p(q.rest) + (q.top - q.norm * q.scale) / LOG2_E;
     }
 
@@ -201,9 +228,10 @@ private:
             q.top = -INFINITY;
             q.rest = q.share = q.bound = 0;
             q.head = -1;
-            const double size = (std::sqrt(q.norm) + widest) * widest * q.scale;
+            const double size = (std::sqrt(q.norm) + widest) * slope(q, widest * widest) * widest;
             // Beyond these, products overflow, or a logit has too few digits even in float64. A NaN is beyond.
             q.rejected = !(q.norm <= LARGEST * LARGEST && widest <= LARGEST && size <= 1e9 && fits_float(q.variance));
+            if (weighting_) q.rejected |= !weighting_->fits;
             if (mean) sum.clear(n);
         }
     }
@@ -224,6 +252,7 @@ private:
             Query& q = query[n];
             if (q.rejected) continue;
             find_logits(n, from, to);
+            if (q.rejected) continue;
             refine_best(n, from);
             find_weights_of_others(n, from, to);
             if (q.live > FEW) {
@@ -249,13 +278,26 @@ private:
     /// Rounding errors of logits are below this, times `scale`: a bound for any order of the sum.
     double margin(int64_t n) const {
         const double widest = refs.widest(set);
-        const double size = std::sqrt(query[n].norm) + widest;
-        return 2e-5 * size * size * query[n].scale;
+        const double size = std::sqrt(query[n].norm) + widest, error = 2e-5 * size * size;
+        return error * slope(query[n], error);
+    }
+    /// The most that a logit changes with a squared distance that is at least `nearest`.
+    double slope(const Query& q, double nearest) const {
+        return weighting_ ? weighting_->slope(q.scale, nearest) : q.scale;
+    }
+    /// The part of |x|^2 + |r|^2 below which a squared distance found by products is not used, with weighting.
+    double smallest() const { return weighting_->laplace ? 1.0 / 32 : 0; }
+    bool averages_values() const { return weighting_ && weighting_->has_values; }
+    /// The logit of query n for reference point j at a squared distance.
+    double logit_at(int64_t n, int64_t j, double square) const {
+        const Query& q = query[n];
+        return weighting_ ? weighting_->logit(j, q.scale, square) : (q.norm - square) * q.scale;
     }
 
     /// Turns inner products of query n into logits; `best` is the largest, `at` its place in the tile.
     void find_logits(int64_t n, int64_t from, int64_t to) {
         static constexpr uint64_t COUNT[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+        if (weighting_) find_weighted_logits(n, from, to);
         Query& q = query[n];
         double* y = logit.get() + n * columns;
         const double* norm = refs.norms(set) + from;
@@ -265,9 +307,12 @@ private:
         Word at = {}, place;
         std::memcpy(&place, COUNT, sizeof place);
         for (int64_t j = 0; j < to - from; j += LANES) {
-            const Vec product_with = one_panel ? widen(product_of + j) : load(y + j);
-            const Vec value = (product_with * 2.0 - load(norm + j)) * q.scale;
-            store(y + j, value);
+            Vec value = load(y + j);
+            if (!weighting_) {
+                const Vec product_with = one_panel ? widen(product_of + j) : value;
+                value = (product_with * 2.0 - load(norm + j)) * q.scale;
+                store(y + j, value);
+            }
             at = value > best ? place : at;
             best = value > best ? value : best;
             place += LANES;
@@ -281,13 +326,84 @@ private:
             }
     }
 
+    /// `find_logits` with a weighting, but for the largest.
+    void find_weighted_logits(int64_t n, int64_t from, int64_t to) {
+        Query& q = query[n];
+        double* y = logit.get() + n * columns;
+        const int64_t own = weighting_->excludes ? (indices_ ? indices_[first_ + n] : first_ + n) : -1;
+        const bool here = from <= own && own < to;
+        find_squares(n, from, to, here ? own - from : -1);
+        if (q.rejected) return;
+        if (weighting_->laplace) {
+            float* distance = w.get() + n * columns;  // whose products are no longer needed
+            for (int64_t j = 0; j < to - from; ++j) distance[j] = static_cast<float>(y[j]);
+            for (int64_t j = 0; j < to - from; ++j) distance[j] = std::sqrt(distance[j]);
+            for (int64_t j = 0; j < to - from; ++j) y[j] = static_cast<double>(distance[j]);
+        }
+        const double *bias = weighting_->bias(), *factor = weighting_->factor(), scale = -q.scale;
+        if (factor)
+            for (int64_t j = 0; j < to - from; ++j) y[j] *= factor[from + j];
+        if (bias)
+            for (int64_t j = 0; j < to - from; ++j) y[j] = bias[from + j] + y[j] * scale;
+        else
+            for (int64_t j = 0; j < to - from; ++j) y[j] *= scale;
+    }
+
+    /// Turns inner products into squared distances; that at the place `own`, if not -1, becomes infinite. Those so
+    /// small that they are lost in rounding, which a distance itself would show, are computed from differences; rejects
+    /// a query with many of them.
+    void find_squares(int64_t n, int64_t from, int64_t to, int64_t own) {
+        Query& q = query[n];
+        double* y = logit.get() + n * columns;
+        const float* product_of = w.get() + n * columns;
+        const double* norm = refs.norms(set) + from;
+        const bool one_panel = refs.is_one_panel();
+        const double smallest = this->smallest();
+        Vec nearest = broadcast(static_cast<double>(INFINITY));
+        Word near = {};
+        for (int64_t j = 0; j < to - from; j += LANES) {
+            const Vec product_with = one_panel ? widen(product_of + j) : load(y + j), both = load(norm + j) + q.norm;
+            const Vec square = both - product_with * 2.0;
+            const auto lost = square < both * smallest;
+            near |= reinterpret_cast<Word>(lost);
+            nearest = lost ? nearest : smaller(square, nearest);
+            store(y + j, square > 0.0 ? square : Vec{});
+        }
+        if (own >= 0) y[own] = INFINITY;
+        q.nearest = std::min(from == 0 ? INFINITY : q.nearest, lowest(nearest));
+        uint64_t any = 0;
+        for (int i = 0; i < LANES; ++i) any |= near[i];
+        if (!any || !weighting_->laplace) return;
+        exact(n, exact_.get());
+        int64_t few = FEW;
+        for (int64_t j = 0; j < std::min(to, refs.M) - from; ++j) {
+            if (!(y[j] < (norm[j] + q.norm) * smallest) || weighting_->is_absent(from + j)) continue;
+            y[j] = distance(from + j);
+            if (few-- == 0) {
+                q.rejected = true;
+                return;
+            }
+        }
+    }
+
     /// Computes the product of the largest logit of a tile in float64: its error would scale all other weights, and it
     /// is the largest error where the query is a reference point itself, or near one.
     void refine_best(int64_t n, int64_t from) {
         Query& q = query[n];
         const int64_t j = from + q.at;
         if (q.best <= q.top || j >= refs.M) return;
-        q.best = (2 * refs.dot(set, x, n, j) - refs.norms(set)[j]) * q.scale;
+        const double dot = 2 * refs.dot(set, x, n, j), norm = refs.norms(set)[j];
+        if (weighting_) {
+            const double square = q.norm + norm - dot;
+            if (square > (q.norm + norm) * smallest()) {
+                q.best = weighting_->logit(j, q.scale, square);
+            } else {
+                exact(n, exact_.get());
+                q.best = weighting_->logit(j, q.scale, distance(j));
+            }
+        } else {
+            q.best = (dot - norm) * q.scale;
+        }
         logit[n * columns + q.at] = q.best;
     }
 
@@ -300,7 +416,7 @@ private:
         q.limit = top - cut_ - 2 * margin(n);
         q.live = 0;
         q.widest = q.added = 0;
-        if (q.best < q.limit) {
+        if (q.best < q.limit || q.best == -INFINITY) {
             std::fill_n(out, to - from, 0.0f);
             return;
         }
@@ -351,13 +467,15 @@ private:
 
     /// Whether a logit found by a product is as far from the exact one as no rounding explains: then no product of the
     /// block is trusted. Lanes sum up far more exactly than the bound allows.
-    bool is_off(int64_t n, double exact, double found) const { return !(std::abs(exact - found) <= margin(n) / 20); }
+    bool is_off(int64_t n, double exact, double found) const {
+        return found > -INFINITY && !(std::abs(exact - found) <= margin(n) / 20);
+    }
 
     /// Checks the logit of some reference point.
     void probe(int64_t n, int64_t from, int64_t to) {
         const int64_t j = from + n * 7919 % (std::min(to, refs.M) - from);
         exact(n, exact_.get());
-        untrusted_ |= is_off(n, (query[n].norm - distance(j)) * query[n].scale, logit[n * columns + j - from]);
+        untrusted_ |= is_off(n, logit_at(n, j, distance(j)), logit[n * columns + j - from]);
     }
 
     /// Computes the logits of all live reference points from differences.
@@ -368,7 +486,7 @@ private:
         q.best = -INFINITY;
         for (int64_t j = 0; j < to - from; ++j) {
             if (!(y[j] >= q.limit)) continue;
-            const double value = (q.norm - distance(from + j)) * q.scale;
+            const double value = logit_at(n, from + j, distance(from + j));
             untrusted_ |= check && is_off(n, value, y[j]);
             y[j] = value;
             if (value > q.best) {
@@ -397,7 +515,10 @@ private:
                         (static_cast<uint64_t>(n + from) * 4 + static_cast<uint64_t>(k)) * 0x9E3779B97F4A7C15u >> 40) %
                     (to - from);
                 while (!(y[j] >= q.limit) || j == q.at) j = (j + 1) % (to - from);
-                const double error = (y[j] - y[q.at]) / q.scale - (nearest - distance(from + j));
+                const double found = weighting_ ? weighting_->square(from + q.at, q.scale, y[q.at]) -
+                                                      weighting_->square(from + j, q.scale, y[j])
+                                                : (y[j] - y[q.at]) / q.scale;
+                const double error = found - (nearest - distance(from + j));
                 const double relative = error / size(q);
                 squares += relative * relative;
             }
@@ -408,7 +529,7 @@ private:
         untrusted_ |= deviation > 1e-6;
         for (const int64_t n : many) {
             Query& q = query[n];
-            q.bound = std::max(q.bound, 6 * deviation * size(q) * q.scale / LOG2_E);
+            q.bound = std::max(q.bound, 6 * deviation * size(q) * slope(q, q.nearest) / LOG2_E);
             if (!(q.bound <= tolerance_)) q.rejected = true;
         }
     }
@@ -421,15 +542,19 @@ private:
         if (q.best > q.top) {
             if (q.head >= 0) {
                 const double factor = std::exp2(q.top - q.best);
-                if (mean) push(n, from + q.at, factor);
+                if (mean && averages_values())
+                    scale_sum(n, factor);
+                else if (mean)
+                    push(n, from + q.at, factor);
                 q.rest = (q.rest + 1) * factor;
                 q.share *= factor;
             }
             q.head = from + q.at;
             q.top = q.best;
+            if (averages_values()) w[n * columns + q.at] = 1;
         }
         q.rest += q.added;
-        if (!mean) return;
+        if (!mean || averages_values()) return;
         if (q.live > FEW) {
             q.share += q.added;
             return;
@@ -445,9 +570,13 @@ private:
     /// Scales what was summed, and makes reference point j the head instead.
     void push(int64_t n, int64_t j, double factor) {
         const Query& q = query[n];
+        scale_sum(n, factor);
+        add_difference(n, (q.rest - q.share + 1) * factor, q.head, j);
+    }
+
+    void scale_sum(int64_t n, double factor) const {
         for (int64_t p = 0; p < sum.count; ++p)
             for (int64_t d = 0; d < sum.inside(p); ++d) sum.row(p, n)[d] *= static_cast<float>(factor);
-        add_difference(n, (q.rest - q.share + 1) * factor, q.head, j);
     }
 
     /// sum_n += weight (r_j - r_k), from the points as given.
@@ -489,6 +618,9 @@ private:
 
     Points given_{};
     bool is_given_ = false, untrusted_ = false;
+    const FloatWeighting* weighting_;
+    int64_t first_ = 0;  // place of the first query in its group, and indices by place, or null
+    const int64_t* indices_ = nullptr;
     Buffer<double> exact_;
     double cut_, tolerance_ = 0;
 };

@@ -25,6 +25,10 @@ static void kde_with(const KdeArguments& args) {
                 std::log(q.total[n]) - q.least[n] * q.scale[n] - constant - 0.5 * D * std::log(q.variance[n]);
             args.log_density.at(b, first + n).store(1, 1, &log_density, 1);
         }
+        for (int64_t n = 0; args.log_sum && n < count; ++n) {
+            const double log_sum = std::log(q.total[n]) - q.least[n] * q.scale[n];
+            args.log_sum.at(b, first + n).store(1, 1, &log_sum, 1);
+        }
     });
 }
 
@@ -84,7 +88,7 @@ static void kde_backward_with(const KdeBackwardArguments& args) {
             for (int64_t n = 0; n < count; ++n) {
                 for (int64_t d = 0; d < D; ++d) v[n * pitch + d] += g_shift[n * pitch + d];
                 g_log[n] = args.g_log_density.number(b, first + n);
-                g_sigma2[n] = -g_log[n] * D / q.variance[n] / 2;
+                g_sigma2[n] = args.normalized ? -g_log[n] * D / q.variance[n] / 2 : 0;
                 along[n] = 0;
             }
             q.template visit_weights<true>([&](int64_t at, int64_t rows, int64_t from, int64_t to) {

@@ -14,6 +14,12 @@ static double lowest_of(const double* a, int64_t n) {
     return lowest(smaller(smaller(low[0], low[1]), smaller(low[2], low[3])));
 }
 
+static double lowest_of(const float* a, int64_t n) {
+    Floats low = broadcast(INFINITY);
+    for (int64_t j = 0; j < n; j += FLOATS) low = smaller(load(a + j), low);
+    return lowest(low);
+}
+
 /// w_j = factor e^{-(a_j - least) scale}, or 0 where the exponent is below -cut; returns their sum.
 static double exponentials(const double* a, int64_t n, double least, double scale, double cut, double factor,
                            double* w) {
@@ -58,15 +64,19 @@ public:
     /// Type of distances and weights; everything that belongs to a query is a double.
     using Number = typename Refs::Number;
     static constexpr bool IN_FLOAT = std::is_same_v<Number, float>;
+    /// Whether weights depend on more than distances; then least distances are the least adjusted ones of weighting.h.
+    static constexpr bool WEIGHTED = is_weighted<Refs>;
 
-    /// Room for `most` queries against one set of reference points.
-    Queries(const Refs& refs, int64_t set, int64_t most)
+    /// Room for `most` queries of a group against one set of reference points.
+    Queries(const Refs& refs, int64_t set, int64_t most, int64_t group = 0)
         : refs(refs),
           set(set),
+          group(group),
           pitch(refs.pitch),
+          moment_pitch(moment_pitch_of(refs)),
           columns(refs.padded < refs.tile ? refs.padded : refs.tile),
           x(most * pitch),
-          moment(most * pitch),
+          moment(most * moment_pitch),
           variance(most),
           scale(most),
           least(most),
@@ -84,6 +94,19 @@ public:
         points.load(rows, refs.D, x.get(), pitch);
         center();
         for (int64_t n = 0; n < rows; ++n) set_variance(n, variances.number(0, n));
+    }
+    /// The same with weights that are not of distances alone, for queries `first`, `first` + 1, ... of the group, or
+    /// those of a list of their indices. No variances are those of reference points.
+    void take(const Array& points, const Array& variances, int64_t count, int64_t first, const int64_t* indices) {
+        rows = count;
+        first_ = first;
+        indices_ = indices;
+        points.load(rows, refs.D, x.get(), pitch);
+        center();
+        for (int64_t n = 0; n < rows; ++n) {
+            variance[n] = variances ? variances.number(0, n) : 1;
+            scale[n] = variances ? refs.scale_of(variance[n]) : 1;
+        }
     }
     void set_variance(int64_t n, double value) {
         variance[n] = value;
@@ -132,7 +155,7 @@ public:
                     finish(first, count);
                 }
                 for (int64_t n = 0; n < count; ++n) {
-                    const Number inverse = static_cast<Number>(1 / total[first + n]);
+                    const Number inverse = static_cast<Number>(inverse_total(first + n));
                     for (int64_t j = 0; j < to - from; ++j) w[n * columns + j] *= inverse;
                 }
                 visit(first, count, from, to);
@@ -148,7 +171,7 @@ public:
         for (int64_t tile = 0; tile < refs.padded; tile += refs.tile)
             each_subblock(tile, [&](int64_t first, int64_t count, int64_t from, int64_t to) {
                 find_distances(first, count, from, to);
-                for (int64_t n = 0; n < count; ++n) weights_of_row(first + n, n, from, to, 1 / total[first + n]);
+                for (int64_t n = 0; n < count; ++n) weights_of_row(first + n, n, from, to, inverse_total(first + n));
                 visit(first, count, from, to);
             });
     }
@@ -160,8 +183,10 @@ public:
         else
             refs.moments(set, weights, count, from, to, columns, out, product);
     }
-    /// p_nj = v_n . r_j - less_n about the same point, for rows v.
+    /// p_nj = v_n . r_j - less_n about the same point, for rows v; with values, of those instead of r_j.
     void dots(const double* v, int64_t first, int64_t count, int64_t from, int64_t to, const double* less, Number* p) {
+        if constexpr (WEIGHTED)
+            if (refs.has_values()) return refs.dots_with_values(group, v, count, from, to, far_, less, p, columns);
         if constexpr (IN_FLOAT) {
             refs.dots(set, v, at(x, first), from, to, far_, less[0], p);
         } else {
@@ -178,17 +203,31 @@ public:
         else
             refs.outer(weights, count, from, to, columns, v, V, v_pitch, out, product);
     }
-    /// The mean m of query n in v . m, about that point, for a row v.
+    /// Squared distances [count, `columns`], without what weighting.h changes in them.
+    void raw_distances(int64_t first, int64_t count, int64_t from, int64_t to, Number* out) const {
+        if constexpr (IN_FLOAT)
+            refs.squares(set, at(x, first), from, to, out);
+        else
+            refs.distances(set, at(x, first), count, from, to, out, columns);
+    }
+    /// The mean m of query n in v . m, about that point, for a row v; with values, the mean of those.
     double along_mean(const double* v, int64_t n) const {
         double result = 0;
+        if constexpr (WEIGHTED)
+            if (refs.has_values()) {
+                for (int64_t i = 0; i < moment_pitch; ++i) result += v[i] * moment_at(n)[i];
+                return result;
+            }
         for (int64_t d = 0; d < refs.D; ++d) result += v[d] * (at(moment, n)[d] + refs.local(at(x, n)[d]));
         return result;
     }
 
     double* at(const Buffer<double>& rows_of, int64_t n) const { return rows_of.get() + n * pitch; }
+    double* moment_at(int64_t n) const { return moment.get() + n * moment_pitch; }
+    bool is_far() const { return far_; }
 
     const Refs& refs;
-    const int64_t set, pitch, columns;
+    const int64_t set, group, pitch, moment_pitch, columns;
     int64_t rows = 0;
     Buffer<double> x, moment, variance, scale, least, total;
     Buffer<int64_t> begin, end;
@@ -197,14 +236,28 @@ public:
     Product product;
 
 private:
+    static int64_t moment_pitch_of(const Refs& refs) {
+        if constexpr (WEIGHTED)
+            return refs.average_pitch();
+        else
+            return refs.pitch;
+    }
+
     void start() {
         for (int64_t n = 0; n < rows; ++n) {
-            refs.window(set, at(x, n), scale[n], begin[n], end[n]);
+            if constexpr (WEIGHTED)
+                refs.window(group, set, index(n), at(x, n), scale[n], begin[n], end[n]);
+            else
+                refs.window(set, at(x, n), scale[n], begin[n], end[n]);
             least[n] = INFINITY;
             total[n] = 0;
-            std::fill_n(at(moment, n), pitch, 0.0);
+            std::fill_n(moment_at(n), moment_pitch, 0.0);
         }
     }
+    /// Index of a query in its group.
+    int64_t index(int64_t n) const { return indices_ ? indices_[first_ + n] : first_ + n; }
+    /// 0 without weights, so that those that there are not stay 0.
+    double inverse_total(int64_t n) const { return WEIGHTED && total[n] == 0 ? 0 : 1 / total[n]; }
 
     /// Calls f for subblocks of queries, each with the part [from, to) of the tile that it needs.
     template <class F>
@@ -217,21 +270,37 @@ private:
     }
 
     void add_moments(int64_t first, int64_t count, int64_t from, int64_t to) {
+        if constexpr (WEIGHTED)
+            if (refs.has_values())
+                return refs.average(group, w.get(), count, from, to, columns, far_, moment_at(first), product);
         moments(w.get(), first, count, from, to, at(moment, first));
     }
 
-    /// Turns sums into means, and means into displacements from the query.
+    /// Turns sums into means, and means of reference points into displacements from the query.
     void finish(int64_t first, int64_t count) {
+        if constexpr (WEIGHTED)
+            if (refs.has_values()) {
+                for (int64_t n = first; n < first + count; ++n)
+                    for (int64_t i = 0; i < moment_pitch; ++i) moment_at(n)[i] /= total[n];
+                return;
+            }
         for (int64_t n = first; n < first + count; ++n)
             for (int64_t d = 0; d < refs.D; ++d)
                 at(moment, n)[d] = at(moment, n)[d] / total[n] - refs.local(at(x, n)[d]);
     }
 
     void find_distances(int64_t first, int64_t count, int64_t from, int64_t to) {
-        if constexpr (IN_FLOAT)
+        if constexpr (IN_FLOAT && WEIGHTED) {
+            low_ = refs.distances(group, set, index(first), at(x, first), from, to, scale[first], least[first], a.get(),
+                                  base, far_);
+        } else if constexpr (IN_FLOAT) {
             low_ = refs.distances(set, at(x, first), from, to, scale[first], least[first], a.get(), base, far_);
-        else
+        } else {
             refs.distances(set, at(x, first), count, from, to, a.get(), columns);
+            if constexpr (WEIGHTED)
+                for (int64_t i = 0; i < count; ++i)
+                    refs.adjust(group, set, index(first + i), scale[first + i], from, to, a.get() + i * columns);
+        }
     }
     double low_of(int64_t i, int64_t from, int64_t to) const {
         if constexpr (IN_FLOAT)
@@ -246,7 +315,10 @@ private:
         find_distances(n, 1, from, to);
         if (far_) return false;
         lower(n, low_);
-        total[n] += refs.weigh(set, at(x, n), from, to, least[n], scale[n], a.get(), at(moment, n));
+        if constexpr (WEIGHTED)
+            total[n] += refs.weigh(group, set, at(x, n), from, to, least[n], scale[n], a.get(), moment_at(n));
+        else
+            total[n] += refs.weigh(set, at(x, n), from, to, least[n], scale[n], a.get(), moment_at(n));
         return true;
     }
 
@@ -255,7 +327,7 @@ private:
         if (!(low < least[n])) return;  // nor if it is not a number
         const double factor = total[n] > 0 ? std::exp((low - least[n]) * scale[n]) : 0;
         total[n] *= factor;
-        for (int64_t d = 0; d < pitch; ++d) at(moment, n)[d] *= factor;
+        for (int64_t d = 0; d < moment_pitch; ++d) moment_at(n)[d] *= factor;
         least[n] = low;
     }
 
@@ -282,6 +354,8 @@ private:
     }
 
     double cut_;
+    int64_t first_ = 0;  // place of the first query in its group
+    const int64_t* indices_ = nullptr;
     double low_ = 0;    // with one query per subblock: the least distance of the last tile,
     bool far_ = false;  // and whether its sums are taken in double
 };

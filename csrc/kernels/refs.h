@@ -27,8 +27,8 @@ struct Source {
     int64_t sets, count, dimensions;
     /// Writes coordinates [first, last) of all reference points of a set into rows `pitch` apart.
     std::function<void(int64_t set, int64_t first, int64_t last, double* out, int64_t pitch)> read;
-    /// The largest variance sigma^2 that a query of a set will have.
-    std::function<double(int64_t set)> widest;
+    /// The distance from which on no query of a set, by its distance alone, gives a weight above e^-cut.
+    std::function<double(int64_t set, double cut)> reach;
     /// Optional: adds the displacement of the reference points from the points read. It runs on coordinates relative to
     /// the origin, where it costs no digits.
     std::function<void(int64_t set, int64_t first, int64_t last, double* out, int64_t pitch)> move{};
@@ -36,6 +36,10 @@ struct Source {
     /// Index of the set of group b: its own, or the only one.
     int64_t set_of(int64_t b) const { return sets == 1 ? 0 : b; }
 };
+
+/// Whether a layout is one of weighting.h.
+template <class Refs>
+constexpr bool is_weighted = false;
 
 /// Limits within which no product of floats overflows or becomes denormal: of coordinates and of sigma^2.
 constexpr double LARGEST = 1e15, LEAST_VARIANCE = 1e-24, LARGEST_VARIANCE = 1e24;

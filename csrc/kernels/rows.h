@@ -10,7 +10,7 @@ public:
     static constexpr int64_t BLOCK = 64;
     static constexpr int64_t SUBBLOCK = BLOCK;
 
-    Rows(const Source& source, int threads)
+    Rows(const Source& source, int threads, int64_t = 0)
         : M(source.count),
           D(source.dimensions),
           padded(round_up(M, 8)),
@@ -30,18 +30,19 @@ public:
     double origin(int64_t set, int64_t d) const { return origin_[set * pitch + d]; }
     static double local(double x) { return x; }
     double cut() const { return cut_; }
-    void window(int64_t, const double*, double, int64_t& begin, int64_t& end) const {
+    template <class Any>
+    void window(int64_t, const double*, Any, int64_t& begin, int64_t& end) const {
         begin = 0;
         end = padded;
     }
 
     void distances(int64_t set, const double* x, int64_t rows, int64_t begin, int64_t end, double* a,
                    int64_t a_pitch) const {
-        each_pair<false>(set, x, rows, begin, end, a, a_pitch);
+        each_pair<false>(data_.get() + set * padded * pitch, pitch, width, x, rows, begin, end, a, a_pitch);
     }
     void dots(int64_t set, const double* v, int64_t rows, int64_t begin, int64_t end, double* p,
               int64_t p_pitch) const {
-        each_pair<true>(set, v, rows, begin, end, p, p_pitch);
+        each_pair<true>(data_.get() + set * padded * pitch, pitch, width, v, rows, begin, end, p, p_pitch);
     }
     void moments(int64_t set, const double* w, int64_t rows, int64_t begin, int64_t end, int64_t w_pitch, double* out,
                  Product& product) const {
@@ -63,6 +64,24 @@ public:
     int64_t source_index(int64_t, int64_t place) const { return place; }
 
     const int64_t M, D, padded, tile, width, pitch;
+
+protected:
+    /// Numbers [M, V] of the reference points of a set, as rows.
+    int64_t values_size(int64_t V) const { return padded * odd_lines(V); }
+    void pack_values(int64_t, const Array& from, int64_t V, double* out) const {
+        const int64_t row = odd_lines(V);
+        std::fill_n(out, padded * row, 0.0);
+        from.load(M, V, out, row);
+    }
+    void value_sums(const double* values, int64_t V, const double* w, int64_t rows, int64_t begin, int64_t end,
+                    int64_t w_pitch, double* out, int64_t out_pitch, Product& product) const {
+        product.accumulate(w, w_pitch, 1, rows, end - begin, values + begin * odd_lines(V), odd_lines(V),
+                           round_up(V, LANES), out, out_pitch);
+    }
+    void value_dots(const double* values, int64_t V, const double* v, int64_t rows, int64_t begin, int64_t end, int64_t,
+                    double* p, int64_t p_pitch) const {
+        each_pair<true>(values, odd_lines(V), round_up(V, LANES), v, rows, begin, end, p, p_pitch);
+    }
 
 private:
     static constexpr int64_t CHUNK = 128;  // columns packed at once
@@ -88,28 +107,31 @@ private:
         }
     }
 
+    /// `refs` and x have rows of `width` numbers, `pitch` apart.
     template <bool DOT>
-    __attribute__((noinline)) void each_pair(int64_t set, const double* x, int64_t rows, int64_t begin, int64_t end,
-                                             double* out, int64_t out_pitch) const {
+    __attribute__((noinline)) static void each_pair(const double* refs, int64_t pitch, int64_t width, const double* x,
+                                                    int64_t rows, int64_t begin, int64_t end, double* out,
+                                                    int64_t out_pitch) {
         for (int64_t n = 0; n < rows; ++n) std::fill_n(out + n * out_pitch, end - begin, 0.0);
         for (int64_t depth = 0; depth < width; depth += DEPTH) {
             const int64_t columns = std::min(DEPTH, width - depth);
             for (int64_t n = 0; n < rows; n += HEIGHT)
                 for (int64_t j = begin; j < end; j += WIDTH) {
-                    const double *from = x + n * pitch + depth, *r = data_.get() + (set * padded + j) * pitch + depth;
+                    const double *from = x + n * pitch + depth, *r = refs + j * pitch + depth;
                     double* to = out + n * out_pitch + j - begin;
                     if (n + HEIGHT <= rows)
-                        pairs<DOT, HEIGHT>(from, r, columns, to, out_pitch);
+                        pairs<DOT, HEIGHT>(from, r, pitch, columns, to, out_pitch);
                     else
                         for (int64_t i = 0; i < rows - n; ++i)
-                            pairs<DOT, 1>(from + i * pitch, r, columns, to + i * out_pitch, out_pitch);
+                            pairs<DOT, 1>(from + i * pitch, r, pitch, columns, to + i * out_pitch, out_pitch);
                 }
         }
     }
 
     /// Adds the contribution of some columns to QUERIES x WIDTH pairs.
     template <bool DOT, int QUERIES>
-    void pairs(const double* x, const double* r, int64_t columns, double* out, int64_t out_pitch) const {
+    static void pairs(const double* x, const double* r, int64_t pitch, int64_t columns, double* out,
+                      int64_t out_pitch) {
         Vec total[QUERIES][WIDTH] = {};
         for (int64_t d = 0; d < columns; d += LANES) {
             Vec ref[WIDTH];

@@ -17,7 +17,7 @@ static Source means_of(const TransitionArguments& args) {
             [&args](int64_t b, int64_t first, int64_t last, double* out, int64_t pitch) {
                 args.x0.at(b, 0, first).load(args.shape.M, last - first, out, pitch);
             },
-            [&args](int64_t b) { return variance_of(args, b); },
+            [&args](int64_t b, double cut) { return std::sqrt(2 * variance_of(args, b) * cut); },
             [&args](int64_t b, int64_t first, int64_t last, double* out, int64_t pitch) {
                 const double pull = -std::expm1(-args.tau.number(b));
                 const int64_t starts = args.shape.M, columns = last - first;

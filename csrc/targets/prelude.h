@@ -10,6 +10,8 @@
 #include <cstring>
 #include <functional>
 #include <initializer_list>
+#include <limits>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>

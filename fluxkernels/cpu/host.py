@@ -4,9 +4,12 @@ Arguments in float32 or narrower are computed in float32 with checked errors, ot
 MATH.md. Functions, arguments and shapes are those of `fluxkernels.implementation`.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +86,83 @@ def kde_backward(
     inputs = g_shift, g_mean, g_log_density, z, refs, sigma2
     _kernels.kde_backward(_shape(z, refs), torch.get_num_threads(), *inputs, *results)
     return results
+
+
+def kernel_average(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, _ = z.shape
+    shift = _empty(z) if values is None else z.new_empty((B, N, 0))
+    average = z.new_empty((B, N, (refs if values is None else values).shape[-1]))
+    log_sum = z.new_empty((B, N))
+    _kernels.kernel_average(
+        *_average(z, refs, sigma2, values, log_weights, exclude_self, kernel),
+        shift if values is None else None,
+        average,
+        log_sum,
+    )
+    return shift, average, log_sum
+
+
+def kernel_average_backward(
+    g_shift: Tensor,
+    g_average: Tensor,
+    g_log_sum: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g_z, g_refs, g_sigma2 = _empty(z), _empty(refs), _empty(sigma2)
+    g_values, g_log_weights = (None if t is None else _empty(t) for t in (values, log_weights))
+    _kernels.kernel_average_backward(
+        *_average(z, refs, sigma2, values, log_weights, exclude_self, kernel),
+        g_shift if values is None else None,
+        g_average,
+        g_log_sum,
+        g_z,
+        g_refs,
+        g_sigma2.squeeze(1) if g_sigma2.ndim == 3 else g_sigma2,
+        g_values,
+        g_log_weights,
+    )
+    absent = refs.new_empty(0)
+    return (
+        g_z,
+        g_refs,
+        g_sigma2,
+        absent if g_values is None else g_values,
+        absent if g_log_weights is None else g_log_weights,
+    )
+
+
+def _average(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Any, ...]:
+    """The first arguments of the C++ kernels of `kernel_average`."""
+    per_reference = sigma2.ndim == 3
+    width = (refs if values is None else values).shape[-1]
+    return (
+        (*_shape(z, refs), width),
+        torch.get_num_threads(),
+        (exclude_self, kernel == "laplace", per_reference),
+        (z, refs, sigma2.squeeze(1) if per_reference else sigma2, values, log_weights),
+    )
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None) -> Tensor:

@@ -1,10 +1,13 @@
 """Minibatch kernel density estimate (Eq. 7): score, mean and log-density."""
 
+import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fluxkernels.checks import Groups, as_number_tensor, check_groups, pick_backend
+from fluxkernels.ops.kernel_average import Average, Weighting
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
@@ -67,45 +70,100 @@ def quotient(shift: Tensor, sigma2: Tensor) -> Tensor:
     return score if score.dtype == shift.dtype else score.to(shift.dtype)
 
 
-def kde_score(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
+def kde_score(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: float | Tensor,
+    *,
+    log_weights: Tensor | None = None,
+    exclude_self: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """Score of a Gaussian kernel density estimate (Eq. 7).
 
-    s(z) = (m(z) - z)/σ² = ∇ log p̂(z), with m(z) = Σ_j w_j(z) r_j and w_j(z) = softmax_j(-|z - r_j|²/2σ²).
+    s(z) = (m(z) - z)/σ² = ∇ log p̂(z), with m(z) = Σ_j w_j(z) r_j and w_j(z) = softmax_j(b_j - |z - r_j|²/2σ²).
 
     Args:
         x: `[..., N, D]`, the points z.
         refs: `[..., M, D]`, the reference points r; leading dimensions broadcast against those of x.
         sigma2: σ² > 0, the squared bandwidth in squared units of x: a float, or a tensor of shape `[]`, `[...]` (one
             per group) or `[..., N]` (one per query).
+        log_weights: b, `[..., M]` or `[M]`, log of the weight of each reference point, up to a constant; -inf for one
+            that is absent, None for equal weights.
+        exclude_self: whether query n leaves out reference point n; N = M then.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
-        `[..., N, D]`, in units of 1/x. Differentiable twice in x, refs and sigma2.
+        `[..., N, D]`, in units of 1/x. Differentiable twice in every tensor.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the requested backend cannot run here.
     """
+    if log_weights is not None or exclude_self:
+        found = Average("kde_score", x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
+        return found.groups.unflatten(quotient(found.shift, found.sigma2.unsqueeze(-1)))
     groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
     shift, _, _ = kde_op(z, refs, variance, name, results=("shift",))
     return groups.unflatten(quotient(shift, variance.unsqueeze(-1)))
 
 
-def kde_mean(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
+def kde_mean(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: float | Tensor,
+    *,
+    log_weights: Tensor | None = None,
+    exclude_self: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """Weighted mean of the reference points, m(z) = Σ_j w_j(z) r_j: the stable target of denoising score matching.
 
     Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N, D]`, in units of x.
     """
+    if log_weights is not None or exclude_self:
+        found = Average("kde_mean", x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
+        return found.groups.unflatten(found.average)
     groups, z, refs, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
     _, mean, _ = kde_op(z, refs, variance, name, results=("mean",))
     return groups.unflatten(mean)
 
 
-def kde_log_density(x: Tensor, refs: Tensor, sigma2: float | Tensor, *, backend: str | None = None) -> Tensor:
-    """Normalized log-density, log p̂(z) = log (1/M) Σ_j exp(-|z - r_j|²/2σ²) - (D/2) log 2πσ².
+def kde_log_density(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: float | Tensor,
+    *,
+    log_weights: Tensor | None = None,
+    exclude_self: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Normalized log-density, log p̂(z) = log Σ_j π_j exp(-|z - r_j|²/2σ²) - (D/2) log 2πσ², π = softmax(log_weights).
 
-    Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N]`, in nats.
+    With `exclude_self`, π is that of the other reference points. Arguments, derivatives and errors are those of
+    `kde_score`. Returns `[..., N]`, in nats.
     """
+    if log_weights is not None or exclude_self:
+        found = Average("kde_log_density", x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
+        M, D = refs.shape[-2:]
+        log_total = (
+            math.log(M - exclude_self) if found.log_weights is None else _log_total(found.log_weights, exclude_self)
+        )
+        density = found.log_sum - log_total - 0.5 * D * (math.log(2 * math.pi) + found.sigma2.log())
+        return found.groups.unflatten(density.to(x.dtype))
     groups, z, refs, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
     _, _, log_density = kde_op(z, refs, variance, name, results=("log_density",))
     return groups.unflatten(log_density)
+
+
+def _log_total(log_weights: Tensor, exclude_self: bool) -> Tensor:
+    """log Σ_j exp(b_j) `[B, 1]`, or of all others for every reference point `[B, M]`."""
+    if not exclude_self:
+        return log_weights.logsumexp(-1, keepdim=True)
+    # Sums of those before and those after: no difference, which could cancel. A finite number stands for -inf, at which
+    # logcumsumexp has no derivative.
+    least = torch.finfo(log_weights.dtype).min / 2
+    logs, absent = log_weights.clamp_min(least), log_weights.new_full((len(log_weights), 1), least)
+    before = torch.cat([absent, logs.logcumsumexp(-1)[:, :-1]], -1)
+    after = torch.cat([logs.flip(-1).logcumsumexp(-1)[:, :-1].flip(-1), absent], -1)
+    return torch.logaddexp(before, after)

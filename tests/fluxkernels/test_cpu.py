@@ -61,7 +61,7 @@ NAMES = list(arguments((1, 5, 3, 1)))
 
 def call(name: str, args: tuple[Any, ...]) -> list[Tensor]:
     results = getattr(cpu, name.split(" ")[0])(*args)
-    return [results] if isinstance(results, Tensor) else list(results)
+    return [results] if isinstance(results, Tensor) else [t for t in results if t.numel() > 0]
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_numbers_that_are_not_finite_harm_their_own_group_alone(name: str, D: in
     """
     B, N, M = 3, 12, 100
     args = [a * 1 if isinstance(a, Tensor) else a for a in arguments((B, N, M, D))[name]]
-    floating = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    floating = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point() and a.numel() > 0]
     for i in floating:  # narrow
         if args[i].ndim <= 2 and (args[i] > 0).all() and (args[i] != 0.7).all():
             args[i] = torch.full_like(args[i], 1e-6)

@@ -32,6 +32,8 @@ def tensors(*, large: bool = False) -> dict[str, Tensor]:
         "refs": normal(2, 5, D),
         "field": normal(2, 4, D),
         "values": normal(2, 3, 2),
+        "ref_values": normal(2, 5, 2),
+        "log_weights": normal(2, 5),
         "chain_noise": normal(3, 2, 4, D),
         "pass_noise": normal(4, 2, 4, D),
         "per_query": positive(2, 4),
@@ -154,6 +156,7 @@ def kernel_arguments() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     t = tensors()
     shift = torch.randn_like(t["x"])
     cotangents = {"g_shift": shift, "g_mean": shift, "g_log_density": shift[..., 0].contiguous()}
+    cotangents |= {"g_average": shift, "g_no_shift": shift.new_empty((2, 4, 0))}
     inputs = {**t, **cotangents, "shift": shift, "num_steps": 3, "seed": torch.tensor(3)}
     return {
         name: (kernel.registered, arguments)

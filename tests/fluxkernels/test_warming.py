@@ -38,7 +38,7 @@ INPUTS: dict[str, Any] = {
 def test_every_op_runs_with_its_derivatives(op: Op) -> None:
     given = op.given(INPUTS)
     with Calls() as calls:
-        fk.warm_up(op.function, *given.values(), **({"seed": 3} if op.noise else {}))
+        fk.warm_up(op.function, **given, **({"seed": 3} if op.noise else {}))
     assert set(calls.made) >= {kernel.name for kernel in op.kernels}
     assert all(not t.requires_grad and t.grad is None for t in given.values() if isinstance(t, torch.Tensor))
 

@@ -2,7 +2,6 @@
 
 import csv
 import gc
-import json
 import subprocess
 import sys
 import time
@@ -18,24 +17,9 @@ from fluxmatching import FluxMatching, FluxOptions, Trainer, TrainingOptions
 from fluxmatching.distributed import check_shared
 from fluxmatching.training.checkpoint import read_newest_checkpoint
 from tests.programs.distributed_training import F64, SIGMA, data, network
-from tests.support.processes import environment
+from tests.support.processes import environment, rows_of, started
 
 Rows = list[dict[str, Any]]
-
-
-def started(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    command = [
-        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), "-m", "tests.programs.process", *map(str, arguments),
-    ]  # fmt: skip
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def rows_of(processes: int, *arguments: object) -> Rows:
-    process = started(processes, *arguments)
-    out, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-4000:]
-    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")

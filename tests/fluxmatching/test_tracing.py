@@ -94,8 +94,8 @@ def inputs_of_ops(D: int, seed: int) -> dict[str, Tensor]:
     def positive(*shape: int) -> Tensor:
         return (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.4).requires_grad_()
 
-    names = {"x": (5, D), "xt": (4, D), "refs": (7, D), "field": (5, D), "values": (4, 2)}
-    numbers = {"per_group": (), "per_query": (5,), "tau": (), "h": ()}
+    names = {"x": (5, D), "xt": (4, D), "refs": (7, D), "field": (5, D), "values": (4, 2), "ref_values": (7, 2)}
+    numbers = {"log_weights": (7,), "per_group": (), "per_query": (5,), "tau": (), "h": ()}
     return {
         **{name: normal(2, *shape) for name, shape in names.items()},
         **{name: positive(2, *shape) for name, shape in numbers.items()},

@@ -18,6 +18,20 @@ from tests.support import oracles, published
 
 NUM_STEPS = 4  # the ops' own default
 Inputs = Mapping[str, Any]
+# Inputs that are made from others where a test does not give them.
+DERIVED: dict[str, Callable[[Inputs], Any]] = {
+    "ref_values": lambda inputs: inputs["refs"][..., :2] * 0.5,  # exact in every dtype
+    "log_weights": lambda inputs: -abs(inputs["refs"][..., 0]),
+    "exclude_self": lambda inputs: False,
+    "kernel": lambda inputs: "gaussian",
+    "g_average": lambda inputs: value_of(inputs, "ref_values")[..., :1, :] + 0 * inputs["x"][..., :1],
+    "g_no_shift": lambda inputs: inputs["x"][..., :0],
+}
+
+
+def value_of(inputs: Inputs, name: str) -> Any:
+    """The input of this name, made from others if there is none."""
+    return inputs[name] if name in inputs else DERIVED[name](inputs)
 
 
 class Work(NamedTuple):
@@ -74,7 +88,7 @@ class Kernel:
         }
 
     def of(self, inputs: Inputs) -> tuple[Any, ...]:
-        return tuple(inputs[name] for name in self.arguments)
+        return tuple(value_of(inputs, name) for name in self.arguments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,11 +157,11 @@ class Op:
 
     def values(self, inputs: Inputs) -> list[Any]:
         """The inputs in the order of the arguments, with the noise last: what `truth` and `published` take."""
-        return [inputs[name] for name in self.differentiable]
+        return [value_of(inputs, name) for name in self.differentiable]
 
     def given(self, inputs: Inputs) -> dict[str, Any]:
         """The required arguments by name."""
-        return {argument: inputs[name] for argument, name in self.arguments.items()}
+        return {argument: value_of(inputs, name) for argument, name in self.arguments.items()}
 
     def call(self, inputs: Inputs, **options: Any) -> Any:
         """Result of the public function; the noise is that of the inputs, unless a seed is given."""
@@ -166,7 +180,7 @@ def tensors(result: Any, values: Tensor | None = None) -> tuple[Tensor, ...]:
     if isinstance(result, fk.FluxPass):
         average = result.transition_average(result.score_t if values is None else values)
         return result.x0, result.score0, result.xt, result.score_t, average
-    return (result,)
+    return result if isinstance(result, tuple) else (result,)
 
 
 _KDE = (
@@ -175,6 +189,21 @@ _KDE = (
         "kde_backward",
         ("g_shift", "g_mean", "g_log_density", "x", "refs", "per_query"),
         ("g_z", "g_refs", "g_sigma2"),
+    ),
+)
+_KERNEL_AVERAGE = (
+    Kernel(
+        "kernel_average",
+        ("x", "refs", "per_query", "ref_values", "log_weights", "exclude_self", "kernel"),
+        ("shift", "average", "log_sum"),
+    ),
+    Kernel(
+        "kernel_average_backward",
+        (
+            *("g_no_shift", "g_average", "g_log_density"),
+            *("x", "refs", "per_query", "ref_values", "log_weights", "exclude_self", "kernel"),
+        ),
+        ("g_z", "g_refs", "g_sigma2", "g_values", "g_log_weights"),
     ),
 )
 _CHAIN = Kernel(
@@ -204,6 +233,15 @@ OPS = (
         _KDE,
         Arithmetic(Work(1, 1)),
         Arithmetic(Work(2, 4)),
+        twice_differentiable=True,
+    ),
+    Op(
+        "kernel_average",
+        "kernel average",
+        {**_ESTIMATE, "values": "ref_values", "log_weights": "log_weights"},
+        _KERNEL_AVERAGE,
+        Arithmetic(ONCE),
+        Arithmetic(BACK),
         twice_differentiable=True,
     ),
     Op(

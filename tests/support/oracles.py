@@ -42,6 +42,14 @@ def kde_log_density(z: Array, refs: Array, sigma2: float) -> Array:
     return normalizer - np.log(np.longdouble(M)) - 0.5 * D * np.log(2 * np.longdouble(np.pi) * np.longdouble(sigma2))
 
 
+def kernel_average(z: Array, refs: Array, sigma2: float, values: Array, log_weights: Array) -> Array:
+    """Average of values under weights softmax_j(b_j - |z - r_j|²/2σ²)."""
+    _, a = _pairs(z, refs)
+    logits = log_weights.astype(np.longdouble) - a / (2 * np.longdouble(sigma2))
+    w = np.exp(logits - logits.max(-1, keepdims=True))
+    return (w / w.sum(-1, keepdims=True)) @ values.astype(np.longdouble)
+
+
 def langevin_chain(x0: Array, refs: Array, sigma2: float, tau: float, noise: Array) -> Array:
     """Eq. 8 with the given noise `[K, N, D]`, as printed: x ← μ + ρ (x - μ) + σ√(1-ρ²) ξ."""
     x = x0.astype(np.longdouble)

@@ -39,3 +39,20 @@ def run_in_parts(module: str, *arguments: object, **more: str) -> list[dict[str,
     with ThreadPoolExecutor(PROCESSES) as pool:
         parts = [pool.submit(run, module, (*arguments, k, PROCESSES), more) for k in range(PROCESSES)]
         return [row for part in parts for row in part.result()]
+
+
+def started(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    """Start a program under torchrun."""
+    command = [
+        sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone",
+        "--nproc-per-node", str(processes), "-m", "tests.programs.process", *map(str, arguments),
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def rows_of(processes: int, *arguments: object) -> list[dict[str, Any]]:
+    """Run a program under torchrun and return the JSON lines that its processes print."""
+    process = started(processes, *arguments)
+    out, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors[-4000:]
+    return [json.loads(line) for line in out.splitlines() if line.startswith("{")]

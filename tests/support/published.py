@@ -28,6 +28,10 @@ def kde_log_density(z: Tensor, refs: Tensor, sigma2: float) -> Tensor:
     return logits.logsumexp(-1) - math.log(M) - 0.5 * D * math.log(2 * math.pi * sigma2)
 
 
+def kernel_average(z: Tensor, refs: Tensor, sigma2: float, values: Tensor, log_weights: Tensor) -> Tensor:
+    return (log_weights.unsqueeze(-2) - squared_distances(z, refs) / (2 * sigma2)).softmax(-1) @ values
+
+
 def langevin_step(x: Tensor, refs: Tensor, sigma2: float, h: float, noise: Tensor) -> Tensor:
     rho = math.exp(-h)
     mu = x + sigma2 * kde_score(x, refs, sigma2)

@@ -1,0 +1,300 @@
+"""Averages of values under a kernel, with weights of the reference points, and the log of the sum that divides them."""
+
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fluxkernels.checks import (
+    Groups,
+    as_number_tensor,
+    can_check_values,
+    check_choice,
+    check_finite,
+    check_groups,
+    check_points,
+    check_tensor,
+    pick_backend,
+    shape_of,
+)
+from fluxkernels.ops.registration import Op, register_recomputed_autograd
+
+KERNELS = "gaussian", "laplace"
+
+
+def _fake(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, D = z.shape
+    shift, width = (D, D) if values is None else (0, values.shape[-1])
+    return z.new_empty((B, N, shift)), z.new_empty((B, N, width)), z.new_empty((B, N))
+
+
+def _backward_fake(
+    g_shift: Tensor,
+    g_average: Tensor,
+    g_log_sum: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    always = (t.new_empty(t.shape) for t in (z, refs, sigma2))
+    return *always, *(refs.new_empty(0) if t is None else t.new_empty(t.shape) for t in (values, log_weights))
+
+
+_ARGUMENTS = (
+    "Tensor z, Tensor refs, Tensor sigma2, Tensor? values, Tensor? log_weights, bool exclude_self, str kernel, "
+    "str backend"
+)
+kernel_average_op = Op("kernel_average", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake)
+kernel_average_backward_op = Op(
+    "kernel_average_backward",
+    f"(Tensor g_shift, Tensor g_average, Tensor g_log_sum, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.exclude_self, ctx.kernel, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.shapes = [t.shape for t in output]
+
+
+def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    # A result that the call left out has no cotangent.
+    filled = (tensors[0].new_zeros(shape) if g is None else g for g, shape in zip(cotangents, ctx.shapes, strict=True))
+    found = kernel_average_backward_op(*filled, *tensors, ctx.exclude_self, ctx.kernel, ctx.backend)
+    gradients = (None if t is None else g for t, g in zip(tensors, found, strict=True))
+    return *gradients, None, None, None
+
+
+kernel_average_op.register_autograd(_backward, setup_context=_setup_context)
+# Every backend computes second derivatives in the same plain PyTorch.
+register_recomputed_autograd(kernel_average_backward_op)
+
+
+class Weighting(NamedTuple):
+    """What changes the weights of the reference points, as users give it.
+
+    With `is_part` the reference points are one part of all, and queries may have none there.
+    """
+
+    log_weights: Tensor | None = None
+    exclude_self: bool = False
+    kernel: str = "gaussian"
+    is_part: bool = False
+
+
+class Problem:
+    """Queries, reference points and weights as users give them, checked and flattened into B groups.
+
+    Attributes:
+        groups: the leading dimensions of the user's tensors.
+        z, refs: `[B, N, D]` and `[B, M, D]`.
+        sigma2: `[B, N]` or `[B, 1, M]`.
+        log_weights: `[B, M]` or None.
+        exclude_self, kernel: as given.
+    """
+
+    def __init__(self, function: str, x: Tensor, refs: Tensor, sigma2: float | Tensor, weighting: Weighting) -> None:
+        log_weights, exclude_self, self.kernel, is_part = weighting
+        check_choice(function, "kernel", self.kernel, KERNELS)
+        self.groups = groups = check_groups(function, x=x, refs=refs)
+        N, M = x.shape[-2], refs.shape[-2]
+        self.sigma2 = _flat_variance(groups, as_number_tensor(function, "sigma2", sigma2, like=x), N, M)
+        self.exclude_self = bool(exclude_self)
+        if exclude_self:
+            _check_exclusion(function, N, M)
+        self.log_weights = None if log_weights is None else _flat_log_weights(groups, log_weights, x, M)
+        if self.log_weights is not None:
+            _check_present(function, self.log_weights, 0 if is_part else 1 + self.exclude_self)
+        self.z, self.refs = groups.points(x), groups.points(refs)
+
+
+class Average(Problem):
+    """A kernel average.
+
+    Attributes:
+        shift, average, log_sum: as `fluxkernels.implementation` has them.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        x: Tensor,
+        refs: Tensor,
+        sigma2: float | Tensor,
+        weighting: Weighting,
+        *,
+        values: Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(function, x, refs, sigma2, weighting)
+        flat = None if values is None else _flat_values(self.groups, values, x, refs.shape[-2])
+        weights = self.log_weights, self.exclude_self, self.kernel
+        name = pick_backend(backend, x.device)
+        self.shift, self.average, self.log_sum = kernel_average_op(self.z, self.refs, self.sigma2, flat, *weights, name)
+
+
+def _flat_variance(groups: Groups, variance: Tensor, N: int, M: int) -> Tensor:
+    """`[B, N]`, or `[B, 1, M]` where there is one number per reference point."""
+    leading = len(groups.batch)
+    if variance.ndim == leading + 2 and variance.shape[-2:] == (1, M):
+        try:
+            return variance.expand(*groups.batch, 1, M).reshape(-1, 1, M)
+        except RuntimeError:
+            pass
+    if variance.ndim > leading + 1:
+        batch = list(groups.batch)
+        raise ValueError(
+            f"{groups.function}: sigma2 must be a number or have one entry per group, shape {batch}, per query, "
+            f"{[*batch, N]}, or per reference point, {[*batch, 1, M]}, got {shape_of(variance)}"
+        )
+    return groups.per_query("sigma2", variance, N)
+
+
+def _check_exclusion(function: str, N: int, M: int) -> None:
+    """Raise ValueError unless query n can leave out reference point n."""
+    if N != M:
+        raise ValueError(
+            f"{function}: exclude_self must be False unless x and refs have equally many points, got {N} and {M}"
+        )
+    if M == 1:
+        raise ValueError(f"{function}: exclude_self must be False with one reference point, which would leave none")
+
+
+def _flat_values(groups: Groups, values: Tensor, x: Tensor, M: int) -> Tensor:
+    """`[B, M, V]`"""
+    check_points(groups.function, "values", values, like=x)
+    check_finite(groups.function, values=values)
+    try:
+        if values.shape[-2] == M:
+            return groups.points(values)
+    except RuntimeError:
+        pass
+    raise ValueError(
+        f"{groups.function}: values must have shape {[*groups.batch, M]} + [V], one row for each reference point, "
+        f"got {shape_of(values)}"
+    )
+
+
+def _flat_log_weights(groups: Groups, log_weights: object, x: Tensor, M: int) -> Tensor:
+    """`[B, M]` in float32 or wider."""
+    function = groups.function
+    logs = check_tensor(function, "log_weights", log_weights)
+    if logs.device != x.device:
+        raise ValueError(f"{function}: log_weights must be on {x.device} like the first argument, got {logs.device}")
+    try:
+        if logs.shape[-1] == M:
+            logs = logs.to(torch.promote_types(x.dtype, torch.float32))
+            return logs.expand(*groups.batch, M).reshape(-1, M)
+    except RuntimeError:
+        pass
+    raise ValueError(
+        f"{function}: log_weights must have shape {[*groups.batch, M]} or {[M]}, one for each reference point, "
+        f"got {shape_of(logs)}"
+    )
+
+
+def _check_present(function: str, log_weights: Tensor, needed: int) -> None:
+    """Raise ValueError where a group has fewer reference points than needed, or a weight is no number."""
+    if not can_check_values(log_weights):
+        return
+    logs = log_weights.detach()
+    if not bool((logs < torch.inf).all()):  # false for NaN too
+        raise ValueError(f"{function}: log_weights must be numbers or -inf, got NaN or +inf")
+    fewest = int((logs > -torch.inf).sum(-1).min())
+    if fewest < needed:
+        own = " beside its own, for exclude_self" if needed > 1 else ""
+        raise ValueError(
+            f"{function}: log_weights must leave each query a reference point above -inf{own}, got {fewest} in a group"
+        )
+
+
+def kernel_average(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: float | Tensor,
+    values: Tensor | None = None,
+    *,
+    log_weights: Tensor | None = None,
+    exclude_self: bool = False,
+    kernel: str = "gaussian",
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Average of values of reference points, weighted by a kernel, and the log of the sum of the weights.
+
+    With b_j = log_weights, the weights are w_j(z) = softmax_j(b_j + log k(z, r_j)), and the results are Σ_j w_j v_j and
+    log Σ_j exp(b_j) k(z, r_j). The kernel is k = exp(-|z - r|²/2σ²), or exp(-|z - r|/σ) for "laplace".
+
+    Results for parts of the reference points add up exactly: see `merge_averages`.
+
+    Args:
+        x: `[..., N, D]`, the points z.
+        refs: `[..., M, D]`, the reference points r; leading dimensions broadcast against those of x.
+        sigma2: σ² > 0, the squared bandwidth in squared units of x: a float, or a tensor of shape `[]`, `[...]` (one
+            per group), `[..., N]` (one per query) or `[..., 1, M]` (one per reference point).
+        values: `[..., M, V]`, what is averaged; None for the reference points.
+        log_weights: `[..., M]` or `[M]`, log of the weight of each reference point; -inf for one that is absent.
+        exclude_self: whether query n leaves out reference point n; N = M then.
+        kernel: "gaussian" or "laplace".
+        backend: "torch", "cpu", "triton", or None for the automatic choice.
+
+    Returns:
+        (`[..., N, V]`, `[..., N]`). Differentiable twice in every tensor. The derivative of |z - r| at 0 is 0. A query
+        that has no reference point left has an average of NaN and a log-sum of -inf; on the CPU that is refused.
+
+    Raises:
+        ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
+        BackendError: the requested backend cannot run here.
+    """
+    weighting = Weighting(log_weights, exclude_self, kernel)
+    found = Average("kernel_average", x, refs, sigma2, weighting, values=values, backend=backend)
+    return found.groups.unflatten(found.average), found.groups.unflatten(found.log_sum)
+
+
+def merge_averages(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Average and log-sum over all reference points, from those over disjoint parts of them.
+
+    With log-sums L_k the log-sum is L = log Σ_k exp(L_k), and the average Σ_k exp(L_k - L) average_k. So reference
+    points that do not fit in memory can be taken piece by piece.
+
+    Args:
+        parts: results of `kernel_average`, (`[..., N, V]`, `[..., N]`), for the same queries. A part in which a query
+            has no reference point, with a log-sum of -inf, counts for nothing.
+
+    Returns:
+        (`[..., N, V]`, `[..., N]`), differentiable in all parts.
+
+    Raises:
+        ValueError: there is no part, or shapes differ.
+    """
+    if not parts:
+        raise ValueError("merge_averages: parts must not be empty")
+    averages, log_sums = zip(*parts, strict=True)
+    shapes = {(tuple(average.shape), tuple(log_sum.shape)) for average, log_sum in parts}
+    if len(shapes) > 1 or averages[0].shape[:-1] != log_sums[0].shape:
+        found = ", ".join(f"{shape_of(average)} and {shape_of(log_sum)}" for average, log_sum in parts)
+        raise ValueError(f"merge_averages: parts must be pairs [..., N, V] and [..., N] of one shape, got {found}")
+    stacked = torch.stack(log_sums)
+    weights = stacked.softmax(0).unsqueeze(-1)
+    present = (stacked > -torch.inf).unsqueeze(-1)
+    average = torch.where(present, weights * torch.stack(averages), 0).sum(0)
+    total = stacked.logsumexp(0)
+    return torch.where(total.unsqueeze(-1) == -torch.inf, torch.nan, average), total
