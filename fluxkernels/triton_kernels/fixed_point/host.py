@@ -30,6 +30,8 @@ from fluxkernels.triton_kernels.fixed_point.langevin import (
 )
 from fluxkernels.triton_kernels.fixed_point.points import columns_kernel, extent_kernel, points_kernel
 from fluxkernels.triton_kernels.fixed_point.products import products_kernel
+from fluxkernels.triton_kernels.gram.host import kernel_average as kernel_average
+from fluxkernels.triton_kernels.gram.host import kernel_average_backward as kernel_average_backward
 from fluxkernels.triton_kernels.launch import (
     OPTIONS,
     accumulator,

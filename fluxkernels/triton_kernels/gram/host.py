@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fluxkernels.implementation import KDE_RESULTS, wants_mean
 from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
+from fluxkernels.triton_kernels.gram.kernel_average import kernel_average_moments_kernel, kernel_average_weights_kernel
 from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
 from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
 from fluxkernels.triton_kernels.launch import (
@@ -350,3 +351,139 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
             (of_ends,) = widened(values[group, ends])
             _gather(weights, of_ends, average[group])
     return average.to(values.dtype)
+
+
+def _average_weights(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    log_weights: Tensor | None,
+    log_sum: Tensor,
+    first: int | None,
+    kernel: str,
+    of_none: float,
+) -> tuple[Tensor, Tensor]:
+    """(weights, squared distances), both `[B, N, M]` in float64; log-sums go to `log_sum`.
+
+    Args:
+        first: number of the first query in its group, whose own reference point each leaves out, or None.
+        of_none: weight of all reference points of a query that has none.
+    """
+    (B, N, D), M = x.shape, refs.shape[1]
+    products = _products(x, refs, True)
+    weights, distances = torch.empty((2, B, N, M), dtype=torch.float64, device=x.device)
+    launch(
+        kernel_average_weights_kernel,
+        (B * N,),
+        *(products, products.shape[1], *strided(x, refs), *_variance(sigma2)),
+        *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
+        *(weights, distances, log_sum, of_none, N, M, D, first or 0),
+        LOGS=log_weights is not None,
+        EXCLUDE=first is not None,
+        LAPLACE=kernel == "laplace",
+        DEPTH=64,
+        **ROW,
+    )
+    return weights, distances
+
+
+def _variance(sigma2: Tensor) -> list[Any]:
+    """σ² `[B, N]` or `[B, 1, M]` with its strides of groups, queries and reference points."""
+    per_query, per_ref = (0, sigma2.stride(2)) if sigma2.ndim == 3 else (sigma2.stride(1), 0)
+    return [sigma2, sigma2.stride(0), per_query, per_ref]
+
+
+def _of_block(sigma2: Tensor, group: slice, rows: slice) -> Tensor:
+    return sigma2[group] if sigma2.ndim == 3 else sigma2[group, rows]
+
+
+def kernel_average(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, D), M = z.shape, refs.shape[1]
+    shift, log_sum = z.new_empty((B, N, D if values is None else 0)), z.new_empty((B, N))
+    average = z.new_empty((B, N, D if values is None else values.shape[2]))
+    z, refs = widened(z, refs)
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            x, of_group = z[group, rows], refs[group]
+            given = _of_block(sigma2, group, rows), None if log_weights is None else log_weights[group]
+            first = (rows.start if exclude_self else None), kernel
+            sums = log_sum.new_empty(x.shape[:2])
+            weights, _ = _average_weights(x, of_group, *given, sums, *first, torch.nan)
+            log_sum[group, rows] = sums
+            if values is None:
+                shift[group, rows], average[group, rows] = _combine(weights, x, of_group)
+            else:
+                average[group, rows] = weights @ values[group].double()
+    return shift, average, log_sum
+
+
+def kernel_average_backward(
+    g_shift: Tensor,
+    g_average: Tensor,
+    g_log_sum: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, N, D), M = z.shape, refs.shape[1]
+    g_z, g_refs, g_sigma2, g_logs = (
+        torch.zeros(shape, dtype=torch.float64, device=z.device) for shape in (z.shape, refs.shape, sigma2.shape, (B, M))
+    )
+    averaged = refs if values is None else values
+    g_values = g_refs if values is None else torch.zeros(values.shape, dtype=torch.float64, device=z.device)
+    y = g_average.double() if values is not None else g_average.double() + g_shift
+    dtypes = z.dtype, refs.dtype
+    z, refs = widened(z, refs)
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            at, of_group = (group, rows), refs[group]
+            variance, logs = _of_block(sigma2, group, rows), None if log_weights is None else log_weights[group]
+            first = rows.start if exclude_self else None
+            log_sum = torch.empty(z[at].shape[:2], dtype=torch.float64, device=z.device)
+            weights, distances = _average_weights(z[at], of_group, variance, logs, log_sum, first, kernel, 0.0)
+            present = torch.where((log_sum == -torch.inf).unsqueeze(-1), 0, y[at])
+            relative = averaged[group].double()
+            along = present @ (relative - relative[:, :1]).mT
+            cotangents, coefficients = torch.empty((2, *weights.shape), dtype=torch.float64, device=z.device)
+            of_point = torch.empty(z[at].shape[:2], dtype=torch.float64, device=z.device)
+            slopes = torch.empty_like(of_point)
+            launch(
+                kernel_average_moments_kernel,
+                (of_point.numel(),),
+                *(weights, distances, along, *_variance(variance), log_sum, *strided(g_log_sum[at])),
+                *(cotangents, coefficients, of_point, slopes, *weights.shape[1:]),
+                LAPLACE=kernel == "laplace",
+                PER_REF=sigma2.ndim == 3,
+                **ROW,
+            )
+            none = torch.zeros_like(of_point)
+            added = (of_point, none, z[at]) if values is not None else (of_point, none - 1, g_shift[at])
+            g_z[at], _ = _combine(coefficients, z[at], of_group, added)
+            _gather(weights, present, g_values[group])
+            origin = of_group[:, :1].double()
+            pulled = coefficients.mT @ (z[at].double() - origin)
+            g_refs[group] += pulled - coefficients.sum(1).unsqueeze(-1) * (of_group.double() - origin)
+            g_logs[group] += cotangents.sum(1)
+            if sigma2.ndim == 3:
+                g_sigma2[group] += along.sum(1, keepdim=True)
+            else:
+                g_sigma2[at] = slopes
+    return (
+        g_z.to(dtypes[0]),
+        g_refs.to(dtypes[1]),
+        g_sigma2.to(sigma2.dtype),
+        refs.new_empty(0) if values is None else g_values.to(values.dtype),
+        refs.new_empty(0) if log_weights is None else g_logs.to(log_weights.dtype),
+    )
