@@ -21,6 +21,10 @@ from fluxkernels.triton_kernels.fixed_point.kde import (
     weights_kernel,
     words_kernel,
 )
+from fluxkernels.triton_kernels.fixed_point.kernel_average import (
+    kernel_average_results_kernel,
+    kernel_average_weights_kernel,
+)
 from fluxkernels.triton_kernels.fixed_point.langevin import (
     chain_extent_kernel,
     chain_kernel,
@@ -30,8 +34,8 @@ from fluxkernels.triton_kernels.fixed_point.langevin import (
 )
 from fluxkernels.triton_kernels.fixed_point.points import columns_kernel, extent_kernel, points_kernel
 from fluxkernels.triton_kernels.fixed_point.products import products_kernel
-from fluxkernels.triton_kernels.gram.host import kernel_average as kernel_average
 from fluxkernels.triton_kernels.gram.host import kernel_average_backward as kernel_average_backward
+from fluxkernels.triton_kernels.gram.host import variance_strides
 from fluxkernels.triton_kernels.launch import (
     OPTIONS,
     accumulator,
@@ -214,9 +218,9 @@ class _Points:
             **tile,
         )
 
-    def sums(self, words: Tensor, D: int) -> Tensor:
+    def sums(self, words: Tensor, D: int, all_queries: int = 0) -> Tensor:
         """Σ_j words[n, j] r_j of some queries, as products `[B, N, D]`."""
-        N, M, all_queries = words.shape[1], self.right.shape[1], self.left.shape[1]
+        N, M, all_queries = words.shape[1], self.right.shape[1], max(all_queries, self.left.shape[1])
         if all_queries < LEAST_BY_COLUMNS[0] or M < LEAST_BY_COLUMNS[1]:
             return _products(words, self.right, N, D, M, across=(False, True))
         return _products(words, self._columns, N, D, M)
@@ -263,36 +267,39 @@ class _Weights:
         words: bool = True,
         relative: bool = False,
     ) -> None:
-        points, rows, x, refs, sigma2 = block
+        _, _, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
-        device, width = x.device, _padded(M)
-        products = _products(points.left[:, rows], points.right, N, M, points.left.shape[2])
+        move, tau = transition or (refs, refs[:, 0, 0])
+        inputs, sensitive = self._allocate(block)
+        arguments = [
+            *(*inputs, *strided(x, refs, move, sigma2, tau)),
+            *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.least),
+            *(self.totals if log_density is None else log_density, sensitive, N, M, D, self.words.shape[2]),
+        ]
+        kind = {"MOVED": transition is not None, "KDE": log_density is not None, "WORDS": words, "RELATIVE": relative}
+        _launch_rows(weights_kernel, arguments, (B, N, M), **kind)
+
+    def _allocate(self, block: _Block) -> tuple[list[Tensor], Tensor]:
+        """New results, and (the products of the block with what belongs to them, which queries are sensitive)."""
+        points, rows, x, refs, _ = block
+        (B, N, _), M = x.shape, refs.shape[1]
+        device = x.device
         self.logits = torch.empty((B, N, M), dtype=torch.float32, device=device)
-        self.words = torch.empty((B, N, width), dtype=torch.int32, device=device)
+        self.words = torch.empty((B, N, _padded(M)), dtype=torch.int32, device=device)
         self.totals = torch.empty((B, N), dtype=torch.float32, device=device)
         self.heaviest, sensitive = torch.empty((2, B, N), dtype=torch.int32, device=device)
         self.least, self.scales = torch.empty((2, B, N), dtype=torch.float64, device=device)
-        move, tau = transition or (refs, refs[:, 0, 0])
-        arguments = [
-            *(products, points.halves, points.exponents, points.valid[:, rows].contiguous()),
-            *strided(x, refs, move, sigma2, tau),
-            *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.least),
-            *(self.totals if log_density is None else log_density, sensitive, N, M, D, width),
-        ]
-        tile, single = _tile(N, M, MANY if M >= MANY else FEW), _tile(1, M, FEW)
-        for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
-            launch(
-                weights_kernel,
-                (B * -(-N // shape["ROWS"]),),
-                *arguments,
-                MOVED=transition is not None,
-                KDE=log_density is not None,
-                WORDS=words,
-                RELATIVE=relative,
-                REPAIR=repair,
-                DEPTH=depth,
-                **shape,
-            )
+        products = _products(points.left[:, rows], points.right, N, M, points.left.shape[2])
+        return [products, points.halves, points.exponents, points.valid[:, rows].contiguous()], sensitive
+
+
+def _launch_rows(kernel: Any, arguments: Sequence[Any], sizes: tuple[int, int, int], **kind: bool) -> None:
+    """Launch a kernel of rows of pairs, and its repair of the rows that are sensitive."""
+    B, N, M = sizes
+    tile, single = _tile(N, M, MANY if M >= MANY else FEW), _tile(1, M, FEW)
+    for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
+        grid = (B * -(-N // shape["ROWS"]),)
+        launch(kernel, grid, *arguments, REPAIR=repair, DEPTH=depth, **kind, **shape)
 
 
 def _blocks(
@@ -311,7 +318,7 @@ def _blocks(
         points = _Points(x[group], refs[group], transition=moves)
         for row in range(0, N, rows):
             at = group, slice(row, row + rows)
-            yield at, _Block(points, at[1], x[at], refs[group], sigma2[at])
+            yield at, _Block(points, at[1], x[at], refs[group], sigma2[group] if sigma2.ndim == 3 else sigma2[at])
         del points
 
 
@@ -337,6 +344,99 @@ def _kde_results(block: _Block, weights: _Weights, shift: Tensor, mean: Tensor) 
         *(sums, block.points.exponents, weights.logits, weights.scales, weights.totals, weights.heaviest),
         *(*strided(block.x, block.refs, block.sigma2), shift, mean, N, block.refs.shape[1], D),
         **_vector(D),
+    )
+
+
+class _AverageWeights(_Weights):
+    """Weights of a block of queries under a kernel, relative to a reference point that need not be the heaviest.
+
+    Attributes:
+        variances: σ² of that reference point, or of the query, `[B, N]`, in place of `least`.
+    """
+
+    def __init__(
+        self,
+        block: _Block,
+        log_weights: Tensor | None,
+        log_sum: Tensor,
+        *,
+        first: int | None,
+        kernel: str,
+        of_none: float = torch.nan,
+    ) -> None:
+        """Compute them; log-sums go to `log_sum`.
+
+        Args:
+            first: number of the first query in its group, whose own reference point each leaves out, or None.
+            of_none: total of a query that has no reference point.
+        """
+        _, _, x, refs, sigma2 = block
+        (B, N, D), M = x.shape, refs.shape[1]
+        inputs, sensitive = self._allocate(block)
+        self.variances = self.least
+        per_ref, laplace = sigma2.ndim == 3, kernel == "laplace"
+        of_refs = _scales_of_refs(sigma2, laplace) if per_ref else self.totals
+        arguments = [
+            *(*inputs, *strided(x, refs), *variance_strides(sigma2), of_refs),
+            *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
+            *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.variances, log_sum, sensitive),
+            *(of_none, N, M, D, self.words.shape[2], first or 0),
+        ]
+        kind = {"LOGS": log_weights is not None, "EXCLUDE": first is not None, "LAPLACE": laplace, "PER_REF": per_ref}
+        _launch_rows(kernel_average_weights_kernel, arguments, (B, N, M), **kind)
+
+
+def _scales_of_refs(sigma2: Tensor, laplace: bool) -> Tensor:
+    """1/2σ², or 1/σ, of reference points as sums of two float32, `[B, 2, M]`."""
+    variance = sigma2[:, 0].double()
+    scale = variance.rsqrt() if laplace else 0.5 / variance
+    high = scale.float()
+    return torch.stack([high, (scale - high).float()], 1)
+
+
+def kernel_average(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, D), V = z.shape, refs.shape[2] if values is None else values.shape[2]
+    shift, log_sum = z.new_empty((B, N, D if values is None else 0)), z.new_empty((B, N))
+    average = z.new_empty((B, N, V))
+    z, refs = widened(z, refs)
+    given = None
+    with on_device_of(z):
+        for at, block in _blocks(z, refs, sigma2):
+            group, rows = at
+            logs = None if log_weights is None else log_weights[group]
+            first = rows.start if exclude_self else None
+            weights = _AverageWeights(block, logs, log_sum[at], first=first, kernel=kernel)
+            if values is None:
+                _kde_results(block._replace(sigma2=weights.variances), weights, shift[at], average[at])
+            else:
+                averaged = widened(values[group])[0]
+                if rows.start == 0:
+                    given = _Points(averaged[:, :1], averaged, centered=False)
+                assert given is not None
+                _average_results(given, averaged, weights, average[at], N)
+            del block, weights
+    return shift, average, log_sum
+
+
+def _average_results(
+    points: _Points, values: Tensor, weights: _AverageWeights, average: Tensor, all_queries: int
+) -> None:
+    """Write the average of the values for a block of queries."""
+    B, N, V = average.shape
+    sums = points.sums(weights.words, V, all_queries)
+    launch(
+        kernel_average_results_kernel,
+        (B * N,),
+        *(sums, points.exponents, weights.scales, weights.totals, weights.heaviest, *strided(values), average, N, V),
+        **_vector(V),
     )
 
 

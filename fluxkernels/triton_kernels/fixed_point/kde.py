@@ -49,6 +49,45 @@ def rounding_of_logits(e_x, e_refs, distance, D, variance):
 
 
 @triton.jit
+def squares_to(
+    x, n, x_n, x_d, refs, r_m, r_d, move, m_m, m_d, pull, h, N, M, D,
+    MOVED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """|x_n - r_h|² of ROWS queries and a reference point of each, from differences in float64."""
+    total = tl.zeros([ROWS, DEPTH], tl.float64)
+    for start in range(0, D, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        ref = load_refs(refs, r_m, r_d, move, m_m, m_d, pull, h, M, d, D, MOVED)
+        difference = load_tile(x, n, x_n, N, d, x_d, D) - ref
+        total += difference * difference
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def store_weight_words(
+    logits, words, scales, row, h, total, M, width, known,
+    RELATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the weights 2^logit over their total as words; with RELATIVE, as coefficients relative to the heaviest
+    reference point, and in `scales` 1 over the sum of the words of all weights."""
+    tl.debug_barrier()
+    scale = ((1 / total) * ONE)[:, None]
+    used = tl.zeros([ROWS], tl.int32)
+    for start in range(0, width, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits + j[None, :], mask=(j < M)[None, :], other=float("-inf"))
+        other = j[None, :] != h[:, None]
+        word = tl.where(other, nearest_word(tl.exp2(logit) * scale), 0)
+        used += tl.sum(word, 1)
+        tl.store(words + j[None, :], digits(word), mask=(j < width)[None, :] & other & known[:, None])
+    if RELATIVE:
+        whole = (used + nearest_word(scale.reshape(ROWS))).to(tl.float64)
+        tl.store(scales + row, power_of_two(as_long(30)) / whole, mask=known)
+    word = digits(-used if RELATIVE else -(used - ONE))
+    tl.store(words + h[:, None], word[:, None], mask=known[:, None])
+
+
+@triton.jit
 def weights_kernel(
     products, halves, exponents, valid_queries,
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, move, m_b, m_m, m_d, sigma2, s_b, s_n, tau, a_b,
@@ -137,13 +176,9 @@ def weights_kernel(
     others += heavy - 1
     total = 1 + others
     if not REPAIR:
-        total_square = tl.zeros([ROWS, DEPTH], tl.float64)
-        for start in range(0, D, DEPTH):
-            d = start + tl.arange(0, DEPTH)
-            ref = load_refs(refs, r_m, r_d, move, m_m, m_d, pull, h, M, d, D, MOVED)
-            difference = load_tile(x, n, x_n, N, d, x_d, D) - ref
-            total_square += difference * difference
-        nearest = tl.sum(total_square, 1)
+        nearest = squares_to(
+            x, n, x_n, x_d, refs, r_m, r_d, move, m_m, m_d, pull, h, N, M, D, MOVED, ROWS, DEPTH
+        )  # fmt: skip
 
     tl.store(totals + row, total + valid, mask=known)
     tl.store(heaviest + row, h, mask=known)
@@ -155,22 +190,9 @@ def weights_kernel(
         log_p = normalized_log_density((total + valid).to(tl.float64), nearest, variance, M, D)
         tl.store(log_density + row, rounded(log_p, log_density.dtype.element_ty), mask=known)
     if WORDS:
-        tl.debug_barrier()
-        scale = ((1 / total) * ONE)[:, None]
-        used = tl.zeros([ROWS], tl.int32)
-        words += row[:, None] * width
-        for start in range(0, width, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            logit = tl.load(logits + j[None, :], mask=(j < M)[None, :], other=float("-inf"))
-            other = j[None, :] != h[:, None]
-            word = tl.where(other, nearest_word(tl.exp2(logit) * scale), 0)
-            used += tl.sum(word, 1)
-            tl.store(words + j[None, :], digits(word), mask=(j < width)[None, :] & other & known[:, None])
-        if RELATIVE:
-            whole = (used + nearest_word(scale.reshape(ROWS))).to(tl.float64)
-            tl.store(scales + row, power_of_two(as_long(30)) / whole, mask=known)
-        word = digits(-used if RELATIVE else -(used - ONE))
-        tl.store(words + h[:, None], word[:, None], mask=known[:, None])
+        store_weight_words(
+            logits, words + row[:, None] * width, scales, row, h, total, M, width, known, RELATIVE, ROWS, BLOCK
+        )
 
 
 @triton.jit

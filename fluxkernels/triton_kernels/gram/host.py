@@ -375,7 +375,7 @@ def _average_weights(
     launch(
         kernel_average_weights_kernel,
         (B * N,),
-        *(products, products.shape[1], *strided(x, refs), *_variance(sigma2)),
+        *(products, products.shape[1], *strided(x, refs), *variance_strides(sigma2)),
         *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
         *(weights, distances, log_sum, of_none, N, M, D, first or 0),
         LOGS=log_weights is not None,
@@ -387,7 +387,7 @@ def _average_weights(
     return weights, distances
 
 
-def _variance(sigma2: Tensor) -> list[Any]:
+def variance_strides(sigma2: Tensor) -> list[Any]:
     """σ² `[B, N]` or `[B, 1, M]` with its strides of groups, queries and reference points."""
     per_query, per_ref = (0, sigma2.stride(2)) if sigma2.ndim == 3 else (sigma2.stride(1), 0)
     return [sigma2, sigma2.stride(0), per_query, per_ref]
@@ -462,7 +462,7 @@ def kernel_average_backward(
             launch(
                 kernel_average_moments_kernel,
                 (of_point.numel(),),
-                *(weights, distances, along, *_variance(variance), log_sum, *strided(g_log_sum[at])),
+                *(weights, distances, along, *variance_strides(variance), log_sum, *strided(g_log_sum[at])),
                 *(cotangents, coefficients, of_point, slopes, *weights.shape[1:]),
                 LAPLACE=kernel == "laplace",
                 PER_REF=sigma2.ndim == 3,

@@ -90,15 +90,14 @@ def cost_of_pair(
     D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, WEIGHTED: tl.constexpr, PER_REF: tl.constexpr,
     EXCLUDE: tl.constexpr, LAPLACE: tl.constexpr,
 ):  # fmt: skip
-    """(r - x as a tuple, t, cost) for entry k of a tuple of packed numbers; `own` is the entry that is left out."""
+    """(r - x as a tuple, |r - x|², t, cost) for entry k of a tuple of packed numbers; `own` is the entry left out."""
     e = ()
-    t = 0.0
+    a = 0.0
     for d in tl.static_range(D):
         difference = numbers[k * WIDTH + d] - x[d]
         e = e + (difference,)
-        t = difference * difference if d == 0 else tl.fma(difference, difference, t)
-    if LAPLACE:
-        t = tl.sqrt(t)
+        a = difference * difference if d == 0 else tl.fma(difference, difference, a)
+    t = tl.sqrt(a) if LAPLACE else a
     cost = t
     if WEIGHTED:
         # Fused by name: the compiler could fuse a product with the difference of costs instead, and the rounding of the
@@ -107,7 +106,7 @@ def cost_of_pair(
         cost = tl.fma(t, of_distance, numbers[k * WIDTH + D + COUNT])
     if EXCLUDE:
         inside = inside & (own != k)
-    return e, t, tl.where(inside, cost, far(x[0].dtype))
+    return e, a, t, tl.where(inside, cost, far(x[0].dtype))
 
 
 @triton.jit
@@ -120,7 +119,7 @@ def add_numbers(
     e = ()
     cost = ()
     for k in tl.static_range(ROWS):
-        difference, _, of_pair = cost_of_pair(
+        difference, _, _, of_pair = cost_of_pair(
             x, numbers, scale, k, own, inside, D, COUNT, WIDTH, WEIGHTED, PER_REF, EXCLUDE, LAPLACE
         )
         e = e + difference
@@ -229,13 +228,13 @@ def kernel_average_kernel(
 
 
 @triton.jit
-def pull_of_pair(t, numbers, k, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, PER_REF: tl.constexpr,
+def pull_of_pair(a, numbers, k, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, PER_REF: tl.constexpr,
                  LAPLACE: tl.constexpr):  # fmt: skip
     """Derivative of a cost in half the squared distance, in units of the query's own scale; 0 where a distance has
     none."""
-    pull = tl.full(t.shape, 1.0, t.dtype)
+    pull = tl.full(a.shape, 1.0, a.dtype)
     if LAPLACE:
-        pull = tl.where(t > 0, 1 / tl.where(t > 0, t, 1.0), 0.0)
+        pull = tl.where(a > 0, tl.rsqrt(a), 0.0)
     if PER_REF:
         pull *= numbers[k * WIDTH + D + COUNT + 1]
     return pull
@@ -260,14 +259,14 @@ def add_query_cotangents(
     EXCLUDE: tl.constexpr, LAPLACE: tl.constexpr,
 ):  # fmt: skip
     """Add Σ_d c pull (r - x)_d and c t of reference point k, where c is the cotangent of its logit."""
-    e, t, cost = cost_of_pair(
+    e, a, t, cost = cost_of_pair(
         x, numbers, scale, k, own, inside, D, COUNT, WIDTH, WEIGHTED, PER_REF, EXCLUDE, LAPLACE
     )  # fmt: skip
     along = g
     for u in tl.static_range(COUNT if COUNT > 0 else D):
         along += ((numbers[k * WIDTH + D + u] if COUNT > 0 else e[u]) - average[u]) * v[u]
     c = weight(cost, least, 1.0 if WEIGHTED else scale) * along
-    pulled = c * pull_of_pair(t, numbers, k, D, COUNT, WIDTH, PER_REF, LAPLACE)
+    pulled = c * pull_of_pair(a, numbers, k, D, COUNT, WIDTH, PER_REF, LAPLACE)
     summed = ()
     for d in tl.static_range(D):
         summed = summed + (gradient[d] + pulled * e[d],)
@@ -371,7 +370,7 @@ def add_ref_cotangents(
     for d in tl.static_range(D):
         x = x + (tile[k * QUERY_WIDTH + d],)
     scale, least = tile[k * QUERY_WIDTH + first + 1], tile[k * QUERY_WIDTH + first + 2]
-    e, t, cost = cost_of_pair(x, r, scale, 0, own - k, inside, D, COUNT, 0, WEIGHTED, PER_REF, EXCLUDE, LAPLACE)
+    e, a, t, cost = cost_of_pair(x, r, scale, 0, own - k, inside, D, COUNT, 0, WEIGHTED, PER_REF, EXCLUDE, LAPLACE)
     along = tile[k * QUERY_WIDTH + first]
     w = weight(cost, least, 1.0 if WEIGHTED else scale)
     values = ()
@@ -380,7 +379,7 @@ def add_ref_cotangents(
         along += ((r[D + u] if COUNT > 0 else e[u]) - tile[k * QUERY_WIDTH + D + u]) * v
         values = values + (of_values[u] + w * v,)
     c = w * along
-    pulled = c * scale * pull_of_pair(t, r, 0, D, COUNT, 0, PER_REF, LAPLACE)
+    pulled = c * scale * pull_of_pair(a, r, 0, D, COUNT, 0, PER_REF, LAPLACE)
     points = ()
     for d in tl.static_range(D):
         points = points + (of_point[d] + pulled * e[d],)
