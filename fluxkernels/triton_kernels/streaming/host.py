@@ -57,8 +57,8 @@ _VALUES_PER_ROW: tuple[tuple[Any, Callable[[int, int], int]], ...] = (
     (transition_ends_kernel, lambda D, count: D),
     (transition_average_kernel, lambda D, count: (D + 1 + count) // 2),
     (kernel_average_pack_kernel, lambda D, count: D),
-    (kernel_average_kernel, lambda D, count: max(D, count)),
-    (kernel_average_backward_queries_kernel, lambda D, count: max(D, count)),
+    (kernel_average_kernel, lambda D, count: (max(D, count) + 1) // 2 if count else D),  # differences are dropped
+    (kernel_average_backward_queries_kernel, lambda D, count: (max(D, count) + 1) // 2 if count else D),
     (kernel_average_backward_refs_kernel, lambda D, count: (D + 2 * (count or D) + 3) // 2),
 )
 
