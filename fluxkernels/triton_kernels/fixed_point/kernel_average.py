@@ -131,13 +131,12 @@ def kernel_average_weights_kernel(
             j = start + tl.arange(0, BLOCK)
             half = tl.load(halves + j, mask=j < M, other=0)
             u = tl.load(products + j[None, :], mask=(j < M)[None, :], other=0) - half[None, :]
-            if PER_REF:
-                scale = tl.load(of_refs + j, mask=j < M, other=0.0)[None, :]
+            of_pair = tl.load(of_refs + j, mask=j < M, other=0.0)[None, :] if PER_REF else scale
             t = nearest + (top[:, None] - u).to(tl.float32) * single_unit
             if LAPLACE:
                 t = tl.sqrt(t)
             log = log_weights_of(log_weights, l_m, j, own, M, LOGS, EXCLUDE, tl.float32)
-            logit = tl.where(log > float("-inf"), log - t * scale, float("-inf"))
+            logit = tl.where(log > float("-inf"), log - t * of_pair, float("-inf"))
             higher = tl.max(logit, 1)
             at_higher = tl.min(tl.where(logit == higher[:, None], j[None, :], 2**31 - 1), 1)
             h = tl.where(higher > best, at_higher, h)
@@ -236,9 +235,7 @@ def kernel_average_weights_kernel(
             error = 2 * (coordinates * farthest + units)
         error = error * steepest.to(tl.float64) + ROUNDING * terms.to(tl.float64)
         tl.store(sensitive + row, (error * (others / total) > TOLERANCE).to(tl.int32), mask=known)
-    store_weight_words(
-        logits, words + row[:, None] * width, scales, row, h, total, M, width, known, True, ROWS, BLOCK
-    )
+    store_weight_words(logits, words + row[:, None] * width, scales, row, h, total, M, width, known, True, ROWS, BLOCK)
 
 
 @triton.jit
@@ -248,7 +245,7 @@ def kernel_average_results_kernel(
     N, V,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Average of the values for one query from its sums Σ_j c_j v_j, with coefficients relative to reference point h."""
+    """Average of the values for one query from its sums Σ_j c_j v_j, with coefficients relative to that of h."""
     row = tl.program_id(0).to(tl.int64)
     b = row // N
     h = tl.load(heaviest + row).to(tl.int64)

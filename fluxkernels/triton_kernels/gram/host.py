@@ -4,8 +4,10 @@ Inner products with the reference points run on the matrix units, give the weigh
 the matrix units again. A chain runs in Gram space. Queries are taken in blocks, so that matrices of pairs stay small.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -425,6 +427,48 @@ def kernel_average(
     return shift, average, log_sum
 
 
+class _AverageMoments(NamedTuple):
+    """Coefficients of derivatives of averages for a block of queries.
+
+    Attributes:
+        cotangents: of the logits, `[B, N, M]`.
+        coefficients: of the reference points in the cotangent of z, `[B, N, M]`.
+        of_point: of the query there, `[B, N]`.
+        of_variance: cotangent of σ², `[B, N]`, or `[B, 1, M]` where each reference point has its own.
+    """
+
+    cotangents: Tensor
+    coefficients: Tensor
+    of_point: Tensor
+    of_variance: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weights: Tensor,
+        distances: Tensor,
+        along: Tensor,
+        sigma2: Tensor,
+        log_sum: Tensor,
+        g_log_sum: Tensor,
+        kernel: str,
+    ) -> "_AverageMoments":
+        """Compute them; `along` is overwritten."""
+        (B, N, M), per_ref = weights.shape, sigma2.ndim == 3
+        cotangents, coefficients = torch.empty((2, B, N, M), dtype=torch.float64, device=weights.device)
+        of_point, slopes = torch.empty((2, B, N), dtype=torch.float64, device=weights.device)
+        launch(
+            kernel_average_moments_kernel,
+            (B * N,),
+            *(weights, distances, along, *variance_strides(sigma2), log_sum, *strided(g_log_sum)),
+            *(cotangents, coefficients, of_point, slopes, N, M),
+            LAPLACE=kernel == "laplace",
+            PER_REF=per_ref,
+            **ROW,
+        )
+        return cls(cotangents, coefficients, of_point, along.sum(1, keepdim=True) if per_ref else slopes)
+
+
 def kernel_average_backward(
     g_shift: Tensor,
     g_average: Tensor,
@@ -437,49 +481,38 @@ def kernel_average_backward(
     exclude_self: bool,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (B, N, D), M = z.shape, refs.shape[1]
-    g_z, g_refs, g_sigma2, g_logs = (
-        torch.zeros(shape, dtype=torch.float64, device=z.device) for shape in (z.shape, refs.shape, sigma2.shape, (B, M))
-    )
-    averaged = refs if values is None else values
-    g_values = g_refs if values is None else torch.zeros(values.shape, dtype=torch.float64, device=z.device)
+    (B, N, _), M = z.shape, refs.shape[1]
+    pulls = refs.new_zeros((B, M), dtype=torch.float64)  # sums of the coefficients over queries
+    g_z, g_refs, g_sigma2, g_logs = (torch.zeros_like(t, dtype=torch.float64) for t in (z, refs, sigma2, pulls))
+    g_values = g_refs if values is None else torch.zeros_like(values, dtype=torch.float64)
     y = g_average.double() if values is not None else g_average.double() + g_shift
     dtypes = z.dtype, refs.dtype
     z, refs = widened(z, refs)
+    averaged = refs if values is None else values
     with on_device_of(z):
         for group, rows in _blocks(B, N, M):
             at, of_group = (group, rows), refs[group]
+            if rows.start == 0:
+                origin, relative = of_group[:, :1].double(), averaged[group].double()
+                relative = (relative - relative[:, :1]).mT
             variance, logs = _of_block(sigma2, group, rows), None if log_weights is None else log_weights[group]
             first = rows.start if exclude_self else None
-            log_sum = torch.empty(z[at].shape[:2], dtype=torch.float64, device=z.device)
+            log_sum = pulls.new_empty(z[at].shape[:2])
             weights, distances = _average_weights(z[at], of_group, variance, logs, log_sum, first, kernel, 0.0)
+            # A query that has no reference point adds nothing.
             present = torch.where((log_sum == -torch.inf).unsqueeze(-1), 0, y[at])
-            relative = averaged[group].double()
-            along = present @ (relative - relative[:, :1]).mT
-            cotangents, coefficients = torch.empty((2, *weights.shape), dtype=torch.float64, device=z.device)
-            of_point = torch.empty(z[at].shape[:2], dtype=torch.float64, device=z.device)
-            slopes = torch.empty_like(of_point)
-            launch(
-                kernel_average_moments_kernel,
-                (of_point.numel(),),
-                *(weights, distances, along, *variance_strides(variance), log_sum, *strided(g_log_sum[at])),
-                *(cotangents, coefficients, of_point, slopes, *weights.shape[1:]),
-                LAPLACE=kernel == "laplace",
-                PER_REF=sigma2.ndim == 3,
-                **ROW,
+            moments = _AverageMoments.of(
+                weights, distances, present @ relative, variance, log_sum, g_log_sum[at], kernel
             )
-            none = torch.zeros_like(of_point)
-            added = (of_point, none, z[at]) if values is not None else (of_point, none - 1, g_shift[at])
-            g_z[at], _ = _combine(coefficients, z[at], of_group, added)
+            of_field = torch.full_like(moments.of_point, -1.0 if values is None else 0.0)
+            field = g_shift[at] if values is None else z[at]
+            g_z[at], _ = _combine(moments.coefficients, z[at], of_group, (moments.of_point, of_field, field))
             _gather(weights, present, g_values[group])
-            origin = of_group[:, :1].double()
-            pulled = coefficients.mT @ (z[at].double() - origin)
-            g_refs[group] += pulled - coefficients.sum(1).unsqueeze(-1) * (of_group.double() - origin)
-            g_logs[group] += cotangents.sum(1)
-            if sigma2.ndim == 3:
-                g_sigma2[group] += along.sum(1, keepdim=True)
-            else:
-                g_sigma2[at] = slopes
+            g_refs[group] += moments.coefficients.mT @ (z[at].double() - origin)
+            pulls[group] += moments.coefficients.sum(1)
+            g_logs[group] += moments.cotangents.sum(1)
+            g_sigma2[group if sigma2.ndim == 3 else at] += moments.of_variance
+    g_refs -= pulls.unsqueeze(-1) * (refs.double() - refs[:, :1])
     return (
         g_z.to(dtypes[0]),
         g_refs.to(dtypes[1]),

@@ -3,6 +3,8 @@
 They compute in float32, and in float64 for float64 tensors.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,7 +71,7 @@ def values_per_row(kernel: Any, D: int, count: int = 0) -> int:
 
 
 def packed_width(kernel: Any, D: int, dtype: torch.dtype, count: int = 0, more: int = 0) -> int:
-    """Packed numbers per row, `more` of them beside the kernel's own, padded so that a tile ends at a multiple of four."""
+    """Packed numbers per row, with `more` beside the kernel's own, padded so that a tile ends at a multiple of four."""
     unit = max(1, 4 // rows(values_per_row(kernel, D, count), dtype))
     return -(-(_PACKED[kernel](D, count) + more) // unit) * unit
 
@@ -241,7 +243,9 @@ def _stream(
     tops = log_weights.amax(-1).clamp_min(torch.finfo(log_weights.dtype).min) if log_weights is not None else sigma2
     tops_arguments = [tops, tops.stride(0) if has_logs else 0]
     if not (count or weighted):
-        return _Streamed([*_group(refs), 0], tops_arguments, chunks, False, {**own, "WIDTH": D, "EXCLUDE": exclude_self})
+        return _Streamed(
+            [*_group(refs), 0], tops_arguments, chunks, False, {**own, "WIDTH": D, "EXCLUDE": exclude_self}
+        )
     width = packed_width(kernel_average_kernel, D, refs.dtype, count, weighted + per_ref)
     packed = _aligned((B, chunks, M, width), refs, wide(refs.dtype))
     numbers = [packed, *packed.stride()[:2]]
@@ -290,8 +294,7 @@ def kernel_average_backward(
     (B, N, D), M, V = z.shape, refs.shape[1], g_average.shape[2]
     with on_device_of(z):
         of = _stream(refs, sigma2, values, log_weights, exclude_self, kernel)
-        count, per_ref = of.kind["COUNT"], of.kind["PER_REF"]
-        width = packed_width(kernel_average_backward_refs_kernel, D, z.dtype, count)
+        width = packed_width(kernel_average_backward_refs_kernel, D, z.dtype, of.kind["COUNT"])
         packed = _aligned((B, of.chunks, N, width), z, wide(z.dtype))
         queries = [packed, *packed.stride()[:2]]
 
