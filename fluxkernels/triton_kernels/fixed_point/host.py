@@ -5,6 +5,8 @@ points are exact products again. A chain runs in Gram space. Float64 arithmetic 
 for rows whose weights need it. Queries are taken in blocks, so that matrices of pairs stay small.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -34,8 +36,7 @@ from fluxkernels.triton_kernels.fixed_point.langevin import (
 )
 from fluxkernels.triton_kernels.fixed_point.points import columns_kernel, extent_kernel, points_kernel
 from fluxkernels.triton_kernels.fixed_point.products import products_kernel
-from fluxkernels.triton_kernels.gram.host import kernel_average_backward as kernel_average_backward
-from fluxkernels.triton_kernels.gram.host import variance_strides
+from fluxkernels.triton_kernels.gram import host as gram
 from fluxkernels.triton_kernels.launch import (
     OPTIONS,
     accumulator,
@@ -351,7 +352,7 @@ class _AverageWeights(_Weights):
     """Weights of a block of queries under a kernel, relative to a reference point that need not be the heaviest.
 
     Attributes:
-        variances: σ² of that reference point, or of the query, `[B, N]`, in place of `least`.
+        variances: σ² of that reference point, or of the query, `[B, N]`.
     """
 
     def __init__(
@@ -362,27 +363,40 @@ class _AverageWeights(_Weights):
         *,
         first: int | None,
         kernel: str,
-        of_none: float = torch.nan,
+        relative: bool = True,
     ) -> None:
         """Compute them; log-sums go to `log_sum`.
 
         Args:
             first: number of the first query in its group, whose own reference point each leaves out, or None.
-            of_none: total of a query that has no reference point.
+            relative: whether words are coefficients relative to that reference point, and the total of a query that
+                has no reference point is NaN.
         """
         _, _, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
         inputs, sensitive = self._allocate(block)
-        self.variances = self.least
+        self.variances = torch.empty_like(self.least)
         per_ref, laplace = sigma2.ndim == 3, kernel == "laplace"
         of_refs = _scales_of_refs(sigma2, laplace) if per_ref else self.totals
         arguments = [
-            *(*inputs, *strided(x, refs), *variance_strides(sigma2), of_refs),
+            *(*inputs, *strided(x, refs), *gram.variance_strides(sigma2), of_refs),
             *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
-            *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.variances, log_sum, sensitive),
-            *(of_none, N, M, D, self.words.shape[2], first or 0),
+            *(self.logits, self.words, self.scales, self.totals, self.heaviest),
+            *(
+                self.least,
+                self.variances,
+                log_sum,
+                sensitive,
+                torch.nan if relative else 1.0,
+                N,
+                M,
+                D,
+                self.words.shape[2],
+                first or 0,
+            ),
         ]
         kind = {"LOGS": log_weights is not None, "EXCLUDE": first is not None, "LAPLACE": laplace, "PER_REF": per_ref}
+        kind |= {"RELATIVE": relative}
         _launch_rows(kernel_average_weights_kernel, arguments, (B, N, M), **kind)
 
 
@@ -440,6 +454,13 @@ def _average_results(
     )
 
 
+class _Averaged(NamedTuple):
+    """Values that are averaged, and log weights of the reference points."""
+
+    values: Tensor
+    log_weights: Tensor | None
+
+
 class _Moments:
     """Coefficients of the reference points in a derivative of a block of queries, and its products with them.
 
@@ -458,11 +479,13 @@ class _Moments:
         added: Tensor,
         g: Tensor | None = None,
         g_sigma2: Tensor | None = None,
+        average: _Averaged | None = None,
     ) -> None:
         points, _, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
         device, width = x.device, weights.words.shape[2]
-        self.field = _Points(field, refs, centered=False)
+        averaged, log_weights = average or (refs, None)
+        self.field = _Points(field, averaged, centered=False)
         along = _products(self.field.left, self.field.right, N, M, self.field.left.shape[2])
         self.words = torch.empty((B, N, width), dtype=torch.int32, device=device)
         self.scales = torch.empty((B, N), dtype=torch.float64, device=device)
@@ -474,11 +497,14 @@ class _Moments:
             moments_kernel,
             (B * N,),
             *(weights.logits, weights.totals, weights.heaviest, weights.least, along),
-            *(points.exponents, self.field.exponents, self.field.valid, *strided(field, refs, sigma2, source)),
+            *(points.exponents, self.field.exponents, self.field.valid, *strided(field, averaged, sigma2, source)),
             *(self.words, self.scales, self.coefficients, self.sizes),
-            *(self.sizes if g_sigma2 is None else g_sigma2, N, M, D, width),
+            self.sizes if g_sigma2 is None else g_sigma2,
+            *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
+            *(N, M, field.shape[2], width, 0 if average else D),
             RESIDUAL=residual,
             GIVEN=g is not None,
+            LOGS=log_weights is not None,
             **_vector(M),
         )
         sums = points.sums(self.words, D)
@@ -493,11 +519,18 @@ class _Moments:
         )
 
 
-def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moments, _Block] | None = None) -> None:
-    """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and with `pull` also Σ_n c_nj (x_n - r_j)."""
+def _gather(
+    out: Tensor,
+    weights: _Weights,
+    values: _Points,
+    pull: tuple[_Moments, _Block] | None = None,
+    *,
+    only_pull: bool = False,
+) -> None:
+    """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and with `pull` Σ_n c_nj (x_n - r_j) too, or that alone."""
     B, M, V = out.shape
     N, width = weights.words.shape[1:]
-    sums = _products(weights.words, values.left, M, V, N, across=(True, True))
+    sums = values.halves if only_pull else _products(weights.words, values.left, M, V, N, across=(True, True))
     # Without `pull`, placeholders that are never read.
     of_points, words, coefficients, exponents, exponents_x = (
         sums,
@@ -533,7 +566,8 @@ def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moment
         *(sums, values.exponents, weights.totals, values.valid, of_points, exponents, words, coefficients),
         *(weights.heaviest, exponents_x),
         *(*strided(x, refs, sigma2), out, N, M, V, width),
-        BOTH=pull is not None,
+        VALUES=not only_pull,
+        PULL=pull is not None,
         **_vector(max(N, V), 256),
     )
 
@@ -549,11 +583,63 @@ def kde_backward(
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block)
-            given = {"added": g_shift[at], "g": g_log_density[at], "g_sigma2": g_sigma2[at]}
-            moments = _Moments(block, weights, g_moved[at], g_z[at], **given)
+            given = {"g": g_log_density[at], "g_sigma2": g_sigma2[at]}
+            moments = _Moments(block, weights, g_moved[at], g_z[at], added=g_shift[at], **given)
             _gather(g_refs[at[0]], weights, moments.field, (moments, block))
             del block, weights, moments
     return g_z, g_refs.to(refs_dtype), g_sigma2
+
+
+def kernel_average_backward(
+    g_shift: Tensor,
+    g_average: Tensor,
+    g_log_sum: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if kernel == "laplace" or sigma2.ndim == 3:
+        # There a coefficient is not one number of a query times the cotangent of a logit.
+        return gram.kernel_average_backward(
+            g_shift, g_average, g_log_sum, z, refs, sigma2, values, log_weights, exclude_self, kernel
+        )
+    g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
+    g_refs, g_logs = (torch.zeros_like(t, dtype=torch.float64) for t in (refs, refs[..., 0]))
+    g_values = g_refs if values is None else torch.zeros_like(values, dtype=torch.float64)
+    refs_dtype = refs.dtype
+    (y,) = widened(g_average if values is not None else g_average + g_shift)
+    added = g_shift if values is None else z.new_zeros(()).expand(z.shape)
+    z, refs = widened(z, refs)
+    with on_device_of(z):
+        for at, block in _blocks(z, refs, sigma2):
+            group, first = at[0], at[1].start if exclude_self else None
+            logs = None if log_weights is None else log_weights[group]
+            log_sum = torch.empty_like(block.sigma2)
+            weights = _AverageWeights(block, logs, log_sum, first=first, kernel=kernel, relative=False)
+            none = log_sum == -torch.inf  # such a query adds nothing
+            field, g = y[at].masked_fill(none.unsqueeze(-1), 0), g_log_sum[at].to(y.dtype).masked_fill(none, 0)
+            averaged = _Averaged(block.refs if values is None else widened(values[group])[0], logs)
+            out = g_z[at]
+            moments = _Moments(
+                block, weights, field, out, added=added[at], g=g, g_sigma2=g_sigma2[at], average=averaged
+            )
+            if values is not None:
+                _gather(g_values[group], weights, moments.field)
+            _gather(g_refs[group], weights, moments.field, (moments, block), only_pull=values is not None)
+            if logs is not None:
+                g_logs[group] += (moments.coefficients * block.sigma2.unsqueeze(-1)).sum(1, dtype=torch.float64)
+            del block, weights, moments
+    return (
+        g_z,
+        g_refs.to(refs_dtype),
+        g_sigma2,
+        refs.new_empty(0) if values is None else g_values.to(values.dtype),
+        refs.new_empty(0) if log_weights is None else g_logs.to(log_weights.dtype),
+    )
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None) -> Tensor:

@@ -52,16 +52,16 @@ def log_weights_of(log_weights, l_m, j, own, M, LOGS: tl.constexpr, EXCLUDE: tl.
 def kernel_average_weights_kernel(
     products, halves, exponents, valid_queries,
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n, s_m, of_refs, log_weights, l_b, l_m,
-    logits, words, scales, totals, heaviest, variances, log_sum, sensitive,
+    logits, words, scales, totals, heaviest, least, variances, log_sum, sensitive,
     of_none, N, M, D, width, first,
-    LOGS: tl.constexpr, EXCLUDE: tl.constexpr, LAPLACE: tl.constexpr, PER_REF: tl.constexpr, REPAIR: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+    LOGS: tl.constexpr, EXCLUDE: tl.constexpr, LAPLACE: tl.constexpr, PER_REF: tl.constexpr, RELATIVE: tl.constexpr,
+    REPAIR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Weights of the reference points for ROWS queries, the first of which is number `first` + n of its group.
 
-    Results are those of `weights_kernel`, with words relative to reference point h, its variance in `variances`, and
-    log-sums. A query without reference points has no weights and a total of `of_none`. `of_refs` `[B, 2, M]` are the
-    scales of the reference points as sums of two float32, with PER_REF.
+    Results are those of `weights_kernel` relative to reference point h, its variance in `variances`, and log-sums. A
+    query without reference points has no weights and a total of `of_none`. With PER_REF, `of_refs` `[B, 2, M]` are the
+    scales of the reference points as sums of two float32.
     """
     blocks = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
@@ -89,7 +89,7 @@ def kernel_average_weights_kernel(
     # Reference point h.
     h = tl.zeros([ROWS], tl.int32)
     if REPAIR:
-        least = tl.full([ROWS], float("inf"), tl.float64)
+        lowest = tl.full([ROWS], float("inf"), tl.float64)
         for start in range(0, M, 64):
             j = start + tl.arange(0, 64)
             point = x + tl.sum(n, 0) * x_n
@@ -101,9 +101,9 @@ def kernel_average_weights_kernel(
             tl.store(products + j[None, :], cost.to(tl.int64, bitcast=True), mask=(j < M)[None, :])
             lower = tl.min(cost, 1)
             at_lower = tl.min(tl.where(cost == lower[:, None], j[None, :], 2**31 - 1), 1)
-            h = tl.where(lower < least, at_lower, h)
-            least = tl.minimum(least, lower)
-        none = least == float("inf")
+            h = tl.where(lower < lowest, at_lower, h)
+            lowest = tl.minimum(lowest, lower)
+        none = lowest == float("inf")
         tl.debug_barrier()
     else:
         top = tl.full([ROWS], LOWEST, tl.int64)
@@ -176,7 +176,7 @@ def kernel_average_weights_kernel(
         valid += tl.sum(tl.where(half == -LOWEST, float("nan"), 0.0), 0)
         if REPAIR:
             cost = tl.load(products + j[None, :], mask=inside, other=0).to(tl.float64, bitcast=True)
-            logit = (tl.minimum(least[:, None] - cost, 0.0) * LOG2_E).to(tl.float32)
+            logit = (tl.minimum(lowest[:, None] - cost, 0.0) * LOG2_E).to(tl.float32)
             counts = inside & (cost < float("inf"))
         else:
             log = log_weights_of(log_weights, l_m, j, own, M, LOGS, EXCLUDE, tl.float32)
@@ -222,6 +222,7 @@ def kernel_average_weights_kernel(
 
     tl.store(totals + row, tl.where(none, of_none, total + valid), mask=known)
     tl.store(heaviest + row, h, mask=known)
+    tl.store(least + row, square, mask=known)
     tl.store(variances + row, variance, mask=known)
     result = tl.where(none, float("-inf"), tl.log((total + valid).to(tl.float64)) + at_h)
     tl.store(log_sum + row, rounded(result, log_sum.dtype.element_ty), mask=known)
@@ -235,7 +236,9 @@ def kernel_average_weights_kernel(
             error = 2 * (coordinates * farthest + units)
         error = error * steepest.to(tl.float64) + ROUNDING * terms.to(tl.float64)
         tl.store(sensitive + row, (error * (others / total) > TOLERANCE).to(tl.int32), mask=known)
-    store_weight_words(logits, words + row[:, None] * width, scales, row, h, total, M, width, known, True, ROWS, BLOCK)
+    store_weight_words(
+        logits, words + row[:, None] * width, scales, row, h, total, M, width, known, RELATIVE, ROWS, BLOCK
+    )
 
 
 @triton.jit

@@ -213,7 +213,7 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
 
 
 class _Streamed(NamedTuple):
-    """What the kernels of `kernel_average` read and how.
+    """Input of the kernels of `kernel_average`.
 
     Attributes:
         numbers: packed numbers of the reference points, or these themselves, and strides of groups and of chunks.
