@@ -112,9 +112,18 @@ def checks(complete: bool) -> Iterator[Check]:
         for case in kinds(*sizes):
             if dtype == torch.float64 and case.clusters and case.outlier:
                 continue  # see tests/programs/interpreted.py
-            largest = max(limit(case, dtype), 1e-5 if dtype == torch.float32 else 0)
             for name, way in ways_of(case, WAYS if complete else (next(turns),)):
-                yield name, dtype, largest, partial(errors, case, dtype, way)
+                yield name, dtype, largest_error(case, dtype, way), partial(errors, case, dtype, way)
+
+
+def largest_error(case: Case, dtype: torch.dtype, way: Way) -> float:
+    if dtype == torch.float64:
+        return limit(case, dtype)
+    # Where an outlier leaves out itself, a distance in float32 has few digits beside σ, and the weights are not those of
+    # the nearest point alone, as with squares of distances.
+    if way.kernel == "laplace" and way.exclude_self and case.outlier and case.D <= triton_kernels.MOST_STREAMED:
+        return 2e-3
+    return max(limit(case, dtype), 1e-5)
     yield from edges()
     yield from splits()
     yield "half precision", torch.bfloat16, 1e-2, of_half

@@ -583,8 +583,8 @@ def kde_backward(
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block)
-            given = {"g": g_log_density[at], "g_sigma2": g_sigma2[at]}
-            moments = _Moments(block, weights, g_moved[at], g_z[at], added=g_shift[at], **given)
+            g, of_variance = g_log_density[at], g_sigma2[at]
+            moments = _Moments(block, weights, g_moved[at], g_z[at], added=g_shift[at], g=g, g_sigma2=of_variance)
             _gather(g_refs[at[0]], weights, moments.field, (moments, block))
             del block, weights, moments
     return g_z, g_refs.to(refs_dtype), g_sigma2
