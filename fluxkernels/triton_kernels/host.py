@@ -4,6 +4,7 @@ Functions, arguments and shapes are those of `fluxkernels.implementation`. Point
 Others go to `fixed_point`, and float64 ones to `gram`: matrices of pairs are small compared with the points.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -19,20 +20,25 @@ from fluxkernels.triton_kernels.streaming import host as streaming
 
 # A thread of `streaming` keeps a point in registers.
 MOST_STREAMED = 16
+# Arguments that hold the points of an op.
+POINTS = "x", "x0", "z"
 
 
 def _by_points(name: str) -> Callable[..., Any]:
-    """The kernel `name` of the package that suits the dimension and dtype of the first argument."""
+    """The kernel `name` of the package that suits the dimension and dtype of its points."""
     few, many, in_float64 = (getattr(package, name) for package in (streaming, fixed_point, gram))
+    # The cotangents that come first may have other dimensions than the points.
+    place = next(i for i, argument in enumerate(inspect.signature(few).parameters) if argument in POINTS)
 
     @wraps(few)
-    def run(points: Tensor, *args: Any, **hints: Any) -> Any:
+    def run(*args: Any, **hints: Any) -> Any:
+        points: Tensor = args[place]
         D = points.shape[-1]
         if D <= MOST_STREAMED:
-            return few(points, *args, **hints)
+            return few(*args, **hints)
         if points.dtype == torch.float64 or D > fixed_point.MOST_DIMENSIONS:
-            return in_float64(points, *args, **hints)
-        return many(points, *args, **hints)
+            return in_float64(*args, **hints)
+        return many(*args, **hints)
 
     return run
 

@@ -24,7 +24,7 @@ def test_hot_loops_of_streaming_kernels_keep_within_their_budgets(capability: in
     """Few instructions per pair, and within a lane no exchange among threads, no spill, no float64."""
     rows = run_in_parts("tests.programs.budgets", capability, TRITON_INTERPRET="0", FLUXKERNELS_AUTOTUNE="0")
     # In two dimensions and in 16; on one architecture with two queries per thread, too.
-    assert len(rows) == 11 + 3 + (11 if capability == 90 else 0)
+    assert len(rows) == 21 + 7 + (21 if capability == 90 else 0)
     # One exponential per pair, and one per query and tile in a sweep: the count of pairs is right.
     assert [row for row in rows if not 0 <= row["exponentials"] - row["pairs"] <= 2] == []
     assert [row for row in rows if row["per_pair"] > budget(row, capability)] == []

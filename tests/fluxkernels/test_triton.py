@@ -25,11 +25,12 @@ def cases() -> list[dict[str, Any]]:
     on_gpu = torch.cuda.is_available()
     # The layouts are tested one by one; autotuning every case on a GPU would compile for minutes.
     environment = {"TRITON_INTERPRET": "0" if on_gpu else "1", "FLUXKERNELS_AUTOTUNE": "0"}
-    return run_in_parts("tests.programs.interpreted", "all" if COMPLETE else "few", **environment)
+    programs = "tests.programs.interpreted", "tests.programs.averages"
+    return [row for each in programs for row in run_in_parts(each, "all" if COMPLETE else "few", **environment)]
 
 
 def test_kernels_agree_with_the_formulas_in_float64() -> None:
-    """Forward, backward, seeds; tests/programs/interpreted.py has the cases and does the comparisons."""
+    """Forward, backward, seeds; interpreted.py and averages.py in tests/programs have the cases and compare."""
     wrong = {
         (row["case"], row["dtype"], op): error
         for row in cases()
@@ -92,8 +93,9 @@ def test_kernels_compile_for_nvidia_gpus(capability: int) -> None:
 PER_COORDINATE = {
     "extent_kernel", "points_kernel", "chain_extent_kernel", "chain_points_kernel",
     "kde_results_kernel", "derivative_results_kernel", "gathered_results_kernel", "chain_results_kernel",
+    "kernel_average_results_kernel",
 }  # fmt: skip
-REPAIR = {"weights_kernel", "moments_kernel", "chain_repair_kernel"}
+REPAIR = {"weights_kernel", "kernel_average_weights_kernel", "moments_kernel", "chain_repair_kernel"}
 
 
 def test_float32_pairs_cost_no_float64() -> None:

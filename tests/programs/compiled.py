@@ -51,6 +51,32 @@ def calls(dtype: torch.dtype, sizes: tuple[int, int, int], D: int) -> dict[str, 
         "residual_gradient": lambda: of.residual_gradient(x, field, refs, per_query),
         "residual_gradient with a factor": lambda: of.residual_gradient(x, field, refs, per_query, per_query),
         "kde_backward": lambda: of.kde_backward(field, field, field[..., 0], x, refs, per_query),
+        **averages(dtype, sizes, D),
+    }
+
+
+def averages(dtype: torch.dtype, sizes: tuple[int, int, int], D: int) -> dict[str, Callable[[], object]]:
+    """`kernel_average` and its derivatives, with nothing beside the points and with everything."""
+    B, N, M = sizes
+    wide = torch.promote_types(dtype, torch.float32)
+    z, refs, values = (torch.empty(B, count, width, dtype=dtype) for count, width in ((N, D), (M, D), (M, 3)))
+    per_query, per_ref = torch.empty(B, N, dtype=wide), torch.empty(B, 1, M, dtype=wide)
+    logs, average, log_sum = torch.empty(B, M, dtype=wide), torch.empty(B, N, 3, dtype=dtype), per_query.to(dtype)
+    plain = z, refs, per_query, None, None, False, "gaussian"
+    full = z, refs, per_ref, values, logs, True, "laplace"
+    usual = z, refs, per_query, values, logs, False, "gaussian"
+    of = triton_kernels
+    return {
+        "kernel_average": lambda: of.kernel_average(*plain),
+        "kernel_average of values with weights": lambda: of.kernel_average(*usual),
+        "kernel_average with all options": lambda: of.kernel_average(*full),
+        "kernel_average_backward": lambda: of.kernel_average_backward(z, z, log_sum, *plain),
+        "kernel_average_backward of values with weights": lambda: of.kernel_average_backward(
+            average[..., :0], average, log_sum, *usual
+        ),
+        "kernel_average_backward with all options": lambda: of.kernel_average_backward(
+            average[..., :0], average, log_sum, *full
+        ),
     }
 
 
@@ -66,14 +92,20 @@ def problems(capability: int) -> Iterator[Problem]:
         yield torch.float64, IMAGES, 200, few
         return
     yield torch.float32, SMALL, 2, None
-    yield torch.float32, SMALL, 16, [*few, "transition_average", "kde_backward"]
+    yield (
+        torch.float32,
+        SMALL,
+        16,
+        [*few, "transition_average", "kde_backward", "kernel_average of values with weights"],
+    )
     yield torch.float32, SMALL, 17, None
     if COMPLETE:
         yield torch.float32, IMAGES, 3072, few
         yield torch.bfloat16, SMALL, 2, few
         yield torch.bfloat16, SMALL, 200, ["kde"]
         yield torch.float64, SMALL, 2, few
-    yield torch.float64, SMALL, 200, [*few, "kde_backward", "transition_average"]
+    yield torch.float64, SMALL, 200, [*few, "kde_backward", "transition_average", "kernel_average with all options"]
+    yield torch.float64, SMALL, 200, ["kernel_average_backward with all options"]
 
 
 def record(processors: int, wanted: Iterable[Problem], capability: int) -> None:

@@ -350,15 +350,16 @@ def patch_once() -> None:
         interpreter._patch_lang = lambda function: kept
 
 
-def main() -> None:
+def report(find_checks: Callable[[bool], Iterator[Check]]) -> None:
+    """Run the checks that the command line asks for, and print a JSON line for each."""
     assert fk.backends()["triton"].available
     patch_once()
     many, (part, parts) = sys.argv[1], map(int, sys.argv[2:] or (0, 1))
-    for name, dtype, largest, find in list(checks({"few": False, "all": True}[many]))[part::parts]:
+    for name, dtype, largest, find in list(find_checks({"few": False, "all": True}[many]))[part::parts]:
         with launched() as kernels:
             row = {"case": name, "dtype": str(dtype), "limit": largest, "errors": find(), "kernels": sorted(kernels)}
         print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    report(checks)

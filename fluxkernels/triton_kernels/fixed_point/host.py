@@ -5,6 +5,8 @@ points are exact products again. A chain runs in Gram space. Float64 arithmetic 
 for rows whose weights need it. Queries are taken in blocks, so that matrices of pairs stay small.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,6 +23,10 @@ from fluxkernels.triton_kernels.fixed_point.kde import (
     weights_kernel,
     words_kernel,
 )
+from fluxkernels.triton_kernels.fixed_point.kernel_average import (
+    kernel_average_results_kernel,
+    kernel_average_weights_kernel,
+)
 from fluxkernels.triton_kernels.fixed_point.langevin import (
     chain_extent_kernel,
     chain_kernel,
@@ -30,6 +36,7 @@ from fluxkernels.triton_kernels.fixed_point.langevin import (
 )
 from fluxkernels.triton_kernels.fixed_point.points import columns_kernel, extent_kernel, points_kernel
 from fluxkernels.triton_kernels.fixed_point.products import products_kernel
+from fluxkernels.triton_kernels.gram import host as gram
 from fluxkernels.triton_kernels.launch import (
     OPTIONS,
     accumulator,
@@ -212,9 +219,9 @@ class _Points:
             **tile,
         )
 
-    def sums(self, words: Tensor, D: int) -> Tensor:
+    def sums(self, words: Tensor, D: int, all_queries: int = 0) -> Tensor:
         """Σ_j words[n, j] r_j of some queries, as products `[B, N, D]`."""
-        N, M, all_queries = words.shape[1], self.right.shape[1], self.left.shape[1]
+        N, M, all_queries = words.shape[1], self.right.shape[1], max(all_queries, self.left.shape[1])
         if all_queries < LEAST_BY_COLUMNS[0] or M < LEAST_BY_COLUMNS[1]:
             return _products(words, self.right, N, D, M, across=(False, True))
         return _products(words, self._columns, N, D, M)
@@ -261,36 +268,39 @@ class _Weights:
         words: bool = True,
         relative: bool = False,
     ) -> None:
-        points, rows, x, refs, sigma2 = block
+        _, _, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
-        device, width = x.device, _padded(M)
-        products = _products(points.left[:, rows], points.right, N, M, points.left.shape[2])
+        move, tau = transition or (refs, refs[:, 0, 0])
+        inputs, sensitive = self._allocate(block)
+        arguments = [
+            *(*inputs, *strided(x, refs, move, sigma2, tau)),
+            *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.least),
+            *(self.totals if log_density is None else log_density, sensitive, N, M, D, self.words.shape[2]),
+        ]
+        kind = {"MOVED": transition is not None, "KDE": log_density is not None, "WORDS": words, "RELATIVE": relative}
+        _launch_rows(weights_kernel, arguments, (B, N, M), **kind)
+
+    def _allocate(self, block: _Block) -> tuple[list[Tensor], Tensor]:
+        """New results, and (the products of the block with what belongs to them, which queries are sensitive)."""
+        points, rows, x, refs, _ = block
+        (B, N, _), M = x.shape, refs.shape[1]
+        device = x.device
         self.logits = torch.empty((B, N, M), dtype=torch.float32, device=device)
-        self.words = torch.empty((B, N, width), dtype=torch.int32, device=device)
+        self.words = torch.empty((B, N, _padded(M)), dtype=torch.int32, device=device)
         self.totals = torch.empty((B, N), dtype=torch.float32, device=device)
         self.heaviest, sensitive = torch.empty((2, B, N), dtype=torch.int32, device=device)
         self.least, self.scales = torch.empty((2, B, N), dtype=torch.float64, device=device)
-        move, tau = transition or (refs, refs[:, 0, 0])
-        arguments = [
-            *(products, points.halves, points.exponents, points.valid[:, rows].contiguous()),
-            *strided(x, refs, move, sigma2, tau),
-            *(self.logits, self.words, self.scales, self.totals, self.heaviest, self.least),
-            *(self.totals if log_density is None else log_density, sensitive, N, M, D, width),
-        ]
-        tile, single = _tile(N, M, MANY if M >= MANY else FEW), _tile(1, M, FEW)
-        for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
-            launch(
-                weights_kernel,
-                (B * -(-N // shape["ROWS"]),),
-                *arguments,
-                MOVED=transition is not None,
-                KDE=log_density is not None,
-                WORDS=words,
-                RELATIVE=relative,
-                REPAIR=repair,
-                DEPTH=depth,
-                **shape,
-            )
+        products = _products(points.left[:, rows], points.right, N, M, points.left.shape[2])
+        return [products, points.halves, points.exponents, points.valid[:, rows].contiguous()], sensitive
+
+
+def _launch_rows(kernel: Any, arguments: Sequence[Any], sizes: tuple[int, int, int], **kind: bool) -> None:
+    """Launch a kernel of rows of pairs, and its repair of the rows that are sensitive."""
+    B, N, M = sizes
+    tile, single = _tile(N, M, MANY if M >= MANY else FEW), _tile(1, M, FEW)
+    for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
+        grid = (B * -(-N // shape["ROWS"]),)
+        launch(kernel, grid, *arguments, REPAIR=repair, DEPTH=depth, **kind, **shape)
 
 
 def _blocks(
@@ -309,7 +319,7 @@ def _blocks(
         points = _Points(x[group], refs[group], transition=moves)
         for row in range(0, N, rows):
             at = group, slice(row, row + rows)
-            yield at, _Block(points, at[1], x[at], refs[group], sigma2[at])
+            yield at, _Block(points, at[1], x[at], refs[group], sigma2[group] if sigma2.ndim == 3 else sigma2[at])
         del points
 
 
@@ -338,6 +348,119 @@ def _kde_results(block: _Block, weights: _Weights, shift: Tensor, mean: Tensor) 
     )
 
 
+class _AverageWeights(_Weights):
+    """Weights of a block of queries under a kernel, relative to a reference point that need not be the heaviest.
+
+    Attributes:
+        variances: σ² of that reference point, or of the query, `[B, N]`.
+    """
+
+    def __init__(
+        self,
+        block: _Block,
+        log_weights: Tensor | None,
+        log_sum: Tensor,
+        *,
+        first: int | None,
+        kernel: str,
+        relative: bool = True,
+    ) -> None:
+        """Compute them; log-sums go to `log_sum`.
+
+        Args:
+            first: number of the first query in its group, whose own reference point each leaves out, or None.
+            relative: whether words are coefficients relative to that reference point, and the total of a query that
+                has no reference point is NaN.
+        """
+        _, _, x, refs, sigma2 = block
+        (B, N, D), M = x.shape, refs.shape[1]
+        inputs, sensitive = self._allocate(block)
+        self.variances = torch.empty_like(self.least)
+        per_ref, laplace = sigma2.ndim == 3, kernel == "laplace"
+        of_refs = _scales_of_refs(sigma2, laplace) if per_ref else self.totals
+        arguments = [
+            *(*inputs, *strided(x, refs), *gram.variance_strides(sigma2), of_refs),
+            *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
+            *(self.logits, self.words, self.scales, self.totals, self.heaviest),
+            *(
+                self.least,
+                self.variances,
+                log_sum,
+                sensitive,
+                torch.nan if relative else 1.0,
+                N,
+                M,
+                D,
+                self.words.shape[2],
+                first or 0,
+            ),
+        ]
+        kind = {"LOGS": log_weights is not None, "EXCLUDE": first is not None, "LAPLACE": laplace, "PER_REF": per_ref}
+        kind |= {"RELATIVE": relative}
+        _launch_rows(kernel_average_weights_kernel, arguments, (B, N, M), **kind)
+
+
+def _scales_of_refs(sigma2: Tensor, laplace: bool) -> Tensor:
+    """1/2σ², or 1/σ, of reference points as sums of two float32, `[B, 2, M]`."""
+    variance = sigma2[:, 0].double()
+    scale = variance.rsqrt() if laplace else 0.5 / variance
+    high = scale.float()
+    return torch.stack([high, (scale - high).float()], 1)
+
+
+def kernel_average(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, D), V = z.shape, refs.shape[2] if values is None else values.shape[2]
+    shift, log_sum = z.new_empty((B, N, D if values is None else 0)), z.new_empty((B, N))
+    average = z.new_empty((B, N, V))
+    z, refs = widened(z, refs)
+    given = None
+    with on_device_of(z):
+        for at, block in _blocks(z, refs, sigma2):
+            group, rows = at
+            logs = None if log_weights is None else log_weights[group]
+            first = rows.start if exclude_self else None
+            weights = _AverageWeights(block, logs, log_sum[at], first=first, kernel=kernel)
+            if values is None:
+                _kde_results(block._replace(sigma2=weights.variances), weights, shift[at], average[at])
+            else:
+                averaged = widened(values[group])[0]
+                if rows.start == 0:
+                    given = _Points(averaged[:, :1], averaged, centered=False)
+                assert given is not None
+                _average_results(given, averaged, weights, average[at], N)
+            del block, weights
+    return shift, average, log_sum
+
+
+def _average_results(
+    points: _Points, values: Tensor, weights: _AverageWeights, average: Tensor, all_queries: int
+) -> None:
+    """Write the average of the values for a block of queries."""
+    B, N, V = average.shape
+    sums = points.sums(weights.words, V, all_queries)
+    launch(
+        kernel_average_results_kernel,
+        (B * N,),
+        *(sums, points.exponents, weights.scales, weights.totals, weights.heaviest, *strided(values), average, N, V),
+        **_vector(V),
+    )
+
+
+class _Averaged(NamedTuple):
+    """Values that are averaged, and log weights of the reference points."""
+
+    values: Tensor
+    log_weights: Tensor | None
+
+
 class _Moments:
     """Coefficients of the reference points in a derivative of a block of queries, and its products with them.
 
@@ -356,11 +479,13 @@ class _Moments:
         added: Tensor,
         g: Tensor | None = None,
         g_sigma2: Tensor | None = None,
+        average: _Averaged | None = None,
     ) -> None:
         points, _, x, refs, sigma2 = block
         (B, N, D), M = x.shape, refs.shape[1]
         device, width = x.device, weights.words.shape[2]
-        self.field = _Points(field, refs, centered=False)
+        averaged, log_weights = average or (refs, None)
+        self.field = _Points(field, averaged, centered=False)
         along = _products(self.field.left, self.field.right, N, M, self.field.left.shape[2])
         self.words = torch.empty((B, N, width), dtype=torch.int32, device=device)
         self.scales = torch.empty((B, N), dtype=torch.float64, device=device)
@@ -372,11 +497,14 @@ class _Moments:
             moments_kernel,
             (B * N,),
             *(weights.logits, weights.totals, weights.heaviest, weights.least, along),
-            *(points.exponents, self.field.exponents, self.field.valid, *strided(field, refs, sigma2, source)),
+            *(points.exponents, self.field.exponents, self.field.valid, *strided(field, averaged, sigma2, source)),
             *(self.words, self.scales, self.coefficients, self.sizes),
-            *(self.sizes if g_sigma2 is None else g_sigma2, N, M, D, width),
+            self.sizes if g_sigma2 is None else g_sigma2,
+            *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
+            *(N, M, field.shape[2], width, 0 if average else D),
             RESIDUAL=residual,
             GIVEN=g is not None,
+            LOGS=log_weights is not None,
             **_vector(M),
         )
         sums = points.sums(self.words, D)
@@ -391,11 +519,18 @@ class _Moments:
         )
 
 
-def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moments, _Block] | None = None) -> None:
-    """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and with `pull` also Σ_n c_nj (x_n - r_j)."""
+def _gather(
+    out: Tensor,
+    weights: _Weights,
+    values: _Points,
+    pull: tuple[_Moments, _Block] | None = None,
+    *,
+    only_pull: bool = False,
+) -> None:
+    """Add Σ_n w_nj values_n to `out` `[B, M, V]`, and with `pull` Σ_n c_nj (x_n - r_j) too, or that alone."""
     B, M, V = out.shape
     N, width = weights.words.shape[1:]
-    sums = _products(weights.words, values.left, M, V, N, across=(True, True))
+    sums = values.halves if only_pull else _products(weights.words, values.left, M, V, N, across=(True, True))
     # Without `pull`, placeholders that are never read.
     of_points, words, coefficients, exponents, exponents_x = (
         sums,
@@ -431,7 +566,8 @@ def _gather(out: Tensor, weights: _Weights, values: _Points, pull: tuple[_Moment
         *(sums, values.exponents, weights.totals, values.valid, of_points, exponents, words, coefficients),
         *(weights.heaviest, exponents_x),
         *(*strided(x, refs, sigma2), out, N, M, V, width),
-        BOTH=pull is not None,
+        VALUES=not only_pull,
+        PULL=pull is not None,
         **_vector(max(N, V), 256),
     )
 
@@ -447,11 +583,63 @@ def kde_backward(
     with on_device_of(z):
         for at, block in _blocks(z, refs, sigma2):
             weights = _Weights(block)
-            given = {"added": g_shift[at], "g": g_log_density[at], "g_sigma2": g_sigma2[at]}
-            moments = _Moments(block, weights, g_moved[at], g_z[at], **given)
+            g, of_variance = g_log_density[at], g_sigma2[at]
+            moments = _Moments(block, weights, g_moved[at], g_z[at], added=g_shift[at], g=g, g_sigma2=of_variance)
             _gather(g_refs[at[0]], weights, moments.field, (moments, block))
             del block, weights, moments
     return g_z, g_refs.to(refs_dtype), g_sigma2
+
+
+def kernel_average_backward(
+    g_shift: Tensor,
+    g_average: Tensor,
+    g_log_sum: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if kernel == "laplace" or sigma2.ndim == 3:
+        # There a coefficient is not one number of a query times the cotangent of a logit.
+        return gram.kernel_average_backward(
+            g_shift, g_average, g_log_sum, z, refs, sigma2, values, log_weights, exclude_self, kernel
+        )
+    g_z, g_sigma2 = z.new_empty(z.shape), sigma2.new_empty(sigma2.shape)
+    g_refs, g_logs = (torch.zeros_like(t, dtype=torch.float64) for t in (refs, refs[..., 0]))
+    g_values = g_refs if values is None else torch.zeros_like(values, dtype=torch.float64)
+    refs_dtype = refs.dtype
+    (y,) = widened(g_average if values is not None else g_average + g_shift)
+    added = g_shift if values is None else z.new_zeros(()).expand(z.shape)
+    z, refs = widened(z, refs)
+    with on_device_of(z):
+        for at, block in _blocks(z, refs, sigma2):
+            group, first = at[0], at[1].start if exclude_self else None
+            logs = None if log_weights is None else log_weights[group]
+            log_sum = torch.empty_like(block.sigma2)
+            weights = _AverageWeights(block, logs, log_sum, first=first, kernel=kernel, relative=False)
+            none = log_sum == -torch.inf  # such a query adds nothing
+            field, g = y[at].masked_fill(none.unsqueeze(-1), 0), g_log_sum[at].to(y.dtype).masked_fill(none, 0)
+            averaged = _Averaged(block.refs if values is None else widened(values[group])[0], logs)
+            out = g_z[at]
+            moments = _Moments(
+                block, weights, field, out, added=added[at], g=g, g_sigma2=g_sigma2[at], average=averaged
+            )
+            if values is not None:
+                _gather(g_values[group], weights, moments.field)
+            _gather(g_refs[group], weights, moments.field, (moments, block), only_pull=values is not None)
+            if logs is not None:
+                g_logs[group] += (moments.coefficients * block.sigma2.unsqueeze(-1)).sum(1, dtype=torch.float64)
+            del block, weights, moments
+    return (
+        g_z,
+        g_refs.to(refs_dtype),
+        g_sigma2,
+        refs.new_empty(0) if values is None else g_values.to(values.dtype),
+        refs.new_empty(0) if log_weights is None else g_logs.to(log_weights.dtype),
+    )
 
 
 def residual_gradient(z: Tensor, field: Tensor, refs: Tensor, sigma2: Tensor, factor: Tensor | None = None) -> Tensor:

@@ -49,6 +49,45 @@ def rounding_of_logits(e_x, e_refs, distance, D, variance):
 
 
 @triton.jit
+def squares_to(
+    x, n, x_n, x_d, refs, r_m, r_d, move, m_m, m_d, pull, h, N, M, D,
+    MOVED: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """|x_n - r_h|² of ROWS queries and a reference point of each, from differences in float64."""
+    total = tl.zeros([ROWS, DEPTH], tl.float64)
+    for start in range(0, D, DEPTH):
+        d = start + tl.arange(0, DEPTH)
+        ref = load_refs(refs, r_m, r_d, move, m_m, m_d, pull, h, M, d, D, MOVED)
+        difference = load_tile(x, n, x_n, N, d, x_d, D) - ref
+        total += difference * difference
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def store_weight_words(
+    logits, words, scales, row, h, total, M, width, known,
+    RELATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Store the weights 2^logit over their total as words; with RELATIVE, as coefficients relative to the heaviest
+    reference point, and in `scales` 1 over the sum of the words of all weights."""
+    tl.debug_barrier()
+    scale = ((1 / total) * ONE)[:, None]
+    used = tl.zeros([ROWS], tl.int32)
+    for start in range(0, width, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        logit = tl.load(logits + j[None, :], mask=(j < M)[None, :], other=float("-inf"))
+        other = j[None, :] != h[:, None]
+        word = tl.where(other, nearest_word(tl.exp2(logit) * scale), 0)
+        used += tl.sum(word, 1)
+        tl.store(words + j[None, :], digits(word), mask=(j < width)[None, :] & other & known[:, None])
+    if RELATIVE:
+        whole = (used + nearest_word(scale.reshape(ROWS))).to(tl.float64)
+        tl.store(scales + row, power_of_two(as_long(30)) / whole, mask=known)
+    word = digits(-used if RELATIVE else -(used - ONE))
+    tl.store(words + h[:, None], word[:, None], mask=known[:, None])
+
+
+@triton.jit
 def weights_kernel(
     products, halves, exponents, valid_queries,
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, move, m_b, m_m, m_d, sigma2, s_b, s_n, tau, a_b,
@@ -137,13 +176,9 @@ def weights_kernel(
     others += heavy - 1
     total = 1 + others
     if not REPAIR:
-        total_square = tl.zeros([ROWS, DEPTH], tl.float64)
-        for start in range(0, D, DEPTH):
-            d = start + tl.arange(0, DEPTH)
-            ref = load_refs(refs, r_m, r_d, move, m_m, m_d, pull, h, M, d, D, MOVED)
-            difference = load_tile(x, n, x_n, N, d, x_d, D) - ref
-            total_square += difference * difference
-        nearest = tl.sum(total_square, 1)
+        nearest = squares_to(
+            x, n, x_n, x_d, refs, r_m, r_d, move, m_m, m_d, pull, h, N, M, D, MOVED, ROWS, DEPTH
+        )  # fmt: skip
 
     tl.store(totals + row, total + valid, mask=known)
     tl.store(heaviest + row, h, mask=known)
@@ -155,22 +190,9 @@ def weights_kernel(
         log_p = normalized_log_density((total + valid).to(tl.float64), nearest, variance, M, D)
         tl.store(log_density + row, rounded(log_p, log_density.dtype.element_ty), mask=known)
     if WORDS:
-        tl.debug_barrier()
-        scale = ((1 / total) * ONE)[:, None]
-        used = tl.zeros([ROWS], tl.int32)
-        words += row[:, None] * width
-        for start in range(0, width, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            logit = tl.load(logits + j[None, :], mask=(j < M)[None, :], other=float("-inf"))
-            other = j[None, :] != h[:, None]
-            word = tl.where(other, nearest_word(tl.exp2(logit) * scale), 0)
-            used += tl.sum(word, 1)
-            tl.store(words + j[None, :], digits(word), mask=(j < width)[None, :] & other & known[:, None])
-        if RELATIVE:
-            whole = (used + nearest_word(scale.reshape(ROWS))).to(tl.float64)
-            tl.store(scales + row, power_of_two(as_long(30)) / whole, mask=known)
-        word = digits(-used if RELATIVE else -(used - ONE))
-        tl.store(words + h[:, None], word[:, None], mask=known[:, None])
+        store_weight_words(
+            logits, words + row[:, None] * width, scales, row, h, total, M, width, known, RELATIVE, ROWS, BLOCK
+        )
 
 
 @triton.jit
@@ -202,9 +224,9 @@ def products_of_differences(products, unit, vector, v_d, refs, r_m, r_d, h, M, D
 def moments_kernel(
     logits, totals, heaviest, least, along, exponents_x, exponents, valid_field,
     field, f_b, f_n, f_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n, g_log_density, g_b, g_n,
-    words, scales, coefficients, sizes, g_sigma2,
-    N, M, D, width,
-    RESIDUAL: tl.constexpr, GIVEN: tl.constexpr, BLOCK: tl.constexpr,
+    words, scales, coefficients, sizes, g_sigma2, log_weights, l_b, l_m,
+    N, M, D, width, dimensions,
+    RESIDUAL: tl.constexpr, GIVEN: tl.constexpr, LOGS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of the reference points in a derivative, for one query, relative to the heaviest one.
 
@@ -213,7 +235,8 @@ def moments_kernel(
     w_j (V_j - V̄ + 2g (l_j - l̄) + 2g), since -a_j/σ² is 2 l_j up to a constant, with a factor g, which is 1 unless
     GIVEN. Coefficients are `words` times
     2^(scale - 30). Without RESIDUAL, those divided by σ² go to `coefficients` `[B, N, M]` too, for the sum over
-    queries, and their largest magnitudes to `sizes`.
+    queries, and their largest magnitudes to `sizes`. g is then the cotangent of a log-density whose normalization has
+    σ^-`dimensions`. With LOGS, logits are those of reference points with log weights.
     """
     row = tl.program_id(0).to(tl.int64)
     b, n = row // N, row % N
@@ -245,6 +268,10 @@ def moments_kernel(
         mean_logit += tl.sum(tl.where(w > 0, w * logit, 0.0), 0)
     size = tl.abs(g)
     of_variance = tl.zeros([], tl.float32)
+    log_weights += b * l_b
+    log_h = tl.zeros([], tl.float32)
+    if LOGS:
+        log_h = tl.load(log_weights + h * l_m).to(tl.float32)
     for start in range(0, M, BLOCK):
         j = start + tl.arange(0, BLOCK)
         logit = tl.load(logits + row * M + j, mask=j < M, other=float("-inf"))
@@ -256,6 +283,8 @@ def moments_kernel(
         tl.store(coefficients + row * M + j, c, mask=j < M)
         size = tl.maximum(size, tl.max(tl.where(j < M, tl.abs(c), 0.0), 0))
         if not RESIDUAL:
+            if LOGS:  # what is left is of the squared distance
+                logit -= LOG2_E * (tl.load(log_weights + j * l_m, mask=j < M, other=0.0).to(tl.float32) - log_h)
             of_variance += tl.sum(tl.where(w > 0, c * logit, 0.0), 0)
     tl.debug_barrier()
     # The sum of all coefficients but that of h is at most twice the largest.
@@ -278,7 +307,7 @@ def moments_kernel(
     if not RESIDUAL:
         tl.store(sizes + row, size * inverse_variance)
         distance = tl.load(least + row) / variance
-        total = 0.5 * (g * (distance - D) - 2 * LN_2 * of_variance) / variance
+        total = 0.5 * (g * (distance - dimensions) - 2 * LN_2 * of_variance) / variance
         tl.store(g_sigma2 + row, rounded(total + valid, g_sigma2.dtype.element_ty))
 
 
@@ -395,9 +424,9 @@ def gathered_results_kernel(
     x, x_b, x_n, x_d, refs, r_b, r_m, r_d, sigma2, s_b, s_n,
     out,
     N, M, V, width,
-    BOTH: tl.constexpr, BLOCK: tl.constexpr,
+    VALUES: tl.constexpr, PULL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add Σ_n w_nj values_n of one reference point j to `out` (float64); with BOTH, add Σ_n c_nj (x_n - r_j) too.
+    """Add Σ_n w_nj values_n (VALUES) and Σ_n c_nj (x_n - r_j) (PULL) of one reference point j to `out` (float64).
 
     `sums` and `of_points` are the sums of products of `values` and of x; `of_coefficients` the exponent of c.
     """
@@ -410,7 +439,7 @@ def gathered_results_kernel(
         n = start + tl.arange(0, BLOCK)
         invalid += tl.load(totals + b * N + n, mask=n < N, other=0.0) * 0
         invalid += tl.load(valid + b * N + n, mask=n < N, other=0.0)
-        if BOTH:
+        if PULL:
             word = tl.load(words + (b * N + n) * width + j, mask=n < N, other=0)
             total += word_of(word).to(tl.int64)
             weight = tl.load(totals + b * N + n, mask=n < N, other=1.0).to(tl.float64)
@@ -421,8 +450,10 @@ def gathered_results_kernel(
     for start in range(0, V, BLOCK):
         d = start + tl.arange(0, BLOCK)
         at = row * V + d
-        value = tl.load(sums + at, mask=d < V, other=0).to(tl.float64) * unit + nothing
-        if BOTH:
+        value = tl.zeros([BLOCK], tl.float64) + nothing
+        if VALUES:
+            value += tl.load(sums + at, mask=d < V, other=0).to(tl.float64) * unit
+        if PULL:
             e = tl.load(of_coefficients + b)
             unit_x = power_of_two(e + tl.load(exponents_x + 2 * b) - 44)
             pulled = tl.load(of_points + at, mask=d < V, other=0).to(tl.float64) * unit_x

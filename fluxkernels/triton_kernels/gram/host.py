@@ -4,14 +4,17 @@ Inner products with the reference points run on the matrix units, give the weigh
 the matrix units again. A chain runs in Gram space. Queries are taken in blocks, so that matrices of pairs stay small.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fluxkernels.implementation import KDE_RESULTS, wants_mean
 from fluxkernels.triton_kernels.gram.kde import moments_kernel, weights_kernel
+from fluxkernels.triton_kernels.gram.kernel_average import kernel_average_moments_kernel, kernel_average_weights_kernel
 from fluxkernels.triton_kernels.gram.langevin import chain_kernel, rebuild_kernel, stack_kernel
 from fluxkernels.triton_kernels.gram.products import combine_kernel, gather_kernel, products_kernel
 from fluxkernels.triton_kernels.launch import (
@@ -350,3 +353,170 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
             (of_ends,) = widened(values[group, ends])
             _gather(weights, of_ends, average[group])
     return average.to(values.dtype)
+
+
+def _average_weights(
+    x: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    log_weights: Tensor | None,
+    log_sum: Tensor,
+    first: int | None,
+    kernel: str,
+    of_none: float,
+) -> tuple[Tensor, Tensor]:
+    """(weights, squared distances), both `[B, N, M]` in float64; log-sums go to `log_sum`.
+
+    Args:
+        first: number of the first query in its group, whose own reference point each leaves out, or None.
+        of_none: weight of all reference points of a query that has none.
+    """
+    (B, N, D), M = x.shape, refs.shape[1]
+    products = _products(x, refs, True)
+    weights, distances = torch.empty((2, B, N, M), dtype=torch.float64, device=x.device)
+    launch(
+        kernel_average_weights_kernel,
+        (B * N,),
+        *(products, products.shape[1], *strided(x, refs), *variance_strides(sigma2)),
+        *((refs, 0, 0) if log_weights is None else strided(log_weights)),  # a placeholder that is never read
+        *(weights, distances, log_sum, of_none, N, M, D, first or 0),
+        LOGS=log_weights is not None,
+        EXCLUDE=first is not None,
+        LAPLACE=kernel == "laplace",
+        DEPTH=64,
+        **ROW,
+    )
+    return weights, distances
+
+
+def variance_strides(sigma2: Tensor) -> list[Any]:
+    """σ² `[B, N]` or `[B, 1, M]` with its strides of groups, queries and reference points."""
+    per_query, per_ref = (0, sigma2.stride(2)) if sigma2.ndim == 3 else (sigma2.stride(1), 0)
+    return [sigma2, sigma2.stride(0), per_query, per_ref]
+
+
+def _of_block(sigma2: Tensor, group: slice, rows: slice) -> Tensor:
+    return sigma2[group] if sigma2.ndim == 3 else sigma2[group, rows]
+
+
+def kernel_average(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, D), M = z.shape, refs.shape[1]
+    shift, log_sum = z.new_empty((B, N, D if values is None else 0)), z.new_empty((B, N))
+    average = z.new_empty((B, N, D if values is None else values.shape[2]))
+    z, refs = widened(z, refs)
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            x, of_group = z[group, rows], refs[group]
+            given = _of_block(sigma2, group, rows), None if log_weights is None else log_weights[group]
+            first = (rows.start if exclude_self else None), kernel
+            sums = log_sum.new_empty(x.shape[:2])
+            weights, _ = _average_weights(x, of_group, *given, sums, *first, torch.nan)
+            log_sum[group, rows] = sums
+            if values is None:
+                shift[group, rows], average[group, rows] = _combine(weights, x, of_group)
+            else:
+                average[group, rows] = weights @ values[group].double()
+    return shift, average, log_sum
+
+
+class _AverageMoments(NamedTuple):
+    """Coefficients of derivatives of averages for a block of queries.
+
+    Attributes:
+        cotangents: of the logits, `[B, N, M]`.
+        coefficients: of the reference points in the cotangent of z, `[B, N, M]`.
+        of_point: of the query there, `[B, N]`.
+        of_variance: cotangent of σ², `[B, N]`, or `[B, 1, M]` where each reference point has its own.
+    """
+
+    cotangents: Tensor
+    coefficients: Tensor
+    of_point: Tensor
+    of_variance: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        weights: Tensor,
+        distances: Tensor,
+        along: Tensor,
+        sigma2: Tensor,
+        log_sum: Tensor,
+        g_log_sum: Tensor,
+        kernel: str,
+    ) -> "_AverageMoments":
+        """Compute them; `along` is overwritten."""
+        (B, N, M), per_ref = weights.shape, sigma2.ndim == 3
+        cotangents, coefficients = torch.empty((2, B, N, M), dtype=torch.float64, device=weights.device)
+        of_point, slopes = torch.empty((2, B, N), dtype=torch.float64, device=weights.device)
+        launch(
+            kernel_average_moments_kernel,
+            (B * N,),
+            *(weights, distances, along, *variance_strides(sigma2), log_sum, *strided(g_log_sum)),
+            *(cotangents, coefficients, of_point, slopes, N, M),
+            LAPLACE=kernel == "laplace",
+            PER_REF=per_ref,
+            **ROW,
+        )
+        return cls(cotangents, coefficients, of_point, along.sum(1, keepdim=True) if per_ref else slopes)
+
+
+def kernel_average_backward(
+    g_shift: Tensor,
+    g_average: Tensor,
+    g_log_sum: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, N, _), M = z.shape, refs.shape[1]
+    pulls = refs.new_zeros((B, M), dtype=torch.float64)  # sums of the coefficients over queries
+    g_z, g_refs, g_sigma2, g_logs = (torch.zeros_like(t, dtype=torch.float64) for t in (z, refs, sigma2, pulls))
+    g_values = g_refs if values is None else torch.zeros_like(values, dtype=torch.float64)
+    y = g_average.double() if values is not None else g_average.double() + g_shift
+    dtypes = z.dtype, refs.dtype
+    z, refs = widened(z, refs)
+    averaged = refs if values is None else values
+    with on_device_of(z):
+        for group, rows in _blocks(B, N, M):
+            at, of_group = (group, rows), refs[group]
+            if rows.start == 0:
+                origin, relative = of_group[:, :1].double(), averaged[group].double()
+                relative = (relative - relative[:, :1]).mT
+            variance, logs = _of_block(sigma2, group, rows), None if log_weights is None else log_weights[group]
+            first = rows.start if exclude_self else None
+            log_sum = pulls.new_empty(z[at].shape[:2])
+            weights, distances = _average_weights(z[at], of_group, variance, logs, log_sum, first, kernel, 0.0)
+            # A query that has no reference point adds nothing.
+            present = torch.where((log_sum == -torch.inf).unsqueeze(-1), 0, y[at])
+            moments = _AverageMoments.of(
+                weights, distances, present @ relative, variance, log_sum, g_log_sum[at], kernel
+            )
+            of_field = torch.full_like(moments.of_point, -1.0 if values is None else 0.0)
+            field = g_shift[at] if values is None else z[at]
+            g_z[at], _ = _combine(moments.coefficients, z[at], of_group, (moments.of_point, of_field, field))
+            _gather(weights, present, g_values[group])
+            g_refs[group] += moments.coefficients.mT @ (z[at].double() - origin)
+            pulls[group] += moments.coefficients.sum(1)
+            g_logs[group] += moments.cotangents.sum(1)
+            g_sigma2[group if sigma2.ndim == 3 else at] += moments.of_variance
+    g_refs -= pulls.unsqueeze(-1) * (refs.double() - refs[:, :1])
+    return (
+        g_z.to(dtypes[0]),
+        g_refs.to(dtypes[1]),
+        g_sigma2.to(sigma2.dtype),
+        refs.new_empty(0) if values is None else g_values.to(values.dtype),
+        refs.new_empty(0) if log_weights is None else g_logs.to(log_weights.dtype),
+    )

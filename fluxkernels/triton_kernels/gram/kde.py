@@ -2,7 +2,7 @@
 
 # Names inside a kernel have Triton's types, which mypy does not know; kernels take many arguments.
 # mypy: ignore-errors
-# ruff: noqa: PLR0913, PLR0915
+# ruff: noqa: PLR0913
 import triton
 import triton.language as tl
 
@@ -11,6 +11,40 @@ from fluxkernels.triton_kernels.scalars import normalized_log_density, one_minus
 
 # Fraction of |x|² + |r|² below which a distance is computed again, as the sum of squared differences.
 CANCELED = tl.constexpr(1e-6)
+
+
+@triton.jit
+def store_distances(
+    distances, products, splits, n, x, x_d, refs, r_m, r_d, move, m_m, m_d, pull,
+    N, M, D,
+    MOVED: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Store the squared distances |x_n - r_j|² of one query, from the products of its group."""
+    width = tl.zeros([], tl.int64) + M + 1
+    square = tl.zeros([], tl.float64)
+    for s in range(splits):
+        square += tl.load(products + (s * (N + 1) + n) * width + M)
+    canceled = tl.zeros([], tl.int32)
+    for start in range(0, M, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        inner = tl.zeros([BLOCK], tl.float64)
+        norms = tl.zeros([BLOCK], tl.float64) + square
+        for s in range(splits):
+            inner += tl.load(products + (s * (N + 1) + n) * width + j, mask=j < M, other=0.0)
+            norms += tl.load(products + (s * (N + 1) + N) * width + j, mask=j < M, other=0.0)
+        a = norms - 2 * inner
+        near = (a < norms * CANCELED) & (j < M)
+        canceled += tl.sum(near.to(tl.int32), 0)
+        tl.store(distances + j, tl.where(near, -1.0, a), mask=j < M)
+    tl.debug_barrier()
+    if canceled > 0:
+        for start in range(0, M, 16):
+            j = (start + tl.arange(0, 16)).to(tl.int64)
+            near = tl.load(distances + j, mask=j < M, other=0.0) < 0
+            if tl.max(near.to(tl.int32), 0) > 0:
+                a = squared_distances(x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED, DEPTH)
+                tl.store(distances + j, a, mask=near)
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -39,30 +73,10 @@ def weights_kernel(
         t = tl.load(tau + b * a_b).to(tl.float64)
         pull = one_minus_exp(t)
         variance *= tl.maximum(one_minus_exp(2 * t), 4.930380657631324e-32)
-    square = tl.zeros([], tl.float64)
-    for s in range(splits):
-        square += tl.load(products + (s * (N + 1) + n) * width + M)
-    canceled = tl.zeros([], tl.int32)
-    for start in range(0, M, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        inner = tl.zeros([BLOCK], tl.float64)
-        norms = tl.zeros([BLOCK], tl.float64) + square
-        for s in range(splits):
-            inner += tl.load(products + (s * (N + 1) + n) * width + j, mask=j < M, other=0.0)
-            norms += tl.load(products + (s * (N + 1) + N) * width + j, mask=j < M, other=0.0)
-        a = norms - 2 * inner
-        near = (a < norms * CANCELED) & (j < M)
-        canceled += tl.sum(near.to(tl.int32), 0)
-        tl.store(distances + row * M + j, tl.where(near, -1.0, a), mask=j < M)
-    tl.debug_barrier()
-    if canceled > 0:
-        for start in range(0, M, 16):
-            j = (start + tl.arange(0, 16)).to(tl.int64)
-            near = tl.load(distances + row * M + j, mask=j < M, other=0.0) < 0
-            if tl.max(near.to(tl.int32), 0) > 0:
-                a = squared_distances(x, x_d, refs, r_m, r_d, move, m_m, m_d, pull, j, M, D, MOVED, DEPTH)
-                tl.store(distances + row * M + j, a, mask=near)
-        tl.debug_barrier()
+    store_distances(
+        distances + row * M, products, splits, n, x, x_d, refs, r_m, r_d, move, m_m, m_d, pull,
+        N, M, D, MOVED, BLOCK, DEPTH,
+    )  # fmt: skip
     least = tl.full([], float("inf"), tl.float64)
     total = tl.zeros([], tl.float64)
     for start in range(0, M, BLOCK):

@@ -3,8 +3,10 @@
 They compute in float32, and in float64 for float64 tensors.
 """
 
+# A registered op takes tensors and constants one by one.
+# ruff: noqa: PLR0913
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,12 @@ from fluxkernels.triton_kernels.streaming.kde import (
     kde_backward_refs_kernel,
     kde_kernel,
 )
+from fluxkernels.triton_kernels.streaming.kernel_average import (
+    kernel_average_backward_queries_kernel,
+    kernel_average_backward_refs_kernel,
+    kernel_average_kernel,
+    kernel_average_pack_kernel,
+)
 from fluxkernels.triton_kernels.streaming.langevin import langevin_kernel
 from fluxkernels.triton_kernels.streaming.residual import residual_kernel
 from fluxkernels.triton_kernels.streaming.transition import (
@@ -24,7 +32,7 @@ from fluxkernels.triton_kernels.streaming.transition import (
     transition_weights_kernel,
 )
 
-# Columns of values that a program of `transition_average` keeps in registers.
+# Columns of values that a program of `transition_average` or `kernel_average` keeps in registers.
 MOST_VALUES = 16
 # Dimensions up to which the registers of a thread hold two queries.
 MOST_PAIRED = 4
@@ -36,6 +44,8 @@ ALIGNMENT = 16
 _PACKED: dict[Any, Callable[[int, int], int]] = {
     kde_backward_refs_kernel: lambda D, count: 3 * D + 4,
     transition_average_kernel: lambda D, count: D + 1 + count,
+    kernel_average_kernel: lambda D, count: D + count,  # beside the log weight and the scale, where those are packed
+    kernel_average_backward_refs_kernel: lambda D, count: D + 2 * (count or D) + 3,
 }
 # Every kernel, with the numbers that it keeps per row of its tiles. Packed numbers are read once, row after row: they
 # take about half as many registers.
@@ -48,6 +58,10 @@ _VALUES_PER_ROW: tuple[tuple[Any, Callable[[int, int], int]], ...] = (
     (transition_weights_kernel, lambda D, count: 2 * D),
     (transition_ends_kernel, lambda D, count: D),
     (transition_average_kernel, lambda D, count: (D + 1 + count) // 2),
+    (kernel_average_pack_kernel, lambda D, count: D),
+    (kernel_average_kernel, lambda D, count: (max(D, count) + 1) // 2 if count else D),  # differences are dropped
+    (kernel_average_backward_queries_kernel, lambda D, count: (max(D, count) + 1) // 2 if count else D),
+    (kernel_average_backward_refs_kernel, lambda D, count: (D + 2 * (count or D) + 3) // 2),
 )
 
 
@@ -56,10 +70,10 @@ def values_per_row(kernel: Any, D: int, count: int = 0) -> int:
     return next(values(D, count) for each, values in _VALUES_PER_ROW if each is kernel)
 
 
-def packed_width(kernel: Any, D: int, dtype: torch.dtype, count: int = 0) -> int:
-    """Packed numbers per row, padded so that a tile ends at a multiple of four."""
+def packed_width(kernel: Any, D: int, dtype: torch.dtype, count: int = 0, more: int = 0) -> int:
+    """Packed numbers per row, with `more` beside the kernel's own, padded so that a tile ends at a multiple of four."""
     unit = max(1, 4 // rows(values_per_row(kernel, D, count), dtype))
-    return -(-_PACKED[kernel](D, count) // unit) * unit
+    return -(-(_PACKED[kernel](D, count) + more) // unit) * unit
 
 
 def _launch(
@@ -196,3 +210,118 @@ def transition_average(x0: Tensor, shift0: Tensor, xt: Tensor, values: Tensor, s
         inputs = [*starts, *strided(sigma2, tau)]
         _launch(transition_average_kernel, [*inputs, *into, average, N, E, V], x0, N, E, (chunks,), **columns)
     return average
+
+
+class _Streamed(NamedTuple):
+    """Input of the kernels of `kernel_average`.
+
+    Attributes:
+        numbers: packed numbers of the reference points, or these themselves, and strides of groups and of chunks.
+        tops: largest log weight per group and its stride, or a placeholder that is never read.
+        chunks: chunks of columns of the values.
+        has_logs: whether there are log weights.
+        kind: constants of all kernels.
+    """
+
+    numbers: list[Any]
+    tops: list[Any]
+    chunks: int
+    has_logs: bool
+    kind: dict[str, Any]
+
+
+def _stream(
+    refs: Tensor, sigma2: Tensor, values: Tensor | None, log_weights: Tensor | None, exclude_self: bool, kernel: str
+) -> _Streamed:
+    """Pack what belongs to a reference point, if there is more than its coordinates."""
+    (B, M, D), V = refs.shape, 0 if values is None else values.shape[2]
+    per_ref, has_logs = sigma2.ndim == 3, log_weights is not None
+    weighted = has_logs or per_ref
+    count = min(V, MOST_VALUES)
+    chunks = -(-V // count) if count else 1
+    own = {"COUNT": count, "WEIGHTED": weighted, "PER_REF": per_ref, "LAPLACE": kernel == "laplace"}
+    tops = log_weights.amax(-1).clamp_min(torch.finfo(log_weights.dtype).min) if log_weights is not None else sigma2
+    tops_arguments = [tops, tops.stride(0) if has_logs else 0]
+    if not (count or weighted):
+        return _Streamed(
+            [*_group(refs), 0], tops_arguments, chunks, False, {**own, "WIDTH": D, "EXCLUDE": exclude_self}
+        )
+    width = packed_width(kernel_average_kernel, D, refs.dtype, count, weighted + per_ref)
+    packed = _aligned((B, chunks, M, width), refs, wide(refs.dtype))
+    numbers = [packed, *packed.stride()[:2]]
+    inputs = strided(refs, refs if values is None else values)
+    # Placeholders where there are none.
+    inputs += [*strided(log_weights), *tops_arguments] if log_weights is not None else [refs, 0, 0, *tops_arguments]
+    inputs += [sigma2, sigma2.stride(0), sigma2.stride(-1)]
+    constants = {**own, "WIDTH": width, "LOGS": has_logs}
+    _launch(kernel_average_pack_kernel, [*inputs, *numbers, M, V], refs, M, M, (chunks,), **constants)
+    return _Streamed(numbers, tops_arguments, chunks, has_logs, {**own, "WIDTH": width, "EXCLUDE": exclude_self})
+
+
+def kernel_average(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, D), M = z.shape, refs.shape[1]
+    V = D if values is None else values.shape[2]
+    shift = z.new_empty((B, N, D if values is None else 0))
+    average, log_sum = z.new_empty((B, N, V)), z.new_empty((B, N))
+    with on_device_of(z):
+        of = _stream(refs, sigma2, values, log_weights, exclude_self, kernel)
+        inputs = [*strided(z), *of.numbers, sigma2, sigma2.stride(0), sigma2.stride(1), *of.tops]
+        arguments = [*inputs, shift, average, log_sum, N, M, V]
+        _launch(kernel_average_kernel, arguments, z, N, M, (of.chunks,), LOGS=of.has_logs, **of.kind)
+    return shift, average, log_sum
+
+
+def kernel_average_backward(
+    g_shift: Tensor,
+    g_average: Tensor,
+    g_log_sum: Tensor,
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    values: Tensor | None,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (B, N, D), M, V = z.shape, refs.shape[1], g_average.shape[2]
+    with on_device_of(z):
+        of = _stream(refs, sigma2, values, log_weights, exclude_self, kernel)
+        width = packed_width(kernel_average_backward_refs_kernel, D, z.dtype, of.kind["COUNT"])
+        packed = _aligned((B, of.chunks, N, width), z, wide(z.dtype))
+        queries = [packed, *packed.stride()[:2]]
+
+        def parts(like: Tensor) -> Tensor:
+            """A cotangent per chunk: they are added in the dtype of the sums."""
+            return like.new_empty((of.chunks, *like.shape), dtype=wide(z.dtype) if of.chunks > 1 else like.dtype)
+
+        g_z, g_refs, g_sigma2 = parts(z), parts(refs), parts(sigma2)
+        g_values = z.new_empty(0) if values is None else values.new_empty(values.shape)
+        # Those of equal weights are computed and dropped.
+        g_logs = parts(refs[..., 0] if log_weights is None else log_weights)
+        variance = [sigma2, sigma2.stride(0), sigma2.stride(-1)]
+        inputs = [*strided(z), *of.numbers, *variance, *strided(g_shift, g_average, g_log_sum)]
+        kind = {**of.kind, "QUERY_WIDTH": width}
+        arguments = [*inputs, g_z, g_sigma2, *queries, N, M, V]
+        _launch(kernel_average_backward_queries_kernel, arguments, z, N, M, (of.chunks,), **kind)
+        arguments = [*of.numbers, *queries, *variance, g_refs, g_values, g_logs, g_sigma2, N, M, V]
+        _launch(kernel_average_backward_refs_kernel, arguments, z, M, N, (of.chunks,), **kind)
+    return (
+        _added(g_z, z),
+        _added(g_refs, refs),
+        _added(g_sigma2, sigma2),
+        g_values,
+        z.new_empty(0) if log_weights is None else _added(g_logs, log_weights),
+    )
+
+
+def _added(parts: Tensor, like: Tensor) -> Tensor:
+    """Sum of the parts of a cotangent, in the dtype of its tensor."""
+    return parts[0] if len(parts) == 1 else parts.sum(0).to(like.dtype)
