@@ -55,7 +55,11 @@ def test_the_api_page_names_everything_public() -> None:
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`([\w.]+)", row)]
     of_velocity = [n for n, v in vars(velocity).items() if not n.startswith("_") and not isinstance(v, ModuleType)]
-    public = [n for n in (*fluxkernels.__all__, *fluxmatching.__all__, *recipes.__all__, *of_velocity) if not n.startswith("_")]
+    public = [
+        n
+        for n in (*fluxkernels.__all__, *fluxmatching.__all__, *recipes.__all__, *of_velocity)
+        if not n.startswith("_")
+    ]
     assert sorted(name for name in named if "." not in name) == sorted(public)
     for module, _, name in (name.rpartition(".") for name in named if "." in name):
         assert hasattr(importlib.import_module(module), name)
