@@ -77,7 +77,7 @@ def dense_stein(x: Tensor, score: Tensor, variance: float) -> Tensor:
     return (pairs.sum() - pairs.diagonal().sum()) / (N * (N - 1))
 
 
-def dense_mean(x: Tensor, refs: Tensor, variance: Tensor) -> Tensor:
+def dense_mean(x: Tensor, refs: Tensor, variance: Tensor | float) -> Tensor:
     return (-torch.cdist(x, refs).square() / (2 * variance)).softmax(-1) @ refs
 
 
