@@ -68,6 +68,14 @@ def escape_formulas(app: Any, what: str, name: str, obj: Any, options: Any, line
             lines[k] = _CODE.sub(_spaced, escaped)
 
 
+def fit_links(app: Any, docname: str, source: list[str]) -> None:
+    """Let links of the pages here, which work in the checkout too, lead to pages of the site."""
+    file = Path(app.env.doc2path(docname))
+    if not file.is_relative_to(pages.FOLDER):
+        source[0] = pages.with_links(source[0], file, pages.sources(), file.parent)
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", fit_links)
     # Before napoleon, whose own markup must stay.
     app.connect("autodoc-process-docstring", escape_formulas, priority=400)

@@ -25,8 +25,8 @@ def sources() -> dict[Path, str]:
     return found | {file: f"experiment-{file.parent.name}" for file in sorted(ROOT.glob("experiments/*/README.md"))}
 
 
-def with_links(text: str, file: Path, pages: dict[Path, str]) -> str:
-    """Point links at pages of the site and at files beside it; leave only the text of links to programs."""
+def with_links(text: str, file: Path, pages: dict[Path, str], folder: Path = FOLDER) -> str:
+    """Point the links of a file at pages of the site, as seen from `folder`; leave only the text of links to programs."""
 
     def fit(found: re.Match[str]) -> str:
         image, label, target = found.groups()
@@ -34,12 +34,12 @@ def with_links(text: str, file: Path, pages: dict[Path, str]) -> str:
         if re.match(r"[a-z]+:", target) or not path:
             return found[0]
         whole = Path(os.path.normpath(file.parent / path))
-        readme = whole / "README.md" if whole.is_dir() else whole
-        if readme in pages:
-            return f"{image}[{label}]({pages[readme]}.md{'#' + anchor if anchor else ''})"
-        if image:
-            return f"{image}[{label}]({os.path.relpath(whole, FOLDER)})"
-        return label
+        page = pages.get(whole / "README.md" if whole.is_dir() else whole)
+        if page is not None:
+            whole = FOLDER / f"{page}.md"
+        elif not image and not whole.is_relative_to(DOCS):
+            return label
+        return f"{image}[{label}]({os.path.relpath(whole, folder)}{'#' + anchor if anchor else ''})"
 
     return _LINK.sub(fit, text)
 

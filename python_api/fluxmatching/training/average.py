@@ -12,7 +12,7 @@ DECAY = 0.999
 
 
 def average_from_start(means: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-    """Average over the last tenth of the updates so far, until that is as many as `DECAY` covers.
+    """Average over about the last tenth of the updates so far, until that is as many as `DECAY` covers.
 
     With a fixed decay a short training would end with an average that still holds the initial parameters.
     """
