@@ -67,7 +67,7 @@ def document(results: dict[str, Any]) -> str:
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """The README's table."""
+    """The page's table."""
     return [
         f"*{Origin.of(results).dated()}*",
         "",

@@ -1,4 +1,4 @@
-"""Tables, plots and the generated parts of the README, from the dated JSONs of bench/results.
+"""Tables, plots and the generated parts of bench/README.md, from the dated JSONs of bench/results.
 
 python -m bench.report bench.json     keeps the results of `pytest bench --benchmark-json=bench.json`, then renders
 python -m bench.report                renders everything from the newest results that are there
@@ -17,13 +17,13 @@ from bench.reliability import results as reliability
 from bench.training import cost
 
 Table = Callable[[dict[str, Any]], list[str]]
-ROOT = Path(__file__).parents[1]
+PAGE = Path(__file__).with_name("README.md")
 
 
 def keep(raw: Path, folder: Path = RESULTS) -> None:
     """Keep the results of a benchmark run in place of the last ones.
 
-    All rows go into "<date>-speed-cpu-rows.json", which git ignores; the README's into "<date>-speed-cpu.json".
+    All rows go into "<date>-speed-cpu-rows.json", which git ignores; the page's into "<date>-speed-cpu.json".
     """
     results = speed.keep(json.loads(raw.read_text()))
     records.keep("speed-cpu-rows", results, results["date"], folder)
@@ -31,7 +31,7 @@ def keep(raw: Path, folder: Path = RESULTS) -> None:
 
 
 def render(folder: Path = RESULTS) -> dict[str, list[str]]:
-    """Write the table of all rows and the plots, if the rows are there; return the README's parts by name."""
+    """Write the table of all rows and the plots, if the rows are there; return the page's parts by name."""
     if (found := records.newest("speed-cpu-rows", folder)) is not None:
         records.keep_text("speed-cpu", speed.document(found), found["date"], "md", folder)
         plots.draw(folder, found)
@@ -39,7 +39,7 @@ def render(folder: Path = RESULTS) -> dict[str, list[str]]:
 
 
 def parts(folder: Path = RESULTS) -> dict[str, list[str]]:
-    """The README's generated parts."""
+    """The generated parts of the page."""
     tables: dict[str, tuple[str, Table]] = {
         "speed": ("speed-cpu", speed.summary),
         "training": ("training-cpu", cost.summary),
@@ -52,9 +52,9 @@ def parts(folder: Path = RESULTS) -> dict[str, list[str]]:
         found[name] = ["No results yet."] if results is None else table(results)
         document = folder / f"{(results or {}).get('date')}-{kind}.md"
         if document.exists():
-            found[name] += ["", f"[All rows](bench/results/{document.name})"]
+            found[name] += ["", f"[All rows](results/{document.name})"]
     if (folder / plots.TIME).exists():
-        found["speed"] += ["", f"![Time by size](bench/results/{plots.TIME})"]
+        found["speed"] += ["", f"![Time by size](results/{plots.TIME})"]
     return found | {"gpu": gpu.report(folder).splitlines()}
 
 
@@ -73,10 +73,10 @@ def fill(text: str, by_name: dict[str, list[str]]) -> str:
     """
     for name, lines in by_name.items():
         if text.count(begin(name)) != 1:
-            raise ValueError(f"README.md must have one line {begin(name)}")
+            raise ValueError(f"bench/README.md must have one line {begin(name)}")
         before, rest = text.split(begin(name))
         if END not in rest:
-            raise ValueError(f"README.md: nothing ends the part {name}; it needs {END}")
+            raise ValueError(f"bench/README.md: nothing ends the part {name}; it needs {END}")
         after = rest.split(END, 1)[1]
         text = "\n".join([f"{before}{begin(name)}", *lines, f"{END}{after}"])
     return text
@@ -91,8 +91,7 @@ def main() -> None:
     if options.json:
         keep(options.json)
     by_name = render()
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text(), by_name))
+    PAGE.write_text(fill(PAGE.read_text(), by_name))
 
 
 if __name__ == "__main__":

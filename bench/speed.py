@@ -172,7 +172,7 @@ def document(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The README's choice by table, with the beginnings of its rows' names: the work of a training step, that which other
+# The page's choice by table, with the beginnings of its rows' names: the work of a training step, that which other
 # libraries offer too, and the cost of the loss.
 SHOWN = {
     PASS.name: ("pass", ("",)),
@@ -200,7 +200,7 @@ def shown(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """The README's table: our time, the others' over it, memory, error and share of the limit."""
+    """The page's table: our time, the others' over it, memory, error and share of the limit."""
     heads = ["op", "case", "`cpu`", *(LABELS[name] for name in OTHERS)]
     heads += ["memory: `cpu` / plain", "error: `cpu` / plain", "of the limit"]
     lines = [f"*{Origin.of(results).dated()}*", "", "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]

@@ -1,4 +1,4 @@
-"""The README's table of GPU results, from the newest JSON of each card in bench/results.
+"""The page's table of GPU results, from the newest JSON of each card in bench/results.
 
 A check that was cut short leaves a file without some results, or with rows that have no time: those cells stay empty.
 """

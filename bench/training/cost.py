@@ -254,7 +254,7 @@ SUMMARY = {
 
 
 def summary(results: dict[str, Any]) -> list[str]:
-    """The README's table: time and memory over those of score matching, a line per network."""
+    """The page's table: time and memory over those of score matching, a line per network."""
     heads = ["network", "score matching", *SUMMARY.values()]
     lines = [
         f"*{Origin.of(results).dated()}*",

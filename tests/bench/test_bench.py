@@ -209,10 +209,10 @@ def test_results_are_kept_and_shown(tmp_path: Path) -> None:
         assert fact in " ".join(text.split())
     shown = "| score | toy | 208 ms |  | 10 × |  | wrong |  |  | 3 MB /  | 1e-08 / 1e-04 | 50% |"
     assert shown in parts["speed"]
-    assert "[All rows](bench/results/2030-01-02-speed-cpu.md)" in parts["speed"]
-    assert parts["speed"][-1] == "![Time by size](bench/results/speed-time.png)"
+    assert "[All rows](results/2030-01-02-speed-cpu.md)" in parts["speed"]
+    assert parts["speed"][-1] == "![Time by size](results/speed-time.png)"
     assert "2030-01-02, A CPU" in parts["speed"][0]
-    (tmp_path / "2030-01-02-speed-cpu-rows.json").unlink()  # as in a checkout: git has the README's rows alone
+    (tmp_path / "2030-01-02-speed-cpu-rows.json").unlink()  # as in a checkout: git has the page's rows alone
     (tmp_path / "2030-01-02-speed-cpu.md").write_text("kept")
     assert report.render(tmp_path) == parts
     assert (tmp_path / "2030-01-02-speed-cpu.md").read_text() == "kept"
@@ -258,7 +258,7 @@ def test_plots_show_right_answers_alone(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
 
 
-def test_parts_of_the_readme_are_filled_by_name() -> None:
+def test_parts_of_the_page_are_filled_by_name() -> None:
     text = f"before\n{report.begin('speed')}\nold\n{report.END}\nafter {report.END}"
     assert (
         report.fill(text, {"speed": ["new"]})
@@ -270,9 +270,9 @@ def test_parts_of_the_readme_are_filled_by_name() -> None:
         report.fill(report.begin("speed"), {"speed": []})
 
 
-def test_the_readme_shows_the_newest_results() -> None:
-    readme = (report.ROOT / "README.md").read_text()
-    assert report.fill(readme, report.parts()) == readme, "run python -m bench.report"
+def test_the_page_shows_the_newest_results() -> None:
+    page = report.PAGE.read_text()
+    assert report.fill(page, report.parts()) == page, "run python -m bench.report"
 
 
 def test_workloads_have_names_of_their_own() -> None:

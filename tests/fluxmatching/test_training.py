@@ -1,6 +1,7 @@
 """The training loop: what it computes, that it resumes exactly, and that nothing is lost when it is killed."""
 
 import csv
+import math
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from lightning_fabric.loggers import CSVLogger
 from torch import Tensor, nn
 
 from fluxmatching import FluxMatching, Trainer, TrainingError
+from fluxmatching.training.average import MovingAverage
 from fluxmatching.training.engine import number_of_processes, shard
 from tests.support.training import OPTIONS, assert_same, data, loss, trained
 
@@ -69,6 +71,24 @@ def test_is_the_loop_one_would_write() -> None:
     for p, q, a, b in zip(net.parameters(), other.parameters(), trainer.average.parameters(), average, strict=True):
         assert torch.equal(p, q)
         torch.testing.assert_close(a.detach(), b)
+
+
+def test_the_default_average_forgets_the_initial_parameters() -> None:
+    """Its decay begins at 1/10 and rises to 0.999; a number is used from the first step on."""
+    module = nn.Linear(1, 1, bias=False)
+    default, fixed = MovingAverage(module, None), MovingAverage(module, 0.999)
+    expected = [0.0, 0.0]
+    for step in range(60):
+        with torch.no_grad():
+            module.weight.fill_(100.0 if step == 0 else math.sin(step))
+        now = module.weight.item()
+        decays = (min(0.999, (1 + step) / (10 + step)), 0.999)
+        expected = [now if step == 0 else d * e + (1 - d) * now for d, e in zip(decays, expected, strict=True)]
+        for average in (default, fixed):
+            average.update_parameters(module)
+    for average, value in zip((default, fixed), expected, strict=True):
+        torch.testing.assert_close(average.module.weight.item(), value, rtol=1e-5, atol=1e-6)
+    assert abs(expected[0]) < 1 < abs(expected[1])
 
 
 def test_learning_rate_follows_a_schedule_across_a_resume(tmp_path: Path) -> None:

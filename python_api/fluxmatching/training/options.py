@@ -32,7 +32,8 @@ class TrainingOptions:
         optimizer: "adam" or "adamw".
         weight_decay: weight decay of the optimizer.
         warmup: iterations over which the learning rate rises linearly from 0.
-        ema: decay of the moving average of the parameters, 0 ≤ ema < 1.
+        ema: decay of the moving average of the parameters, 0 ≤ ema < 1; None for one that begins fast and ends at
+            0.999: min(0.999, (1 + n)/(10 + n)) at step n.
         clip: largest norm of the gradient, or None.
         accumulate: minibatches per step, over which the gradient is averaged.
         seed: determines minibatches, the random numbers of the loss, and dropout.
@@ -56,7 +57,7 @@ class TrainingOptions:
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     warmup: int = 0
-    ema: float = 0.999
+    ema: float | None = None
     clip: float | None = 1.0
     accumulate: int = 1
     seed: int = 0
@@ -75,7 +76,8 @@ class TrainingOptions:
         processes = [name for name in ("devices", "num_nodes") if getattr(self, name) != "auto"]
         for name in (*counts, "warmup", "seed", *processes):
             self._convert(name, operator.index)
-        for name in ("lr", "weight_decay", "ema", *(() if self.clip is None else ("clip",))):
+        given = [name for name in ("ema", "clip") if getattr(self, name) is not None]
+        for name in ("lr", "weight_decay", *given):
             self._convert(name, float)
         for name in (*counts, *processes):
             if getattr(self, name) < 1:
@@ -88,8 +90,8 @@ class TrainingOptions:
                 f"TrainingOptions: warmup and weight_decay must not be negative, got {self.warmup} and "
                 f"{self.weight_decay}"
             )
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"TrainingOptions: ema must lie in [0, 1), got {self.ema}")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"TrainingOptions: ema must lie in [0, 1) or be None, got {self.ema}")
         if not isinstance(self.accelerator, str):
             raise TypeError(f"TrainingOptions: accelerator must be a string, got {self.accelerator!r}")
         for name, choices in (("optimizer", OPTIMIZERS), ("precision", PRECISIONS)):

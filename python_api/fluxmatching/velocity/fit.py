@@ -48,7 +48,7 @@ def flux_velocity(
     Method "per_gene" is the paper's: the splicing model of every gene by itself, trained by Flux Matching: see
     `fluxmatching.velocity.per_gene`.
 
-    The function writes, after the fit has succeeded:
+    The function writes, after the fit has succeeded::
 
         layers[vkey]                 ds/dt of every cell and gene; NaN in genes that were left out; 0 in cells without
                                      neighbors
