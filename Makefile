@@ -2,7 +2,7 @@
 # make test         the test suite, with its own set-up; of the Triton tests a part, see CONTRIBUTING.md
 # make triton       all Triton tests: every case in Triton's interpreter, compilation for every architecture
 # make check        formatting, lint, types and layers of imports
-# make bench        every benchmark in one run, into bench/results/ and the README's tables
+# make bench        every benchmark in one run, into bench/results/ and the tables of bench/README.md
 # make gpu          on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/;
 #                   fails if a test does, or if an error of ours is above its bound
 # make accuracy     errors of every op against extended precision
