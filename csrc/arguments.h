@@ -13,7 +13,7 @@ namespace flux {
 constexpr double PI = 3.14159265358979323846;
 constexpr double EPSILON = 2.220446049250313e-16;  // of double
 // Streams of random numbers, as in fluxkernels/philox.py.
-constexpr uint64_t CHAIN = 0, START = 1;
+constexpr uint64_t CHAIN = 0, START = 1, REFERENCE = 12;
 
 /// B groups; each has N queries and M reference points in D dimensions.
 struct Shape {
@@ -58,6 +58,11 @@ struct AverageBackwardArguments : AverageArguments {
     Array g_z, g_refs, g_sigma2, g_values, g_log_weights;  // results, the last two as their arguments
 };
 
+struct SampleArguments : AverageArguments {
+    uint64_t seed;
+    int64_t* index;  // result, [B, N]
+};
+
 struct ResidualArguments {
     Shape shape;
     int threads;
@@ -86,8 +91,8 @@ struct TransitionArguments {
     Array result;  // [B, M, N] weights, or [B, M, values_count] averages
 };
 
-/// Every kernel and its arguments. The rest of csrc/ iterates this list.
-#define FLUX_FOR_EACH_KERNEL(DO)                          \
+/// Every kernel that has a version in float32, and its arguments.
+#define FLUX_FOR_EACH_FLOAT_KERNEL(DO)                    \
     DO(kde, KdeArguments)                                 \
     DO(kde_backward, KdeBackwardArguments)                \
     DO(kernel_average, AverageArguments)                  \
@@ -96,6 +101,11 @@ struct TransitionArguments {
     DO(langevin, LangevinArguments)                       \
     DO(transition_weights, TransitionArguments)           \
     DO(transition_average, TransitionArguments)
+
+/// Every kernel. The rest of csrc/ iterates this list.
+#define FLUX_FOR_EACH_KERNEL(DO)   \
+    FLUX_FOR_EACH_FLOAT_KERNEL(DO) \
+    DO(sample_reference, SampleArguments)
 
 /// For tests of the kernels in float32. Queries that they were asked for and that they rejected; a fault: coordinates
 /// are rounded to bfloat16, which they must notice.

@@ -183,6 +183,13 @@ void kernel_average_backward(const Sizes& sizes, int threads, const std::tuple<b
                                  array(g_log_weights)});
 }
 
+/// Writes [B, N] indices to the address `out`.
+void sample_reference(const Sizes& sizes, int threads, const std::tuple<bool, bool, bool>& options,
+                      const std::vector<py::object>& inputs, uint64_t seed, uintptr_t out) {
+    run(chosen.load()->sample_reference,
+        SampleArguments{average_of(sizes, threads, options, inputs), seed, reinterpret_cast<int64_t*>(out)});
+}
+
 void residual_gradient(const Sizes& sizes, int threads, View z, View field, View refs, View sigma2, View factor,
                        View gradient) {
     const Shape shape = shape_of(sizes);

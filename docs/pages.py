@@ -26,7 +26,7 @@ def sources() -> dict[Path, str]:
 
 
 def with_links(text: str, file: Path, pages: dict[Path, str], folder: Path = FOLDER) -> str:
-    """Point the links of a file at pages of the site, as seen from `folder`; leave only the text of links to programs."""
+    """Point links of a file at pages of the site, as seen from `folder`; leave only the text of links to programs."""
 
     def fit(found: re.Match[str]) -> str:
         image, label, target = found.groups()

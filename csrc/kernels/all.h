@@ -20,6 +20,8 @@ namespace FLUX_TARGET {
 
 #include "kernel_average.h"
 
+#include "sample_reference.h"
+
 #include "residual.h"
 
 #include "langevin.h"
@@ -118,7 +120,7 @@ static bool narrow(const TransitionArguments& args) { return narrow(args.x0, arg
             name##_with<Columns>(args);                \
         }                                              \
     }
-FLUX_FOR_EACH_KERNEL(FLUX_BY_DIMENSION)
+FLUX_FOR_EACH_FLOAT_KERNEL(FLUX_BY_DIMENSION)
 
 }  // namespace FLUX_TARGET
 

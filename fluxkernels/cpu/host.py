@@ -145,6 +145,21 @@ def kernel_average_backward(
     )
 
 
+def sample_reference(
+    z: Tensor,
+    refs: Tensor,
+    sigma2: Tensor,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    kernel: str,
+    seed: Tensor,
+) -> Tensor:
+    index = torch.empty(z.shape[:2], dtype=torch.int64, device="cpu")
+    arguments = _average(z, refs, sigma2, None, log_weights, exclude_self, kernel)
+    _kernels.sample_reference(*arguments, int(seed) % 2**64, index.data_ptr())
+    return index
+
+
 def _average(
     z: Tensor,
     refs: Tensor,
