@@ -32,7 +32,7 @@ LRS = {MIXTURE: (1e-3, 3e-3), SPRINGS: (1e-2, 3e-2)}
 
 @dataclass(frozen=True)
 class Option:
-    """What a method can be given besides its learning rate.
+    """Setting of a method besides its learning rate of the field.
 
     Attributes:
         text: in words.
