@@ -494,7 +494,8 @@ def kernel_average_backward(
             at, of_group = (group, rows), refs[group]
             if rows.start == 0:
                 origin, given = of_group[:, :1].double(), averaged[group].double()
-                relative = (given - given[:, :1]).mT
+                first_value = given[:, :1]
+                relative = (given - first_value).mT
             variance, logs = _of_block(sigma2, group, rows), None if log_weights is None else log_weights[group]
             first = rows.start if exclude_self else None
             log_sum = pulls.new_empty(z[at].shape[:2])
