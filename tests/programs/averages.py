@@ -119,8 +119,8 @@ def checks(complete: bool) -> Iterator[Check]:
 def largest_error(case: Case, dtype: torch.dtype, way: Way) -> float:
     if dtype == torch.float64:
         return limit(case, dtype)
-    # Where an outlier leaves out itself, a distance in float32 has few digits beside σ, and the weights are not those of
-    # the nearest point alone, as with squares of distances.
+    # Where an outlier leaves out itself, a distance in float32 has few digits beside σ, and the weights are those of
+    # many points, unlike with squares of distances.
     if way.kernel == "laplace" and way.exclude_self and case.outlier and case.D <= triton_kernels.MOST_STREAMED:
         return 2e-3
     return max(limit(case, dtype), 1e-5)

@@ -493,8 +493,9 @@ def kernel_average_backward(
         for group, rows in _blocks(B, N, M):
             at, of_group = (group, rows), refs[group]
             if rows.start == 0:
-                origin, relative = of_group[:, :1].double(), averaged[group].double()
-                relative = (relative - relative[:, :1]).mT
+                origin, given = of_group[:, :1].double(), averaged[group].double()
+                first_value = given[:, :1]
+                relative = (given - first_value).mT
             variance, logs = _of_block(sigma2, group, rows), None if log_weights is None else log_weights[group]
             first = rows.start if exclude_self else None
             log_sum = pulls.new_empty(z[at].shape[:2])
