@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import philox, reference
+from tests.support.ops import value_of
 
 # Spacing of numbers at 1, and the part of all weights together that may be left out, in float64 and in float32.
 WIDE, NARROW = (2.0**-52, 1e-18), (2.0**-23, 2e-11)
@@ -78,17 +79,24 @@ class Conditions:
         return self.delta * self.reach + self.eps * self.size
 
 
-def conditions(z: Tensor, refs: Tensor, sigma2: Tensor, arithmetic: tuple[float, float]) -> Conditions:
+def conditions(
+    z: Tensor, refs: Tensor, sigma2: Tensor, arithmetic: tuple[float, float], log_weights: Tensor | None = None
+) -> Conditions:
     eps, least = arithmetic
     difference = refs.unsqueeze(1) - z.unsqueeze(2)
     a = difference.square().sum(-1)
-    w = (-(a - a.amin(-1, keepdim=True)) / (2 * sigma2.unsqueeze(-1))).softmax(-1)
+    logits = -(a - a.amin(-1, keepdim=True)) / (2 * sigma2.unsqueeze(-1))
+    w = (logits if log_weights is None else logits + log_weights.unsqueeze(1)).softmax(-1)
     origin = refs.mean(1, keepdim=True)
     D, M = z.shape[-1], refs.shape[1]
     matters = w > 0.01 * least / M
     near = torch.where(matters, a, 0.0).amax(-1)
     size = torch.cat([z - origin, refs - origin, eps * M * refs], 1).abs().amax((1, 2)).unsqueeze(-1) * math.sqrt(D)
     delta = eps * (math.sqrt(D) * near + near.sqrt() * size + sigma2) / sigma2
+    if log_weights is not None:
+        # They are relative to the largest; a logit far below that loses digits of both of its terms.
+        relative = log_weights.amax(-1, keepdim=True) - log_weights
+        delta = delta + eps * torch.where(matters, relative.unsqueeze(1), 0.0).amax(-1)
     mean = (w.unsqueeze(-1) * difference).sum(2, keepdim=True)
     covariance = (w * (difference - mean).square().sum(-1)).sum(-1)
     return Conditions(w, delta, near, size, sigma2, covariance, arithmetic)
@@ -180,6 +188,46 @@ def kde_backward(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
     bound = ((of_c * c.near + of_square * force) / c.sigma2 + q.eps * g * (D + c.near / c.sigma2)) / c.sigma2
     bound = bound + (dropped * distance / variance).sum(-1)
     yield Comparison("g_sigma2", got[2], truth[2], bound, c.certain)
+
+
+def averaging(q: Exact) -> tuple[Conditions, Tensor]:
+    """(conditions with the weights of reference points, largest value of each group `[B, 1]`)."""
+    c = conditions(q["x"], q["refs"], q["per_query"], q.arithmetic, value_of(q.inputs, "log_weights"))
+    return c, length(value_of(q.inputs, "ref_values")).amax(1, keepdim=True)
+
+
+def kernel_average(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
+    c, largest = averaging(q)
+    weights = value_of(q.inputs, "ref_values"), value_of(q.inputs, "log_weights"), False, "gaussian"
+    _, average, log_sum = reference.kernel_average(q["x"], q["refs"], q["per_query"], *weights)
+    bound = (c.delta + q.eps) * largest + c.dropped.sum(-1) * largest
+    yield of_points("average", got[1], average, bound, c.certain)
+    parts = c.near / c.sigma2 + log_sum.abs() + weights[1].abs().amax(-1, keepdim=True) + 10
+    yield Comparison("log_sum", got[2], log_sum, c.delta + q.eps * parts, c.certain)
+
+
+def kernel_average_backward(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
+    c, largest = averaging(q)
+    weights = value_of(q.inputs, "ref_values"), value_of(q.inputs, "log_weights"), False, "gaussian"
+    cotangents = (value_of(q.inputs, name) for name in ("g_no_shift", "g_average", "g_log_density"))
+    truth = reference.kernel_average_backward(*cotangents, q["x"], q["refs"], q["per_query"], *weights)
+    y, variance = length(value_of(q.inputs, "g_average")), c.sigma2.unsqueeze(-1)
+    force = 2 * largest * y + q["g_log_density"].abs()
+    of_c = c.delta * force + q.eps * largest * y
+    along = force.unsqueeze(-1) * q.distance / variance
+    of_z = (of_c * c.near.sqrt() + q.eps * c.size * (force + of_c)) / c.sigma2
+    dropped = c.dropped * along
+    yield of_points("g_z", got[0], truth[0], of_z + dropped.sum(-1), c.certain)
+    sound = c.certain.all(1, keepdim=True)
+    of_refs = (c.w * of_z.unsqueeze(-1) + dropped).sum(1)
+    yield of_points("g_refs", got[1], truth[1], of_refs, sound)
+    of_square = q.eps * (c.near + c.near.sqrt() * c.size)
+    of_variance = (of_c * c.near + of_square * force) / c.sigma2.square() + (dropped * q.distance / variance).sum(-1)
+    yield Comparison("g_sigma2", got[2], truth[2], of_variance, c.certain)
+    of_values = ((c.w * (c.delta + q.eps).unsqueeze(-1) + c.dropped) * y.unsqueeze(-1)).sum(1)
+    yield of_points("g_values", got[3], truth[3], of_values, sound)
+    of_logs = (c.w * (of_c + q.eps * force).unsqueeze(-1) + c.dropped * force.unsqueeze(-1)).sum(1)
+    yield Comparison("g_log_weights", got[4], truth[4], of_logs, sound)
 
 
 def residual_gradient(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
