@@ -55,15 +55,15 @@ class RowTransformer(nn.Module):
     """The transformer of the springs with one token per row of an image in place of one per point of time.
 
     Args:
-        options: `width`, `blocks` and `heads` of `TrajectoryTransformer`.
+        width, blocks, heads: see `TrajectoryTransformer`.
 
     Shape:
         x `[n, 1, 8, 8]`, c_noise `[n]`; returns the shape of x.
     """
 
-    def __init__(self, **options: int) -> None:
+    def __init__(self, *, width: int, blocks: int, heads: int) -> None:
         super().__init__()
-        self.rows = TrajectoryTransformer(SIZE, SIZE, **options)
+        self.rows = TrajectoryTransformer(SIZE, SIZE, width=width, blocks=blocks, heads=heads)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         return self.rows(x.squeeze(1), c_noise).unsqueeze(1)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ def column(method: str, precision: str) -> str:
 
 
 def times(run: Run, architecture: str) -> dict[str, float | None]:
-    """Measure milliseconds per minibatch in float32, medians after a call to warm up.
+    """Measure milliseconds per minibatch in float32, medians after a call to warm up; CPU time, except on a GPU.
 
     Returns:
         Times of the endpoints' gradients by method, and of training steps by objective.
@@ -117,10 +118,11 @@ def times(run: Run, architecture: str) -> dict[str, float | None]:
     return found
 
 
-def _median(run: Run, call: Callable[[], object]) -> float:
+def _median(run: Run, call: Callable[[], Any]) -> float:
+    now = time.process_time if run.device.type == "cpu" else time.perf_counter  # other processes may take turns
     seconds = []
     for _ in range(run.config.timed + 1):
-        begun = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - begun)
+        begun = now()
+        call().sum().item()  # waits for the device
+        seconds.append(now() - begun)
     return 1e3 * statistics.median(seconds[1:])

@@ -27,7 +27,7 @@ from experiments.architectures.precision import attempt, column
 from experiments.architectures.problem import PIXELS, ExactScore, covariance, draw_images, spread, waves
 from experiments.architectures.quality import compare, excess, noisy
 from experiments.architectures.results import UNTRAINED
-from experiments.architectures.training import OBJECTIVES, make_field, make_trainer
+from experiments.architectures.training import OBJECTIVES, make_field
 from experiments.common.run import Run
 from fluxmatching.losses.second_derivatives import ClosedForm, endpoint_gradient
 
@@ -121,7 +121,7 @@ def test_fields_that_keep_the_law_have_no_gradient_of_the_residual() -> None:
     probe, move = signs(z, generator(3)), 0.01 * torch.randn(z.shape, generator=generator(4)).double()
     first, errors = first_derivatives(exact, exact, z, move)
     assert first["size"] == pytest.approx(1)
-    assert first["change"] == pytest.approx(first["exact_change"]) > 0
+    assert 0 < first["change"] == pytest.approx(first["exact_change"])
     assert max(first["error"], first["asymmetry"], errors.max().item()) < 1e-10
     second = second_derivatives(exact, exact, z, probe)
     assert second["second"] == pytest.approx(second["exact_second"])
@@ -163,20 +163,126 @@ def test_seams_are_between_tokens() -> None:
 
 
 def test_quality_of_the_exact_score_and_of_a_wrong_one(tmp_path: Path) -> None:
-    run = make_run(tmp_path, samples=2000)
+    run = make_run(tmp_path, samples=300)
 
     def exact(z: Tensor, sigma: Tensor) -> Tensor:
         return ExactScore(sigma.item())(z)
 
     assert excess(run, exact, 0.6) < 1e-10
-    # Without denoising the error is that of the noise, whose excess over the least error is 1 - 1/…: by the definition.
-    x, z = noisy(run, 2000, 0.6, "denoised", "0.6")
+    # Without denoising the error is that of the noise; what it has above the least one is the excess.
+    x, z = noisy(run, 300, 0.6, "denoised", "0.6")
     least = (z + 0.36 * ExactScore(0.6)(z) - x).square().sum()
     gap = ((z - x).square().sum() / least - 1).item()
     assert excess(run, lambda z, sigma: 0 * z, 0.6) == pytest.approx(gap, rel=0.05)
-    true = compare(run, noisy(run, 2000, run.config.sigma_min, "other")[1])
-    assert true["pixels"] < 0.5
-    assert true["waves"] < 0.5
-    wrong = compare(run, noisy(run, 2000, 1.0, "other")[1])
-    assert wrong["pixels"] > 4
-    assert wrong["waves"] > true["waves"]
+    true, wrong = (
+        compare(run, noisy(run, 300, sigma, "other")[1] * factor)
+        for sigma, factor in ((run.config.sigma_min, 1.0), (1.0, 0.5))
+    )
+    assert true["pixels"] < 1.2
+    assert wrong["pixels"] > 3
+    assert wrong["waves"] > 2 * true["waves"]
+
+
+# ---------------------------------------------------------------- networks and methods
+
+
+def test_networks_have_about_equal_numbers_of_parameters(tmp_path: Path) -> None:
+    run = Run(EXPERIMENT, "small", EXPERIMENT.config("small"), None, torch.device("cpu"), 0, tmp_path, progress=False)
+    counts = {name: sum(p.numel() for p in make_field(run, name, 0).parameters()) for name in ARCHITECTURES}
+    transformers = [count for name, count in counts.items() if name != UNET]
+    assert max(transformers) < 1.1 * min(transformers)
+    assert counts[UNET] < 1.7 * min(transformers)
+
+
+@pytest.mark.parametrize(("name", "patch"), [(PATCH_1, 1), (PATCH_2, 2), (PATCH_4, 4)])
+def test_tokens_are_square_patches(name: str, patch: int, tmp_path: Path) -> None:
+    """Without attention a pixel sees its own patch and no other."""
+    network = make_field(make_run(tmp_path), name, 0).network.double()
+    for block in network.blocks:
+        torch.nn.init.zeros_(block.after_attention.weight)
+    seen = jacobian(lambda z: network(z, torch.zeros(len(z)).double()), noisy_points(1, 0.6))[0] != 0
+    axis = torch.arange(8) // patch
+    row, col = axis.repeat_interleave(8), axis.repeat(8)
+    assert torch.equal(seen, (row[:, None] == row) & (col[:, None] == col))
+
+
+def test_a_token_of_rows_is_a_row_and_a_convolution_joins_patches(tmp_path: Path) -> None:
+    run, z = make_run(tmp_path), noisy_points(1, 0.6)
+    rows = make_field(run, ROWS, 0).network.double()
+    for block in rows.rows.blocks:
+        torch.nn.init.zeros_(block.after_attention.weight)
+    seen = jacobian(lambda z: rows(z, torch.zeros(len(z)).double()), z)[0] != 0
+    row = torch.arange(PIXELS) // 8
+    assert torch.equal(seen, row[:, None] == row)
+    joined = make_field(run, PATCH_4_CONV, 0).network.double()
+    plain = make_field(run, PATCH_4, 0).network.double()
+    plain.load_state_dict({name: v for name, v in joined.state_dict().items() if not name.startswith("last")})
+    c_noise = torch.zeros(1).double()
+    torch.testing.assert_close(joined(z, c_noise), joined.last(plain(z, c_noise)))
+
+
+@pytest.mark.parametrize("name", [UNET, PATCH_2])
+def test_methods_agree_with_the_difference_of_pullbacks(name: str, tmp_path: Path) -> None:
+    """The gradient at one pixel, from values of the network alone, in float64."""
+    run, sigma = make_run(tmp_path), 0.6
+    network, z = make_field(run, name, 0).double(), noisy_points(1, sigma)
+    probe, score, step = signs(z, generator(3)), ExactScore(sigma)(z), 1e-4
+    level = torch.tensor(sigma).double()
+
+    def directional(point: Tensor) -> Tensor:  # εᵀ J ε + v·f with differences in place of derivatives
+        slope = (network(point + step * probe, level) - network(point - step * probe, level)) / (2 * step)
+        return (slope * probe).sum() + (network(point, level) * score).sum()
+
+    unit = torch.zeros_like(z)
+    unit[0, 0, 2, 5] = step
+    true = (directional(z + unit) - directional(z - unit)) / (2 * step)
+    single = make_field(run, name, 0)
+    for method in ("double_backward", "finite_difference"):
+        found = attempt(run, lambda z: single(z, level.float()), (z, score, probe), sigma, method, "float32")
+        assert found is not None
+        assert found[0, 0, 2, 5].item() == pytest.approx(true.item(), rel=5e-3, abs=1e-3)
+
+
+def test_forward_mode_fails_for_the_unet_alone(finished: Run) -> None:
+    for row in finished.rows("method"):
+        failed = row[column("forward_over_reverse", "float32")] is None
+        assert failed == (row["architecture"] == UNET)
+        assert row[column("double_backward", "float32")] < 1e-4
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"ema": 1.0}, "ema must be below 1, got 1.0"),
+        ({"data": 4}, "data must be at least 8, got 4"),
+        ({"levels": ()}, "levels must not be empty"),
+        ({"sigma_min": 20.0}, "0 < sigma_min < sigma_max must hold, got 20.0 and 4.0"),
+    ],
+)
+def test_bad_settings(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(EXPERIMENT.config("smoke"), **changes)
+
+
+def test_smoke_run_and_its_summary(finished: Run) -> None:
+    assert {path.stem for path in finished.figures} == {"derivatives", "quality", "methods"}
+    assert [(row["objective"], row["architecture"]) for row in finished.rows("model")] == [
+        (objective, architecture) for objective in OBJECTIVES for architecture in ARCHITECTURES
+    ]
+    measured = {(row["objective"], row["architecture"]) for row in finished.rows("derivatives")}
+    assert measured >= {(UNTRAINED, architecture) for architecture in ARCHITECTURES}
+    text = (finished.out / "summary.md").read_text()
+    assert "hypothesis: rising with the patch" in text
+    assert "forward_over_reverse fails" in text
+
+
+def test_a_run_that_lost_its_last_rows_ends_as_it_would_have(copied: Run) -> None:
+    metrics, rows = copied.out / "metrics.jsonl", copied.rows()
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(lines[:-2]))
+    shutil.rmtree(copied.out / "models" / "rows-DSM-0")  # trained again
+    main(copied)
+    assert copied.rows() == rows
