@@ -42,7 +42,10 @@ def draw_derivatives(path: Path, run: Run) -> None:
         if name == "change":
             exact = by_level(run, "derivatives", "exact_change", next(iter(ARCHITECTURES)))
             axes.plot(list(exact), list(exact.values()), color="black", ls=":", label="exact score")
-        axes.set(xscale="log", yscale="log", xlabel="σ", title=text)
+        axes.set(xscale="log", yscale="log", xlabel="σ")
+        axes.set_title(text, fontsize=9)
+        axes.set_xticks(run.config.levels, [str(sigma) for sigma in run.config.levels])
+        axes.set_xticks([], minor=True)
     panels[1].legend(fontsize=6)
     style.save(fig, path)
 
@@ -83,12 +86,13 @@ def draw_methods(path: Path, run: Run) -> None:
             for shift, (method, color) in zip((-0.2, 0.0, 0.2), OF_METHOD.items(), strict=True):
                 values = [row[column(method, precision)] for row in rows]
                 values = [value for value in values if value is not None]
-                label = method.replace("_", " ") if not place else None
+                label = method.replace("_", " ") if place == 1 else None
                 axes.plot([place + shift] * len(values), values, ".", color=color, ms=4, label=label)
             noise = statistics.mean(row["probe"] for row in rows)
             axes.plot([place - 0.4, place + 0.4], [noise, noise], color="black", ls=":", lw=1)
         axes.set_xticks(range(len(ARCHITECTURES)), [name.replace(", ", ",\n") for name in ARCHITECTURES], fontsize=7)
-        axes.set(yscale="log", title=precision)
+        axes.set_yscale("log")
+        axes.set_title(precision, fontsize=9)
     panels[0].set_ylabel("relative error")
-    panels[0].legend(fontsize=7)
+    panels[1].legend(fontsize=7, loc="lower right")
     style.save(fig, path)
