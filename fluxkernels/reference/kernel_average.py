@@ -78,7 +78,13 @@ def weights(problem: Problem, first: int) -> Weights:
     else:
         exponent = squares / (2 * sigma2)
         pull = (1 / sigma2).expand(squares.shape)
-    logits = -exponent if log_weights is None else log_weights.unsqueeze(-2) - exponent
+    logits = -exponent
+    heaviest: Tensor | float = 0.0
+    if log_weights is not None:
+        # Relative to the largest: where all are large, exponents would vanish beside them.
+        heaviest = log_weights.detach().amax(-1, keepdim=True)
+        heaviest = torch.where(heaviest == -torch.inf, 0, heaviest)
+        logits = logits + (log_weights - heaviest).unsqueeze(-2)
     if exclude_self:
         n = torch.arange(first, first + z.shape[1], device=z.device)
         own = n.unsqueeze(-1) == torch.arange(refs.shape[1], device=z.device)
@@ -87,7 +93,7 @@ def weights(problem: Problem, first: int) -> Weights:
     top = torch.where(top == -torch.inf, 0, top)
     relative = (logits - top).exp()
     total = relative.sum(-1, keepdim=True)
-    return Weights(relative / total, (top + total.log()).squeeze(-1), exponent, pull)
+    return Weights(relative / total, (top + total.log()).squeeze(-1) + heaviest, exponent, pull)
 
 
 def prepare(

@@ -86,7 +86,9 @@ def conditions(
     difference = refs.unsqueeze(1) - z.unsqueeze(2)
     a = difference.square().sum(-1)
     logits = -(a - a.amin(-1, keepdim=True)) / (2 * sigma2.unsqueeze(-1))
-    w = (logits if log_weights is None else logits + log_weights.unsqueeze(1)).softmax(-1)
+    if log_weights is not None:
+        logits = logits + (log_weights - log_weights.amax(-1, keepdim=True)).unsqueeze(1)
+    w = logits.softmax(-1)
     origin = refs.mean(1, keepdim=True)
     D, M = z.shape[-1], refs.shape[1]
     matters = w > 0.01 * least / M
