@@ -118,7 +118,8 @@ def checks(complete: bool) -> Iterator[Check]:
 
 def largest_error(case: Case, dtype: torch.dtype, way: Way) -> float:
     if dtype == torch.float64:
-        return limit(case, dtype)
+        # Weights make points equally heavy whose distances, from products about a far origin, have few digits.
+        return 1e-7 if case.outlier and way.span else limit(case, dtype)
     # Where an outlier leaves out itself, a distance in float32 has few digits beside σ, and the weights are those of
     # many points, unlike with squares of distances.
     if way.kernel == "laplace" and way.exclude_self and case.outlier and case.D <= triton_kernels.MOST_STREAMED:
