@@ -22,6 +22,7 @@ class Problem(NamedTuple):
         log_weights: `[B, M]`, or None for zeros.
         exclude_self: whether the weight of reference point n for query n is 0.
         kernel: "gaussian" or "laplace".
+        per_reference: whether sigma2 is `[B, 1, M]`.
     """
 
     z: Tensor
@@ -31,6 +32,7 @@ class Problem(NamedTuple):
     log_weights: Tensor | None
     exclude_self: bool
     kernel: str
+    per_reference: bool
 
     def blocks(self) -> Iterator[tuple[slice, slice, "Problem"]]:
         """Yield (groups, queries, their problem) for blocks of about 2¹⁶ pairs."""
@@ -42,7 +44,7 @@ class Problem(NamedTuple):
                     self._replace(
                         z=self.z[group, row],
                         refs=self.refs[group],
-                        sigma2=self.sigma2[group, row] if self.sigma2.shape[-1] == 1 else self.sigma2[group],
+                        sigma2=self.sigma2[group] if self.per_reference else self.sigma2[group, row],
                         values=self.values[group],
                         log_weights=None if self.log_weights is None else self.log_weights[group],
                     ),
@@ -67,7 +69,7 @@ class Weights(NamedTuple):
 
 def weights(problem: Problem, first: int) -> Weights:
     """Weights of the queries `first`, `first` + 1, ... of their groups."""
-    z, refs, sigma2, _, log_weights, exclude_self, kernel = problem
+    z, refs, sigma2, _, log_weights, exclude_self, kernel, _ = problem
     squares = squared_distances(z, refs)
     if kernel == "laplace":
         # The distance has no derivative at 0, where this takes 0.
@@ -110,7 +112,7 @@ def prepare(
     (variance,) = upcast(sigma2.unsqueeze(-1) if sigma2.ndim == 2 else sigma2)
     averaged = centered if values is None else upcast(values)[0]
     logs = None if log_weights is None else upcast(log_weights)[0]
-    problem = Problem(query, centered, variance, averaged, logs, exclude_self, kernel)
+    problem = Problem(query, centered, variance, averaged, logs, exclude_self, kernel, sigma2.ndim == 3)
     return problem, origin if values is None else None
 
 
@@ -176,10 +178,10 @@ def kernel_average_backward(
         g_values[group] += w.mT @ here
         g_logs[group] += c.sum(-2)
         slope = c * found.exponent / block.sigma2 * (0.5 if kernel == "laplace" else 1.0)
-        if problem.sigma2.shape[-1] == 1:
-            g_sigma2[group, row] = slope.sum(-1, keepdim=True)
-        else:
+        if problem.per_reference:
             g_sigma2[group] += slope.sum(-2, keepdim=True)
+        else:
+            g_sigma2[group, row] = slope.sum(-1, keepdim=True)
     if origin is not None:
         g_z, g_refs = g_z - upcast(g_shift)[0], g_refs + g_values
     return (

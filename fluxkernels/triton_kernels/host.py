@@ -16,6 +16,7 @@ from fluxkernels.implementation import Kernels
 from fluxkernels.triton_kernels.fixed_point import host as fixed_point
 from fluxkernels.triton_kernels.gram import host as gram
 from fluxkernels.triton_kernels.philox import normal as normal
+from fluxkernels.triton_kernels.sample_reference import sample_reference as sample_reference
 from fluxkernels.triton_kernels.streaming import host as streaming
 
 # A thread of `streaming` keeps a point in registers.
@@ -43,6 +44,6 @@ def _by_points(name: str) -> Callable[..., Any]:
     return run
 
 
-# One function for every kernel, such as `kde` and `flux_pass`.
-for _name in (name for name in vars(Kernels) if not name.startswith("_")):
+# One function for every kernel that is not above, such as `kde` and `flux_pass`.
+for _name in (name for name in vars(Kernels) if not name.startswith("_") and name not in globals()):
     globals()[_name] = _by_points(_name)

@@ -97,6 +97,23 @@ def test_float32_with_adversarial_weights(span: float | str, kernel: str, D: int
     assert relative(got[1], truth[1]) < 1e-6
 
 
+@pytest.mark.parametrize("bandwidth", BANDWIDTHS)
+def test_one_reference_point(bandwidth: str, backend: str) -> None:
+    given = problem(3, bandwidth)
+    one = {name: t[:, :1] for name, t in given.items() if name in ("refs", "values", "log_weights")}
+    if bandwidth == "per reference point":
+        one["sigma2"] = given["sigma2"][..., :1]
+    given |= one
+    leaves = [t.requires_grad_() for t in given.values()]
+    got, truth = fk.kernel_average(**given), dense(*given.values(), False, "gaussian")
+    torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-11)
+    cotangents = [torch.randn_like(t) for t in truth]
+    for g, t in zip(
+        torch.autograd.grad(got, leaves, cotangents), torch.autograd.grad(truth, leaves, cotangents), strict=True
+    ):
+        torch.testing.assert_close(g, t, rtol=1e-10, atol=1e-10)
+
+
 def test_integer_weights_are_repetitions(backend: str) -> None:
     x, refs, counts = (
         torch.randn(6, 3, dtype=F64),

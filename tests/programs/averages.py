@@ -114,6 +114,12 @@ def checks(complete: bool) -> Iterator[Check]:
                 continue  # see tests/programs/interpreted.py
             for name, way in ways_of(case, WAYS if complete else (next(turns),)):
                 yield name, dtype, largest_error(case, dtype, way), partial(errors, case, dtype, way)
+    yield from edges()
+    yield from splits()
+    yield "half precision", torch.bfloat16, 1e-2, of_half
+    yield "strides", torch.float32, 1e-5, partial(of_strides, torch.float32)
+    yield "strides", torch.float64, 1e-11, partial(of_strides, torch.float64)
+    yield "draws", torch.float32, 1e-3, of_draws
 
 
 def largest_error(case: Case, dtype: torch.dtype, way: Way) -> float:
@@ -125,11 +131,6 @@ def largest_error(case: Case, dtype: torch.dtype, way: Way) -> float:
     if way.kernel == "laplace" and way.exclude_self and case.outlier and case.D <= triton_kernels.MOST_STREAMED:
         return 2e-3
     return max(limit(case, dtype), 1e-5)
-    yield from edges()
-    yield from splits()
-    yield "half precision", torch.bfloat16, 1e-2, of_half
-    yield "strides", torch.float32, 1e-5, partial(of_strides, torch.float32)
-    yield "strides", torch.float64, 1e-11, partial(of_strides, torch.float64)
 
 
 def edges() -> Iterator[Check]:
@@ -169,6 +170,18 @@ def of_half() -> dict[str, float]:
         for D in (3, 20):
             case = Case(f"half, D = {D}", N=9, M=11, D=D, sigma2=0.5 * D)
             found |= {f"{name}, {dtype}, {D}": error for name, error in errors(case, dtype, WAYS[0]).items()}
+    return found
+
+
+def of_draws() -> dict[str, float]:
+    """Shares of `sample_reference` that are not those of the reference implementation."""
+    found = {}
+    for D, way in ((3, WAYS[0]), (20, WAYS[3]), (3, WAYS[2])):
+        case = Case(f"draws, D = {D}", N=40, M=37, D=D, sigma2=0.5 * D)
+        z, refs, sigma2, _, logs, exclude_self, kernel = way.tensors(case, torch.float32)
+        arguments = z, refs, sigma2, logs, exclude_self, kernel, torch.tensor(2**62 + 3, device=DEVICE)
+        got, truth = triton_kernels.sample_reference(*arguments), reference.sample_reference(*double(arguments))
+        found[f"{case.name}, {way}"] = (got != truth).double().mean().item()
     return found
 
 
