@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,12 +55,8 @@ def _side(
     x: Tensor, points: Tensor, sigma2: float, exclude_self: bool, backend: str | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-sum over the points `[..., N]`, their average under A `[..., N, D]`, its log-sum without L `[..., N]`)."""
-
-    def average(queries: Tensor, refs: Tensor, log_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return kernel_average(
-            queries, refs, sigma2, log_weights=log_weights, exclude_self=exclude_self, kernel="laplace", backend=backend
-        )
-
-    _, rows = average(x, points)
-    _, columns = average(points, x)
-    return rows, *average(x, points, -columns / 2)
+    options: dict[str, Any] = {"exclude_self": exclude_self, "kernel": "laplace", "backend": backend}
+    # Of these sums the logarithm alone is wanted: one column is averaged instead of all.
+    _, rows = kernel_average(x, points, sigma2, points[..., :1], **options)
+    _, columns = (x, rows) if exclude_self else kernel_average(points, x, sigma2, x[..., :1], **options)
+    return rows, *kernel_average(x, points, sigma2, log_weights=-columns / 2, **options)
