@@ -29,7 +29,7 @@ def draw_samples(run: Run, path: Path) -> None:
                 rows[f"{name}\n{kind}"] = sampler(task)
     fig, axes = style.new_figure(6.0, 0.62 * len(rows), len(rows), 1)
     for panel, (name, images) in zip(axes, rows.items(), strict=True):
-        wide = torch.nn.functional.pad(images[:, 0], (0, 1), value=float("nan")).transpose(0, 1).flatten(1)
+        wide = torch.nn.functional.pad(images[:, 0], (0, 1), value=float("nan")).transpose(0, 1).flatten(1).numpy()
         panel.imshow(wide, cmap="gray", vmin=-1.5, vmax=1.5)
         panel.grid(False)
         panel.set(xticks=[], yticks=[])

@@ -25,12 +25,12 @@ from fluxmatching import (
     reverse_ve,
     unadjusted_langevin,
 )
-from fluxmatching.fields import NoisyField
+from fluxmatching.fields import Field, NoisyField
 
 TRUTH, OF_DIFFUSERS, DRAWS = "exact score", "DDPM of diffusers", "exact draws"
 FIELDS = (TRUTH, *KINDS)
 SIGMA_MIN, SIGMA_MAX = 0.1, 80.0
-REFERENCE_STEP = 0.2  # constant step size, in units of the variance of a component, of the autocorrelation times
+REFERENCE_STEP = 0.4  # constant step size, in units of the variance of a component, of the autocorrelation times
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,23 @@ class Sampling:
     generator: torch.Generator
 
 
+def at_level(field: NoisyField, sigma: Tensor) -> Field:
+    """Return the field at one noise level."""
+    return lambda z: field(z, sigma)
+
+
 def annealed_langevin(task: Sampling) -> Tensor:
     """Run eight Langevin steps at each of a fourth as many noise levels."""
     x = task.x
     for sigma in exponential_schedule(max(1, task.steps // 4), SIGMA_MIN, SIGMA_MAX).float():
         size = 0.2 * (sigma**2).item()
-        x = unadjusted_langevin(
-            lambda z, sigma=sigma: task.field(z, sigma), x, step_size=size, num_steps=8, generator=task.generator
-        )
+        field = at_level(task.field, sigma)
+        x = unadjusted_langevin(field, x, step_size=size, num_steps=8, generator=task.generator)
     return x
 
 
 def levels(task: Sampling) -> Tensor:
+    """Return the noise levels of the stochastic samplers."""
     return exponential_schedule(task.steps, SIGMA_MIN, SIGMA_MAX)
 
 
@@ -91,7 +96,7 @@ class Counted(nn.Module):
 
 def schedules() -> list[Schedule]:
     """Return the schedules of step sizes, the same for every field."""
-    constant = [Schedule(CONSTANT, (h,)) for h in (REFERENCE_STEP, 0.4, 0.7, 1.0)]
+    constant = [Schedule(CONSTANT, (h,)) for h in (0.2, REFERENCE_STEP, 0.7, 1.0)]
     falling = [cyclic(1.8, 0.1, 8), *(cyclic(*ends, 4) for ends in ((1.0, 0.1), (1.8, 0.1), (1.8, 0.2)))]
     return [*constant, *falling, chebyshev(0.15, 20.0, 4)]
 
@@ -121,7 +126,7 @@ def measure_chains(run: Run, law: ImageLaw, field: NoisyField, kind: str, seed: 
     done = {(row["problem"], row["sizes"]) for row in run.rows("cost") if (row["field"], row["seed"]) == (kind, seed)}
     for sigma in run.config.sigmas:
         costs = chains.measure_mixture(
-            lambda x, sigma=sigma: field(x.unflatten(1, EVENT), torch.tensor(sigma)).flatten(1),  # type: ignore[misc]
+            flat(at_level(field, torch.tensor(sigma))),
             law.problem(sigma),
             schedules(),
             run.config.evaluations,
@@ -136,6 +141,11 @@ def measure_chains(run: Run, law: ImageLaw, field: NoisyField, kind: str, seed: 
                     kind="cost", problem=place(sigma), field=kind, seed=seed, schedule=schedule.kind, sizes=sizes,
                     evaluations=cost.evaluations, bias=cost.bias,
                 )  # fmt: skip
+
+
+def flat(field: Field) -> Field:
+    """Return a field of images as one of vectors."""
+    return lambda x: field(x.unflatten(1, EVENT)).flatten(1)
 
 
 def measure_samplers(run: Run, law: ImageLaw, field: nn.Module, kind: str, seed: int) -> None:
@@ -164,15 +174,19 @@ def measure_samplers(run: Run, law: ImageLaw, field: nn.Module, kind: str, seed:
 
 def sample_by_diffusers(run: Run, law: ImageLaw, count: int, seed: int) -> tuple[Tensor, int]:
     """Draw images by the saved scheduler itself, to which noise of σ = 0.1 is added; returns them and the steps."""
-    import diffusers
+    from diffusers import DDPMScheduler, UNet2DModel
 
-    pipeline = diffusers.DDPMPipeline.from_pretrained(train_pipeline(run, law, seed), local_files_only=True)
+    folder, steps = train_pipeline(run, law, seed), 2 * run.config.sampling_steps
+    unet, scheduler = (
+        part.from_pretrained(folder / name, local_files_only=True)
+        for part, name in ((UNet2DModel, "unet"), (DDPMScheduler, "scheduler"))
+    )
     generator = run.generator("diffusers", seed)
     x = torch.randn(count, *EVENT, generator=generator)
-    pipeline.scheduler.set_timesteps(2 * run.config.sampling_steps)
-    for t in pipeline.scheduler.timesteps:
-        x = pipeline.scheduler.step(pipeline.unet(x, t).sample, t, x, generator=generator).prev_sample
-    return x + SIGMA_MIN * torch.randn(x.shape, generator=generator), 2 * run.config.sampling_steps
+    scheduler.set_timesteps(steps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x, generator=generator).prev_sample
+    return x + SIGMA_MIN * torch.randn(x.shape, generator=generator), steps
 
 
 def distances(law: ImageLaw, images: Tensor, generator: torch.Generator) -> dict[str, float]:
