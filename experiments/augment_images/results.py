@@ -12,7 +12,8 @@ from experiments.augment_images.training import EXACT, LEARNED, PIPELINE
 from experiments.common.results import Result, spread
 from experiments.common.run import Run
 
-LARGER = 1.5  # times the energy distance of the pipeline by the same sampler that v may cost
+# Energy distance that v may add to the pipeline's by the same sampler: about that of a share of 0.05 in a wrong place.
+MARGIN = 0.15
 
 
 def results(run: Run) -> list[Result]:
@@ -37,10 +38,8 @@ def sample(run: Run, name: str, field: str) -> Result:
     if field not in (EXACT, LEARNED):
         return Result(label, shown)
     before = run.by_seed("sample", "energy", sampler=name, field=PIPELINE)
-    floor = run.by_seed("sample", "energy", sampler=DRAWS, field=TRUTH)
-    limit = LARGER * max(statistics.mean(before), max(map(abs, floor)))
-    holds = statistics.mean(energies) <= limit
-    return Result(label, shown, f"criterion: energy distance at most {LARGER:g} × the pipeline's", holds)
+    holds = statistics.mean(energies) <= statistics.mean(before) + MARGIN
+    return Result(label, shown, f"criterion: energy distance at most {MARGIN:g} above the pipeline's", holds)
 
 
 def times(run: Run) -> list[Result]:
