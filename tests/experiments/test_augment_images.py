@@ -165,8 +165,8 @@ def test_loss_of_v_trains_v_alone_and_vanishes_where_it_should() -> None:
     assert 0 < terms["memory"] < 1
     nn.init.zeros_(v.weights)
     nn.init.zeros_(v.constant)
-    _, still = loss(LAW.sample(4096, 0.0, generator()), seed=1)
-    assert still["memory"].item() == pytest.approx(1, abs=0.05)
+    _, still = loss(LAW.sample(1500, 0.0, generator()), seed=1)
+    assert still["memory"].item() == pytest.approx(1, abs=0.06)
     assert still["flux"].item() == pytest.approx(0, abs=1e-6)
     assert still["defect"] < terms["defect"]
 
@@ -220,8 +220,8 @@ def test_results_compare_with_the_pipeline(tmp_path: Path) -> None:
     for field, evaluations, energy in (
         (TRUTH, 5.0, 1.0),
         (PIPELINE, 12.0, 2.0),
-        (EXACT, 6.0, 2.9),
-        (LEARNED, 24.0, 3.1),
+        (EXACT, 6.0, 2.1),
+        (LEARNED, 24.0, 2.2),
     ):
         run.log(
             kind="cost", problem=place(2.5), field=field, seed=0, schedule=CONSTANT, sizes=sizes[CONSTANT],
