@@ -11,6 +11,7 @@ from torch import Tensor
 
 from experiments.augment.problems import MixtureProblem
 from experiments.common.autocorrelation import integrated_autocorrelation_time
+from experiments.common.mixture import GaussianMixture
 
 Field = Callable[[Tensor], Tensor]
 CONSTANT, CYCLIC, CHEBYSHEV = "constant", "cyclic", "Chebyshev"
@@ -85,7 +86,13 @@ def gaussian_schedules() -> list[Schedule]:
 
 
 def measure_mixture(
-    field: Field, problem: MixtureProblem, schedules: list[Schedule], evaluations: int, chains: int, seed: int
+    field: Field,
+    problem: MixtureProblem,
+    schedules: list[Schedule],
+    evaluations: int,
+    chains: int,
+    seed: int,
+    within: tuple[GaussianMixture, Tensor] | None = None,
 ) -> dict[Schedule, Cost]:
     """Run chains from exact samples with every schedule; one that diverges, or whose chains are too short, is left out.
 
@@ -99,25 +106,28 @@ def measure_mixture(
         evaluations: length of each chain.
         chains: number of chains per schedule.
         seed: of starts and noise, which all fields share.
+        within: a mixture in more dimensions E, in which the chains run, and an orthonormal basis `[E, D]` of the space
+            of the problem there; None for chains in the space itself.
     """
+    mixture, basis = (problem.mixture, None) if within is None else within
     found: dict[Schedule, Cost] = {}
     for steps in sorted({schedule.steps for schedule in schedules}):
         some = [schedule for schedule in schedules if schedule.steps == steps]
-        states = run_chains(field, problem, some, evaluations // steps, chains, seed)
+        states = run_chains(field, mixture, some, evaluations // steps, chains, seed)
         for schedule, path in zip(some, states.unbind(1), strict=True):
-            cost = cost_of(path, problem, steps)
+            cost = cost_of(path if basis is None else path @ basis, problem, steps)
             if cost is not None:
                 found[schedule] = cost
     return found
 
 
 def run_chains(
-    field: Field, problem: MixtureProblem, schedules: list[Schedule], cycles: int, chains: int, seed: int
+    field: Field, mixture: GaussianMixture, schedules: list[Schedule], cycles: int, chains: int, seed: int
 ) -> Tensor:
     """Run chains of schedules with equally many steps; returns the state after each cycle, `[cycles, S, chains, D]`."""
     generator = torch.Generator().manual_seed(seed)
-    x = problem.mixture.sample(len(schedules) * chains, generator)
-    sizes = problem.unit * torch.tensor([schedule.sizes for schedule in schedules]).repeat_interleave(chains, 0)
+    x = mixture.sample(len(schedules) * chains, generator)
+    sizes = mixture.variance * torch.tensor([schedule.sizes for schedule in schedules]).repeat_interleave(chains, 0)
     drifts, noises = sizes.T.unsqueeze(-1), (2 * sizes).sqrt().T.unsqueeze(-1)
     path = []
     with torch.no_grad():

@@ -63,16 +63,20 @@ class MixtureProblem:
 
 
 def make_mixture(name: str) -> MixtureProblem:
-    """Make one of `MIXTURES`: three modes in the plane, or five in ten dimensions.
+    """Make one of `MIXTURES`: three modes in the plane, or five in ten dimensions."""
+    if name == WIDE:
+        return make_problem(simplex_means(5, 10, RADIUS).float(), VARIANCE, SIGMA)
+    sigma = next(sigma for sigma in SIGMAS if plane(sigma) == name)
+    return make_problem(triangle_means(RADIUS).float(), VARIANCE, sigma)
+
+
+def make_problem(means: Tensor, variance: float, sigma: float) -> MixtureProblem:
+    """Make the problem of a mixture with components of that variance at a noise level.
 
     Frequencies of the test functions are normal, half of them in inverse standard deviations of p_σ and half in inverse
     standard deviations of a component; in D dimensions times √(2/D), so that no function averages to nothing.
     """
-    if name == WIDE:
-        means, sigma = simplex_means(5, 10, RADIUS).float(), SIGMA
-    else:
-        means, sigma = triangle_means(RADIUS).float(), next(sigma for sigma in SIGMAS if plane(sigma) == name)
-    mixture = GaussianMixture(means, VARIANCE + sigma**2)
+    mixture = GaussianMixture(means, variance + sigma**2)
     generator = torch.Generator().manual_seed(0)
     spread = (means.var(0, unbiased=False) + mixture.variance).sqrt()
     normal = math.sqrt(2 / mixture.dim) * torch.randn(2, TEST_FUNCTIONS, mixture.dim, generator=generator)

@@ -11,7 +11,6 @@ from fluxmatching.augmented import AugmentedField
 from fluxmatching.edm import EDMField
 from fluxmatching.fields import (
     field_from_denoiser,
-    field_from_diffusers,
     field_from_noise_prediction,
     field_from_velocity,
 )
@@ -22,6 +21,7 @@ from fluxmatching.flows.losses import FlowMatching, FlowOptions, conditional_flo
 from fluxmatching.flows.paths import CosinePath, LinearPath, VarianceExplodingPath, VariancePreservingPath
 from fluxmatching.flows.times import LogitNormalTimes, UniformTimes
 from fluxmatching.flows.v_flux import VFluxMatching, v_flux_loss
+from fluxmatching.from_diffusers import field_from_diffusers
 from fluxmatching.losses.annealed import LossNormalizer, noise_annealed_flux_loss
 from fluxmatching.losses.augmentation import augmentation_loss
 from fluxmatching.losses.autocorrelation import autocorrelation_loss

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,27 +107,6 @@ class VelocityField(AdaptedField):
         return (self.prediction(z / (1 + level), 1 / (1 + sigma)) - z) / (level * (1 + level))
 
 
-class DiffusersField(AdaptedField):
-    """Field of `field_from_diffusers`."""
-
-    accepts_sigma_per_sample = True
-
-    def __init__(self, network: nn.Module, log_sigmas: Tensor) -> None:
-        super().__init__(network)
-        self.register_buffer("log_sigmas", log_sigmas, persistent=False)
-
-    def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
-        levels = cast(Tensor, self.log_sigmas).to(z.dtype)
-        wanted = sigma.log().reshape(-1).contiguous()
-        below = torch.searchsorted(levels, wanted).clamp(1, len(levels) - 1) - 1
-        time = below + (wanted - levels[below]) / (levels[below + 1] - levels[below])
-        time = time.clamp(0, len(levels) - 1).expand(len(z))
-        level = per_sample(sigma, z)
-        found = self.prediction(z / (1 + level.square()).sqrt(), time)
-        noise = found if isinstance(found, Tensor) else found.sample
-        return -noise / level
-
-
 def field_from_denoiser(denoiser: NoisyField) -> DenoiserField:
     """Make the field f(z, σ) = (D(z, σ) - z)/σ² from a denoiser D, an estimate of the clean sample.
 
@@ -166,31 +144,6 @@ def field_from_velocity(velocity: NoisyField) -> VelocityField:
         f(z, σ), the score where v is the marginal velocity of the path.
     """
     return VelocityField(velocity)
-
-
-def field_from_diffusers(network: nn.Module, scheduler: Any) -> DiffusersField:
-    """Make the field f(z, σ) = -ε(x_t, t)/σ from a noise prediction network of diffusers and its scheduler.
-
-    The scheduler's steps x_t = √ᾱ_t x + √(1 - ᾱ_t) n are those of z = x_t/√ᾱ_t at σ² = (1 - ᾱ_t)/ᾱ_t. Between two of
-    them t is interpolated linearly in log σ. A network that was trained in this form is sampled by the pipelines of
-    diffusers, such as `DDIMPipeline(network, scheduler)`.
-
-    Args:
-        network: such as `UNet2DModel`; network(x_t, t) returns ε, or an object with ε as `sample`.
-        scheduler: with `alphas_cumprod` `[steps]`, such as `DDPMScheduler`, and prediction_type "epsilon".
-
-    Raises:
-        TypeError: the scheduler has no `alphas_cumprod`.
-        ValueError: it predicts something else than the noise.
-    """
-    products = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(products, Tensor):
-        raise TypeError(f"field_from_diffusers: scheduler must have alphas_cumprod, got {type(scheduler).__name__}")
-    kind = getattr(getattr(scheduler, "config", None), "prediction_type", "epsilon")
-    if kind != "epsilon":
-        raise ValueError(f"field_from_diffusers: prediction_type of the scheduler must be 'epsilon', got {kind!r}")
-    products = products.double()
-    return DiffusersField(network, (((1 - products) / products).log() / 2).float())
 
 
 def per_sample(values: Tensor, z: Tensor) -> Tensor:
