@@ -36,6 +36,7 @@ class Config:
         fractions: strengths of the penalty, relative to that at which no edge is left.
         patience: number of strengths in a row, from the largest down, that predict worse than the best one so far and
             end the search, if that one has at most half of the error of "no effect".
+        patient_d: largest d for which all strengths are tried instead.
         cosines: cosine test functions of the dual loss.
         ridge: ridge of the dual loss.
         length: length of the kernels in units of √d standard deviations (Gaussian) or one (pairs).
@@ -60,6 +61,7 @@ class Config:
     costly_d: int = 5
     fractions: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003, 0.001)
     patience: int = 2
+    patient_d: int = 20
     cosines: int = 300
     ridge: float = 0.01
     length: float = 1.0

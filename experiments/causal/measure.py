@@ -145,6 +145,8 @@ def fit(run: Run, setting: Setting, method: str) -> tuple[Fit, float]:
     for found in zip(*paths, strict=True):
         errors.append(sum(validate(run, setting, terms, *pair) for pair in zip(found, folds, strict=True)))
         best = errors.index(min(errors))
+        if len(setting.basis.scale) <= run.config.patient_d:
+            continue
         # Strong penalties may predict worse and worse before the right one, but none of them well.
         if len(errors) - 1 - best >= run.config.patience and errors[best] < SHARE * no_effect:
             break
