@@ -62,7 +62,7 @@ class _Entry:
 
 def _triton() -> Implementation:
     """Import the backend on first use: Triton takes a second to import, and is optional."""
-    return cast(Implementation, importlib.import_module("fluxkernels.triton_kernels"))
+    return cast(Implementation, importlib.import_module(f"{__package__}.triton_kernels"))
 
 
 @cache

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-# All variables with our prefixes. A test compares this table with the source tree.
+# All variables with our prefixes. Tests compare this table with the source tree and with python_api/README.md.
 VARIABLES = {
     "FLUXKERNELS_BACKEND": "backend of all ops that name none: torch, cpu or triton; unset: the device decides",
     "FLUXKERNELS_AUTOTUNE": "0: Triton kernels take the layout of a rule of thumb, and no other is tried",

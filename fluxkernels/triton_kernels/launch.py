@@ -116,7 +116,7 @@ def _nothing_compiled() -> Iterator[None]:
 
     def refuse(*, fn: Any, **details: Any) -> Any:
         # The hook is one for all threads: others may compile, and so may kernels of others.
-        if fn.module.startswith("fluxkernels.") and torch.cuda.is_current_stream_capturing():
+        if fn.module.startswith(f"{__package__}.") and torch.cuda.is_current_stream_capturing():
             raise BackendError(
                 f"kernel {fn.name} has not run on this device with arguments of these dtypes, sizes and strides, and "
                 "while a CUDA graph is captured it cannot be compiled and loaded: call fluxkernels.warm_up, or the op "
