@@ -21,7 +21,7 @@ OLDEST_TORCH = re.findall(r'"torch>=([\d.]+)"', PYPROJECT)
 
 
 def project_list(name: str) -> list[str]:
-    (listed,) = re.findall(rf"^{name} = \[(.*?)\]", PYPROJECT, flags=re.DOTALL | re.MULTILINE)
+    (listed,) = re.findall(rf"^{name} = \[(.*?)\]$", PYPROJECT, flags=re.DOTALL | re.MULTILINE)
     return re.findall(r'"([^"]+)"', listed)
 
 
@@ -83,8 +83,8 @@ def test_issue_forms_ask_for_the_doctor() -> None:
 
 def test_the_page_of_the_api_has_every_environment_variable() -> None:
     page = (ROOT / "python_api" / "README.md").read_text(encoding="utf-8")
-    assert [f"| `{name}` | {what} |" for name, what in environment.VARIABLES.items()] == [
-        line for line in page.splitlines() if line.startswith("| `FLUX")
+    assert [f"| {name} | {what} |" for name, what in environment.VARIABLES.items()] == [
+        line for line in page.splitlines() if line.startswith("| FLUX")
     ]
 
 
