@@ -11,7 +11,7 @@ from fluxkernels.selfcheck import Check
 
 def _heading(report: Report) -> list[str]:
     versions = report.versions
-    names = ("fluxkernels", "torch", "Python", "Triton")
+    names = ("fluxkernels", "torch", "Python", "NumPy", "Triton")
     first = ", ".join(f"{name} {versions[name] or 'not installed'}" for name in names)
     device = f"CUDA {versions['CUDA']}" if report.cards else "no CUDA device"
     return [

@@ -1,4 +1,4 @@
-"""What `python -m fluxkernels` reports: versions, backends, cards, known faults, self-check, caches, environment."""
+"""Report of `python -m fluxkernels`: versions, backends, cards, known faults, self-check, caches, environment."""
 
 import importlib.metadata
 import importlib.util
@@ -111,6 +111,7 @@ def _versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "Python": platform.python_version(),
         "Triton": triton_version(),
+        "NumPy": importlib.metadata.version("numpy"),
         "CUDA": torch.version.cuda,
         "compiler": compiler(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -145,6 +146,12 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
+def _interpreter_fault(triton: str, numpy: str | None) -> str | None:
+    if cards.release(triton) >= (3, 7) or numpy is None or _release(numpy) < (2, 4):
+        return None
+    return f"the interpreter of Triton {triton} fails with NumPy {numpy}: pip install 'triton>=3.7' or 'numpy<2.4'"
+
+
 def _notes_on_software(versions: dict[str, str | None]) -> list[str]:
     notes = []
     oldest, newest = map(_release, TESTED_TORCH)
@@ -155,6 +162,8 @@ def _notes_on_software(versions: dict[str, str | None]) -> list[str]:
         notes.append("CUDA tensors run on the slower torch backend without Triton: pip install triton")
     elif triton is not None and (reason := cards.too_old(triton)) is not None:
         notes.append(reason)
+    elif triton is not None and environment.INTERPRETED and (fault := _interpreter_fault(triton, versions["NumPy"])):
+        notes.append(fault)
     if versions["compiler"] is None:
         need = "Triton needs one when a kernel is launched for the first time, and so does " if on_gpu else ""
         notes.append(f"no C++ compiler was found: {need}an installation from source, for the cpu backend")

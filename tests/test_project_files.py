@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 WORKFLOWS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml")}
 PYTHONS = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', PYPROJECT)
+# (system, Python, PyTorch) of every job that runs the tests.
+MATRIX = re.findall(r'- \{os: ([\w.-]+), python: "([\d.]+)", torch: "([\d.]+)"\}', WORKFLOWS["tests"])
 OLDEST_TORCH = re.findall(r'"torch>=([\d.]+)"', PYPROJECT)
 
 
@@ -28,23 +30,19 @@ def project_list(name: str) -> list[str]:
 def test_python_versions_agree() -> None:
     (oldest,) = re.findall(r'^requires-python = ">=([\d.]+)"', PYPROJECT, flags=re.MULTILINE)
     assert [f"3.{minor}" for minor in range(int(oldest.split(".")[1]), 15)] == PYTHONS
-    (tested,) = re.findall(r"^ +python: \[(.*)\]", WORKFLOWS["tests"], flags=re.MULTILINE)
-    assert re.findall(r"[\d.]+", tested) == PYTHONS
+    assert sorted({python for _, python, _ in MATRIX}, key=PYTHONS.index) == PYTHONS
     (built,) = re.findall(r'^build = "(.*)"', PYPROJECT, flags=re.MULTILINE)
     assert built.split() == [f"cp{version.replace('.', '')}-*" for version in PYTHONS]
 
 
 def test_torch_versions_agree() -> None:
-    """The oldest that is allowed and the newest that was tested, each with the oldest and the newest Python."""
+    """The oldest that is allowed runs with the oldest and the newest Python, and the newest that was tested too."""
     assert [doctor.TESTED_TORCH[0]] == OLDEST_TORCH
-    text = WORKFLOWS["tests"]
-    (newest,) = re.findall(r'^ +torch: \["([\d.]+)"\]', text, flags=re.MULTILINE)
-    assert newest == doctor.TESTED_TORCH[1]
-    rows = re.findall(r'- \{os: ([\w.-]+), python: "([\d.]+)", torch: "([\d.]+)"\}', text)
-    assert {torch for _, _, torch in rows} == set(doctor.TESTED_TORCH)
-    oldest = {("ubuntu-24.04", python, doctor.TESTED_TORCH[0]) for python in (PYTHONS[0], PYTHONS[-1])}
-    assert oldest <= set(rows)
-    assert {name.split("-")[0] for name, _, _ in rows} == {"ubuntu", "macos", "windows"}
+    oldest, newest = doctor.TESTED_TORCH
+    on_linux = {(python, torch) for system, python, torch in MATRIX if system.startswith("ubuntu")}
+    assert on_linux >= {(PYTHONS[0], oldest), (PYTHONS[-1], oldest), (PYTHONS[-1], newest)}
+    assert all(cards.release(oldest) <= cards.release(torch) <= cards.release(newest) for _, _, torch in MATRIX)
+    assert {system.split("-")[0] for system, _, _ in MATRIX} == {"ubuntu", "macos", "windows"}
 
 
 def test_the_torch_of_make_is_the_torch_of_the_workflows() -> None:

@@ -156,6 +156,13 @@ def test_old_triton_and_untested_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("PyTorch 2.99.0+cpu is untested" in note for note in doctor._notes_on_software(versions))
 
 
+def test_the_interpreter_of_an_old_triton_with_a_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "INTERPRETED", True)
+    for triton, numpy, fails in (("3.6.0", "2.4.6", True), ("3.6.0", "2.3.5", False), ("3.7.0", "2.4.6", False)):
+        notes = doctor._notes_on_software(doctor._versions() | {"Triton": triton, "NumPy": numpy})
+        assert any("the interpreter of Triton" in note for note in notes) == fails
+
+
 def test_a_misspelled_variable_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLUXKERNELS_BACKND", "torch")
     assert any("FLUXKERNELS_BACKND" in note for note in doctor._notes_on_software(doctor._versions()))
