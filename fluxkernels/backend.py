@@ -18,6 +18,7 @@ from typing import cast
 import torch
 
 from fluxkernels import cards, cpu, reference
+from fluxkernels.environment import INTERPRETED
 from fluxkernels.implementation import Implementation
 
 ENVIRONMENT = "FLUXKERNELS_BACKEND"
@@ -59,18 +60,14 @@ class _Entry:
     refused: Callable[[int], str | None] | None = None  # by index of the card
 
 
-# Triton then runs kernels on the CPU, one operation at a time: for tests.
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _triton() -> Implementation:
     """Import the backend on first use: Triton takes a second to import, and is optional."""
-    return cast(Implementation, importlib.import_module("fluxkernels.triton_kernels"))
+    return cast(Implementation, importlib.import_module(f"{__package__}.triton_kernels"))
 
 
 @cache
 def _triton_missing() -> str | None:
-    if not _INTERPRETED and not torch.cuda.is_available():
+    if not INTERPRETED and not torch.cuda.is_available():
         return "no CUDA device was found"
     if torch.version.hip:
         return "its kernels are for NVIDIA GPUs"
@@ -86,7 +83,7 @@ def _triton_missing() -> str | None:
 
 
 def _refused_cards() -> tuple[str, ...]:
-    indices = range(0 if _INTERPRETED else torch.cuda.device_count())
+    indices = range(0 if INTERPRETED else torch.cuda.device_count())
     return tuple(reason for index in indices if (reason := cards.refused(index)) is not None)
 
 
@@ -95,10 +92,10 @@ _ENTRIES = {
     "cpu": _Entry("compiled C++", ("cpu",), cpu.missing, lambda: cpu),
     "triton": _Entry(
         "Triton kernels",
-        ("cuda", "cpu") if _INTERPRETED else ("cuda",),
+        ("cuda", "cpu") if INTERPRETED else ("cuda",),
         _triton_missing,
         _triton,
-        None if _INTERPRETED else cards.refused,
+        None if INTERPRETED else cards.refused,
     ),
 }
 _AUTOMATIC = {"cuda": "triton", "cpu": "cpu"}

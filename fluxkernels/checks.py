@@ -15,6 +15,7 @@ from torch.masked import MaskedTensor
 
 from fluxkernels import cpu
 from fluxkernels.backend import resolve_backend
+from fluxkernels.compiling import constant_result
 from fluxkernels.devices import can_check_values as can_check_values
 from fluxkernels.devices import is_eager, is_part_of_graph, is_plain, on_device
 
@@ -342,6 +343,6 @@ def pick_backend(backend: str | None, device: torch.device) -> str:
     return _resolve_constant(backend, device.type, device.index)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _resolve_constant(backend: str | None, device_type: str, index: int | None) -> str:
     return resolve_backend(backend, torch.device(device_type) if index is None else torch.device(device_type, index))

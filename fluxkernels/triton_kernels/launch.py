@@ -16,13 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxkernels.backend import BackendError
+from fluxkernels.environment import AUTOTUNE, CACHE, INTERPRETED
 from fluxkernels.version import __version__
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# "0" takes the layout that a rule of thumb prefers: others are not tried, and results are equal bit for bit on every
-# GPU of the same model.
-AUTOTUNE = os.environ.get("FLUXKERNELS_AUTOTUNE", "1") != "0"
-CACHE = Path(os.environ.get("FLUXKERNELS_CACHE") or os.path.expanduser("~/.cache/fluxkernels"))
 # Fused multiply-adds, which later releases of Triton disable by default.
 OPTIONS = {"enable_fp_fusion": True}
 # (queries, lanes) of a program of streaming/. A thread has a query, or two that share each load.
@@ -120,7 +116,7 @@ def _nothing_compiled() -> Iterator[None]:
 
     def refuse(*, fn: Any, **details: Any) -> Any:
         # The hook is one for all threads: others may compile, and so may kernels of others.
-        if fn.module.startswith("fluxkernels.") and torch.cuda.is_current_stream_capturing():
+        if fn.module.startswith(f"{__package__}.") and torch.cuda.is_current_stream_capturing():
             raise BackendError(
                 f"kernel {fn.name} has not run on this device with arguments of these dtypes, sizes and strides, and "
                 "while a CUDA graph is captured it cannot be compiled and loaded: call fluxkernels.warm_up, or the op "

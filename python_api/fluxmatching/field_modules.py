@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import skip_code
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
+
+from fluxkernels import compiling
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
@@ -97,8 +98,7 @@ def is_compiled(field: Callable[..., Any]) -> bool:
     """Return whether a callable, or one reachable from it, was made by `torch.compile`."""
     modules = (module for network in networks_of(field) for module in network.modules())
     return any(hasattr(thing, "_torchdynamo_orig_callable") for thing in reachable_from(field)) or any(
-        isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
-        for module in modules
+        compiling.is_optimized(module) or module._compiled_call_impl is not None for module in modules
     )
 
 
@@ -167,7 +167,7 @@ def _detached(value: Any) -> Any:
 # `torch.compile` may look inside the handler, but must not compile it by itself: it would then keep the function of the
 # first call for all later ones, so that a - b became a + b (PyTorch 2.13).
 for _function in (DetachedParameters.__torch_function__, _detached):
-    skip_code(_function.__code__)
+    compiling.skip(_function)
 
 
 def pull_back(

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import skip_code
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fluxkernels import compiling
 
 _DROPOUT = torch.ops.aten.native_dropout.default
 # Operations whose random result does not depend on the values of their inputs, so that it can be used again.
@@ -144,7 +145,7 @@ class _Dropout(TorchFunctionMode):
 
 
 for _function in (_Dropout.__torch_function__, _Dropout.drop):
-    skip_code(_function.__code__)  # see `fluxmatching.field_modules`
+    compiling.skip(_function)  # see `fluxmatching.field_modules`
 
 
 class _Dispatch(TorchDispatchMode):
@@ -162,7 +163,7 @@ class _Dispatch(TorchDispatchMode):
         return self.handle(func, args, kwargs)
 
 
-skip_code(_Dispatch.__torch_dispatch__.__code__)  # see `fluxmatching.field_modules`
+compiling.skip(_Dispatch.__torch_dispatch__)  # see `fluxmatching.field_modules`
 
 
 def _draws_nothing(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:

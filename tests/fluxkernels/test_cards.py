@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     """The compute capabilities of a machine's cards, for the test to fill in; its Triton imports."""
     found: list[tuple[int, int]] = []
     triton = pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setattr(backend, "_INTERPRETED", False)
+    monkeypatch.setattr(backend, "INTERPRETED", False)
     monkeypatch.setattr(backend, "_warned", set())
     monkeypatch.delenv(backend.ENVIRONMENT, raising=False)
     monkeypatch.setattr(triton, "__version__", "3.9.0")
@@ -29,6 +30,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: found[index])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(total_memory=2**34))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: NAMES[found[index]])
     entry = backend._ENTRIES["triton"]
     fresh = backend._Entry(entry.what, ("cuda",), backend._triton_missing, entry.implementation, cards.refused)
@@ -133,7 +135,8 @@ def test_the_command_names_cards_that_are_refused(
     from fluxkernels import __main__
 
     machine += [(9, 0), (7, 5)]
-    __main__.main()
+    assert __main__.main(["--no-check"]) == 0
     printed = capsys.readouterr().out
-    assert "CUDA: NVIDIA H200, Tesla T4" in printed
+    assert "cuda:0: NVIDIA H200, compute capability 9.0, 16 GiB" in printed
+    assert "cuda:1: Tesla T4, compute capability 7.5" in printed
     assert "but not on cuda:1, Tesla T4 of compute capability 7.5: Triton supports" in printed

@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fluxkernels import compiling
 from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
 from fluxmatching.engines import is_in_half_precision
 from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, own_generators, pull_back
@@ -223,7 +224,7 @@ def _explained(error: Exception, method: str) -> Exception | None:
 
 # A compiled network has no second derivatives: PyTorch raises its own error only while parameters need gradients, and
 # else omits them silently. Where the whole loss is compiled, this part of it is not.
-@torch.compiler.disable
+@compiling.disable
 def _double_backward(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
@@ -256,7 +257,7 @@ def _forward_over_reverse(
 
 
 # Where the whole loss is compiled, the network is, but not the Python around it, which looks at generators.
-@torch.compiler.disable(recursive=False)
+@compiling.disable(recursive=False)
 def _finite_difference(
     field: Field, z: Tensor, score: Tensor, probes: Iterator[Tensor], scale: Tensor | float
 ) -> tuple[Tensor, Tensor]:
@@ -274,7 +275,7 @@ def _finite_difference(
 Pulled = tuple[Tensor, Tensor]
 
 
-@torch.compiler.disable(recursive=False)
+@compiling.disable(recursive=False)
 def _pull_back_both(
     field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]
 ) -> tuple[Pulled, Pulled]:
@@ -316,7 +317,7 @@ _BESIDE_OTHERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 # The network is not compiled here, for it draws masks that are kept in a list.
-@torch.compiler.disable
+@compiling.disable
 def _pull_back_with_shared_dropout(
     field: Field, points: tuple[Tensor, Tensor], cotangents: tuple[Tensor, Tensor]
 ) -> tuple[Pulled, Pulled] | None:
@@ -357,10 +358,10 @@ def _pull_back_at_once(field: Field, points: tuple[Tensor, Tensor], cotangents: 
 
 
 # The search for networks would be compiled anew for every object that it meets.
-_own_generators = torch.compiler.disable(own_generators)
+_own_generators = compiling.disable(own_generators)
 
 
-@torch.compiler.disable
+@compiling.disable
 def _random_layers(field: Field) -> list[nn.Module]:
     return [layer for network in networks_of(field) for layer in random_layers(network)]
 
@@ -376,7 +377,7 @@ def _pull_back(field: Field, z: Tensor, cotangent: Tensor) -> Pulled:
     return gradient.detach(), f.detach()
 
 
-@torch.compiler.disable
+@compiling.disable
 def finite_difference_step(field: Field, z: Tensor, scale: Tensor | float) -> Tensor:
     """Return the step of the central difference, which depends on the precision that the field computes in.
 

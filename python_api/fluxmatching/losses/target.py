@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxkernels import FluxPass, flux_pass, langevin_chain, residual_gradient
+from fluxkernels import FluxPass, compiling, flux_pass, langevin_chain, residual_gradient
 from fluxkernels.checks import can_check_values, check_finite, check_seed, check_tensor
 from fluxkernels.devices import check_derivatives_traceable
 from fluxmatching.distributed import JointMinibatch
@@ -238,7 +238,7 @@ def _check_field_and_samples(function: str, field: Field, x: Tensor, options: Fl
         _check_networks(function, field, options.method_for(x.dtype))
 
 
-@torch.compiler.disable
+@compiling.disable
 def _check_networks(function: str, field: Callable[..., Tensor], method: str) -> None:
     check_no_cached_parametrizations(function, field)
     if method != "closed_form":
