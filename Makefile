@@ -2,6 +2,7 @@
 # make test         the test suite, with its own set-up; of the Triton tests a part, see CONTRIBUTING.md
 # make triton       all Triton tests: every case in Triton's interpreter, compilation for every architecture
 # make check        formatting, lint, types and layers of imports
+# make docs         the documentation site, with its pages executed, into docs/_build/html; warnings are errors
 # make bench        every benchmark in one run, into bench/results/ and the tables of bench/README.md
 # make gpu          on a machine with a CUDA card: tests and benchmarks there, into one dated JSON in bench/results/;
 #                   fails if a test does, or if an error of ours is above its bound
@@ -19,7 +20,7 @@ BACKEND ?= cpu
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f)
 
-.PHONY: demo test test-kernels test-library test-experiments test-more-experiments triton check bench gpu accuracy reliability sanitize arm64 fuzz clean
+.PHONY: demo test test-kernels test-library test-experiments test-more-experiments triton check docs bench gpu accuracy reliability sanitize arm64 fuzz clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,10 @@ $(VENV)/installed: $(BIN)/python pyproject.toml setup.py $(SOURCES)
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev
@@ -71,6 +76,10 @@ check: $(VENV)/installed-dev
 	PYTHONPATH=. $(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
+docs: $(VENV)/installed-docs
+	OMP_WAIT_POLICY=passive $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
 bench: $(VENV)/installed-bench
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-max-time=0.5 --benchmark-json=bench.json
 	$(BIN)/python -m bench.report bench.json
@@ -101,4 +110,4 @@ arm64:
 	done
 
 clean:
-	rm -rf $(VENV) build dist bench.json *.egg-info fluxkernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache bench/results/*-rows.json
+	rm -rf $(VENV) build dist docs/_build docs/imported bench.json *.egg-info fluxkernels/cpu/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache bench/results/*-rows.json
