@@ -87,9 +87,9 @@ def interpreted() -> Iterator[Tried]:
     if not TRITON:
         return
     print("triton by its interpreter: some minutes", flush=True)
-    for row in run_in_parts(
-        "tests.programs.interpreted", "all", TRITON_INTERPRET="1", FLUXKERNELS_AUTOTUNE="0", CUDA_VISIBLE_DEVICES=""
-    ):
+    environment = {"TRITON_INTERPRET": "1", "FLUXKERNELS_AUTOTUNE": "0", "CUDA_VISIBLE_DEVICES": ""}
+    programs = "tests.programs.interpreted", "tests.programs.averages"
+    for row in (row for each in programs for row in run_in_parts(each, "all", **environment)):
         wrong = {op: error for op, error in row["errors"].items() if not error < row["limit"]}
         yield "triton, interpreted", f"{row['case']}, {row['dtype']}", len(row["errors"]), wrong
 

@@ -90,7 +90,7 @@ register_recomputed_autograd(kernel_average_backward_op)
 
 
 class Weighting(NamedTuple):
-    """What changes the weights of the reference points, as users give it.
+    """Changes of the weights of the reference points, as users give them.
 
     With `is_part` the reference points are one part of all, and queries may have none there.
     """

@@ -211,9 +211,11 @@ def kernel_average(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
 def kernel_average_backward(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Comparison]:
     c, largest = averaging(q)
     weights = value_of(q.inputs, "ref_values"), value_of(q.inputs, "log_weights"), False, "gaussian"
-    cotangents = (value_of(q.inputs, name) for name in ("g_no_shift", "g_average", "g_log_density"))
-    truth = reference.kernel_average_backward(*cotangents, q["x"], q["refs"], q["per_query"], *weights)
-    y, variance = length(value_of(q.inputs, "g_average")), c.sigma2.unsqueeze(-1)
+    g_shift, g_average = value_of(q.inputs, "g_no_shift"), value_of(q.inputs, "g_average")
+    truth = reference.kernel_average_backward(
+        g_shift, g_average, q["g_log_density"], q["x"], q["refs"], q["per_query"], *weights
+    )
+    y, variance = length(g_average), c.sigma2.unsqueeze(-1)
     force = 2 * largest * y + q["g_log_density"].abs()
     of_c = c.delta * force + q.eps * largest * y
     along = force.unsqueeze(-1) * q.distance / variance
