@@ -47,6 +47,7 @@ autodoc_default_options = {"members": True, "imported-members": True, "exclude-m
 autoclass_content = "class"
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_rtype = False
+napoleon_use_ivar = True
 napoleon_custom_sections = [("Main", "params_style"), ("Other", "params_style"), ("Shape", "notes_style")]
 
 # Docstrings are plain text with formulas, in which these characters mean themselves.
