@@ -19,7 +19,8 @@ import fluxkernels as fk
 from bench.tasks import LOG_DENSITY, ONE_ROUNDING, PASS, RESIDUAL, SCORE, Task, inputs_of, noise_of
 from bench.workloads import TAU, Workload
 from tests.support import published
-from tests.support.ops import NUM_STEPS, Op, tensors
+from tests.support.ops import NUM_STEPS, Op
+from tests.support.ops import judged as judged_of
 
 Function = Callable[..., Tensor]
 
@@ -65,7 +66,7 @@ def tolerance(task: Task, implementation: str, dtype: torch.dtype = torch.float3
 
 
 def ours(op: Op, backend: str) -> Function:
-    """The op on one of our backends; of several tensors the last, which is the average of a pass."""
+    """The op on one of our backends; of several tensors the one that is judged."""
 
     def call(x: Tensor, refs: Tensor, sigma2: float, noise: Tensor | None = None) -> Tensor:
         inputs = inputs_of(x, refs, sigma2)
@@ -74,7 +75,7 @@ def ours(op: Op, backend: str) -> Function:
             inputs |= noise_of(op, noise)
         elif op.noise:
             options["seed"] = 0 if op.name in SEEDED else None
-        return tensors(op.call(inputs, **options))[-1]
+        return judged_of(op, op.call(inputs, **options))
 
     return call
 

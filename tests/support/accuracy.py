@@ -8,7 +8,7 @@ import torch
 import fluxkernels as fk
 from tests.support import oracles
 from tests.support.cases import Case
-from tests.support.ops import BY_NAME, OPS, tensors
+from tests.support.ops import BY_NAME, OPS, judged
 
 JUDGED = tuple(op for op in OPS if op.truth is not None)
 
@@ -58,7 +58,7 @@ def results(case: Case, end: np.ndarray, backend: str, dtype: torch.dtype = torc
     """Results of a backend by the op's label."""
     given = as_tensors(case, end, dtype)
     with fk.use_backend(backend):
-        return {op.label: tensors(op.call(given))[0] for op in JUDGED}
+        return {op.label: judged(op, op.call(given)) for op in JUDGED}
 
 
 def published_results(case: Case, end: np.ndarray) -> dict[str, torch.Tensor]:

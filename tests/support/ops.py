@@ -107,6 +107,7 @@ class Op:
         twice_differentiable: whether second derivatives are supported by every backend.
         most_published: dimensions above which the published formula takes too long.
         timed_as: name in the tables of the benchmarks, where it is another one.
+        judged: index of the tensor by which the op is judged, of those of `tensors`.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Op:
     twice_differentiable: bool = False
     most_published: int | None = None
     timed_as: str | None = None
+    judged: int = 0
 
     @property
     def function(self) -> Callable[..., Any]:
@@ -168,6 +170,11 @@ class Op:
         if self.noise and "seed" not in options:
             options["noise"] = inputs[self.noise]
         return self.function(**self.given(inputs), **options)
+
+
+def judged(op: Op, result: Any) -> Tensor:
+    """The tensor of an op's result by which it is judged and timed."""
+    return tensors(result)[op.judged]
 
 
 def noises(noise: Any) -> dict[str, Any]:
@@ -299,6 +306,7 @@ OPS = (
         # Gradients through x_τ, which is rounded to float32 between two ops: at σ² = 0.001 the next one magnifies that.
         gradient_tolerance=1e-4,
         timed_as="flux_pass + transition_average",
+        judged=-1,
     ),
 )
 BY_NAME = {op.name: op for op in OPS}
