@@ -111,9 +111,14 @@ def can_check_values(t: Tensor) -> bool:
     return t.device.type == "cpu" and has_values(t)
 
 
+# PyTorch 2.11 cannot trace the question whether a device has autocast, so it is asked here for those that matter.
+_WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
 def autocast_enabled(device: torch.device) -> bool:
     """Return whether autocast is on for a device; "meta" is one that has none."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    available = device.type in _WITH_AUTOCAST or torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
