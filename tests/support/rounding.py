@@ -226,7 +226,9 @@ def kernel_average_backward(q: Exact, got: tuple[Tensor, ...]) -> Iterator[Compa
     of_refs = (c.w * of_z.unsqueeze(-1) + dropped).sum(1)
     yield of_points("g_refs", got[1], truth[1], of_refs, sound)
     of_square = q.eps * (c.near + c.near.sqrt() * c.size)
-    of_variance = (of_c * c.near + of_square * force) / c.sigma2 / c.sigma2 + (dropped * q.distance / variance).sum(-1)
+    # In this order nothing leaves the range of numbers.
+    of_variance = (of_c * (c.near / c.sigma2) + of_square / c.sigma2 * force) / c.sigma2
+    of_variance = of_variance + (dropped * q.distance / variance).sum(-1)
     yield Comparison("g_sigma2", got[2], truth[2], of_variance, c.certain)
     of_values = ((c.w * (c.delta + q.eps).unsqueeze(-1) + c.dropped) * y.unsqueeze(-1)).sum(1)
     yield of_points("g_values", got[3], truth[3], of_values, sound)
