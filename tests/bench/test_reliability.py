@@ -128,7 +128,7 @@ def test_fuzz_counts_inputs_and_wrong_results(error: float, monkeypatch: pytest.
     monkeypatch.setattr(cpu, "kde", lambda *args: tuple(result * (1 + error) for result in kde(*args)))
     found = correctness.of_random_inputs(seconds=1.0)
     assert found["inputs"] > 0
-    assert found["passed"] is (error == 0)
+    assert found["passed"] is (error == 0), found
 
 
 @needs_cpu
