@@ -26,14 +26,12 @@ def tensors(*, large: bool = False) -> dict[str, Tensor]:
     def positive(*shape: int) -> Tensor:
         return (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.4).requires_grad_()
 
-    return {
+    inputs = {
         "x": normal(2, 4, D),
         "xt": normal(2, 3, D),
         "refs": normal(2, 5, D),
         "field": normal(2, 4, D),
         "values": normal(2, 3, 2),
-        "ref_values": normal(2, 5, 2),
-        "log_weights": normal(2, 5),
         "chain_noise": normal(3, 2, 4, D),
         "pass_noise": normal(4, 2, 4, D),
         "per_query": positive(2, 4),
@@ -42,6 +40,7 @@ def tensors(*, large: bool = False) -> dict[str, Tensor]:
         "h": positive(2),
         "step_noise": normal(2, 4, D),
     }
+    return ops.with_leaves(inputs)
 
 
 def call_of(op: Op, **options: Any) -> Callable[..., tuple[Tensor, ...]]:

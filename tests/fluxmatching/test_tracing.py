@@ -60,7 +60,7 @@ from fluxmatching import (
 )
 from fluxmatching.losses.draws import Draws
 from fluxmatching.velocity import SplicingField, splicing_loss
-from tests.support.ops import OPS, Op, noises, tensors
+from tests.support.ops import OPS, Op, noises, tensors, with_leaves
 
 Call = Callable[..., list[Tensor]]
 # Parameters of a network that a function refers to are real tensors in a graph of fake ones.
@@ -94,14 +94,15 @@ def inputs_of_ops(D: int, seed: int) -> dict[str, Tensor]:
     def positive(*shape: int) -> Tensor:
         return (torch.rand(shape, generator=generator, dtype=torch.float64) + 0.4).requires_grad_()
 
-    names = {"x": (5, D), "xt": (4, D), "refs": (7, D), "field": (5, D), "values": (4, 2), "ref_values": (7, 2)}
-    numbers = {"log_weights": (7,), "per_group": (), "per_query": (5,), "tau": (), "h": ()}
-    return {
+    names = {"x": (5, D), "xt": (4, D), "refs": (7, D), "field": (5, D), "values": (4, 2)}
+    numbers = {"per_group": (), "per_query": (5,), "tau": (), "h": ()}
+    inputs = {
         **{name: normal(2, *shape) for name, shape in names.items()},
         **{name: positive(2, *shape) for name, shape in numbers.items()},
         **noises(normal(5, 2, 5, D).detach()),
         "seed": torch.tensor(seed),
     }
+    return with_leaves(inputs)
 
 
 @dataclass(frozen=True)

@@ -310,4 +310,12 @@ OPS = (
     ),
 )
 BY_NAME = {op.name: op for op in OPS}
+
+
+def with_leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs, and those that ops take and that are made from others: leaves of their own that require gradients."""
+    names = {name for op in OPS for name in op.arguments.values() if name in DERIVED and name not in inputs}
+    return inputs | {name: DERIVED[name](inputs).detach().clone().requires_grad_() for name in sorted(names)}
+
+
 KERNELS = tuple(dict.fromkeys(kernel for op in OPS for kernel in op.kernels))
