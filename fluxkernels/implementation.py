@@ -45,7 +45,8 @@ class Kernels(Protocol):
         """(Σ_j w_j r_j - z, Σ_j w_j v_j, log Σ_j exp(logit_j)) for sigma2 `[B, N]` or `[B, 1, M]`.
 
         Values `[B, M, V]`, None for the reference points; with values the first result is `[B, N, 0]`. log_weights
-        `[B, M]`, None for zeros. A kernel is "gaussian", exp(-|z - r|²/2σ²), or "laplace", exp(-|z - r|/σ).
+        `[B, M]`, None for zeros. The log-sums are in float32 or wider. A kernel is "gaussian", exp(-|z - r|²/2σ²), or
+        "laplace", exp(-|z - r|/σ).
         """
 
     def kernel_average_backward(

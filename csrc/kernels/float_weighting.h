@@ -3,7 +3,7 @@
 //
 // Included inside of a target's namespace.
 
-/// What one group of reference points has: y_j = bias_j - scale_n t_j g_j in units of log 2, where g is the squared
+/// Numbers of one group of reference points: y_j = bias_j - scale_n t_j g_j in units of log 2, where g is the squared
 /// distance or, for the Laplace kernel, the distance.
 struct FloatWeighting {
     FloatWeighting(const AverageArguments& args, int64_t b, int64_t padded)

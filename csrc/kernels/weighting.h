@@ -51,7 +51,7 @@ public:
         return per_reference_ ? factor_.get() + own(group) * this->padded : nullptr;
     }
     double scale_of(double variance) const { return laplace_ ? 1 / std::sqrt(variance) : 0.5 / variance; }
-    /// What all logits of a group are less.
+    /// The number by which all logits of a group are less.
     double top(int64_t group) const { return top_[own(group)]; }
 
     void window(int64_t group, int64_t set, int64_t query, const double* x, double scale, int64_t& begin,

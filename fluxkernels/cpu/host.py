@@ -100,7 +100,7 @@ def kernel_average(
     B, N, _ = z.shape
     shift = _empty(z) if values is None else z.new_empty((B, N, 0))
     average = z.new_empty((B, N, (refs if values is None else values).shape[-1]))
-    log_sum = z.new_empty((B, N))
+    log_sum = z.new_empty((B, N), dtype=torch.promote_types(z.dtype, torch.float32))
     _kernels.kernel_average(
         *_average(z, refs, sigma2, values, log_weights, exclude_self, kernel),
         shift if values is None else None,

@@ -101,7 +101,7 @@ def kde_score(
         BackendError: the requested backend cannot run here.
     """
     if log_weights is not None or exclude_self:
-        found = Average("kde_score", x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
+        found = _weighted("kde_score", x, refs, sigma2, log_weights, exclude_self, backend)
         return found.groups.unflatten(quotient(found.shift, found.sigma2.unsqueeze(-1)))
     groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
     shift, _, _ = kde_op(z, refs, variance, name, results=("shift",))
@@ -122,7 +122,7 @@ def kde_mean(
     Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N, D]`, in units of x.
     """
     if log_weights is not None or exclude_self:
-        found = Average("kde_mean", x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
+        found = _weighted("kde_mean", x, refs, sigma2, log_weights, exclude_self, backend)
         return found.groups.unflatten(found.average)
     groups, z, refs, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
     _, mean, _ = kde_op(z, refs, variance, name, results=("mean",))
@@ -144,7 +144,7 @@ def kde_log_density(
     `kde_score`. Returns `[..., N]`, in nats.
     """
     if log_weights is not None or exclude_self:
-        found = Average("kde_log_density", x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
+        found = _weighted("kde_log_density", x, refs, sigma2, log_weights, exclude_self, backend)
         M, D = refs.shape[-2:]
         log_total = (
             math.log(M - exclude_self) if found.log_weights is None else _log_total(found.log_weights, exclude_self)
@@ -154,6 +154,30 @@ def kde_log_density(
     groups, z, refs, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
     _, _, log_density = kde_op(z, refs, variance, name, results=("log_density",))
     return groups.unflatten(log_density)
+
+
+def _weighted(
+    function: str,
+    x: Tensor,
+    refs: Tensor,
+    sigma2: float | Tensor,
+    log_weights: Tensor | None,
+    exclude_self: bool,
+    backend: str | None,
+) -> Average:
+    """The density estimate with weights of its reference points."""
+    if isinstance(log_weights, Tensor) and log_weights.is_floating_point() and log_weights.ndim:
+        # Only their ratios count: large ones would take digits from the log-sum.
+        top = log_weights.detach().amax(-1, keepdim=True)
+        log_weights = log_weights - torch.where(top.isfinite(), top, 0)
+    found = Average(function, x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
+    if found.sigma2.ndim == 3:
+        batch = list(found.groups.batch)
+        raise ValueError(
+            f"{function}: sigma2 must be a number or have one entry per group, shape {batch}, or per query, "
+            f"{[*batch, x.shape[-2]]}; kernel_average takes one per reference point"
+        )
+    return found
 
 
 def _log_total(log_weights: Tensor, exclude_self: bool) -> Tensor:

@@ -37,7 +37,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, N, D = z.shape
     shift, width = (D, D) if values is None else (0, values.shape[-1])
-    return z.new_empty((B, N, shift)), z.new_empty((B, N, width)), z.new_empty((B, N))
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return z.new_empty((B, N, shift)), z.new_empty((B, N, width)), z.new_empty((B, N), dtype=wide)
 
 
 def _backward_fake(
@@ -72,13 +73,16 @@ kernel_average_backward_op = Op(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.exclude_self, ctx.kernel, ctx.backend = inputs
     ctx.save_for_backward(*tensors)
-    ctx.shapes = [t.shape for t in output]
+    ctx.kinds = [(t.shape, t.dtype) for t in output]
 
 
 def _backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     # A result that the call left out has no cotangent.
-    filled = (tensors[0].new_zeros(shape) if g is None else g for g, shape in zip(cotangents, ctx.shapes, strict=True))
+    filled = (
+        tensors[0].new_zeros(shape, dtype=dtype) if g is None else g
+        for g, (shape, dtype) in zip(cotangents, ctx.kinds, strict=True)
+    )
     found = kernel_average_backward_op(*filled, *tensors, ctx.exclude_self, ctx.kernel, ctx.backend)
     gradients = (None if t is None else g for t, g in zip(tensors, found, strict=True))
     return *gradients, None, None, None
@@ -118,9 +122,8 @@ class Problem:
         self.groups = groups = check_groups(function, x=x, refs=refs)
         N, M = x.shape[-2], refs.shape[-2]
         self.sigma2 = _flat_variance(groups, as_number_tensor(function, "sigma2", sigma2, like=x), N, M)
-        self.exclude_self = bool(exclude_self)
-        if exclude_self:
-            _check_exclusion(function, N, M)
+        _check_exclusion(function, exclude_self, N, M)
+        self.exclude_self = exclude_self
         self.log_weights = None if log_weights is None else _flat_log_weights(groups, log_weights, x, M)
         if self.log_weights is not None:
             _check_present(function, self.log_weights, 0 if is_part else 1 + self.exclude_self)
@@ -155,22 +158,26 @@ class Average(Problem):
 def _flat_variance(groups: Groups, variance: Tensor, N: int, M: int) -> Tensor:
     """`[B, N]`, or `[B, 1, M]` where there is one number per reference point."""
     leading = len(groups.batch)
-    if variance.ndim == leading + 2 and variance.shape[-2:] == (1, M):
-        try:
+    try:
+        if variance.ndim == leading + 2 and variance.shape[-2:] == (1, M):
             return variance.expand(*groups.batch, 1, M).reshape(-1, 1, M)
-        except RuntimeError:
-            pass
-    if variance.ndim > leading + 1:
-        batch = list(groups.batch)
-        raise ValueError(
-            f"{groups.function}: sigma2 must be a number or have one entry per group, shape {batch}, per query, "
-            f"{[*batch, N]}, or per reference point, {[*batch, 1, M]}, got {shape_of(variance)}"
-        )
-    return groups.per_query("sigma2", variance, N)
+        if variance.ndim <= leading + 1:
+            return groups.per_query("sigma2", variance, N)
+    except (RuntimeError, ValueError):
+        pass
+    batch = list(groups.batch)
+    raise ValueError(
+        f"{groups.function}: sigma2 must be a number or have one entry per group, shape {batch}, per query, "
+        f"{[*batch, N]}, or per reference point, {[*batch, 1, M]}, got {shape_of(variance)}"
+    )
 
 
-def _check_exclusion(function: str, N: int, M: int) -> None:
-    """Raise ValueError unless query n can leave out reference point n."""
+def _check_exclusion(function: str, exclude_self: object, N: int, M: int) -> None:
+    """Raise an error unless query n can leave out reference point n."""
+    if not isinstance(exclude_self, bool):
+        raise TypeError(f"{function}: exclude_self must be True or False, got {type(exclude_self).__name__}")
+    if not exclude_self:
+        return
     if N != M:
         raise ValueError(
             f"{function}: exclude_self must be False unless x and refs have equally many points, got {N} and {M}"
@@ -201,14 +208,14 @@ def _flat_log_weights(groups: Groups, log_weights: object, x: Tensor, M: int) ->
     if logs.device != x.device:
         raise ValueError(f"{function}: log_weights must be on {x.device} like the first argument, got {logs.device}")
     try:
-        if logs.shape[-1] == M:
+        if logs.ndim and logs.shape[-1] == M:
             logs = logs.to(torch.promote_types(x.dtype, torch.float32))
             return logs.expand(*groups.batch, M).reshape(-1, M)
     except RuntimeError:
         pass
+    takes = f"{[*groups.batch, M]} or {[M]}" if groups.batch else f"{[M]}"
     raise ValueError(
-        f"{function}: log_weights must have shape {[*groups.batch, M]} or {[M]}, one for each reference point, "
-        f"got {shape_of(logs)}"
+        f"{function}: log_weights must have shape {takes}, one for each reference point, got {shape_of(logs)}"
     )
 
 
@@ -257,8 +264,10 @@ def kernel_average(
         backend: "torch", "cpu", "triton", or None for the automatic choice.
 
     Returns:
-        (`[..., N, V]`, `[..., N]`). Differentiable twice in every tensor. The derivative of |z - r| at 0 is 0. A query
-        that has no reference point left has an average of NaN and a log-sum of -inf; on the CPU that is refused.
+        (`[..., N, V]`; `[..., N]`, in float32 for half precision). Differentiable twice in every tensor. The derivative
+        of |z - r| at 0 is 0. Where values are checked, that is for CPU tensors outside of `torch.compile` and
+        `torch.func`, log weights that leave a query no reference point are refused. Elsewhere its average is NaN and
+        its log-sum -inf, and results are undefined for weights that are NaN or +inf and for sigma2 ≤ 0.
 
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
@@ -273,11 +282,12 @@ def merge_averages(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     """Average and log-sum over all reference points, from those over disjoint parts of them.
 
     With log-sums L_k the log-sum is L = log Σ_k exp(L_k), and the average Σ_k exp(L_k - L) average_k. So reference
-    points that do not fit in memory can be taken piece by piece.
+    points that do not fit in memory can be taken piece by piece. A merged weight is right to the rounding of L_k.
 
     Args:
         parts: results of `kernel_average`, (`[..., N, V]`, `[..., N]`), for the same queries. A part in which a query
-            has no reference point, with a log-sum of -inf, counts for nothing.
+            has no reference point, with a log-sum of -inf, counts for nothing; on a CPU, where `kernel_average` refuses
+            such a part, leave it out.
 
     Returns:
         (`[..., N, V]`, `[..., N]`), differentiable in all parts.
@@ -285,16 +295,22 @@ def merge_averages(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tens
     Raises:
         ValueError: there is no part, or shapes differ.
     """
-    if not parts:
-        raise ValueError("merge_averages: parts must not be empty")
-    averages, log_sums = zip(*parts, strict=True)
+    try:
+        averages, log_sums = zip(*parts, strict=True)
+    except (TypeError, ValueError):
+        averages, log_sums = (), ()
+    if not all(isinstance(t, Tensor) for t in (*averages, *log_sums)):
+        averages = ()
+    if not averages:
+        raise ValueError("merge_averages: parts must be a list of one or more pairs (average, log-sum)")
     shapes = {(tuple(average.shape), tuple(log_sum.shape)) for average, log_sum in parts}
     if len(shapes) > 1 or averages[0].shape[:-1] != log_sums[0].shape:
         found = ", ".join(f"{shape_of(average)} and {shape_of(log_sum)}" for average, log_sum in parts)
         raise ValueError(f"merge_averages: parts must be pairs [..., N, V] and [..., N] of one shape, got {found}")
     stacked = torch.stack(log_sums)
-    weights = stacked.softmax(0).unsqueeze(-1)
-    present = (stacked > -torch.inf).unsqueeze(-1)
-    average = torch.where(present, weights * torch.stack(averages), 0).sum(0)
-    total = stacked.logsumexp(0)
-    return torch.where(total.unsqueeze(-1) == -torch.inf, torch.nan, average), total
+    present = stacked > -torch.inf
+    # Masked before the products: NaN times a weight of 0 would be NaN, in derivatives too.
+    weights = torch.where(present.any(0), stacked, 0).softmax(0)
+    masked = torch.where(present.unsqueeze(-1), torch.stack(averages), 0)
+    average = (weights.unsqueeze(-1) * masked).sum(0).to(averages[0].dtype)
+    return torch.where(present.any(0).unsqueeze(-1), average, torch.nan), stacked.logsumexp(0)

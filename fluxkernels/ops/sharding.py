@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fluxkernels.ops.kernel_average import Average, Weighting
+from fluxkernels.ops.kernel_average import Average, Problem, Weighting
 
 
 class _Shared(torch.autograd.Function):
@@ -19,9 +19,7 @@ class _Shared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+        return _Sum.apply(gradient, ctx.group), None
 
 
 class _Sum(torch.autograd.Function):
@@ -29,13 +27,14 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
         total = t.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+        return _Shared.apply(gradient, ctx.group), None
 
 
 def sharded_kernel_average(
@@ -51,14 +50,14 @@ def sharded_kernel_average(
 ) -> tuple[Tensor, Tensor]:
     """Kernel average over the reference points of all processes, of which each has a part.
 
-    Every process gives the same queries and its own reference points, values and weights, and gets the whole result.
-    What travels are N numbers, and then N times the width of the values and one: none depends on the number of
-    reference points.
+    Every process passes the same queries and its own reference points, values and weights; the whole result is returned
+    in each. N numbers are exchanged, and then N times the width of the values and one, whatever the number of reference
+    points. It does not run under `torch.func`.
 
     Args:
         x, sigma2: the same in all processes; sigma2 also one per own reference point, `[..., 1, M]`.
         refs, values, log_weights: the part of this process. Parts may have different sizes. A process whose part has no
-            point for a query gives it a log weight of -inf.
+            point for a query sets its log weights to -inf.
         kernel: "gaussian" or "laplace".
         group: the processes; None for all of them.
         backend: "torch", "cpu", "triton", or None for the automatic choice.
@@ -73,18 +72,19 @@ def sharded_kernel_average(
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("sharded_kernel_average: torch.distributed must be started first, by init_process_group")
-    queries = _Shared.apply(x, group) if isinstance(x, Tensor) else x
-    if isinstance(sigma2, Tensor) and sigma2.ndim < queries.ndim:
+    function, weighting = "sharded_kernel_average", Weighting(log_weights, kernel=kernel, is_part=True)
+    per_reference = Problem(function, x, refs, sigma2, weighting).sigma2.ndim == 3
+    if isinstance(sigma2, Tensor) and not per_reference:
         sigma2 = _Shared.apply(sigma2, group)
-    weighting = Weighting(log_weights, kernel=kernel, is_part=True)
-    own = Average("sharded_kernel_average", queries, refs, sigma2, weighting, values=values, backend=backend)
+    own = Average(function, _Shared.apply(x, group), refs, sigma2, weighting, values=values, backend=backend)
     average, log_sum = own.groups.unflatten(own.average), own.groups.unflatten(own.log_sum)
     wide = torch.promote_types(average.dtype, torch.float32)
-    top = log_sum.detach().to(wide, copy=True)
+    top = log_sum.detach().clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
     top = torch.where(top == -torch.inf, 0, top)
-    weight = (log_sum.to(wide) - top).exp().unsqueeze(-1)
-    parts = torch.cat([torch.where(weight > 0, weight * average.to(wide), 0), weight], -1)
-    total = _Sum.apply(parts, group)
+    weight = (log_sum - top).exp().unsqueeze(-1)
+    # Masked before the product: NaN times a weight of 0 would be NaN, in derivatives too.
+    masked = torch.where(log_sum.unsqueeze(-1) > -torch.inf, average.to(wide), 0)
+    total = _Sum.apply(torch.cat([weight * masked, weight], -1), group)
     sums, whole = total[..., :-1], total[..., -1:]
-    return (sums / whole).to(average.dtype), (top + whole.squeeze(-1).log()).to(log_sum.dtype)
+    return (sums / whole).to(average.dtype), top + whole.squeeze(-1).log()

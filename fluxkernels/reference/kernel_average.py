@@ -138,7 +138,8 @@ def kernel_average(
     average = torch.cat([part.flatten(0, 1) for part in averages]).view(*z.shape[:2], problem.values.shape[-1])
     log_sum = torch.cat([part.flatten() for part in log_sums]).view(z.shape[:2])
     shift = z.new_empty((*z.shape[:2], 0)) if origin is None else (average - problem.z).to(z.dtype)
-    return shift, (average if origin is None else average + origin).to(z.dtype), log_sum.to(z.dtype)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    return shift, (average if origin is None else average + origin).to(z.dtype), log_sum.to(wide)
 
 
 def kernel_average_backward(
@@ -168,10 +169,11 @@ def kernel_average_backward(
     for group, row, block in problem.blocks():
         found, here = weights(block, row.start or 0), v[group, row]
         # A query all of whose reference points are absent has an average of NaN, and adds nothing to derivatives.
-        w = torch.where(found.log_sum.unsqueeze(-1) == -torch.inf, 0, found.w)
+        absent = found.log_sum.unsqueeze(-1) == -torch.inf
+        w, here = torch.where(absent, 0, found.w), torch.where(absent, 0, here)
         average = w @ block.values
         along = here @ block.values.mT - (here * average).sum(-1, keepdim=True)
-        c = w * (along + g[group, row].unsqueeze(-1))
+        c = w * (along + torch.where(absent, 0, g[group, row].unsqueeze(-1)))
         e = c * found.pull
         g_z[group, row] = e @ block.refs - e.sum(-1, keepdim=True) * block.z
         g_refs[group] += e.mT @ block.z - e.sum(-2).unsqueeze(-1) * block.refs

@@ -29,10 +29,10 @@ def sample_reference(
     """argmax_j (logit_nj - log E_nj) `[B, N]`, int64, with the exponential numbers E of the elements `[B, N, M]`."""
     problem, _ = prepare(z, refs, sigma2, None, log_weights, exclude_self, kernel)
     (B, N), M = z.shape[:2], refs.shape[1]
-    index = torch.empty((B, N), dtype=torch.int64, device=z.device)
     every = torch.arange(B * N, device=z.device).view(B, N)
+    parts = []
     for group, row, block in problem.blocks():
         elements = every[group, row].unsqueeze(-1) * M + torch.arange(M, device=z.device)
         w = weights(block, row.start or 0).w
-        index[group, row] = (w.log() - _exponentials(seed, elements).log()).argmax(-1)
-    return index
+        parts.append((w.log() - _exponentials(seed, elements).log()).argmax(-1).flatten())
+    return torch.cat(parts).view(B, N)

@@ -1,5 +1,6 @@
 """Averages of values under a kernel, with weights, exclusions and parts, against the formula written out."""
 
+import math
 from collections.abc import Callable
 from itertools import product
 from typing import Any
@@ -180,6 +181,41 @@ def test_a_part_without_reference_points_counts_for_nothing() -> None:
     assert (both[1] == -torch.inf).all()
 
 
+def test_derivatives_of_parts_ignore_one_without_reference_points() -> None:
+    average, log_sum = torch.randn(4, 2, dtype=F64, requires_grad=True), torch.randn(4, dtype=F64, requires_grad=True)
+    nothing = torch.full((4, 2), torch.nan, dtype=F64), torch.full((4,), -torch.inf, dtype=F64, requires_grad=True)
+    merged = fk.merge_averages([nothing, (average, log_sum)])
+    g_average, g_log, g_nothing = torch.autograd.grad(
+        (merged[0] + merged[1].unsqueeze(1)).sum(), (average, log_sum, nothing[1])
+    )
+    torch.testing.assert_close(g_average, torch.ones_like(g_average))
+    torch.testing.assert_close(g_log, torch.full_like(g_log, 2))
+    assert not g_nothing.any()
+
+
+def test_far_half_precision_has_a_log_sum(backend: str) -> None:
+    """-90000 is beyond float16."""
+    x, refs = torch.full((1, 2), 300.0).half(), torch.zeros(3, 2).half()
+    _, log_sum = fk.kernel_average(x, refs, 1.0)
+    assert log_sum.item() == pytest.approx(-90_000 + math.log(3), rel=1e-6)
+
+
+def test_weights_of_a_density_are_relative(backend: str) -> None:
+    x, refs, logs = torch.randn(4, 2), torch.randn(9, 2), torch.randn(9)
+    expected = fk.kde_log_density(x.double(), refs.double(), 0.5, log_weights=logs.double()).float()
+    shifted = (logs.double() + 1e6).float()
+    rounded = fk.kde_log_density(x.double(), refs.double(), 0.5, log_weights=shifted.double()).float()
+    torch.testing.assert_close(fk.kde_log_density(x, refs, 0.5, log_weights=shifted), rounded, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fk.kde_log_density(x, refs, 0.5, log_weights=logs), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", [fk.kde_score, fk.kde_mean, fk.kde_log_density], ids=lambda op: op.__name__)
+def test_a_density_has_one_bandwidth_per_query(op: Callable[..., Tensor]) -> None:
+    x = torch.randn(5, 2)
+    with pytest.raises(ValueError, match="sigma2 must be a number or have one entry per group"):
+        op(x, x, torch.ones(1, 5), exclude_self=True)
+
+
 @pytest.mark.parametrize("D", [2, 30])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_queries_without_reference_points(kernel: str, D: int, backend: str) -> None:
@@ -234,9 +270,11 @@ def test_broadcasting_strides_and_dtypes(backend: str) -> None:
         wide = fk.kernel_average(
             *(t.double() for t in rounded[:2]), 0.7, rounded[2].double(), log_weights=logs.float().double()
         )
-        for g, t in zip(got, wide, strict=True):
-            assert g.dtype == dtype
-            torch.testing.assert_close(g, t.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+        assert got[0].dtype == dtype
+        assert got[1].dtype == torch.float32
+        tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).eps}
+        torch.testing.assert_close(got[0], wide[0].to(dtype), **tolerance)
+        torch.testing.assert_close(got[1], wide[1].float(), rtol=1e-5, atol=1e-5)
 
 
 Change = dict[str, Any]
@@ -252,7 +290,10 @@ Change = dict[str, Any]
         ({"values": torch.ones(7)}, ValueError, "values must have shape [..., N, D], got [7]"),
         ({"values": torch.full((7, 1), torch.nan)}, ValueError, "values must be finite"),
         ({"values": torch.ones(7, 2).double()}, TypeError, "values must have the dtype of the first argument"),
-        ({"log_weights": torch.zeros(6)}, ValueError, "log_weights must have shape [7] or [7], one for each reference"),
+        ({"sigma2": torch.ones(7)}, ValueError, r"or per reference point, [1, 7], got [7]"),
+        ({"log_weights": torch.zeros(6)}, ValueError, "log_weights must have shape [7], one for each reference"),
+        ({"log_weights": torch.tensor(0.0)}, ValueError, "log_weights must have shape [7], one for each reference"),
+        ({"exclude_self": 1}, TypeError, "exclude_self must be True or False, got int"),
         ({"log_weights": torch.zeros(2, 7)}, ValueError, "log_weights must have shape"),
         ({"log_weights": [0.0] * 7}, TypeError, "log_weights must be a torch.Tensor, got list"),
         ({"log_weights": torch.zeros(7).long()}, TypeError, "log_weights must have a floating dtype"),
@@ -281,7 +322,9 @@ def test_exclusion_needs_another_reference_point() -> None:
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
-        ([], "parts must not be empty"),
+        ([], "parts must be a list of one or more pairs"),
+        (None, "parts must be a list of one or more pairs"),
+        ((torch.ones(3, 2), torch.ones(3)), "parts must be a list of one or more pairs"),
         ([(torch.ones(3, 2), torch.ones(4))], r"of one shape, got \[3, 2\] and \[4\]"),
         ([(torch.ones(3, 2), torch.ones(3)), (torch.ones(4, 2), torch.ones(4))], r"\[3, 2\] and \[3\], \[4, 2\] and"),
     ],

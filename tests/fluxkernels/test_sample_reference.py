@@ -60,7 +60,7 @@ def test_a_bootstrap_is_uniform(backend: str) -> None:
     assert ((count - 600.0).square() / 600).sum() < 27.9  # 99.9 %, nine degrees of freedom
 
 
-def test_the_reference_draws_what_the_formula_says() -> None:
+def test_the_reference_draws_by_the_formula() -> None:
     """Elements count `[B, N, M]`, and a draw is the largest of the logits and Gumbel numbers."""
     z, refs, sigma2, seed = torch.randn(2, 3, 2, dtype=F64), torch.randn(2, 5, 2, dtype=F64), 0.5, torch.tensor(9)
     words = fk.philox.bits(seed, (1, 2, 3, 5), fk.philox.REFERENCE).flatten()[:30].view(2, 3, 5)

@@ -88,7 +88,7 @@ def test_mean_shift_finds_the_modes(backend: str) -> None:
     torch.testing.assert_close(found, refs[3].expand(60, 2), rtol=0, atol=1e-3)
 
 
-def test_mean_shift_says_what_has_not_arrived() -> None:
+def test_mean_shift_returns_which_points_have_not_arrived() -> None:
     refs = normal(50, 2)
     _, arrived = mean_shift(refs + 3, refs, 0.5, max_steps=1)
     assert not arrived.any()
@@ -111,6 +111,27 @@ def test_stable_target_field(backend: str) -> None:
     torch.testing.assert_close(stable_target_field(z, sigma, refs), expected, rtol=1e-10, atol=1e-12)
 
 
+def test_far_particles_in_float32() -> None:
+    """Clusters that are thousands of bandwidths apart, and an offset of the same size."""
+    centers = torch.tensor([[0.0, 0.0], [1000.0, 0.0]]).repeat_interleave(20, 0)
+    x = centers + 0.1 * torch.randn(40, 2)
+    score = -(x - centers) / 0.01
+    for recipe in (svgd_step, kernel_stein_discrepancy):
+        got, exact = recipe(x, score, 0.1), recipe(x.double(), score.double(), 0.1)
+        assert got.dtype == torch.float32
+        assert (got.double() - exact).norm() < 1e-5 * exact.norm()
+    near, data = torch.randn(30, 2), torch.randn(30, 2)
+    got, exact = (
+        drifting_field(near + 1000, data + 1000, bandwidths=(0.5,)),
+        drifting_field((near + 1000).double(), (data + 1000).double(), bandwidths=(0.5,)),
+    )
+    assert (got.double() - exact).norm() < 1e-5 * exact.norm()
+    found, arrived = mean_shift(data + 1000, data + 1000, 0.5)
+    assert arrived.all()
+    modes, _ = mean_shift((data + 1000).double(), (data + 1000).double(), 0.5)
+    assert (found.double() - modes).abs().max() < 2e-3
+
+
 def test_bad_input() -> None:
     x = torch.randn(5, 2)
     with pytest.raises(ValueError, match="drifting_field: bandwidths must be a positive number, got -1"):
@@ -121,3 +142,19 @@ def test_bad_input() -> None:
         kernel_stein_discrepancy(x, x, 0.0)
     with pytest.raises(ValueError, match="mean_shift: max_steps must be a positive integer"):
         mean_shift(x, x, 1.0, max_steps=0)
+    with pytest.raises(ValueError, match="drifting_field: x must have more than one sample"):
+        drifting_field(x[:1], x)
+    for bandwidths in ((), 0.5):
+        with pytest.raises(ValueError, match="drifting_field: bandwidths must be a sequence of one or more numbers"):
+            drifting_field(x, x, bandwidths=bandwidths)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kernel_stein_discrepancy: x must have more than one sample"):
+        kernel_stein_discrepancy(x[:1], x[:1], 1.0)
+    with pytest.raises(TypeError, match=r"svgd_step: x must be a torch\.Tensor, got list"):
+        svgd_step([[0.0]], x, 1.0)  # type: ignore[arg-type]
+    for time in (0.0, 1.0, -0.5):
+        with pytest.raises(ValueError, match="flow_matching_target: t must"):
+            flow_matching_target(x, time, x)
+    with pytest.raises(ValueError, match="stable_target_field: sigma must be a positive finite number"):
+        stable_target_field(x, -1.0, x)
+    with pytest.raises(ValueError, match="stable_target_field: refs must have shape"):
+        stable_target_field(x, 1.0, torch.randn(7, 3))

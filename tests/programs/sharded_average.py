@@ -4,6 +4,7 @@ torchrun --standalone --nproc-per-node P -m tests.programs.process tests.program
 """
 
 import json
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,26 @@ def leaves(D: int) -> dict[str, Tensor]:
     }
 
 
-def errors(D: int, kernel: str) -> dict[str, float]:
+def second_derivatives(D: int, backend: str) -> dict[str, float]:
+    """Derivatives of a norm of the first ones, with σ² of three groups and queries that all share."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(4)
+    x, refs = (torch.randn(shape, generator=generator, dtype=F64) for shape in ((6, D), (3, 2 * size, D)))
+    sigma2 = D * (0.5 + torch.rand(3, 6, generator=generator, dtype=F64))
+    own = refs[:, 2 * rank : 2 * rank + 2]
+
+    def found(function: Any, points: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.detach().clone().requires_grad_() for t in (x, sigma2)]
+        result = function(leaves[0], points, leaves[1], backend=backend)[0].square().sum()
+        first = torch.autograd.grad(result, leaves, create_graph=True)
+        return *first, *torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    names = "x", "sigma2", "second in x", "second in sigma2"
+    pairs = zip(names, found(fk.sharded_kernel_average, own), found(fk.kernel_average, refs), strict=True)
+    return {name: distance(g, t) / float(t.abs().max()) for name, g, t in pairs}
+
+
+def errors(D: int, kernel: str, backend: str) -> dict[str, float]:
     rank, size = dist.get_rank(), dist.get_world_size()
     whole = {name: t.requires_grad_() for name, t in leaves(D).items()}
     # Parts of different sizes; the last one has all of the second group's points absent.
@@ -42,8 +62,8 @@ def errors(D: int, kernel: str) -> dict[str, float]:
         name: (t[:, own] if name in ("refs", "values", "log_weights") else t).detach().clone().requires_grad_()
         for name, t in whole.items()
     }
-    expected = fk.kernel_average(**whole, kernel=kernel)
-    got = fk.sharded_kernel_average(**parts, kernel=kernel)
+    expected = fk.kernel_average(**whole, kernel=kernel, backend=backend)
+    got = fk.sharded_kernel_average(**parts, kernel=kernel, backend=backend)
     cotangents = [torch.ones_like(t) for t in expected]
     mine = torch.autograd.grad(got, list(parts.values()), cotangents)
     theirs = torch.autograd.grad(expected, list(whole.values()), cotangents)
@@ -59,9 +79,13 @@ def distance(got: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     dist.init_process_group("gloo")
-    for D in (2, 20):
-        for kernel in ("gaussian", "laplace"):
-            print(json.dumps({"D": D, "kernel": kernel, "rank": dist.get_rank(), **errors(D, kernel)}), flush=True)
+    for backend in filter(lambda name: fk.backends()[name].available, ("torch", "cpu")):
+        for D in (2, 20):
+            found = {kernel: errors(D, kernel, backend) for kernel in ("gaussian", "laplace")}
+            found["second derivatives"] = second_derivatives(D, backend)
+            for what, each in found.items():
+                row = {"D": D, "what": what, "backend": backend, "rank": dist.get_rank()}
+                print(json.dumps(row | {"errors": each}), flush=True)
     dist.destroy_process_group()
 
 

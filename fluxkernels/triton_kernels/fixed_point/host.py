@@ -46,6 +46,7 @@ from fluxkernels.triton_kernels.launch import (
     random_arguments,
     shared_memory,
     strided,
+    wide,
     widened,
 )
 from fluxkernels.triton_kernels.steps import chain_by_steps, pass_by_steps
@@ -418,7 +419,8 @@ def kernel_average(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, D), V = z.shape, refs.shape[2] if values is None else values.shape[2]
-    shift, log_sum = z.new_empty((B, N, D if values is None else 0)), z.new_empty((B, N))
+    shift = z.new_empty((B, N, D if values is None else 0))
+    log_sum = z.new_empty((B, N), dtype=wide(z.dtype))
     average = z.new_empty((B, N, V))
     z, refs = widened(z, refs)
     given = None

@@ -26,6 +26,7 @@ from fluxkernels.triton_kernels.launch import (
     random_arguments,
     strided,
     triton_type,
+    wide,
     widened,
 )
 from fluxkernels.triton_kernels.steps import chain_by_steps, pass_by_steps
@@ -409,7 +410,8 @@ def kernel_average(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     (B, N, D), M = z.shape, refs.shape[1]
-    shift, log_sum = z.new_empty((B, N, D if values is None else 0)), z.new_empty((B, N))
+    shift = z.new_empty((B, N, D if values is None else 0))
+    log_sum = z.new_empty((B, N), dtype=wide(z.dtype))
     average = z.new_empty((B, N, D if values is None else values.shape[2]))
     z, refs = widened(z, refs)
     with on_device_of(z):

@@ -270,7 +270,7 @@ def kernel_average(
     (B, N, D), M = z.shape, refs.shape[1]
     V = D if values is None else values.shape[2]
     shift = z.new_empty((B, N, D if values is None else 0))
-    average, log_sum = z.new_empty((B, N, V)), z.new_empty((B, N))
+    average, log_sum = z.new_empty((B, N, V)), z.new_empty((B, N), dtype=wide(z.dtype))
     with on_device_of(z):
         of = _stream(refs, sigma2, values, log_weights, exclude_self, kernel)
         inputs = [*strided(z), *of.numbers, sigma2, sigma2.stride(0), sigma2.stride(1), *of.tops]

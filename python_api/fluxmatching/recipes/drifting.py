@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import kernel_average
-from fluxkernels.checks import check_positive
+from fluxkernels.checks import check_points, check_positive
 
 
 def drifting_field(
@@ -41,11 +41,23 @@ def drifting_field(
     Raises:
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
     """
+    function = "drifting_field"
+    exclude_self = negatives is None
+    points = {"x": x, "positives": positives, "negatives": x if negatives is None else negatives}
+    for name, t in points.items():
+        check_points(function, name, t, like=None if name == "x" else x)
+    if exclude_self and x.shape[-2] == 1:
+        raise ValueError(f"{function}: x must have more than one sample where negatives are not given")
+    if not isinstance(bandwidths, Sequence) or not bandwidths:
+        raise ValueError(f"{function}: bandwidths must be a sequence of one or more numbers, got {bandwidths!r}")
+    # A common translation changes nothing; near the origin differences of averages keep their digits.
+    origin = positives.mean(-2, keepdim=True)
+    x, positives, other = (t - origin for t in points.values())
     total = torch.zeros_like(x)
     for bandwidth in bandwidths:
-        sigma2 = check_positive("drifting_field", "bandwidths", bandwidth) ** 2
+        sigma2 = check_positive(function, "bandwidths", bandwidth) ** 2
         near, to_data, in_near = _side(x, positives, sigma2, False, backend)
-        far, to_others, in_far = _side(x, x if negatives is None else negatives, sigma2, negatives is None, backend)
+        far, to_others, in_far = _side(x, x if exclude_self else other, sigma2, exclude_self, backend)
         sums = in_near + in_far - torch.logaddexp(near, far)
         total = total + sums.exp().unsqueeze(-1) * (to_data - to_others)
     return total

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import kde_mean
-from fluxkernels.checks import check_num_steps, check_positive
+from fluxkernels.checks import check_num_steps, check_points, check_positive
 
 
 def mean_shift(
@@ -20,6 +20,8 @@ def mean_shift(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Move points uphill on the density, x ← m(x), until none moves further than `tolerance` σ.
+
+    Whether to go on is read from the device, so it does not compile into one graph.
 
     Args:
         x: where to start, `[..., N, D]`.
@@ -35,6 +37,11 @@ def mean_shift(
     """
     variance = check_positive("mean_shift", "sigma", sigma) ** 2
     limit = sigma * check_positive("mean_shift", "tolerance", tolerance)
+    check_points("mean_shift", "x", x)
+    check_points("mean_shift", "refs", refs, like=x)
+    # Near the origin, coordinates have digits for the last steps.
+    origin = refs.mean(-2, keepdim=True)
+    x, refs = x - origin, refs - origin
     arrived = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
     with torch.no_grad():
         for _ in range(check_num_steps("mean_shift", max_steps, "max_steps")):
@@ -43,4 +50,4 @@ def mean_shift(
             x = mean
             if arrived.all():
                 break
-    return x, arrived
+    return x + origin, arrived

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels import kernel_average
-from fluxkernels.checks import check_positive, check_same_shape
+from fluxkernels.checks import check_points, check_positive, check_same_shape
 
 
 def svgd_step(x: Tensor, score: Tensor, sigma: float, *, backend: str | None = None) -> Tensor:
@@ -24,10 +24,11 @@ def svgd_step(x: Tensor, score: Tensor, sigma: float, *, backend: str | None = N
         `[..., N, D]`, in units of 1/x.
     """
     variance = check_positive("svgd_step", "sigma", sigma) ** 2
-    check_same_shape("svgd_step", "score", score, "x", x)
-    x = x - x.mean(-2, keepdim=True)
+    dtype = _check("svgd_step", x, score).dtype
+    # In float64: s and x/σ² are of very different sizes where particles are far apart in units of σ.
+    x, score = (x - x.mean(-2, keepdim=True)).double(), score.double()
     mean, log_sum = kernel_average(x, x, variance, score - x / variance, backend=backend)
-    return (log_sum.exp() / x.shape[-2]).unsqueeze(-1) * (mean + x / variance)
+    return ((log_sum.exp() / x.shape[-2]).unsqueeze(-1) * (mean + x / variance)).to(dtype)
 
 
 def kernel_stein_discrepancy(x: Tensor, score: Tensor, sigma: float, *, backend: str | None = None) -> Tensor:
@@ -45,9 +46,14 @@ def kernel_stein_discrepancy(x: Tensor, score: Tensor, sigma: float, *, backend:
     Returns:
         `[...]`, in units of 1/x².
     """
-    variance = check_positive("kernel_stein_discrepancy", "sigma", sigma) ** 2
-    check_same_shape("kernel_stein_discrepancy", "score", score, "x", x)
-    (N, D), x = x.shape[-2:], x - x.mean(-2, keepdim=True)
+    function = "kernel_stein_discrepancy"
+    variance = check_positive(function, "sigma", sigma) ** 2
+    dtype = _check(function, x, score).dtype
+    N, D = x.shape[-2:]
+    if N == 1:
+        raise ValueError(f"{function}: x must have more than one sample")
+    # In float64, as distances come from products of moments.
+    x, score = (x - x.mean(-2, keepdim=True)).double(), score.double()
     squares, along = x.square().sum(-1, keepdim=True), (score * x).sum(-1, keepdim=True)
     # A term is a product of something of i and something of j, and averages of the latter are all that is needed.
     values = torch.cat([score, x, along, squares], -1)
@@ -56,4 +62,11 @@ def kernel_stein_discrepancy(x: Tensor, score: Tensor, sigma: float, *, backend:
     apart = (squares - 2 * (x * mean_x).sum(-1, keepdim=True) + mean_squares) / variance
     pull = along - (score * mean_x).sum(-1, keepdim=True) - (mean_score * x).sum(-1, keepdim=True) + mean_along
     terms = (score * mean_score).sum(-1, keepdim=True) + (pull + D - apart) / variance
-    return (log_sum.exp() * terms.squeeze(-1)).sum(-1) / (N * (N - 1))
+    return ((log_sum.exp() * terms.squeeze(-1)).sum(-1) / (N * (N - 1))).to(dtype)
+
+
+def _check(function: str, x: Tensor, score: Tensor) -> Tensor:
+    """Return x if it is a tensor of points, and the score is of its shape."""
+    check_points(function, "x", x)
+    check_same_shape(function, "score", score, "x", x)
+    return x
