@@ -26,7 +26,8 @@ def svgd_step(x: Tensor, score: Tensor, sigma: float, *, backend: str | None = N
     variance = check_positive("svgd_step", "sigma", sigma) ** 2
     dtype = _check("svgd_step", x, score).dtype
     # In float64: s and x/σ² are of very different sizes where particles are far apart in units of σ.
-    x, score = (x - x.mean(-2, keepdim=True)).double(), score.double()
+    x, score = x.double(), score.double()
+    x = x - x.mean(-2, keepdim=True)
     mean, log_sum = kernel_average(x, x, variance, score - x / variance, backend=backend)
     return ((log_sum.exp() / x.shape[-2]).unsqueeze(-1) * (mean + x / variance)).to(dtype)
 
@@ -53,7 +54,8 @@ def kernel_stein_discrepancy(x: Tensor, score: Tensor, sigma: float, *, backend:
     if N == 1:
         raise ValueError(f"{function}: x must have more than one sample")
     # In float64, as distances come from products of moments.
-    x, score = (x - x.mean(-2, keepdim=True)).double(), score.double()
+    x, score = x.double(), score.double()
+    x = x - x.mean(-2, keepdim=True)
     squares, along = x.square().sum(-1, keepdim=True), (score * x).sum(-1, keepdim=True)
     # A term is a product of something of i and something of j, and averages of the latter are all that is needed.
     values = torch.cat([score, x, along, squares], -1)
