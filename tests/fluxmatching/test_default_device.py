@@ -73,7 +73,7 @@ from fluxmatching import (
 )
 from fluxmatching.losses.draws import Draws
 from fluxmatching.velocity import SplicingField, VelocityOptions, flux_velocity, splicing_loss
-from tests.support.ops import OPS, noises, tensors
+from tests.support.ops import OPS, noises, tensors, with_leaves
 
 Call = Callable[[], Any]
 
@@ -140,11 +140,12 @@ def inputs_of_ops(groups: tuple[int, ...]) -> dict[str, Tensor]:
 
     names = {"x": (5, 3), "xt": (4, 3), "refs": (7, 3), "field": (5, 3), "values": (4, 2)}
     numbers = {"per_group": (), "per_query": (5,), "tau": (), "h": ()}
-    return {
+    inputs = {
         **{name: normal(*groups, *shape) for name, shape in names.items()},
         **{name: positive(*groups, *shape) for name, shape in numbers.items()},
         **noises(normal(5, *groups, 5, 3)),
     }
+    return with_leaves(inputs)
 
 
 @pytest.mark.parametrize("groups", [(), (2,)], ids=["one group", "groups"])
