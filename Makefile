@@ -1,4 +1,4 @@
-# make demo         a virtual environment, the library, and its first experiment with figures
+# make demo         a virtual environment, the library, its first experiment, and a page with its pictures
 # make test         the test suite, with its own set-up; of the Triton tests a part, see CONTRIBUTING.md
 # make triton       all Triton tests: every case in Triton's interpreter, compilation for every architecture
 # make check        formatting, lint, types and layers of imports
@@ -45,6 +45,7 @@ $(VENV)/installed-bench: $(VENV)/installed-dev
 demo: $(VENV)/installed
 	$(BIN)/python -m fluxkernels
 	$(BIN)/python -m experiments run controllable --preset small
+	$(BIN)/python -m experiments report
 
 # In two processes at once, for two cores; each part prints when it ends, where make can do that. Threads that wait for
 # others do not spin: on a shared core that would take most of the time.
