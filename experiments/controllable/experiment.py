@@ -36,8 +36,8 @@ Row = dict[str, Any]
 NOTES = (
     "Eq. 8 runs with ν² = 0.625, the variance of a component of p_σ, and horizons up to 4 ν²; the divergence is exact.",
     "Why two lines have NO: V is the L² norm of the residual r, the exact loss 2 J̃ / ν² its H⁻¹ norm. Fine structure "
-    "counts in the first and hardly in the second. The triangle control is the finest, so its fields have a larger V at a "
-    "smaller loss, and where they follow coarser ones on the axis of V, the exact loss dips as well.",
+    "counts in the first and hardly in the second. The triangle control is the finest, so its fields have a larger V "
+    "at a smaller loss, and where they follow coarser ones on the axis of V, the exact loss dips as well.",
     "The published program takes the divergence in V by central differences on the 25 × 25 grid, whose spacing is "
     "wider than the structure of the triangle control. This halves that control's V; the exact loss then rises in most "
     "seeds. Fields that keep p_σ exactly have a positive V by these differences.",
