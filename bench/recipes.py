@@ -163,12 +163,11 @@ def streamed() -> None:
     """Average over reference points in a file that is read piece by piece."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "points"
-        points = np.memmap(file, np.float32, "w+", shape=(STREAMED_POINTS, STREAMED_DIMENSIONS))
         generator = np.random.default_rng(0)
-        for start in range(0, STREAMED_POINTS, PIECE):
-            points[start : start + PIECE] = generator.standard_normal((PIECE, STREAMED_DIMENSIONS), dtype=np.float32)
-        points.flush()
-        del points
+        # Not mapped into memory, which would count as memory of this process.
+        with file.open("wb") as points:
+            for _ in range(0, STREAMED_POINTS, PIECE):
+                points.write(generator.standard_normal((PIECE, STREAMED_DIMENSIONS), dtype=np.float32).tobytes())
         x = torch.randn(QUERIES, STREAMED_DIMENSIONS, generator=torch.Generator().manual_seed(0))
 
         def average() -> tuple[Tensor, Tensor]:
