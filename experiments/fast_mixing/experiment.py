@@ -46,9 +46,12 @@ class Config(images.Config):
         seeds: trainings of each field of the mixture.
         mixture_data, mixture_iterations, mixture_batch, mixture_width: sizes of the trainings on the mixture.
         mixture_mixing_weights: values of λ for the mixture, one trained field for each.
-        mixture_steps, mixture_samples: numbers of predictor-corrector steps for the mixture, and of samples.
+        mixture_steps, mixture_samples: numbers of predictor-corrector steps for the mixture, and of samples
+            of trained fields.
+        exact_samples: samples of the fields that are not trained.
         tuned_steps: numbers of steps for which steps are tuned on the mixture.
         proxy_sigmas: noise levels at which the proxies are measured, beside mixture_sigma.
+        minibatches: minibatches of 256 over which the proxies are averaged.
         mixture_sigma: noise level of the Langevin chains.
         chains, chain_steps, langevin_step_size: chains for the autocorrelation time; the step size in units of σ².
     """
@@ -69,8 +72,10 @@ class Config(images.Config):
     mixture_mixing_weights: tuple[float, ...] = (0.01, 3.0)
     mixture_steps: tuple[int, ...] = (3, 5, 10, 20, 40)
     mixture_samples: int = 10_000
+    exact_samples: int = 40_000
     tuned_steps: tuple[int, ...] = (3, 5)
     proxy_sigmas: tuple[float, ...] = (0.3, 2.0)
+    minibatches: int = 20
     mixture_sigma: float = 0.7
     chains: int = 500
     chain_steps: int = 8000
@@ -186,13 +191,13 @@ EXPERIMENT = Experiment(
         "smoke": _like(
             images.SMOKE, evaluations=1, steps=(2, 3), seeds=1, mixture_data=500, mixture_iterations=5,
             mixture_batch=32, mixture_width=8, mixture_mixing_weights=(3.0,), mixture_steps=(2, 4),
-            mixture_samples=50, tuned_steps=(2,), proxy_sigmas=(1.5,), chains=50, chain_steps=4000, mixture_sigma=1.5,
-            thinning=12, tuning_samples=images.SHOWN,
+            mixture_samples=50, exact_samples=50, tuned_steps=(2,), proxy_sigmas=(1.5,), chains=50, chain_steps=1000,
+            mixture_sigma=1.5, thinning=100, minibatches=2, tuning_samples=images.SHOWN,
         ),
         "small": _like(
             images.SMALL, iterations=2000, evaluations=1, samples=500, steps=(4, 8, 16, 32), seeds=3,
-            procedures=(PAPER, PUBLISHED), mixture_iterations=3000, mixture_batch=128,
-            mixture_steps=(3, 5, 10, 20),
+            procedures=(PAPER, PUBLISHED), mixture_iterations=1000, mixture_batch=128,
+            mixture_steps=(3, 5, 10, 20), thinning=3,
         ),
         "paper": Config(),
     },

@@ -41,7 +41,7 @@ def make_trainer(run: Run, name: str, seed: int, *, iterations: int) -> Trainer:
         loss = make_loss(name if term is None else FAST, field, noise, horizon, backend=run.backend, **mixing)
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
     options = TrainingOptions(
-        iterations, config.mixture_batch, lr=1e-3, ema=0.999, warmup=100, progress=run.progress,
+        iterations, config.mixture_batch, lr=1e-3, warmup=100, progress=run.progress,
         seed=run.generator("mixture training", seed).initial_seed() >> 1, accelerator=str(run.device),
     )  # fmt: skip
     file = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in name)

@@ -22,7 +22,7 @@ from experiments.images.training import folder, start_noise
 
 SHOWN = 16
 TUNING_BATCH = 10**6  # a number that no batch of the samples has
-MIN_SAMPLES = 64
+MIN_SAMPLES = 64  # fewer have no usable covariance
 KEPT = 4  # steps of the grid that are judged again
 
 

@@ -12,16 +12,16 @@ from experiments.fast_mixing.problem import noised
 from fluxmatching import mixing_loss
 from fluxmatching.fields import NoisyField
 
-MINIBATCHES, BATCH = 20, 256
+BATCH = 256
 STEP_SIZE, EPSILON, ITERATIONS = 0.2, 0.05, 50
 
 
 def log_proxies(run: Run, field: NoisyField, name: str, seed: int) -> None:
-    """Log both proxies at every noise level (rows "proxy"), from the same minibatches and noise for all fields of a seed."""
+    """Log both proxies at every noise level (rows "proxy"), with the same draws for all fields of a seed."""
     done = {row["sigma"] for row in run.rows("proxy") if (row["field"], row["seed"]) == (name, seed)}
     for sigma in sorted({*run.config.proxy_sigmas, run.config.mixture_sigma} - done):
-        draws = noised(0.0).sample(MINIBATCHES * BATCH, run.generator("ratio", seed)).to(run.device)
-        minibatches = draws.unflatten(0, (MINIBATCHES, BATCH))
+        draws = noised(0.0).sample(run.config.minibatches * BATCH, run.generator("ratio", seed)).to(run.device)
+        minibatches = draws.unflatten(0, (-1, BATCH))
         with torch.no_grad():
             # The loss repeats a minibatch's one number for every sample of it.
             ours = [mixing_loss(field, x, sigma, seed=k)[0].item() for k, x in enumerate(minibatches)]

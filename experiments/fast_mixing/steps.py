@@ -78,12 +78,8 @@ PAPER, PUBLISHED, TUNED = PROCEDURES = ("Algorithm 3", "published", "tuned")
 # The published program's field is on data in [-1, 1]; the mixture is not, so its denoiser is not clamped.
 FIXED = {PAPER: Steps(), PUBLISHED: Steps(clamp=True, denoise=True)}
 FIXED_ON_MIXTURE = {PAPER: Steps(), PUBLISHED: Steps(denoise=True)}
-GRID = [
-    Steps(*settings)
-    for settings in product(
-        (0.005, 0.08, 0.16, 0.3, 0.5, 0.8), (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.4, 1.7), (0, 10, 6, 3)
-    )
-]
+RATIOS, SCALES, SPACINGS = (0.005, 0.08, 0.16, 0.3, 0.5, 0.8), (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.4, 1.7), (0, 10, 6, 3)
+GRID = [Steps(*settings) for settings in product(RATIOS, SCALES, SPACINGS)]
 GRID_OF_IMAGES = [Steps(*settings) for settings in product((0.005, 0.08, 0.16, 0.24), (0.8, 0.9, 1.0, 1.1), (0, 7))]
 
 
