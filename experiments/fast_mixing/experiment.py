@@ -17,7 +17,7 @@ from experiments.common.run import Run
 from experiments.common.timing import log_steps
 from experiments.fast_mixing import figures, mixture, pictures
 from experiments.fast_mixing.measure import distance_to_data
-from experiments.fast_mixing.problem import EXACT, SIGMA_MIN, noised
+from experiments.fast_mixing.problem import EXACT, LONGER, SIGMA_MIN, noised
 from experiments.fast_mixing.results import distance, results
 from experiments.fast_mixing.steps import PAPER, PROCEDURES, PUBLISHED, TUNED
 from experiments.images import config as images
@@ -37,6 +37,7 @@ class Config(images.Config):
         samples: number of samples per field and number of steps.
         mixing_weight: λ of Eq. 45, for images.
         drift_times_sigma: whether the proxy in the loss steps along σ f, as the published program does, or f (Eq. 43).
+        with_training: whether fields of the mixture are trained; without, only the known ones are measured.
         with_images: whether images are studied too; the mixture takes no data and no GPU.
         steps: numbers of predictor-corrector steps for images.
         procedures: how images are sampled, of `steps.PROCEDURES`: as in the paper, as in the published program (the
@@ -59,6 +60,7 @@ class Config(images.Config):
     samples: int = 1000
     mixing_weight: float = 0.01
     drift_times_sigma: bool = True
+    with_training: bool = True
     with_images: bool = True
     steps: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
     procedures: tuple[str, ...] = PROCEDURES
@@ -129,7 +131,7 @@ def draw(run: Run) -> list[Figure]:
     config, names = run.config, mixture.fields(run.config)
     shown = {
         name: {k: run.by_seed("steps", "distance", field=name, steps=k, procedure=PAPER) for k in config.mixture_steps}
-        for name in (*mixture.trained(config), EXACT)
+        for name in (*mixture.trained(config), EXACT, LONGER)
     }
     exact = mean(run.by_seed("mixture floor", "distance"))
     figures.draw_curves(run.figure("mixture"), shown, exact, "exact samples", "sliced W2 to exact samples")

@@ -22,7 +22,11 @@ def fast(weight: float) -> str:
 
 def trained(config: Any) -> dict[str, MixingTerm | None]:
     """Return the trained fields by name, each with the term that its loss adds."""
-    terms = {fast(weight): MixingTerm(weight, config.drift_times_sigma) for weight in config.mixture_mixing_weights}
+    if not config.with_training:
+        return {}
+    terms: dict[str, MixingTerm | None] = {
+        fast(weight): MixingTerm(weight, config.drift_times_sigma) for weight in config.mixture_mixing_weights
+    }
     return {**terms, FLUX: None, DSM: None}
 
 

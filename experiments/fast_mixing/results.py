@@ -20,6 +20,12 @@ def results(run: Run) -> list[Result]:
     return [*lines, *of_images(run), *step_results(run, DSM)] if run.config.with_images else lines
 
 
+def weights(run: Run) -> tuple[float, ...]:
+    """Return the weights of the proxy with which fields of the mixture are trained."""
+    found: tuple[float, ...] = run.config.mixture_mixing_weights if run.config.with_training else ()
+    return found
+
+
 def few_steps(run: Run) -> list[Result]:
     """Lines about the order of Fig. 6 on the mixture, with the paper's and with tuned steps."""
     lines = []
@@ -30,7 +36,7 @@ def few_steps(run: Run) -> list[Result]:
                 name: statistics.mean(run.by_seed("steps", "distance", field=name, **key))
                 for name in mixture.fields(run.config)
             }
-            for weight in run.config.mixture_mixing_weights:
+            for weight in weights(run):
                 fast = mixture.fast(weight)
                 order = {fast: values[fast], FLUX: values[FLUX], DSM: values[DSM]}
                 lines.append(rising(f"mixture, {procedure}, {k} steps: distance", order, ".3f", " (Fig. 6)"))
@@ -105,7 +111,7 @@ def chains(run: Run) -> list[Result]:
         )
         for name in times
     ]
-    for weight in run.config.mixture_mixing_weights:
+    for weight in weights(run):
         order = {name: statistics.mean(times[name]) for name in (mixture.fast(weight), FLUX, DSM)}
         lines.append(rising("mixture: autocorrelation times", order, ".2f", ""))
     return lines

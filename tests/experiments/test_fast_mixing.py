@@ -204,8 +204,11 @@ def test_smoke_run_and_its_summary(finished: Run) -> None:
 @pytest.mark.usefixtures("unpainted")
 def test_the_mixture_alone_needs_no_images(finished: Run, tmp_path: Path) -> None:
     shutil.copytree(finished.out, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("summary*"))
-    main(make_run(tmp_path, with_images=False, dataset="cifar10", **FINISHED))
-    assert "images," not in (tmp_path / "summary.md").read_text()
+    main(make_run(tmp_path, with_images=False, with_training=False, dataset="cifar10", **FINISHED))
+    summary = (tmp_path / "summary.md").read_text()
+    assert "images," not in summary
+    assert FLUX not in summary.split("| quantity")[1].split("##")[0]
+    assert "exact score s / best of" in summary
 
 
 @pytest.mark.usefixtures("unpainted")
