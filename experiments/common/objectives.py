@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,25 +59,44 @@ class PlainAttention(NoiseAnnealedFluxMatching):
             return super().forward(x, seed=seed)
 
 
+@dataclass(frozen=True)
+class MixingTerm:
+    """The mixing proxy in the loss.
+
+    Args:
+        weight: λ of Eq. 45.
+        drift_times_sigma: whether the proxy steps along σ f, as the published program does, instead of f (Eq. 43).
+    """
+
+    weight: float = 0.01
+    drift_times_sigma: bool = False
+
+
 class FastFluxMatching(NoiseAnnealedFluxMatching):
     """Noise-annealed Flux Matching with the mixing proxy added, ℓ + λ ℓ_mixing (Eq. 45).
 
     Args:
         field, noise, options: as in `NoiseAnnealedFluxMatching`.
-        mixing_weight: λ.
+        term: weight and drift of the proxy.
     """
 
-    def __init__(self, field: NoisyField, noise: NoiseLevels, options: FluxOptions, mixing_weight: float) -> None:
+    def __init__(self, field: NoisyField, noise: NoiseLevels, options: FluxOptions, term: MixingTerm) -> None:
         super().__init__(field, noise, options)
-        self.mixing, self.mixing_weight = LossNormalizer(), mixing_weight
+        self.mixing, self.term = LossNormalizer(), term
 
     def forward(self, x: Tensor, *, seed: int | Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean loss `[]` and what `NoiseAnnealedFluxMatching` logs, with "mixing" added."""
         loss, logged = super().forward(x, seed=seed)
+        drift = times_sigma(self.field) if self.term.drift_times_sigma else self.field
         # One number per minibatch, repeated for its samples.
-        mixing = mixing_loss(self.field, x, logged["sigma"], self.mixing, seed=self.key(x, seed))[0]
-        loss = loss + self.mixing_weight * mixing
+        mixing = mixing_loss(drift, x, logged["sigma"], self.mixing, seed=self.key(x, seed))[0]
+        loss = loss + self.term.weight * mixing
         return loss, {**logged, "loss": loss.detach(), "mixing": mixing.detach()}
+
+
+def times_sigma(field: NoisyField) -> NoisyField:
+    """Return the field σ f(z, σ)."""
+    return lambda z, sigma: sigma * field(z, sigma)
 
 
 def make_loss(
@@ -87,7 +107,7 @@ def make_loss(
     *,
     backend: str | None,
     chunk_size: int | None = None,
-    mixing_weight: float = 0.01,
+    mixing: MixingTerm = MixingTerm(),
     refs: Tensor | None = None,
 ) -> nn.Module:
     """Make the loss module of an objective, with one σ per minibatch (Eq. 11, 45).
@@ -102,7 +122,7 @@ def make_loss(
         horizon: distribution of τ; not used in score matching.
         backend: backend of the ops.
         chunk_size: see `fluxmatching.FluxOptions`.
-        mixing_weight: λ of Eq. 45.
+        mixing: weight and drift of the mixing proxy.
         refs: reference points of Flux Matching and score matching; None for the minibatch.
     """
     if objective == DSM:
@@ -110,7 +130,7 @@ def make_loss(
         return DenoisingScoreMatching(field, noise, dsm, normalizer=normalizer, sigma_per_sample=False, refs=refs)
     options = FluxOptions(horizon=horizon, strata=1, chunk_size=chunk_size, backend=backend)
     if objective == FAST:
-        return FastFluxMatching(field, noise, options, mixing_weight)
+        return FastFluxMatching(field, noise, options, mixing)
     return NoiseAnnealedFluxMatching(field, noise, options, refs=refs)
 
 

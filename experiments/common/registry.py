@@ -79,12 +79,12 @@ class Experiment:
 def check_sizes(config: Any, **least: int) -> None:
     """Raise ValueError unless every number of a config is finite, and above 0 or at least its limit in `least`.
 
-    Numbers in tuples count too.
+    Numbers in tuples count too, bools do not.
     """
     for name, value in vars(config).items():
         entries = value if isinstance(value, tuple) else (value,)
         got = ",".join(map(str, entries))
-        numbers = [entry for entry in entries if not isinstance(entry, str)]
+        numbers = [entry for entry in entries if not isinstance(entry, (str, bool))]
         if not all(math.isfinite(number) for number in numbers):
             raise ValueError(f"{name} must be finite, got {got}")
         if name in least and not all(number >= least[name] for number in numbers):

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from experiments.common.distances import sliced_wasserstein2
 from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
 from experiments.common.sampling import on_device
@@ -19,20 +20,6 @@ PLAIN, REFLECTED, PROJECTED = "Langevin", "reflected", "projected"
 SNAPSHOTS = 4  # states of the second half of a chain that are compared with the data
 DIRECTIONS = 64  # of the sliced distance
 ESTIMATE = 20_000  # data of the density estimate on the boundary
-
-
-def sliced_wasserstein2(x: Tensor, y: Tensor, directions: Tensor) -> float:
-    """Compute √D times the root mean square over directions of W2 between projections of x and y.
-
-    The factor makes it the distance of the means, for two samples that differ by a shift in all directions.
-
-    Args:
-        x, y: samples, `[n, D]` and `[m, D]`.
-        directions: unit vectors, `[K, D]`.
-    """
-    grid = (torch.arange(1000, device=x.device).double() + 0.5) / 1000
-    quantiles = [torch.quantile((points.double() @ directions.T), grid, dim=0) for points in (x, y)]
-    return math.sqrt(x.shape[-1] * (quantiles[0] - quantiles[1]).square().mean().item())
 
 
 class Ruler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,12 @@ def draw_curves(
     """Draw the distance by number of steps (Fig. 6): mean, one point per seed, and the distance `floor` of `best`."""
     fig, axes = style.new_figure(4.2, 3.3)
     for name, by_steps in by_field.items():
-        color = COLORS.get(name, style.REFERENCE)
+        color = color_of(name)
         steps = sorted(by_steps)
-        axes.plot(steps, [np.mean(by_steps[k]) for k in steps], color=color, label=name)
+        lines = ("-", "--", ":", "-.")
+        alike = [other for other in by_field if color_of(other) == color]
+        line = lines[alike.index(name) % len(lines)]
+        axes.plot(steps, [np.mean(by_steps[k]) for k in steps], line, color=color, label=name)
         for k in steps:
             axes.plot([k] * len(by_steps[k]), by_steps[k], "o", color=color, ms=3)
     axes.axhline(floor, color=style.DATA, lw=0.8, ls="--", label=best)
@@ -35,17 +39,35 @@ def draw_curves(
     style.save(fig, path)
 
 
-def draw_mixing(path: Path, *columns: Mapping[str, Sequence[float]]) -> None:
-    """Draw autocorrelation time, proxy and bias: one point per seed, and a bar at the mean."""
-    fig, panels = style.new_figure(9.0, 3.0, 1, 3)
-    titles = ("autocorrelation time (σ²)", "proxy (Eq. 44)", "W2 of the chain's end to p_σ")
-    for axes, found, title in zip(panels, columns, titles, strict=True):
-        for place, (name, values) in enumerate(found.items()):
-            color = COLORS.get(name, style.REFERENCE)
-            measured = [value for value in values if np.isfinite(value)]
-            if measured:
-                axes.bar(place, np.mean(measured), 0.5, color=color, alpha=0.35)
-                axes.plot([place] * len(measured), measured, "o", color=color, ms=4)
-        axes.set_xticks(range(len(found)), list(found), rotation=30, ha="right")
-        axes.set_title(title)
+def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Draw one panel per quantity, with one point per seed and field and a bar at the mean."""
+    fig, axes = style.new_figure(2.7 * len(panels), 3.2, 1, len(panels), squeeze=False)
+    for panel, (title, found) in zip(axes[0], panels.items(), strict=True):
+        _draw_fields(panel, found)
+        panel.set_title(title)
     style.save(fig, path)
+
+
+def draw_few_steps(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], floor: float) -> None:
+    """Draw the distances of all fields, one panel per procedure and number of steps, and that of exact samples."""
+    fig, axes = style.new_figure(2.7 * len(panels), 3.2, 1, len(panels), squeeze=False, sharey=True)
+    for panel, (title, found) in zip(axes[0], panels.items(), strict=True):
+        _draw_fields(panel, found)
+        panel.axhline(floor, color=style.DATA, lw=0.8, ls="--")
+        panel.set(title=title, yscale="log")
+    axes[0, 0].set_ylabel("sliced W2 to exact samples")
+    style.save(fig, path)
+
+
+def _draw_fields(panel: Any, found: Mapping[str, Sequence[float]]) -> None:
+    for place, (name, values) in enumerate(found.items()):
+        measured = [value for value in values if np.isfinite(value)]
+        if measured:
+            panel.bar(place, np.mean(measured), 0.5, color=color_of(name), alpha=0.35)
+            panel.plot([place] * len(measured), measured, "o", color=color_of(name), ms=4)
+    panel.set_xticks(range(len(found)), list(found), rotation=60, ha="right")
+
+
+def color_of(name: str) -> str:
+    """Return the color of a field: that of its objective, whatever the weight of the proxy."""
+    return COLORS.get(name.split(",")[0], style.REFERENCE)

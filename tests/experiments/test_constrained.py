@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from scipy.stats import norm, truncnorm
 from torch import Tensor
 
+from experiments.common.distances import sliced_wasserstein2
 from experiments.common.kernel_weights import mean_perplexity
 from experiments.common.run import Run
 from experiments.constrained import EXPERIMENT
@@ -26,7 +27,6 @@ from experiments.constrained.measure import (
     PROJECTED,
     REFLECTED,
     boundary_flow,
-    sliced_wasserstein2,
     walk,
 )
 from experiments.constrained.smoothed_box import SmoothedBox
