@@ -53,7 +53,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
 PARTS := test-kernels test-library test-experiments test-more-experiments
 
 test: $(VENV)/installed-dev
-	$(MAKE) -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(PARTS)
+	$(MAKE) --keep-going -j2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(PARTS)
 
 test-kernels: $(VENV)/installed-dev
 	$(PYTEST) --ignore=tests/fluxmatching --ignore=tests/experiments
