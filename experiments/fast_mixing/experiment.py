@@ -110,7 +110,7 @@ def main(run: Run) -> None:
         fidelity.check(config.inception_weights)
     mixture.study(run, clock)
     for seed in range(len(run.rows("mixture floor")), config.seeds):
-        exact = noised(SIGMA_MIN).sample(config.mixture_samples, run.generator("floor", seed))
+        exact = noised(SIGMA_MIN).sample(config.exact_samples, run.generator("floor", seed))
         run.log(kind="mixture floor", seed=seed, distance=distance_to_data(exact, SIGMA_MIN))
     notes = ["The distance of samples of the mixture is the sliced W2 to exact samples."]
     if config.with_images:

@@ -48,7 +48,7 @@ def make_trainer(run: Run, name: str, seed: int, *, iterations: int) -> Trainer:
         iterations, config.mixture_batch, lr=1e-3, warmup=100, progress=run.progress,
         seed=run.generator("mixture training", seed).initial_seed() >> 1, accelerator=str(run.device),
     )  # fmt: skip
-    file = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in name)
+    file = "".join(letter if letter == "." or (letter.isascii() and letter.isalnum()) else "-" for letter in name)
     return Trainer(loss, data.to(run.device), options, folder=run.out / "models" / f"mixture-{file}-{seed}")
 
 
