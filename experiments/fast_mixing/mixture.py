@@ -41,8 +41,9 @@ def make_trainer(run: Run, name: str, seed: int, *, iterations: int) -> Trainer:
     with run.drawing("mixture weights", seed):
         field = EDMField(Perceptron(2, config.mixture_width), MEANS.std().item())
         horizon = HORIZONS[config.horizon](config.tau_max)
-        mixing = {} if term is None else {"mixing": term}
-        loss = make_loss(name if term is None else FAST, field, noise, horizon, backend=run.backend, **mixing)
+        loss = make_loss(
+            name if term is None else FAST, field, noise, horizon, backend=run.backend, mixing=term or MixingTerm()
+        )
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
     options = TrainingOptions(
         iterations, config.mixture_batch, lr=1e-3, warmup=100, progress=run.progress,

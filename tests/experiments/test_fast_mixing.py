@@ -208,7 +208,7 @@ def test_the_mixture_alone_needs_no_images(finished: Run, tmp_path: Path) -> Non
     summary = (tmp_path / "summary.md").read_text()
     assert "images," not in summary
     assert "λ = 3" not in summary
-    assert "exact score s / best of" in summary
+    assert "exact score / best of" in summary
 
 
 @pytest.mark.usefixtures("unpainted")
