@@ -43,7 +43,7 @@ class Config(images.Config):
         procedures: how images are sampled, of `steps.PROCEDURES`: as in the paper, as in the published program (the
             denoiser is clamped, one more denoising at the end), with steps tuned for each field.
         tuning_samples: images with which steps are tuned, at most 250.
-        thinning: one of so many steps of the grids is tried.
+        thinning: 1 tries all steps of the grids, n every n-th.
         seeds: trainings of each field of the mixture.
         mixture_data, mixture_iterations, mixture_batch, mixture_width: sizes of the trainings on the mixture.
         mixture_mixing_weights: values of λ for the mixture, one trained field for each.
@@ -110,7 +110,7 @@ def main(run: Run) -> None:
         fidelity.check(config.inception_weights)
     mixture.study(run, clock)
     for seed in range(len(run.rows("mixture floor")), config.seeds):
-        exact = noised(SIGMA_MIN).sample(config.mixture_samples, run.generator("floor", seed))
+        exact = noised(SIGMA_MIN).sample(config.exact_samples, run.generator("floor", seed))
         run.log(kind="mixture floor", seed=seed, distance=distance_to_data(exact, SIGMA_MIN))
     notes = ["The distance of samples of the mixture is the sliced W2 to exact samples."]
     if config.with_images:

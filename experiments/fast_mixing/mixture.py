@@ -41,14 +41,15 @@ def make_trainer(run: Run, name: str, seed: int, *, iterations: int) -> Trainer:
     with run.drawing("mixture weights", seed):
         field = EDMField(Perceptron(2, config.mixture_width), MEANS.std().item())
         horizon = HORIZONS[config.horizon](config.tau_max)
-        mixing = {} if term is None else {"mixing": term}
-        loss = make_loss(name if term is None else FAST, field, noise, horizon, backend=run.backend, **mixing)
+        loss = make_loss(
+            name if term is None else FAST, field, noise, horizon, backend=run.backend, mixing=term or MixingTerm()
+        )
     data = GaussianMixture(MEANS, VARIANCE).sample(config.mixture_data, run.generator("mixture data"))
     options = TrainingOptions(
         iterations, config.mixture_batch, lr=1e-3, warmup=100, progress=run.progress,
         seed=run.generator("mixture training", seed).initial_seed() >> 1, accelerator=str(run.device),
     )  # fmt: skip
-    file = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in name)
+    file = "".join(letter if letter == "." or (letter.isascii() and letter.isalnum()) else "-" for letter in name)
     return Trainer(loss, data.to(run.device), options, folder=run.out / "models" / f"mixture-{file}-{seed}")
 
 
