@@ -23,6 +23,7 @@ from experiments.common.objectives import OBJECTIVES
 from experiments.common.run import Run
 from experiments.fast_mixing import experiment as fast_mixing
 from experiments.fast_mixing.mixture import make_trainer as make_mixture_trainer
+from experiments.fast_mixing.mixture import trained as trained_on_mixture
 from experiments.images import experiment as images
 from experiments.images.datasets import Images
 from experiments.images.training import make_trainer as make_images_trainer
@@ -69,8 +70,8 @@ def trainings(preset: str, device: torch.device, out: Path) -> Iterator[Training
         for objective in OBJECTIVES if module is fast_mixing else images.TRAINED:
             make = partial(make_images_trainer, run, objective, Images(made, made, "made"), iterations=10**9)
             yield Training(name, objective, run.config.iterations, 1, make)
-    for objective in OBJECTIVES:
-        run = start(fast_mixing, "mixture")
+    run = start(fast_mixing, "mixture")
+    for objective in trained_on_mixture(run.config):
         make = partial(make_mixture_trainer, run, objective, 0, iterations=10**9)
         yield Training("fast_mixing, mixture", objective, run.config.mixture_iterations, run.config.seeds, make)
 

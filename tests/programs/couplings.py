@@ -43,7 +43,7 @@ def from_all(value: Any) -> list[Any]:
 
 def report(what: str, **values: Any) -> None:
     if distributed.get_rank() == 0:
-        print(json.dumps({"what": what, **values}), flush=True)
+        print(json.dumps({"what": what, **values}) + "\n", end="", flush=True)
 
 
 def message(attempt: Callable[[], Any]) -> str:

@@ -72,7 +72,7 @@ class Drawing(nn.Module):
 
 def report(what: str, **values: Any) -> None:
     if distributed.get_rank() == 0:
-        print(json.dumps({"what": what, **values}), flush=True)
+        print(json.dumps({"what": what, **values}) + "\n", end="", flush=True)
 
 
 def spread(tensors: list[Tensor]) -> float:

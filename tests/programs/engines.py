@@ -173,7 +173,7 @@ def parts() -> tuple[Network, LossNormalizer]:
 
 def report(what: str, **values: Any) -> None:
     if distributed.get_rank() == 0:
-        print(json.dumps({"what": what, **values}), flush=True)
+        print(json.dumps({"what": what, **values}) + "\n", end="", flush=True)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:

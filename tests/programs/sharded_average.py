@@ -85,7 +85,7 @@ def main() -> None:
             found["second derivatives"] = second_derivatives(D, backend)
             for what, each in found.items():
                 row = {"D": D, "what": what, "backend": backend, "rank": dist.get_rank()}
-                print(json.dumps(row | {"errors": each}), flush=True)
+                print(json.dumps(row | {"errors": each}) + "\n", end="", flush=True)
     dist.destroy_process_group()
 
 
