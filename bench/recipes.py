@@ -31,6 +31,7 @@ from fluxmatching.recipes import (
     stable_target_field,
     svgd_step,
 )
+from tests.support import published
 
 REPETITIONS = 5
 STREAMED_POINTS, STREAMED_DIMENSIONS, PIECE = 10_000_000, 16, 500_000
@@ -52,15 +53,6 @@ class Row:
         few = [t[:4] if t.ndim > 2 else t for t in self.inputs]
         truth = self.dense(*(t.double() for t in few))
         return float((function(*few).double() - truth).norm() / truth.norm())
-
-
-def dense_drift(x: Tensor, positives: Tensor, bandwidth: float = 1.0) -> Tensor:
-    far = torch.cdist(x, x) + 1e6 * torch.eye(x.shape[-2], dtype=x.dtype)
-    logits = -torch.cat([torch.cdist(x, positives), far], -1) / bandwidth
-    a = (logits.softmax(-1) * logits.softmax(-2)).sqrt()
-    pull, push = a.split([positives.shape[-2], x.shape[-2]], -1)
-    pull, push = pull * push.sum(-1, keepdim=True), push * pull.sum(-1, keepdim=True)
-    return pull @ positives - push @ x
 
 
 def dense_svgd(x: Tensor, score: Tensor, variance: float) -> Tensor:
@@ -89,7 +81,7 @@ def drifting(groups: int, count: int, D: int) -> Row:
         f"{groups} × {count}, D = {D}",
         (x, torch.randn(groups, count, D) + 0.3),
         lambda x, positives: drifting_field(x, positives, None, (bandwidth,)),
-        lambda x, positives: dense_drift(x, positives, bandwidth),
+        lambda x, positives: published.drifting_field(x, positives, None, bandwidth),
     )
 
 

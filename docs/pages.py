@@ -21,7 +21,7 @@ def sources() -> dict[Path, str]:
         "CONTRIBUTING.md": "contributing",
         "CHANGELOG.md": "changelog",
     }
-    found = {ROOT / file: name for file, name in named.items() if (ROOT / file).exists()}
+    found = {ROOT / file: name for file, name in named.items()}
     return found | {file: f"experiment-{file.parent.name}" for file in sorted(ROOT.glob("experiments/*/README.md"))}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fluxkernels.checks import Groups, as_number_tensor, check_groups, pick_backend
-from fluxkernels.ops.kernel_average import Average, Weighting
+from fluxkernels.ops.kernel_average import Averaging, Weighting
 from fluxkernels.ops.registration import Op, register_recomputed_autograd
 
 
@@ -101,8 +101,9 @@ def kde_score(
         BackendError: the requested backend cannot run here.
     """
     if log_weights is not None or exclude_self:
-        found = _weighted("kde_score", x, refs, sigma2, log_weights, exclude_self, backend)
-        return found.groups.unflatten(quotient(found.shift, found.sigma2.unsqueeze(-1)))
+        given = _weighted("kde_score", x, refs, sigma2, Weighting(log_weights, exclude_self, are_relative=True))
+        shift, _, _ = given.run(backend=backend)
+        return given.groups.unflatten(quotient(shift, given.sigma2.unsqueeze(-1)))
     groups, z, refs, variance, name = prepare("kde_score", x, refs, sigma2, backend)
     shift, _, _ = kde_op(z, refs, variance, name, results=("shift",))
     return groups.unflatten(quotient(shift, variance.unsqueeze(-1)))
@@ -122,8 +123,9 @@ def kde_mean(
     Arguments, derivatives and errors are those of `kde_score`. Returns `[..., N, D]`, in units of x.
     """
     if log_weights is not None or exclude_self:
-        found = _weighted("kde_mean", x, refs, sigma2, log_weights, exclude_self, backend)
-        return found.groups.unflatten(found.average)
+        given = _weighted("kde_mean", x, refs, sigma2, Weighting(log_weights, exclude_self, are_relative=True))
+        _, mean, _ = given.run(backend=backend)
+        return given.groups.unflatten(mean)
     groups, z, refs, variance, name = prepare("kde_mean", x, refs, sigma2, backend)
     _, mean, _ = kde_op(z, refs, variance, name, results=("mean",))
     return groups.unflatten(mean)
@@ -144,40 +146,28 @@ def kde_log_density(
     `kde_score`. Returns `[..., N]`, in nats.
     """
     if log_weights is not None or exclude_self:
-        found = _weighted("kde_log_density", x, refs, sigma2, log_weights, exclude_self, backend)
+        given = _weighted("kde_log_density", x, refs, sigma2, Weighting(log_weights, exclude_self, are_relative=True))
+        _, _, log_sum = given.run(backend=backend)
         M, D = refs.shape[-2:]
-        log_total = (
-            math.log(M - exclude_self) if found.log_weights is None else _log_total(found.log_weights, exclude_self)
-        )
-        density = found.log_sum - log_total - 0.5 * D * (math.log(2 * math.pi) + found.sigma2.log())
-        return found.groups.unflatten(density.to(x.dtype))
+        logs = given.log_weights
+        log_total = math.log(M - exclude_self) if logs is None else _log_total(logs, exclude_self)
+        density = log_sum - log_total - 0.5 * D * (math.log(2 * math.pi) + given.sigma2.log())
+        return given.groups.unflatten(density.to(x.dtype))
     groups, z, refs, variance, name = prepare("kde_log_density", x, refs, sigma2, backend)
     _, _, log_density = kde_op(z, refs, variance, name, results=("log_density",))
     return groups.unflatten(log_density)
 
 
-def _weighted(
-    function: str,
-    x: Tensor,
-    refs: Tensor,
-    sigma2: float | Tensor,
-    log_weights: Tensor | None,
-    exclude_self: bool,
-    backend: str | None,
-) -> Average:
-    """The density estimate with weights of its reference points."""
-    if isinstance(log_weights, Tensor) and log_weights.is_floating_point() and log_weights.ndim:
-        # Only their ratios count: large ones would take digits from the log-sum.
-        top = log_weights.detach().amax(-1, keepdim=True)
-        log_weights = log_weights - torch.where(top.isfinite(), top, 0)
-    found = Average(function, x, refs, sigma2, Weighting(log_weights, exclude_self), backend=backend)
-    if found.sigma2.ndim == 3:
-        batch = list(found.groups.batch)
+def _weighted(function: str, x: Tensor, refs: Tensor, sigma2: float | Tensor, weighting: Weighting) -> Averaging:
+    """Arguments of a density estimate with weights of its reference points."""
+    given = Averaging(function, x, refs, sigma2, weighting)
+    if given.sigma2.ndim == 3:
+        batch = list(given.groups.batch)
         raise ValueError(
             f"{function}: sigma2 must be a number or have one entry per group, shape {batch}, or per query, "
             f"{[*batch, x.shape[-2]]}; kernel_average takes one per reference point"
         )
-    return found
+    return given
 
 
 def _log_total(log_weights: Tensor, exclude_self: bool) -> Tensor:

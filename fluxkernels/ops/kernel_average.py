@@ -96,17 +96,19 @@ register_recomputed_autograd(kernel_average_backward_op)
 class Weighting(NamedTuple):
     """Changes of the weights of the reference points, as users give them.
 
-    With `is_part` the reference points are one part of all, and queries may have none there.
+    With `is_part` the reference points are one part of all, and queries may have none there. With `are_relative` only
+    the ratios of weights count: large log weights would take digits from the log-sum.
     """
 
     log_weights: Tensor | None = None
     exclude_self: bool = False
     kernel: str = "gaussian"
     is_part: bool = False
+    are_relative: bool = False
 
 
-class Problem:
-    """Queries, reference points and weights as users give them, checked and flattened into B groups.
+class Averaging:
+    """Arguments of a kernel average as users give them, checked and flattened into B groups.
 
     Attributes:
         groups: the leading dimensions of the user's tensors.
@@ -117,7 +119,7 @@ class Problem:
     """
 
     def __init__(self, function: str, x: Tensor, refs: Tensor, sigma2: float | Tensor, weighting: Weighting) -> None:
-        log_weights, exclude_self, self.kernel, is_part = weighting
+        log_weights, exclude_self, self.kernel, is_part, are_relative = weighting
         check_choice(function, "kernel", self.kernel, KERNELS)
         self.groups = groups = check_groups(function, x=x, refs=refs)
         N, M = x.shape[-2], refs.shape[-2]
@@ -127,32 +129,18 @@ class Problem:
         self.log_weights = None if log_weights is None else _flat_log_weights(groups, log_weights, x, M)
         if self.log_weights is not None:
             _check_present(function, self.log_weights, 0 if is_part else 1 + self.exclude_self)
+            if are_relative:
+                top = self.log_weights.detach().amax(-1, keepdim=True)
+                self.log_weights = self.log_weights - torch.where(top.isfinite(), top, 0)
         self.z, self.refs = groups.points(x), groups.points(refs)
 
-
-class Average(Problem):
-    """A kernel average.
-
-    Attributes:
-        shift, average, log_sum: as `fluxkernels.implementation` has them.
-    """
-
-    def __init__(
-        self,
-        function: str,
-        x: Tensor,
-        refs: Tensor,
-        sigma2: float | Tensor,
-        weighting: Weighting,
-        *,
-        values: Tensor | None = None,
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(function, x, refs, sigma2, weighting)
-        flat = None if values is None else _flat_values(self.groups, values, x, refs.shape[-2])
+    def run(self, values: Tensor | None = None, *, backend: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return shift, average and log-sum in groups, as `fluxkernels.implementation` has them."""
+        flat = None if values is None else _flat_values(self.groups, values, self.z, self.refs.shape[1])
         weights = self.log_weights, self.exclude_self, self.kernel
-        name = pick_backend(backend, x.device)
-        self.shift, self.average, self.log_sum = kernel_average_op(self.z, self.refs, self.sigma2, flat, *weights, name)
+        name = pick_backend(backend, self.z.device)
+        found: tuple[Tensor, Tensor, Tensor] = kernel_average_op(self.z, self.refs, self.sigma2, flat, *weights, name)
+        return found
 
 
 def _flat_variance(groups: Groups, variance: Tensor, N: int, M: int) -> Tensor:
@@ -273,9 +261,9 @@ def kernel_average(
         ValueError, TypeError: an argument of wrong shape, dtype, device or value; the message names it.
         BackendError: the requested backend cannot run here.
     """
-    weighting = Weighting(log_weights, exclude_self, kernel)
-    found = Average("kernel_average", x, refs, sigma2, weighting, values=values, backend=backend)
-    return found.groups.unflatten(found.average), found.groups.unflatten(found.log_sum)
+    given = Averaging("kernel_average", x, refs, sigma2, Weighting(log_weights, exclude_self, kernel))
+    _, average, log_sum = given.run(values, backend=backend)
+    return given.groups.unflatten(average), given.groups.unflatten(log_sum)
 
 
 def merge_averages(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

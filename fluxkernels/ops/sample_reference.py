@@ -4,7 +4,7 @@ from torch import Tensor
 
 from fluxkernels import philox
 from fluxkernels.checks import check_seed, pick_backend
-from fluxkernels.ops.kernel_average import Problem, Weighting
+from fluxkernels.ops.kernel_average import Averaging, Weighting
 from fluxkernels.ops.registration import Op
 
 
@@ -62,9 +62,9 @@ def sample_reference(
         BackendError: the requested backend cannot run here.
     """
     function = "sample_reference"
-    problem = Problem(function, x, refs, sigma2, Weighting(log_weights, exclude_self, kernel))
+    given = Averaging(function, x, refs, sigma2, Weighting(log_weights, exclude_self, kernel))
     key = philox.as_seed(check_seed(function, seed), x.device, f"{function}: seed")
-    tensors = (t if t is None else t.detach() for t in (problem.z, problem.refs, problem.sigma2, problem.log_weights))
-    weights = problem.exclude_self, problem.kernel
+    tensors = (t if t is None else t.detach() for t in (given.z, given.refs, given.sigma2, given.log_weights))
+    weights = given.exclude_self, given.kernel
     index = sample_reference_op(*tensors, *weights, key, pick_backend(backend, x.device))
-    return problem.groups.unflatten(index)
+    return given.groups.unflatten(index)

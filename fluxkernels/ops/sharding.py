@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from fluxkernels.ops.kernel_average import Average, Problem, Weighting
+from fluxkernels.ops.kernel_average import Averaging, Weighting
 
 
 class _Shared(torch.autograd.Function):
@@ -72,12 +72,12 @@ def sharded_kernel_average(
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("sharded_kernel_average: torch.distributed must be started first, by init_process_group")
-    function, weighting = "sharded_kernel_average", Weighting(log_weights, kernel=kernel, is_part=True)
-    per_reference = Problem(function, x, refs, sigma2, weighting).sigma2.ndim == 3
-    if isinstance(sigma2, Tensor) and not per_reference:
-        sigma2 = _Shared.apply(sigma2, group)
-    own = Average(function, _Shared.apply(x, group), refs, sigma2, weighting, values=values, backend=backend)
-    average, log_sum = own.groups.unflatten(own.average), own.groups.unflatten(own.log_sum)
+    weighting = Weighting(log_weights, kernel=kernel, is_part=True)
+    own = Averaging("sharded_kernel_average", x, refs, sigma2, weighting)
+    own.z = _Shared.apply(own.z, group)
+    if own.sigma2.ndim == 2:  # else it belongs to the reference points of this process
+        own.sigma2 = _Shared.apply(own.sigma2, group)
+    _, average, log_sum = (own.groups.unflatten(t) for t in own.run(values, backend=backend))
     wide = torch.promote_types(average.dtype, torch.float32)
     top = log_sum.detach().clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=group)

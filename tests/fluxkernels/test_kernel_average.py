@@ -214,6 +214,8 @@ def test_a_density_has_one_bandwidth_per_query(op: Callable[..., Tensor]) -> Non
     x = torch.randn(5, 2)
     with pytest.raises(ValueError, match="sigma2 must be a number or have one entry per group"):
         op(x, x, torch.ones(1, 5), exclude_self=True)
+    with pytest.raises(ValueError, match="log_weights must not be empty"):
+        op(x, x, 0.5, log_weights=torch.ones(0))
 
 
 @pytest.mark.parametrize("D", [2, 30])

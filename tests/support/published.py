@@ -32,6 +32,19 @@ def kernel_average(z: Tensor, refs: Tensor, sigma2: float, values: Tensor, log_w
     return (log_weights.unsqueeze(-2) - squared_distances(z, refs) / (2 * sigma2)).softmax(-1) @ values
 
 
+def drifting_field(x: Tensor, positives: Tensor, negatives: Tensor | None, bandwidth: float) -> Tensor:
+    """Algorithm 2 of drifting models with its matrices; negatives None for x, where no sample drives itself away."""
+    others = x if negatives is None else negatives
+    near, far = torch.cdist(x, positives), torch.cdist(x, others)
+    if negatives is None:
+        far = far + 1e9 * torch.eye(x.shape[-2], dtype=x.dtype)
+    logits = -torch.cat([near, far], -1) / bandwidth
+    a = (logits.softmax(-1) * logits.softmax(-2)).sqrt()
+    pull, push = a.split([positives.shape[-2], others.shape[-2]], -1)
+    pull, push = pull * push.sum(-1, keepdim=True), push * pull.sum(-1, keepdim=True)
+    return pull @ positives - push @ others
+
+
 def langevin_step(x: Tensor, refs: Tensor, sigma2: float, h: float, noise: Tensor) -> Tensor:
     rho = math.exp(-h)
     mu = x + sigma2 * kde_score(x, refs, sigma2)
