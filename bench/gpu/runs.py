@@ -1,4 +1,4 @@
-"""Runs of the GPU benchmarks: a workload, whether it is a pass or a score, and the implementations that compete."""
+"""Runs of the GPU benchmarks: a workload, the op that is timed on it, and the implementations that compete."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench import baselines, workloads
-from bench.tasks import PASS, SCORE, Task
+from bench.tasks import KERNEL_AVERAGE, PASS, SCORE, Task
 from bench.workloads import Workload
 from tests.support import published
 from tests.support.ops import NUM_STEPS
@@ -18,7 +18,7 @@ OURS, PLAIN, COMPILED, KEOPS = "triton", "plain PyTorch", "torch.compile", "KeOp
 
 @dataclass(frozen=True)
 class GPURun:
-    """A pass or a score on one workload.
+    """A pass, a score or a kernel average on one workload.
 
     Attributes:
         compiled: mode of torch.compile for its baseline, or None for no such baseline, which takes long to compile.
@@ -56,9 +56,9 @@ class GPURun:
         return replace(self, workload=part)
 
 
-def _many(queries: int) -> GPURun:
+def _many(queries: int) -> Workload:
     name = f"{queries} queries, 50000 reference points, D = 3072"
-    return GPURun(SCORE, Workload(name, 1, queries, 50_000, 3072, 6000.0), "default")
+    return Workload(name, 1, queries, 50_000, 3072, 6000.0)
 
 
 _SINGLE = [
@@ -76,9 +76,9 @@ _SCORES = [GPURun(SCORE, workload) for workload in (*workloads.GENES, *_SINGLE)]
 RUNS = [
     *_GENES,
     *_MINIBATCHES,
-    _many(128),
-    _many(4096),
+    *(GPURun(SCORE, _many(queries), "default") for queries in (128, 4096)),
     *_SCORES[::-1],
+    *(GPURun(KERNEL_AVERAGE, workload) for workload in (*_SINGLE[::-1], workloads.GENES[1], _many(4096))),
     *(GPURun(PASS, workload) for workload in _SINGLE),
 ]
 

@@ -17,6 +17,8 @@ import torch
 from tests.fluxkernels.complete import COMPLETE, complete_only
 from tests.support.processes import run_in_parts
 
+# The cases run once, also where pytest-xdist distributes the tests.
+in_one_worker = pytest.mark.xdist_group("cases of Triton kernels")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -29,6 +31,7 @@ def cases() -> list[dict[str, Any]]:
     return [row for each in programs for row in run_in_parts(each, "all" if COMPLETE else "few", **environment)]
 
 
+@in_one_worker
 def test_kernels_agree_with_the_formulas_in_float64() -> None:
     """Forward, backward, seeds; interpreted.py and averages.py in tests/programs have the cases and compare."""
     wrong = {
@@ -40,6 +43,7 @@ def test_kernels_agree_with_the_formulas_in_float64() -> None:
     assert wrong == {}
 
 
+@in_one_worker
 def test_every_kernel_has_a_case() -> None:
     triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
     modules = [module.name for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
