@@ -3,6 +3,7 @@
 The interpreter needs an environment variable before the kernels are imported, so they run in separate processes.
 """
 
+import ast
 import importlib
 import importlib.util
 import pkgutil
@@ -59,6 +60,31 @@ def test_no_kernel_takes_a_number_from_itself() -> None:
     assert len(sources) > 15
     found = [re.findall(r"\b(\w+) - \1\b", path.read_text()) for path in sources]
     assert [names for names in found if names] == [["value"]]  # the sentence that says so
+
+
+def test_no_function_of_a_kernel_returns_a_bare_number() -> None:
+    """The compiler makes float32 of one, also where it meets float64; the interpreter keeps all of its digits."""
+    triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
+    sources = [path for folder in triton_kernels.__path__ for path in Path(folder).rglob("*.py")]
+    parsed = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    functions = [node for node in parsed if isinstance(node, ast.FunctionDef) and "triton.jit" in decorators(node)]
+    assert len(functions) > 100
+    assert [function.name for function in functions if any(is_constant(value) for value in returned(function))] == []
+
+
+def decorators(function: ast.FunctionDef) -> list[str]:
+    return [ast.unparse(decorator) for decorator in function.decorator_list]
+
+
+def returned(function: ast.FunctionDef) -> list[ast.expr]:
+    return [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
+
+
+def is_constant(value: ast.expr) -> bool:
+    """True if an expression has nothing but numbers and compile-time constants, whose names are upper-case."""
+    nodes = list(ast.walk(value))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} - {"tl"}
+    return all(name.isupper() for name in names) and not any(isinstance(node, ast.Call) for node in nodes)
 
 
 def kernels_of(module: str) -> list[str]:
