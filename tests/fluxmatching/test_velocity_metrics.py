@@ -102,7 +102,7 @@ def test_errors_say_what_is_missing() -> None:
         cross_boundary_correctness(made, [("B", "C")])
     with pytest.raises(KeyError, match=r"adata\.obsm has no 'velocity_tsne'|adata\.obsm has no 'X_tsne'"):
         cross_boundary_correctness(made, [("A", "B")], basis="tsne")
-    with pytest.raises(KeyError, match=r"adata\.layers has no 'other'"):
+    with pytest.raises(KeyError, match=r"adata\.layers has no 'other'; flux_velocity makes it"):
         velocity_consistency(made, vkey="other")
     del made.obsp["distances"]
     with pytest.raises(KeyError, match=r"no 'distances' \(it has \[\]\); scanpy\.pp\.neighbors\(adata\) makes it"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxmatching.velocity.graph import find_graph
-from fluxmatching.velocity.layers import in_memory
+from fluxmatching.velocity.layers import check_annotated, in_memory
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -68,6 +68,7 @@ def cross_boundary_correctness(
         ValueError: a cluster that does not exist, no edge with boundary cells, or nothing finite at any of them.
     """
     function = "cross_boundary_correctness"
+    check_annotated(function, adata)
     positions = np.asarray(_found(function, "obsm", adata.obsm, f"X_{basis}"), dtype=float)
     velocities = np.asarray(
         _found(function, "obsm", adata.obsm, f"{vkey}_{basis}", "scvelo.tl.velocity_embedding makes it"), dtype=float
@@ -124,7 +125,9 @@ def velocity_consistency(adata: AnnData, *, vkey: str = "velocity", neighbors: s
         ValueError: no cell has finite velocities, or no two neighbors have a gene in common.
     """
     function = "velocity_consistency"
-    velocities = in_memory(function, f"layers[{vkey!r}]", _found(function, "layers", adata.layers, vkey))
+    check_annotated(function, adata)
+    found = _found(function, "layers", adata.layers, vkey, "flux_velocity makes it")
+    velocities = in_memory(function, f"layers[{vkey!r}]", found)
     velocities = velocities.toarray() if hasattr(velocities, "toarray") else velocities
     genes = np.zeros(velocities.shape[1], dtype=bool)
     for start in range(0, len(velocities), 4096):  # a mask of all values could be gigabytes

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import sparse
 
 from fluxmatching.velocity.graph import averaging, find_graph
-from fluxmatching.velocity.layers import AveragedLayer, Columns, Layer, gene_blocks, in_memory
+from fluxmatching.velocity.layers import AveragedLayer, Columns, Layer, check_annotated, gene_blocks, in_memory
+from fluxmatching.velocity.sparse import sparse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -35,22 +35,25 @@ def moments(
         ValueError, TypeError: a layer or the graph is not what it should be.
     """
     function = "moments"
+    check_annotated(function, adata)
     mean = averaging(find_graph(function, adata, "connectivities", neighbors))
     found = [(key, read_layer(function, adata, name)) for key, name in (("Mu", counts), ("Ms", spliced_counts))]
     for key, layer in found:
         adata.layers[key] = dense(AveragedLayer(layer, size_factors(layer), mean))
 
 
-def read_layer(function: str, adata: AnnData, name: str) -> Layer:
-    """Return a layer of counts in memory.
+def read_layer(function: str, adata: AnnData, name: str, setting: str | None = None) -> Layer:
+    """Return a layer of counts in memory; errors name the setting that the user gives the name to, or the function.
 
     Raises:
         KeyError: there is no such layer.
     """
     if name not in adata.layers:
+        owner = function if setting is None else setting
         raise KeyError(
             f"{function}: adata.layers has no {name!r} (it has {sorted(adata.layers)}); counts of unspliced and "
-            f"spliced molecules come from a program such as velocyto, alevin-fry, kallisto or STARsolo"
+            f"spliced molecules come from a program such as velocyto, alevin-fry, kallisto or STARsolo; "
+            f"{owner}(counts=..., spliced_counts=...) takes layers of other names"
         )
     return Layer(in_memory(function, f"layers[{name!r}]", adata.layers[name]))
 
@@ -106,9 +109,11 @@ def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey
         KeyError: the graph or a layer of counts is missing.
         ValueError, TypeError: one of them is not what it should be.
     """
-    graph = find_graph(function, adata, "connectivities", options.neighbors)
+    check_annotated(function, adata)
+    setting = "SharedFlowOptions"
+    graph = find_graph(function, adata, "connectivities", options.neighbors, setting)
     mean = averaging(graph)
-    counts = read_layer(function, adata, options.counts)
+    counts = read_layer(function, adata, options.counts, setting)
     found: dict[str, Columns] = {}
     missing: dict[str, Columns] = {}
     for key, name, default in ((ukey, options.counts, "Mu"), (xkey, options.spliced_counts, "Ms")):
@@ -117,6 +122,6 @@ def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey
         elif key != default:
             raise KeyError(f"{function}: adata.layers has no {key!r} (it has {sorted(adata.layers)})")
         else:
-            layer = counts if name == options.counts else read_layer(function, adata, name)
+            layer = counts if name == options.counts else read_layer(function, adata, name, setting)
             found[key] = missing[key] = AveragedLayer(layer, size_factors(layer), mean)
     return Sources(found[ukey], found[xkey], counts, size_factors(counts), graph, mean, missing)
