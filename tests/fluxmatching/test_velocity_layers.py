@@ -225,6 +225,22 @@ def test_spread_is_larger_where_genes_disagree() -> None:
     assert "plain_spread" not in made.obs
 
 
+@pytest.mark.parametrize("function", [flux_velocity, moments, velocity_evidence])
+@pytest.mark.parametrize("name", ["spliced", "unspliced"])
+def test_one_normalized_layer_is_warned_of(function: Any, name: str) -> None:
+    made = annotated(cells=60, genes=25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(made.copy())
+    made.layers[name] = np.log1p(made.layers[name])  # what scanpy does to adata.X in place
+    other = {"spliced": "unspliced", "unspliced": "spliced"}[name]
+    with pytest.warns(
+        UserWarning, match=rf"layers\['{other}'\] holds whole numbers, layers\['{name}'\] does not"
+    ) as found:
+        function(made)
+    assert found[0].filename == __file__
+
+
 def test_moments_name_their_own_arguments() -> None:
     made = annotated(cells=40, genes=25)
     with pytest.raises(KeyError, match=r"moments\(counts=\.\.\., spliced_counts=\.\.\.\) takes layers of other"):

@@ -65,6 +65,7 @@ def cross_boundary_correctness(
 
     Raises:
         KeyError: adata lacks a required entry.
+        TypeError: adata is no AnnData, or edges are no pairs.
         ValueError: a cluster that does not exist, no edge with boundary cells, or nothing finite at any of them.
     """
     function = "cross_boundary_correctness"
@@ -76,7 +77,7 @@ def cross_boundary_correctness(
     clusters = np.asarray(_found(function, "obs", adata.obs, cluster_key)).astype(str)
     graph = find_graph(function, adata, "distances", neighbors)
     values: dict[tuple[str, str], np.ndarray] = {}
-    for source, target in ((str(one), str(other)) for one, other in edges):
+    for source, target in _pairs(function, edges):
         for name in (source, target):
             if name not in clusters:
                 raise ValueError(f"{function}: no cluster {name!r}; there are {sorted(set(clusters.tolist()))}")
@@ -155,6 +156,13 @@ def velocity_consistency(adata: AnnData, *, vkey: str = "velocity", neighbors: s
             stacklevel=2,
         )
     return np.clip(means, 0, None)
+
+
+def _pairs(function: str, edges: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    pairs = list(edges)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(f"{function}: edges must be a list of pairs (source, target), got {edges!r}")
+    return [(str(source), str(target)) for source, target in pairs]
 
 
 def _found(function: str, where: str, mapping: Any, key: str, hint: str = "") -> Any:

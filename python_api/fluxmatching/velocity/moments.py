@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,11 @@ def moments(
     function = "moments"
     check_annotated(function, adata)
     mean = averaging(find_graph(function, adata, "connectivities", neighbors))
-    found = [(key, read_layer(function, adata, name)) for key, name in (("Mu", counts), ("Ms", spliced_counts))]
-    for key, layer in found:
+    names = counts, spliced_counts
+    layers = [read_layer(function, adata, name) for name in names]
+    unspliced, spliced = zip(names, layers, strict=True)
+    warn_of_one_normalized_layer(function, unspliced, spliced, stacklevel=3)
+    for key, layer in zip(("Mu", "Ms"), layers, strict=True):
         adata.layers[key] = dense(AveragedLayer(layer, size_factors(layer), mean))
 
 
@@ -73,11 +77,32 @@ def size_factors(counts: Layer) -> np.ndarray:
     Values that are no whole numbers have been normalized before.
     """
     totals = counts.totals()
-    stored = counts.values.data if sparse.issparse(counts.values) else counts.values
-    whole = all(np.array_equal(part, np.rint(part), equal_nan=True) for part in np.array_split(stored, 64))
-    if not whole or not (totals > 0).any():
+    if not are_counts(counts) or not (totals > 0).any():
         return np.ones(len(totals))
     return np.divide(np.median(totals[totals > 0]), totals, out=np.zeros(len(totals)), where=totals > 0)
+
+
+def are_counts(layer: Layer) -> bool:
+    """Return whether all values of a layer are whole numbers, or missing."""
+    stored = layer.values.data if sparse.issparse(layer.values) else layer.values
+    return all(np.array_equal(part, np.rint(part), equal_nan=True) for part in np.array_split(stored, 64))
+
+
+def warn_of_one_normalized_layer(
+    function: str, unspliced: tuple[str, Layer], spliced: tuple[str, Layer], stacklevel: int
+) -> None:
+    """Warn if one layer, given with its name, holds counts and the other does not.
+
+    Layers that share their memory with `adata.X` change when that is normalized.
+    """
+    whole = [are_counts(layer) for _, layer in (unspliced, spliced)]
+    if whole[0] != whole[1]:
+        (counts, _), (other, _) = (unspliced, spliced) if whole[0] else (spliced, unspliced)
+        warnings.warn(
+            f"{function}: layers[{counts!r}] holds whole numbers, layers[{other!r}] does not; if it is adata.X itself, "
+            f"it was normalized with that, and a copy() of the counts prevents this",
+            stacklevel=stacklevel,
+        )
 
 
 @dataclass(frozen=True)
@@ -123,5 +148,6 @@ def read_sources(function: str, adata: AnnData, options: SharedFlowOptions, ukey
             raise KeyError(f"{function}: adata.layers has no {key!r} (it has {sorted(adata.layers)})")
         else:
             layer = counts if name == options.counts else read_layer(function, adata, name, setting)
+            warn_of_one_normalized_layer(function, (options.counts, counts), (name, layer), stacklevel=4)
             found[key] = missing[key] = AveragedLayer(layer, size_factors(layer), mean)
     return Sources(found[ukey], found[xkey], counts, size_factors(counts), graph, mean, missing)
