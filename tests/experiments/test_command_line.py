@@ -127,6 +127,14 @@ def test_mistakes_before_an_experiment_is_named(
     assert text in capsys.readouterr().err
 
 
+def test_without_its_packages_it_names_the_extra() -> None:
+    program = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('experiments', run_name='__main__')"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: the experiments need more packages: pip install -e '.[experiments]'\n"
+
+
 def test_unknown_name_in_a_process_of_its_own() -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "experiments", "run", "nope"]
