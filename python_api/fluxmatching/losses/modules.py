@@ -319,7 +319,7 @@ def draw_from(distribution: NoiseLevels, key: Tensor, x: Tensor, stream: int, co
 
 
 def _check_noise(name: str, noise: NoiseLevels) -> NoiseLevels:
-    if not callable(getattr(noise, "quantile", None)):
+    if isinstance(noise, type) or not callable(getattr(noise, "quantile", None)):
         raise TypeError(
             f"{name}: noise must be a distribution of σ with a method quantile, such as LogNormalNoise(), got {noise!r}"
         )

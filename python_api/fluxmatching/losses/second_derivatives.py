@@ -211,6 +211,11 @@ def _differentiated(
 
 def _explained(error: Exception, method: str) -> Exception | None:
     """Return an error that names an alternative, if PyTorch lacks a derivative of that kind; else None."""
+    if method != "forward_over_reverse" and "transformed by a functorch transform" in str(error):
+        return RuntimeError(
+            f"second_derivatives='{method}' cannot be used inside a transform of torch.func; "
+            f"'forward_over_reverse' can inside of torch.func.grad"
+        )
     lacking = {
         "double_backward": ("double backward", "is not differentiable twice", "derivative for"),
         "forward_over_reverse": ("forward AD", "functorch transforms"),
