@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from experiments.common.clock import Clock
 from experiments.common.distances import wasserstein2
-from experiments.common.networks import TrajectoryTransformer
 from experiments.common.objectives import DSM, FLUX, HORIZONS, averaged_field, make_loss, stages
 from experiments.common.registry import Paused, UsageError
 from experiments.common.run import Run
@@ -18,6 +17,7 @@ from experiments.springs import sampling
 from experiments.springs.fields import label_by_sigma, make_field
 from experiments.springs.simulator import trajectories
 from fluxmatching import LogUniformNoise, Trainer, TrainingOptions
+from fluxmatching.networks import TrajectoryTransformer
 
 OBJECTIVES = (FLUX, DSM)
 FULL, CAUSAL = MASKS = ("full", "causal")
