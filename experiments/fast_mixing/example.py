@@ -1,0 +1,61 @@
+"""The field of the mixture by Flux Matching alone, as the example "mixture"."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from experiments.common.export import Measured, TrainedField, trained_field
+from experiments.common.objectives import FLUX
+from experiments.common.registry import UsageError
+from experiments.common.run import Run
+from experiments.fast_mixing.measure import distance_to_data, judge
+from experiments.fast_mixing.mixture import make_trainer
+from experiments.fast_mixing.problem import SIGMA_MAX, SIGMA_MIN, noised
+from experiments.fast_mixing.steps import FIXED_ON_MIXTURE, PAPER
+
+SEED = 0
+
+
+def example(run: Run) -> TrainedField:
+    """Return the field of the first seed.
+
+    Raises:
+        UsageError: the run trained none.
+    """
+    config, num_steps = run.config, max(run.config.mixture_steps)
+    if not config.with_training:
+        raise UsageError("the run trained no field of the mixture")
+
+    def measure(field: nn.Module) -> list[Measured]:
+        count = config.mixture_samples
+        found = judge(run, field, num_steps, FIXED_ON_MIXTURE[PAPER], count, "start", SEED)
+        (row,) = run.by_seed("steps", "distance", field=FLUX, procedure=PAPER, steps=num_steps, seed=SEED)
+        exact = distance_to_data(noised(SIGMA_MIN).sample(count, run.generator("floor", SEED)), SIGMA_MIN)
+        name = f"sliced W2 of {count} samples to exact ones, in {num_steps} steps of Algorithm 3"
+        return [Measured(name, f"{found:.3f}", f"{row:.3f}", f"{exact:.3f}")]
+
+    iterations = config.mixture_iterations
+    return TrainedField(
+        name="mixture",
+        field=trained_field(make_trainer(run, FLUX, SEED, iterations=iterations), iterations),
+        arguments={"dim": 2, "width": config.mixture_width},
+        shape=(2,),
+        sigma_min=SIGMA_MIN,
+        sigma_max=SIGMA_MAX,
+        sampler="predictor_corrector",
+        schedule="exponential_schedule",
+        num_steps=num_steps,
+        data=(
+            f"{config.mixture_data} points of three Gaussians of variance 0.05 in the plane, of equal weight, with "
+            "means at the corners of an equilateral triangle at distance 1.8 from the origin, one of them above it."
+        ),
+        training=(
+            f"Flux Matching over many noise levels (Eq. 11): {iterations} iterations of {config.mixture_batch} points, "
+            "a perceptron of three hidden layers, and the moving average of its weights."
+        ),
+        measure=measure,
+        limits=(
+            "The sliced W2 is sensitive to the shares of the three Gaussians: differences below 0.05 mean little.",
+            "Samples have the noise of sigma_min, 0.05, which the distribution they are compared with has too.",
+        ),
+    )

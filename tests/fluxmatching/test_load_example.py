@@ -1,0 +1,216 @@
+"""Examples: the shipped ones have the quality that their cards state, and files that are wrong are refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fluxmatching import (
+    EDMField,
+    load_example,
+)
+from fluxmatching.examples import CARD, CONFIG, NETWORKS, WEIGHTS
+
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+
+SHIPPED = Path(__file__).parents[2] / "python_api" / "fluxmatching" / "example_models"
+NAMES = sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}"))
+CONTENT = {
+    "format": 1, "network": "Perceptron", "arguments": {"dim": 2, "width": 8}, "sigma_data": 1.5, "sigma_min": 0.1,
+    "sigma_max": 10.0, "shape": [2],
+}  # fmt: skip
+
+
+def make_field() -> EDMField:
+    return EDMField(NETWORKS["Perceptron"](dim=2, width=8), 1.5)
+
+
+def write(folder: Path, weights: dict[str, Tensor] | bytes, **changes: Any) -> Path:
+    """Write an example "own" with entries of its config changed; the checksum suits the weights."""
+    content = weights if isinstance(weights, bytes) else safetensors.save(weights)
+    entries = {**CONTENT, "sha256": hashlib.sha256(content).hexdigest(), **changes}
+    (folder / "own").mkdir(parents=True)
+    (folder / "own" / WEIGHTS).write_bytes(content)
+    (folder / "own" / CONFIG).write_text(json.dumps(entries))
+    return folder
+
+
+def stated(name: str) -> list[tuple[float, float, float]]:
+    """The numbers of a card's table of quality: of the file, of the run, of a perfect model."""
+    card = (SHIPPED / name / CARD).read_text(encoding="utf-8")
+    table = card.split("## Measured quality")[1].split("##")[0]
+    rows = [re.findall(r"\| ([\d.]+)(?= \|)", line) for line in table.splitlines() if line.startswith("| ")]
+    return [(float(row[0]), float(row[1]), float(row[2])) for row in rows if len(row) == 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_field_is_read_as_it_was_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Bit for bit in every dtype of the file; the field is in float32, and the caller's random numbers go on."""
+    field = make_field()
+    field.load_state_dict({name: value.to(dtype) for name, value in field.state_dict().items()})
+    write(tmp_path, {name: value.to(dtype) for name, value in field.state_dict().items()})
+    state = torch.get_rng_state()
+    example = load_example("own", tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    z, sigma = torch.randn(50, 2), 10 ** (2 * torch.rand(50) - 1)
+    assert torch.equal(example.field(z, sigma), field(z, sigma))
+    assert {value.dtype for value in example.field.state_dict().values()} == {torch.float32}
+    assert not example.field.training
+    assert (example.name, example.shape, example.sigma_min, example.sigma_max) == ("own", (2,), 0.1, 10.0)
+    assert example.card == tmp_path / "own" / CARD
+
+
+def test_defaults_of_the_caller_change_nothing(tmp_path: Path) -> None:
+    write(tmp_path, make_field().state_dict())
+    usual = load_example("own", tmp_path).field.state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = load_example("own", tmp_path).field.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(value, found[name]) for name, value in usual.items())
+
+
+def test_a_field_can_be_trained_further(tmp_path: Path) -> None:
+    field = load_example("own", write(tmp_path, make_field().state_dict())).field
+    field(torch.randn(5, 2), 1.0).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in field.parameters())
+
+
+def test_where_examples_are_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The argument, then the variable, then the package."""
+    monkeypatch.setenv("FLUXMATCHING_EXAMPLES", str(write(tmp_path / "named", make_field().state_dict())))
+    write(tmp_path / "given", make_field().state_dict())
+    assert load_example("own").card.parts[-3] == "named"
+    assert load_example("own", str(tmp_path / "given")).card.parts[-3] == "given"
+    with pytest.raises(
+        ValueError, match=r"name must be one of own in .*named \(FLUXMATCHING_EXAMPLES\), got 'mixture'"
+    ):
+        load_example("mixture")
+    monkeypatch.setenv("FLUXMATCHING_EXAMPLES", "")
+    assert load_example("mixture").card == SHIPPED / "mixture" / CARD
+
+
+def test_a_missing_folder_is_named_with_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = r"folder must exist, got .*absent \({}\); `python -m experiments export RUN --out .*absent` makes it"
+    with pytest.raises(FileNotFoundError, match=message.format("the argument folder")):
+        load_example("own", tmp_path / "absent")
+    monkeypatch.setenv("FLUXMATCHING_EXAMPLES", str(tmp_path / "absent"))
+    with pytest.raises(FileNotFoundError, match=message.format("FLUXMATCHING_EXAMPLES")):
+        load_example("own")
+
+
+@pytest.mark.parametrize("name", ["none", "", ".", "..", "../own", "own/", "own/../own", "/", None, 3])
+def test_other_names_are_refused_with_those_found(tmp_path: Path, name: Any) -> None:
+    """Also names of paths to an example that exists, from beside it, from above it and from the root."""
+    write(tmp_path / "inside", make_field().state_dict())
+    write(tmp_path, make_field().state_dict())
+    for wrong in (name, str(tmp_path / "own")):
+        with pytest.raises(ValueError, match=r"name must be one of own in .*inside \(the argument folder\), got "):
+            load_example(wrong, tmp_path / "inside")
+    with pytest.raises(ValueError, match="name must be one of none in"):
+        load_example("own", tmp_path / "inside" / "own")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "must have format 1"),
+        ({"format": None}, "must have format 1"),
+        ({"more": 1}, "must have the entries format, network"),
+        ({"network": "os.system"}, "network must be one of 'Perceptron', 'TrajectoryTransformer', 'UNet'"),
+        ({"network": ["Perceptron"]}, "network must be one of"),
+        ({"arguments": None}, "do not fit Perceptron"),
+        ({"arguments": {"size": 3}}, "do not fit Perceptron"),
+        ({"arguments": {"dim": 2, "width": "8"}}, "do not fit Perceptron"),
+        ({"arguments": {"dim": 2, "width": -8}}, "do not fit Perceptron"),
+        ({"network": "TrajectoryTransformer", "arguments": {"width": 3}}, "do not fit TrajectoryTransformer"),
+        ({"arguments": {"dim": 2, "width": 9}}, "does not hold the weights of config.json"),
+        ({"network": "TrajectoryTransformer", "arguments": {"width": 16}}, "does not hold the weights"),
+        ({"sigma_data": 0}, "sigma_data must be a positive number"),
+        ({"sigma_data": "1"}, "sigma_data must be a positive number"),
+        ({"sigma_min": 10.0}, "0 < sigma_min < sigma_max must hold"),
+        ({"sigma_max": "10"}, CONFIG),
+        ({"sigma_max": math.nan}, "0 < sigma_min < sigma_max must hold"),
+        ({"shape": 2}, "must be a list of sizes"),
+        ({"shape": [2.0]}, "must be a list of sizes"),
+        ({"shape": [-2]}, "must be a list of sizes"),
+        ({"shape": [3]}, r"does not take samples of shape \[3\]"),
+        ({"shape": []}, "must be a list of sizes"),
+        ({"sha256": "0" * 64}, "is damaged or of another export"),
+        ({"sha256": None}, "is damaged or of another export"),
+    ],
+)
+def test_a_wrong_config_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_example("own", write(tmp_path, make_field().state_dict(), **changes))
+    assert str(tmp_path / "own") in str(caught.value)
+
+
+def without_last(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(list(weights.items())[:-1])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without_last,
+        lambda weights: {**weights, "more": torch.zeros(1)},
+        lambda weights: {name: value[..., :1].contiguous() for name, value in weights.items()},
+        lambda weights: {name: value.to(torch.int32) for name, value in weights.items()},
+        lambda weights: {name: value.to(torch.complex64) for name, value in weights.items()},
+        lambda weights: {name: value * math.inf for name, value in weights.items()},
+        lambda weights: {},
+        lambda weights: safetensors.save(weights)[:-4],
+        lambda weights: b"",
+        lambda weights: b"\xff" * 100,
+    ],
+    ids=["missing", "more", "shapes", "integers", "complex", "infinite", "empty", "truncated", "no bytes", "noise"],
+)
+def test_wrong_weights_are_refused(tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    """Also with the right checksum."""
+    with pytest.raises(ValueError, match=r"own.model\.safetensors does not hold the weights of config\.json"):
+        load_example("own", write(tmp_path, change(make_field().state_dict())))
+
+
+def test_one_changed_bit_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path, make_field().state_dict())
+    content = bytearray((tmp_path / "own" / WEIGHTS).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "own" / WEIGHTS).write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged or of another export"):
+        load_example("own", tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", '{"format": 1}', "\x00"])
+def test_a_damaged_config_is_refused(tmp_path: Path, content: str) -> None:
+    write(tmp_path, make_field().state_dict())
+    (tmp_path / "own" / CONFIG).write_text(content)
+    with pytest.raises(ValueError, match=r"load_example: .*own.config\.json must"):
+        load_example("own", tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    write(tmp_path, make_field().state_dict())
+    (tmp_path / "own" / WEIGHTS).unlink()
+    with pytest.raises(FileNotFoundError, match=r"own.model\.safetensors must exist beside config\.json"):
+        load_example("own", tmp_path)
+
+
+def test_without_safetensors_the_error_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, make_field().state_dict())
+    monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
+    with pytest.raises(ImportError, match=r"load_example needs safetensors: pip install 'fluxkernels\[experiments\]'"):
+        load_example("own", tmp_path)
