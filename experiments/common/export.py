@@ -15,11 +15,20 @@ from torch import Tensor, nn
 from experiments.common.objectives import averaged_field
 from experiments.common.registry import UsageError, load_experiment
 from experiments.common.run import Run, is_finished, read_config
-from experiments.common.summary import SOURCE
+from experiments.common.summary import SOURCE, table
 from fluxmatching import EDMField, Trainer, load_example
 from fluxmatching.examples import CARD, CONFIG, FORMAT, NETWORKS, WEIGHTS
 
 LARGEST = 2_000_000  # bytes of an example's weights
+COLUMNS = ("quantity", "this file", "in float32, by the run", "perfect model")
+ENTRIES = ("seed", "device", "duration", "versions", "date", "commit")  # of a run, in a card
+FRONT_MATTER = """---
+license: mit
+library_name: fluxkernels
+tags:
+- flux-matching
+- generative-model
+---"""
 
 
 @dataclass(frozen=True)
@@ -180,74 +189,49 @@ def described(trained: TrainedField, content: bytes) -> dict[str, Any]:
 
 
 def card(trained: TrainedField, measured: list[Measured], summary: dict[str, Any], size: int) -> str:
-    """Return the text of a model card."""
+    """Return the text of a model card, with the front matter of model hubs."""
     count = sum(value.numel() for value in trained.field.state_dict().values())
+    entries = {name: summary["entries"][name] for name in ENTRIES if name in summary["entries"]}
+    rows = [(m.quantity, m.exported, m.trained, m.perfect) for m in measured]
+    command = f"{summary['command']}\npython -m experiments export FOLDER_OF_THE_RUN"
+    sections = {
+        f"# {trained.name}: an example of `fluxmatching`": [
+            f"A field f(x, σ) trained by Flux Matching, {count} parameters in {size / 1000:.0f} kB.",
+            f"{SOURCE}, {summary['paper']}.",
+            f"```python\n{usage(trained)}\n```",
+        ],
+        "## Data": [trained.data],
+        "## Training": [
+            trained.training,
+            f"```\n{command}\n```",
+            "\n".join(table(("entry", "value"), list(entries.items()))),
+            "The run also trained the fields that it compares with this one. Its duration includes them.",
+        ],
+        "## Measured quality": [
+            "\n".join(table(COLUMNS, rows)),
+            "Samples of both fields are from the same noise. The weights of this file are rounded to float16.",
+        ],
+        "## Intended use": [
+            "Examples, tests of samplers and losses, and a start for further training, without a training of your own."
+        ],
+        "## Limits": ["\n".join(f"- {limit}" for limit in trained.limits)],
+        "## License": ["MIT, as the package."],
+    }
+    parts = [FRONT_MATTER, *(text for heading, texts in sections.items() for text in (heading, *texts))]
+    return "\n\n".join(parts) + "\n"
+
+
+def usage(trained: TrainedField) -> str:
+    """Return the lines of Python that sample the example."""
     names = ", ".join(sorted({trained.sampler, trained.schedule, "load_example"}))
-    rows = [f"| {m.quantity} | {m.exported} | {m.trained} | {m.perfect} |" for m in measured]
-    entries = ("seed", "device", "duration", "versions", "date", "commit")
-    facts = [f"| {name} | {summary['entries'][name]} |" for name in entries if name in summary["entries"]]
-    return f"""---
-license: mit
-library_name: fluxkernels
-tags:
-- flux-matching
-- generative-model
----
-
-# {trained.name}: an example of `fluxmatching`
-
-A field f(x, σ) trained by Flux Matching, {count} parameters in {size / 1000:.0f} kB. {SOURCE}, {summary["paper"]}.
-
-```python
-import torch
+    return f"""import torch
 from fluxmatching import {names}
 
 example = load_example("{trained.name}")
 sigmas = {trained.schedule}({trained.num_steps}, example.sigma_min, example.sigma_max)
 start = example.sigma_max * torch.randn(16, *example.shape)
 with torch.no_grad():
-    samples = {trained.sampler}(example.field, start, sigmas)
-```
-
-## Data
-
-{trained.data}
-
-## Training
-
-{trained.training}
-
-```
-{summary["command"]}
-python -m experiments export FOLDER_OF_THE_RUN
-```
-
-| entry | value |
-|---|---|
-{chr(10).join(facts)}
-
-The run also trained the fields that it compares with this one. Its duration includes them.
-
-## Measured quality
-
-| quantity | this file | in float32, by the run | perfect model |
-|---|---|---|---|
-{chr(10).join(rows)}
-
-Samples of both fields are from the same noise. The weights of this file are rounded to float16.
-
-## Intended use
-
-Examples, tests of samplers and losses, and a start for further training without a training of your own.
-
-## Limits
-
-{chr(10).join(f"- {limit}" for limit in trained.limits)}
-
-## License
-
-MIT, as the package.
-"""
+    samples = {trained.sampler}(example.field, start, sigmas)"""
 
 
 def _write(path: Path, text: str) -> None:

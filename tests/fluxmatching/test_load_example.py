@@ -16,7 +16,13 @@ from torch import Tensor
 
 from fluxmatching import (
     EDMField,
+    Example,
+    edm_heun,
+    exponential_schedule,
+    karras_schedule,
     load_example,
+    predictor_corrector,
+    reverse_ve,
 )
 from fluxmatching.examples import CARD, CONFIG, NETWORKS, WEIGHTS
 
@@ -42,6 +48,9 @@ def write(folder: Path, weights: dict[str, Tensor] | bytes, **changes: Any) -> P
     (folder / "own" / WEIGHTS).write_bytes(content)
     (folder / "own" / CONFIG).write_text(json.dumps(entries))
     return folder
+
+
+MEANS = 1.8 * torch.tensor([[0.0, 1.0], [-(0.75**0.5), -0.5], [0.75**0.5, -0.5]])
 
 
 def stated(name: str) -> list[tuple[float, float, float]]:
@@ -214,3 +223,119 @@ def test_without_safetensors_the_error_says_how_to_install_it(tmp_path: Path, mo
     monkeypatch.setitem(__import__("sys").modules, "safetensors", None)
     with pytest.raises(ImportError, match=r"load_example needs safetensors: pip install 'fluxkernels\[experiments\]'"):
         load_example("own", tmp_path)
+
+
+def test_the_three_are_there_and_small() -> None:
+    assert NAMES == ["images", "mixture", "springs"]
+    assert max((SHIPPED / name / WEIGHTS).stat().st_size for name in NAMES) < 2_000_000
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) < 1_500_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_block_of_a_card_runs(name: str) -> None:
+    if name == "images":
+        pytest.importorskip("diffusers", reason="diffusers is not installed")
+    (block,) = re.findall(r"```python\n(.*?)```", (SHIPPED / name / CARD).read_text("utf-8"), flags=re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert isinstance(found["example"], Example)
+    assert found["samples"].shape == (16, *found["example"].shape)
+    assert found["samples"].isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rounding_of_the_weights_changes_no_figure(name: str) -> None:
+    """The file and the field of the run, from the same noise."""
+    assert stated(name)
+    for file, run, perfect in stated(name):
+        assert file == pytest.approx(run, rel=0.02)
+        assert perfect < file
+
+
+def test_samples_of_the_mixture_are_as_near_to_exact_ones_as_its_card_states() -> None:
+    """Against the three Gaussians in closed form, by projections sorted here."""
+    example, generator = load_example("mixture"), torch.Generator().manual_seed(1)
+    start = example.sigma_max * torch.randn(10_000, 2, generator=generator)
+    sigmas = exponential_schedule(20, example.sigma_min, example.sigma_max)
+    found = predictor_corrector(example.field, start, sigmas, generator=generator)
+    means = MEANS[torch.randint(3, (10_000,), generator=generator)]
+    exact = means + (0.05 + example.sigma_min**2) ** 0.5 * torch.randn(10_000, 2, generator=generator)
+    angles = torch.arange(8) * torch.pi / 8
+    directions = torch.stack([angles.cos(), angles.sin()])
+    distance = ((found @ directions).sort(0).values - (exact @ directions).sort(0).values).square().mean().mul(2).sqrt()
+    ((file, _, perfect),) = stated("mixture")
+    # Both fluctuate with the shares of the Gaussians, by about as much as exact samples differ from exact ones.
+    assert distance.item() == pytest.approx(file, abs=perfect)
+    nearest = torch.cdist(found, MEANS).argmin(1)
+    for k in range(3):
+        assert (nearest == k).double().mean().item() == pytest.approx(1 / 3, abs=0.04)
+        torch.testing.assert_close(found[nearest == k].mean(0), MEANS[k], rtol=0, atol=0.15)
+
+
+def test_the_field_of_the_mixture_is_near_the_score_where_noise_dominates() -> None:
+    """At σ = 10 the mixture is nearly one Gaussian, whose field is -z/(v + σ²)."""
+    example = load_example("mixture")
+    z = 10 * torch.randn(1000, 2)
+    with torch.no_grad():
+        found = example.field(z, 10.0)
+    exact = -z / (100 + 0.05 + 1.8**2 / 2)
+    assert (found - exact).norm() < 0.15 * exact.norm()
+
+
+def simulated(count: int) -> Tensor:
+    """Trajectories of Eq. 46 by many small steps of the explicit midpoint rule."""
+
+    def velocity(state: Tensor) -> Tensor:
+        q, v = state[:, ::2], state[:, 1::2]
+        coupling = 0.7 * (q - q.flip(1))
+        return torch.stack([v, -q - coupling - 0.08 * v - 0.08 * q**3], 2).flatten(1)
+
+    state = torch.randn(count, 4, dtype=torch.float64) * torch.tensor([3, 1.5, 3, 1.5])
+    states, step = [state], 0.01
+    for index in range(1, 491):
+        state = state + step * velocity(state + step / 2 * velocity(state))
+        if index % 10 == 0:
+            states.append(state)
+    return torch.stack(states, 1).float()
+
+
+def test_samples_of_the_springs_are_as_near_to_simulated_ones_as_its_card_states() -> None:
+    """W2 to trajectories simulated here, relative to that of exact ones."""
+    ot = pytest.importorskip("ot", reason="POT is not installed")
+    example = load_example("springs")
+    real, others = simulated(2000), simulated(500)
+
+    def w2(x: Tensor) -> float:
+        costs = torch.cdist(x.flatten(1).double(), real.flatten(1).double()).square().numpy()
+        return float(ot.emd2([], [], costs, numItermax=1_000_000)) ** 0.5
+
+    sigmas = exponential_schedule(128, example.sigma_min, example.sigma_max)
+    found = reverse_ve(example.field, example.sigma_max * torch.randn(500, *example.shape), sigmas)
+    ((file, _, perfect),) = stated("springs")
+    assert w2(found) / w2(others) == pytest.approx(file / perfect, rel=0.1)
+    assert w2(found) < 0.5 * w2(example.sigma_max * torch.randn(500, *example.shape))
+
+
+def test_the_field_of_the_springs_sees_the_past_alone() -> None:
+    field = load_example("springs").field
+    z = torch.randn(2, 50, 4)
+    changed = z.clone()
+    changed[:, 30:] += 1
+    with torch.no_grad():
+        difference = (field(changed, 1.0) - field(z, 1.0)).abs().amax((0, 2))
+    assert difference[:30].max() < 1e-5
+    assert difference[30:].min() > 1e-3
+
+
+def test_samples_of_the_images_have_the_colors_of_cifar10() -> None:
+    """Mean and standard deviation of pixels, which are published (0.473 and 0.251 of the range of bytes)."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    example = load_example("images")
+    sigmas = karras_schedule(18, example.sigma_min, example.sigma_max)
+    with torch.no_grad():
+        x = (edm_heun(example.field, example.sigma_max * torch.randn(64, *example.shape), sigmas) + 1) / 2
+    assert x.mean().item() == pytest.approx(0.473, abs=0.05)
+    assert x.std().item() == pytest.approx(0.251, abs=0.05)
+    # Neighboring pixels of photographs are alike; those of noise are not.
+    neighbors = torch.corrcoef(torch.stack([x[..., 1:].flatten(), x[..., :-1].flatten()]))[0, 1]
+    assert neighbors > 0.85
