@@ -14,6 +14,13 @@ from experiments.images.stages import best_field, floor, reference
 from experiments.images.training import network_arguments
 from fluxmatching import EDMField
 
+SMALL = "A small training: samples have layout and colors of photographs, and no objects."
+LIMITS = {
+    "shapes": ("Drawn discs of one color each: a test of samplers, no model of photographs.",),
+    "cifar10": (SMALL, "CIFAR-10 is published for research without an explicit license."),
+    "celeba64": (SMALL, "The owners of CelebA allow research alone."),
+}
+
 
 def example(run: Run) -> TrainedField:
     """Return the field with the best samples of the run."""
@@ -48,9 +55,8 @@ def example(run: Run) -> TrainedField:
         ),
         measure=measure,
         limits=(
-            "A training of minutes on a CPU: samples have layout and colors of photographs, and no objects.",
             "The distance on random convolutions is not an FID and not comparable with one; compare with the last "
-            "column, held-out real images.",
-            "CIFAR-10 is published for research without an explicit license.",
+            "column, held-out images of the data.",
+            *LIMITS[config.dataset.removesuffix("_subset")],
         ),
     )

@@ -34,11 +34,16 @@ def example(run: Run) -> TrainedField:
         raise UsageError("the example springs is exported from runs without standardize and with input_scaling")
 
     def measure(field: nn.Module) -> list[Measured]:
-        found = wasserstein2(sample(run, field, SEED), fresh(run))
+        found, real = sample(run, field, SEED), fresh(run)
         known = {"objective": FLUX, "mask": CAUSAL, "iteration": config.iterations, "seed": SEED}
         (row,) = run.by_seed("model", "w2_fresh", **known)
         name = f"W2 of {config.samples} samples in {config.sampling_steps} steps to {config.data} fresh trajectories"
-        return [Measured(name, f"{found:.2f}", f"{row:.2f}", f"{floor(run)['w2_fresh']:.2f}")]
+        return [
+            Measured(name, f"{wasserstein2(found, real):.2f}", f"{row:.2f}", f"{floor(run)['w2_fresh']:.2f}"),
+            Measured(
+                "standard deviation of all positions and velocities", f"{found.std():.2f}", "–", f"{real.std():.2f}"
+            ),
+        ]
 
     folder, iterations = samples_file(run, FLUX, CAUSAL, SEED).parent, config.iterations
     trainer = make_trainer(run, FLUX, CAUSAL, SEED, iterations=iterations, folder=folder)

@@ -59,8 +59,8 @@ def load_example(
 ) -> Example:
     """Load a small trained field.
 
-    "mixture" (points of three Gaussians in the plane), "springs" (trajectories of two masses) and "images"
-    (CIFAR-10, 32 × 32) come with the package. `python -m experiments export RUN --out FOLDER` makes others. Nothing is
+    "mixture" (points of three Gaussians in the plane), "springs" (trajectories of two masses) and "images" (drawn
+    discs, 16 × 16) come with the package. `python -m experiments export RUN --out FOLDER` makes others. Nothing is
     downloaded, and no code in a file is run.
 
     >>> example = load_example("mixture")  # doctest: +SKIP
