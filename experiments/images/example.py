@@ -16,7 +16,10 @@ from fluxmatching import EDMField
 
 SMALL = "A small training: samples have layout and colors of photographs, and no objects."
 LIMITS = {
-    "shapes": ("Drawn discs of one color each: a test of samplers, no model of photographs.",),
+    "shapes": (
+        "A disc of the data has one color; those of a small training have several, and some images have two discs.",
+        "A test of samplers, no model of photographs.",
+    ),
     "cifar10": (SMALL, "CIFAR-10 is published for research without an explicit license."),
     "celeba64": (SMALL, "The owners of CelebA allow research alone."),
 }
@@ -48,7 +51,7 @@ def example(run: Run) -> TrainedField:
         sampler="edm_heun",
         schedule="karras_schedule",
         num_steps=config.sampling_steps or 18,
-        data=f"{images.source}. Bytes are scaled to [-1, 1].",
+        data=f"{images.source[0].upper()}{images.source[1:]}. Bytes are scaled to [-1, 1].",
         training=(
             f"Flux Matching over many noise levels (Eq. 11) with a UNet of diffusers: {config.iterations} iterations "
             f"of {config.batch} images, moving average {config.ema:g}."
