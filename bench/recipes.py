@@ -1,8 +1,8 @@
 """The recipes beside dense implementations at their authors' shapes, and averages over more than fits.
 
-python -m bench.recipes              prints a table, and puts it into bench/results
-python -m bench.recipes --streamed   10⁷ reference points from a file, piece by piece: time and memory, in a process
-python -m bench.recipes --sharded    reference points of two processes: time, and bytes that travel
+python -m bench.recipes [--device cuda]    prints a table, and puts it into bench/results
+python -m bench.recipes --streamed         10⁷ reference points from a file, piece by piece: time and memory
+python -m bench.recipes --sharded          reference points of two processes: time, and bytes that travel
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import distributed as dist
 import fluxkernels as fk
 from bench.records import duration
 from bench.timing import in_turns, medians, resident_growth, run_module, timed
-from bench.training.results import begin
+from bench.training.results import begin, device_argument
 from fluxmatching.recipes import (
     drifting_field,
     flow_matching_target,
@@ -47,6 +48,9 @@ class Row:
     inputs: tuple[Tensor, ...]
     ours: Callable[..., Tensor]
     dense: Callable[..., Tensor]
+
+    def on(self, device: torch.device) -> Row:
+        return replace(self, inputs=tuple(t.to(device) for t in self.inputs))
 
     def error(self, function: Callable[..., Tensor]) -> float:
         """Relative error against the dense formula in float64, on the first groups."""
@@ -134,20 +138,40 @@ def rows() -> list[Row]:
     ]
 
 
-def compare() -> None:
+HEAD = "| recipe | shape | ours | dense | dense / ours | error, ours | error, dense |\n" + 7 * "|---" + "|"
+
+
+def measured(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Yield the times and errors of each recipe; one that fails has its error's text instead."""
     torch.manual_seed(0)
-    with begin("recipes", torch.device("cpu")) as write:
+    for row in rows():
+        found: dict[str, Any] = {"name": row.name, "shapes": row.shapes}
+        try:
+            on_device = row.on(device)
+            calls = [lambda row=on_device: row.ours(*row.inputs), lambda row=on_device: row.dense(*row.inputs)]
+            found["ours"], found["dense"] = medians(calls, REPETITIONS)
+            found["error"], found["dense_error"] = on_device.error(row.ours), on_device.error(row.dense)
+        except Exception as problem:  # out of memory, a lost card: the other rows stay
+            found["failed"] = f"{type(problem).__name__}: {problem}"[:500]
+        yield found
+
+
+def line(found: dict[str, Any]) -> str:
+    head = f"| {found['name']} | {found['shapes']} |"
+    if "failed" in found:
+        return f"{head} {found['failed'].split(':')[0]} | – | – | – | – |"
+    ours, dense = found["ours"], found["dense"]
+    errors = f"{found['error']:.1e} | {found['dense_error']:.1e}"
+    return f"{head} {duration(ours)} | {duration(dense)} | {dense / ours:.2f} | {errors} |"
+
+
+def compare(device: torch.device) -> None:
+    with begin("recipes", device) as write:
         write("Dense: cdist, softmax and products in float32. Errors against the dense formula in float64.\n")
-        write("| recipe | shape | ours | dense | dense / ours | error, ours | error, dense |")
-        write("|---|---|---|---|---|---|---|")
-        for row in rows():
-            calls = [lambda row=row: row.ours(*row.inputs), lambda row=row: row.dense(*row.inputs)]
-            ours, dense = medians(calls, REPETITIONS)
-            errors = f"{row.error(row.ours):.1e} | {row.error(row.dense):.1e}"
-            write(
-                f"| {row.name} | {row.shapes} | {duration(ours)} | {duration(dense)} | {dense / ours:.2f} | {errors} |"
-            )
-        for option in ("--streamed", "--sharded"):
+        write(HEAD)
+        for found in measured(device):
+            write(line(found))
+        for option in ("--streamed", "--sharded") if device.type == "cpu" else ():
             write("\n" + run_module("bench.recipes", option).stdout.strip().splitlines()[-1])
 
 
@@ -214,9 +238,14 @@ def rank() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.recipes", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu")
     for option, call in (("--streamed", streamed), ("--sharded", sharded), ("--rank", rank)):
-        parser.add_argument(option, dest="call", action="store_const", const=call, default=compare, help=call.__doc__)
-    parser.parse_args().call()
+        parser.add_argument(option, dest="call", action="store_const", const=call, help=call.__doc__)
+    options = parser.parse_args()
+    if options.call is None:
+        compare(device_argument(parser, options.device))
+    else:
+        options.call()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Task:
 SCORE, MEAN, LOG_DENSITY = Task(BY_NAME["kde_score"]), Task(BY_NAME["kde_mean"]), Task(BY_NAME["kde_log_density"])
 STEP, CHAIN, PASS = Task(BY_NAME["langevin_step"]), Task(BY_NAME["langevin_chain"]), Task(BY_NAME["flux_pass"])
 WEIGHTS, AVERAGE = Task(BY_NAME["transition_weights"]), Task(BY_NAME["transition_average"])
-RESIDUAL = Task(BY_NAME["residual_gradient"])
+RESIDUAL, KERNEL_AVERAGE = Task(BY_NAME["residual_gradient"]), Task(BY_NAME["kernel_average"])
 FORWARD = tuple(Task(op) for op in OPS)
 TASKS = {task.name: task for task in (*FORWARD, *(task.with_gradient() for task in FORWARD))}
 

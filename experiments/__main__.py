@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from tyro.conf import Positional, arg
-from tyro.extras import SubcommandApp
+
+try:
+    from tyro.conf import Positional, arg
+    from tyro.extras import SubcommandApp
+except ImportError as error:
+    raise SystemExit("error: the experiments need more packages: pip install -e '.[experiments]'") from error
 
 from experiments.common.export import export_example
 from experiments.common.folder import locked, prepare_folder

@@ -93,10 +93,14 @@ def read_numbers(function: str, name: str, t: Tensor) -> list[float]:
 
 
 def check_points(function: str, name: str, t: object, like: Tensor | None = None) -> Tensor:
-    """Return `t` if it is a tensor `[..., N, D]`."""
+    """Return `t` if it is a tensor `[..., N, D]`, or one row of values for each of N points."""
     t = check_tensor(function, name, t, like)
     if t.ndim < 2:
-        raise ValueError(f"{function}: {name} must have shape [..., N, D], got {shape_of(t)}")
+        shape, hint = {
+            "refs": ("[..., M, D]", ""),
+            "values": ("[..., points, V]", "; values.unsqueeze(-1) has rows of one number"),
+        }.get(name, ("[..., N, D]", ""))
+        raise ValueError(f"{function}: {name} must have shape {shape}, got {shape_of(t)}{hint if t.ndim else ''}")
     return t
 
 

@@ -44,7 +44,7 @@ def run_tests() -> dict[str, Any]:
         "tests/fluxmatching/test_gpu_training.py", "tests/fluxkernels/test_triton.py", "-k", "not compile_for",
     ]  # fmt: skip
     if importlib.util.find_spec("xdist"):  # most of the time goes into compilation, on one core
-        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1))]
+        command += ["-n", str(min(MOST_WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
     environment = {**os.environ, "FLUXKERNELS_AUTOTUNE": "0"}
     try:
         done = subprocess.run(

@@ -17,8 +17,8 @@ class Progress:
     """The results and their file.
 
     Attributes:
-        results: origin, `tests`, `rates`, `rows`, `training`, `velocity`, `presets`, and how far the check has come:
-            `begun` steps, those `left_out` for lack of time, errors by step (`failed`), `crashes` of the process.
+        results: origin, `tests`, `rates`, `rows`, `recipes`, `training`, `velocity`, `presets`, and how far the check
+            has come: `begun` steps, those `left_out` for lack of time, errors by step (`failed`), `crashes`.
     """
 
     file: Path
@@ -30,7 +30,7 @@ class Progress:
         results: dict[str, Any] = {
             **origin.fields(),
             **dict.fromkeys(("tests", "rates", "velocity")),
-            **{name: [] for name in ("rows", "training", "presets", "begun", "left_out", "crashes")},
+            **{name: [] for name in ("rows", "recipes", "training", "presets", "begun", "left_out", "crashes")},
             "failed": {},
             "interrupted": False,
         }
@@ -57,6 +57,7 @@ class Progress:
                 found += [f"{name}: {row['failed']}"] if not row["failed"].startswith("TimeoutError") else []
             elif not row["error"] <= row["bound"]:  # NaN is above every bound
                 found.append(f"{name}: error {row['error']:.1e} above {row['bound']:.0e}")
+        found += [f"{row['name']}: {row['failed']}" for row in results["recipes"] if "failed" in row]
         found += [f"{step}: {problem}" for step, problem in results["failed"].items()]
         found += [f"{crash['step']}: {crash['reason']}" for crash in results["crashes"]]
         return found + (["interrupted"] if results["interrupted"] else [])

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.tasks import PASS, Task
+from bench.tasks import KERNEL_AVERAGE, PASS, Task
 from bench.timing import fastest_on_gpu
 from bench.workloads import Workload
 from tests.support.ops import NUM_STEPS
@@ -77,18 +77,19 @@ def pairs(task: Task, workload: Workload) -> int:
 
 
 def model_seconds(rates: dict[str, float], task: Task, workload: Workload) -> float:
-    """Least time of a pass or a score: exponentials and multiply-adds at these rates, or bytes if they take longer.
+    """Least time of a task: exponentials and multiply-adds at these rates, or bytes if they take longer.
 
-    The values of a pass's transition have D coordinates too. Above 16 dimensions the multiply-adds are those of
-    thirteen products of 8-bit digits for each product of points: a score has two, the pass the stacked product and
-    three rebuilt points, and the transition's two.
+    The values of a pass's transition have D coordinates too, those of a kernel average two. Above 16 dimensions the
+    multiply-adds are those of thirteen products of 8-bit digits for each product of points: a score has two, the pass
+    the stacked product and three rebuilt points, and the transition's two.
     """
     D, queries, refs = workload.dimensions, workload.queries, workload.refs
+    columns = 2 if task == KERNEL_AVERAGE else D
     if D <= 16:
-        per_pair = 1 / rates["exponentials"] + 2 * D / rates["multiply_adds"]
+        per_pair = 1 / rates["exponentials"] + (D + columns) / rates["multiply_adds"]
         arithmetic = pairs(task, workload) * per_pair
     else:
-        products = (1 + NUM_STEPS) + refs / queries + 3 + 2 if task == PASS else 2.0
+        products = (1 + NUM_STEPS) + refs / queries + 3 + 2 if task == PASS else 1 + columns / D
         arithmetic = products * workload.pairs * D / (rates["product_int8"] / DIGIT_PRODUCTS)
     # Queries and reference points read once, results written once: one array for the score, five for the pass.
     numbers = workload.groups * D * (queries * (6 if task == PASS else 2) + refs)

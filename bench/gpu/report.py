@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from bench import recipes
 from bench.gpu.runs import COMPILED, KEOPS, OURS, PLAIN
 from bench.origin import Origin
 from bench.records import duration
@@ -73,6 +74,9 @@ def table(results: dict[str, Any]) -> list[str]:
         lines.append(f"| {kind} | {name} |{''.join(row)}")
     if results.get("velocity"):
         lines += ["", f"RNA velocity: {velocity(results['velocity'])}."]
+    if found := results.get("recipes"):
+        lines += ["", "Recipes beside dense implementations:", "", *recipes.HEAD.splitlines()]
+        lines += [recipes.line(row) for row in found]
     if results.get("training"):
         lines += ["", "A training step beside one of score matching:", "", *cost.HEAD.splitlines()]
         for name in dict.fromkeys(row["setting"]["name"] for row in results["training"]):

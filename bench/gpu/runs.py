@@ -1,4 +1,4 @@
-"""Runs of the GPU benchmarks: a workload, whether it is a pass or a score, and the implementations that compete."""
+"""Runs of the GPU benchmarks: a workload, the op that is timed on it, and the implementations that compete."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from bench import baselines, workloads
-from bench.tasks import PASS, SCORE, Task
+from bench.tasks import KERNEL_AVERAGE, PASS, SCORE, Task, inputs_of
 from bench.workloads import Workload
 from tests.support import published
-from tests.support.ops import NUM_STEPS
+from tests.support.ops import NUM_STEPS, value_of
+from tests.support.ops import judged as judged_of
 
 Call = Callable[[], Tensor]
 OURS, PLAIN, COMPILED, KEOPS = "triton", "plain PyTorch", "torch.compile", "KeOps"
@@ -18,7 +19,7 @@ OURS, PLAIN, COMPILED, KEOPS = "triton", "plain PyTorch", "torch.compile", "KeOp
 
 @dataclass(frozen=True)
 class GPURun:
-    """A pass or a score on one workload.
+    """A pass, a score or a kernel average on one workload.
 
     Attributes:
         compiled: mode of torch.compile for its baseline, or None for no such baseline, which takes long to compile.
@@ -56,9 +57,9 @@ class GPURun:
         return replace(self, workload=part)
 
 
-def _many(queries: int) -> GPURun:
+def _many(queries: int) -> Workload:
     name = f"{queries} queries, 50000 reference points, D = 3072"
-    return GPURun(SCORE, Workload(name, 1, queries, 50_000, 3072, 6000.0), "default")
+    return Workload(name, 1, queries, 50_000, 3072, 6000.0)
 
 
 _SINGLE = [
@@ -76,9 +77,9 @@ _SCORES = [GPURun(SCORE, workload) for workload in (*workloads.GENES, *_SINGLE)]
 RUNS = [
     *_GENES,
     *_MINIBATCHES,
-    _many(128),
-    _many(4096),
+    *(GPURun(SCORE, _many(queries), "default") for queries in (128, 4096)),
     *_SCORES[::-1],
+    *(GPURun(KERNEL_AVERAGE, workload) for workload in (*_SINGLE[::-1], workloads.GENES[1], _many(4096))),
     *(GPURun(PASS, workload) for workload in _SINGLE),
 ]
 
@@ -101,6 +102,7 @@ def contenders(run: GPURun, x: Tensor, refs: Tensor, compiled: bool = False) -> 
 def errors(run: GPURun) -> dict[str, float]:
     """Relative errors against the torch backend in float64, with noise given.
 
+    Those of a kernel average are relative to the average of the values' sizes: the values, of mean 0, cancel in it.
     torch.compile has plain PyTorch's formulas, and no error of its own: other shapes would be compiled for it.
     """
     part = run.judged()
@@ -110,11 +112,14 @@ def errors(run: GPURun) -> dict[str, float]:
         noise = torch.randn(count, *x.shape, generator=torch.Generator().manual_seed(1)).cuda()
     given = () if noise is None else (noise,)
     exact_noise = () if noise is None else (noise.double(),)
-    exact = baselines.ours(op, "torch")(x.double(), refs.double(), sigma2, *exact_noise)
+    exact = size = baselines.ours(op, "torch")(x.double(), refs.double(), sigma2, *exact_noise)
+    if part.task == KERNEL_AVERAGE:
+        inputs = inputs_of(x.double(), refs.double(), sigma2)
+        size = judged_of(op, op.call({**inputs, "ref_values": value_of(inputs, "ref_values").abs()}, backend="torch"))
     found = {
         OURS: baselines.ours(op, OURS)(x, refs, sigma2, *given),
         PLAIN: baselines.plain(op)(x, refs, sigma2, *given),
     }
     if part.task == SCORE and baselines.missing("keops") is None:
         found[KEOPS] = baselines.keops_score(x, refs, sigma2)
-    return {name: float((result.double() - exact).norm() / exact.norm()) for name, result in found.items()}
+    return {name: float((result.double() - exact).norm() / size.norm()) for name, result in found.items()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bench import recipes
 from bench.gpu import rates
 from bench.gpu.progress import Progress
 from bench.gpu.runs import COMPILED, OURS, PLAIN, RUNS, GPURun, contenders, errors
@@ -188,6 +189,16 @@ def measure_velocity(progress: Progress, _: float) -> None:
     check_card()
 
 
+def measure_recipes(progress: Progress, _: float) -> None:
+    print(recipes.HEAD)
+    for row in recipes.measured(torch.device("cuda")):
+        progress.results["recipes"].append(row)
+        progress.save()
+        print(recipes.line(row), flush=True)
+        if "failed" in row:
+            check_card()
+
+
 def measure_presets(progress: Progress, _: float) -> None:
     print(presets.HEAD)
     for row in presets.measured("paper", torch.device("cuda"), num_steps=5):
@@ -202,6 +213,7 @@ def all_steps() -> list[Step]:
     return [
         Step("rates", measure_rates, optional=False),
         *map(run_step, RUNS),
+        Step("recipes", measure_recipes),
         *(training_step(setting) for setting in cost.GPU if setting.run != "compiled"),
         *(run_step(run, compiled=True) for run in RUNS if run.compiled),
         *(training_step(setting) for setting in cost.GPU if setting.run == "compiled"),

@@ -124,7 +124,12 @@ def make_loss(
         chunk_size: see `fluxmatching.FluxOptions`.
         mixing: weight and drift of the mixing proxy.
         refs: reference points of Flux Matching and score matching; None for the minibatch.
+
+    Raises:
+        ValueError: no such objective.
     """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
     if objective == DSM:
         dsm, normalizer = DSMOptions(backend=backend), LossNormalizer()
         return DenoisingScoreMatching(field, noise, dsm, normalizer=normalizer, sigma_per_sample=False, refs=refs)

@@ -47,9 +47,15 @@ class Options(Generic[C]):
     config: C
 
 
-# Before the experiment is known there is no config to show.
-WithoutConfig = Options[Suppress[None]]
-_UNKNOWN: Any = Options(name=tyro.MISSING, config=None)
+@dataclass(frozen=True, kw_only=True)
+class WithoutConfig(Options[None]):
+    __doc__ = Options.__doc__  # of the help: before the experiment is known there is no config to show
+
+    # With a default: tyro builds the parser of every command, also to report an unknown one.
+    config: Suppress[None] = None
+
+
+_UNKNOWN: Any = WithoutConfig(name=tyro.MISSING)
 
 
 def read_options(words: Sequence[str]) -> Options[Any]:

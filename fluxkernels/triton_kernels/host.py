@@ -37,7 +37,7 @@ def _by_points(name: str) -> Callable[..., Any]:
         D = points.shape[-1]
         if D <= MOST_STREAMED:
             return few(*args, **hints)
-        if points.dtype == torch.float64 or D > fixed_point.MOST_DIMENSIONS:
+        if points.dtype == torch.float64 or D > fixed_point.limits.MOST_DIMENSIONS:
             return in_float64(*args, **hints)
         return many(*args, **hints)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fluxmatching.fields import per_sample
+from fluxmatching.fields import check_returned, per_sample, with_arguments
 
 
 class EDMField(nn.Module):
@@ -29,6 +29,7 @@ class EDMField(nn.Module):
 
     Raises:
         ValueError: sigma_data is not positive, or σ has another shape.
+        TypeError: the network takes other arguments, or returns no tensor.
     """
 
     accepts_sigma_per_sample = True
@@ -47,5 +48,7 @@ class EDMField(nn.Module):
         sigma = sigma.to(z).expand(z.shape[:1])
         level = per_sample(sigma, z)
         norm = (level.square() + self.sigma_data**2).sqrt()
-        output = self.network(z / norm, sigma.log() / 4)
+        called = "EDMField: network is called with two arguments, x and c_noise"
+        output: Tensor = with_arguments(self.network, z / norm, sigma.log() / 4, called=called)
+        check_returned("EDMField: network", output)
         return (self.sigma_data / level * output.to(z.dtype) - z / norm) / norm

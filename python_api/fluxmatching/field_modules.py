@@ -134,7 +134,7 @@ def own_generators(field: Callable[..., Any]) -> list[torch.Generator]:
         if not _belongs_to_library(module):
             held += vars(module).values()
     for kind in {type(module) for module in modules}:
-        held += _referred_to(kind.forward)
+        held += _referred_to(getattr(kind, "forward", None))  # the class of torch.jit.script has none
     return [value for value in held if isinstance(value, torch.Generator)]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,12 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor | flo
     """Return field(z, *condition) in the dtype of z.
 
     Raises:
-        TypeError: the result is no dense tensor of floating-point numbers, or the field computes in another dtype.
+        TypeError: the result is no dense tensor of floating-point numbers, the field computes in another dtype, or it
+            takes other arguments.
         ValueError: the result has another shape than z.
     """
     try:
-        f = field(z, *condition)
+        f = with_arguments(field, z, *condition)
     except RuntimeError as error:
         if (dtype := _other_dtype(field, z, error)) is None:
             raise
@@ -30,14 +33,54 @@ def call_field(field: Callable[..., Tensor], z: Tensor, *condition: Tensor | flo
             f"field has parameters in {dtype}, its input is {z.dtype}; convert one of them, such as by "
             f"x.to({dtype}) or field.to({z.dtype})"
         ) from error
-    if not isinstance(f, Tensor):
-        raise TypeError(f"field must return a torch.Tensor, got {type(f).__name__}")
+    check_returned("field", f)
     check_dense("field", "its result", f)
     if f.shape != z.shape:
         raise ValueError(f"field must return the shape of its input, {list(z.shape)}, got {list(f.shape)}")
     if not f.is_floating_point():
         raise TypeError(f"field must return floating-point numbers, got {f.dtype}")
     return f.to(z.dtype)
+
+
+def with_arguments(field: Callable[..., Any], *arguments: Tensor | float, called: str | None = None) -> Any:
+    """Return field(*arguments).
+
+    Args:
+        called: text for the error, in place of that for fields.
+
+    Raises:
+        TypeError: the field takes more or fewer arguments.
+    """
+    try:
+        return field(*arguments)
+    except TypeError as error:
+        if _accepts(field, arguments):
+            raise
+        wanted = {
+            1: "one argument, x; losses and samplers of many noise levels, or of flows, take fields of two",
+            2: "two arguments, x and σ, or x and t in a flow; flux_matching_loss and unadjusted_langevin take f(x)",
+        }.get(len(arguments), "three arguments, x, t and labels")
+        raise TypeError(f"{called or f'field is called with {wanted}'} ({error})") from error
+
+
+def _accepts(field: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+    """Return False if the signature of a field excludes these arguments."""
+    try:
+        signature = inspect.signature(field.forward if isinstance(field, nn.Module) else field)
+    except (TypeError, ValueError):  # a function without one
+        return True
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def check_returned(name: str, value: object) -> None:
+    """Raise TypeError unless a field or network, named in the error, has returned a tensor."""
+    if not isinstance(value, Tensor):
+        part = "; its .sample is one" if isinstance(getattr(value, "sample", None), Tensor) else ""
+        raise TypeError(f"{name} must return a torch.Tensor, got {type(value).__name__}{part}")
 
 
 def finite_field(function: str, field: Callable[..., Tensor], z: Tensor, *condition: Tensor | float) -> Tensor:
@@ -84,19 +127,27 @@ class AdaptedField(nn.Module):
         """Compute f(z, σ) from the prediction."""
         raise NotImplementedError
 
+    def predict(self, z: Tensor, sigma: Tensor) -> Tensor:
+        """Call the prediction."""
+        name = f"{type(self).__name__}: prediction"
+        called = f"{name} is called with two arguments, x and σ or t"
+        predicted: Tensor = with_arguments(self.prediction, z, sigma, called=called)
+        check_returned(name, predicted)
+        return predicted
+
 
 class DenoiserField(AdaptedField):
     """Field of `field_from_denoiser`."""
 
     def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
-        return (self.prediction(z, sigma) - z) / per_sample(sigma, z).square()
+        return (self.predict(z, sigma) - z) / per_sample(sigma, z).square()
 
 
 class NoisePredictionField(AdaptedField):
     """Field of `field_from_noise_prediction`."""
 
     def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
-        return -self.prediction(z, sigma) / per_sample(sigma, z)
+        return -self.predict(z, sigma) / per_sample(sigma, z)
 
 
 class VelocityField(AdaptedField):
@@ -104,7 +155,7 @@ class VelocityField(AdaptedField):
 
     def convert(self, z: Tensor, sigma: Tensor) -> Tensor:
         level = per_sample(sigma, z)
-        return (self.prediction(z / (1 + level), 1 / (1 + sigma)) - z) / (level * (1 + level))
+        return (self.predict(z / (1 + level), 1 / (1 + sigma)) - z) / (level * (1 + level))
 
 
 def field_from_denoiser(denoiser: NoisyField) -> DenoiserField:

@@ -110,6 +110,31 @@ def test_mistakes_are_one_line_and_exit_2(words: list[str], text: str, capsys: p
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["nope"], "Unrecognized options: nope"),
+        (["report", "--nope"], "Unrecognized options: --nope"),
+        ([], "Expected one of {list, run, report}."),
+    ],
+)
+def test_mistakes_before_an_experiment_is_named(
+    words: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+def test_without_its_packages_it_names_the_extra() -> None:
+    program = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('experiments', run_name='__main__')"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: the experiments need more packages: pip install -e '.[experiments]'\n"
+
+
 def test_unknown_name_in_a_process_of_its_own() -> None:
     root = Path(__file__).parents[2]
     command = [sys.executable, "-m", "experiments", "run", "nope"]

@@ -35,7 +35,7 @@ def whole_step(x: Tensor, sigma2: Tensor, seed: int | Tensor, backend: str | Non
 
 def bytes_of_a_block() -> int:
     """Products, logits and words of the pairs that are held at once in many dimensions."""
-    return 16 * int(importlib.import_module("fluxkernels.triton_kernels.fixed_point.host").MOST_PAIRS)
+    return 16 * int(importlib.import_module("fluxkernels.triton_kernels.fixed_point.host.limits").MOST_PAIRS)
 
 
 def relative(got: Tensor, truth: Tensor) -> float:

@@ -3,6 +3,7 @@
 The interpreter needs an environment variable before the kernels are imported, so they run in separate processes.
 """
 
+import ast
 import importlib
 import importlib.util
 import pkgutil
@@ -17,6 +18,8 @@ import torch
 from tests.fluxkernels.complete import COMPLETE, complete_only
 from tests.support.processes import run_in_parts
 
+# The cases run once, also where pytest-xdist distributes the tests.
+in_one_worker = pytest.mark.xdist_group("cases of Triton kernels")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -29,6 +32,7 @@ def cases() -> list[dict[str, Any]]:
     return [row for each in programs for row in run_in_parts(each, "all" if COMPLETE else "few", **environment)]
 
 
+@in_one_worker
 def test_kernels_agree_with_the_formulas_in_float64() -> None:
     """Forward, backward, seeds; interpreted.py and averages.py in tests/programs have the cases and compare."""
     wrong = {
@@ -40,6 +44,7 @@ def test_kernels_agree_with_the_formulas_in_float64() -> None:
     assert wrong == {}
 
 
+@in_one_worker
 def test_every_kernel_has_a_case() -> None:
     triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
     modules = [module.name for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}.")]
@@ -55,6 +60,31 @@ def test_no_kernel_takes_a_number_from_itself() -> None:
     assert len(sources) > 15
     found = [re.findall(r"\b(\w+) - \1\b", path.read_text()) for path in sources]
     assert [names for names in found if names] == [["value"]]  # the sentence that says so
+
+
+def test_no_function_of_a_kernel_returns_a_bare_number() -> None:
+    """The compiler makes float32 of one, also where it meets float64; the interpreter keeps all of its digits."""
+    triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
+    sources = [path for folder in triton_kernels.__path__ for path in Path(folder).rglob("*.py")]
+    parsed = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    functions = [node for node in parsed if isinstance(node, ast.FunctionDef) and "triton.jit" in decorators(node)]
+    assert len(functions) > 100
+    assert [function.name for function in functions if any(is_constant(value) for value in returned(function))] == []
+
+
+def decorators(function: ast.FunctionDef) -> list[str]:
+    return [ast.unparse(decorator) for decorator in function.decorator_list]
+
+
+def returned(function: ast.FunctionDef) -> list[ast.expr]:
+    return [node.value for node in ast.walk(function) if isinstance(node, ast.Return) and node.value is not None]
+
+
+def is_constant(value: ast.expr) -> bool:
+    """True if an expression has nothing but numbers and compile-time constants, whose names are upper-case."""
+    nodes = list(ast.walk(value))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)} - {"tl"}
+    return all(name.isupper() for name in names) and not any(isinstance(node, ast.Call) for node in nodes)
 
 
 def kernels_of(module: str) -> list[str]:

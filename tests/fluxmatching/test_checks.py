@@ -27,7 +27,7 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma: Any = 0.7, **options: Any
         ({"x": X[:0]}, ValueError, "x must not be empty"),
         ({"sigma": 0.0}, ValueError, "sigma must be a positive finite number, got 0.0"),
         ({"sigma": 1e-25}, ValueError, "sigma must have a square within the range of torch.float32, got 1e-25"),
-        ({"sigma": torch.ones(6)}, ValueError, r"sigma must be one number, got shape \[6\]"),
+        ({"sigma": torch.ones(6)}, ValueError, r"sigma must be one number, got shape \[6\]; NoiseAnnealedFluxM"),
         ({"refs": torch.randn(9, 3)}, ValueError, r"refs must have shape \[M, \*event\] .* got \[9, 3\]"),
         ({"refs": X.double()}, TypeError, "refs must have the dtype of the first argument"),
         (
@@ -77,6 +77,11 @@ def loss(field: Any = lambda z: -z, x: Any = X, sigma: Any = 0.7, **options: Any
             r"field must return the shape of its input, \[12, 2\], got \[12, 1\]",  # both sides of a difference at once
         ),
         ({"field": lambda z: 0.0}, TypeError, "field must return a torch.Tensor, got float"),
+        (
+            {"field": lambda z, sigma: z},
+            TypeError,
+            r"field is called with one argument, x; .* take fields of two \(.*\)",
+        ),
     ],
 )
 def test_bad_argument(options: dict[str, Any], error: type[Exception], text: str) -> None:

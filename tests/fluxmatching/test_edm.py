@@ -1,8 +1,10 @@
 """EDM preconditioning against its definition, and the UNet against the paper's Table 3."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxmatching import EDMField, UNet
@@ -86,3 +88,12 @@ class TestUNet:
             ValueError, match=r"attention must be at resolutions of its levels, \[32, 16, 8, 4\], got \[7\]"
         ):
             UNet(32, attention=(7,))
+
+
+def test_a_network_of_another_form_is_explained() -> None:
+    z = torch.randn(4, 2)
+    with pytest.raises(TypeError, match=r"EDMField: network is called with two arguments, x and c_noise \(Linear"):
+        EDMField(nn.Linear(2, 2))(z, 0.5)
+    output = SimpleNamespace(sample=z)  # as networks of diffusers return it
+    with pytest.raises(TypeError, match=r"network must return a torch\.Tensor, got SimpleNamespace; its \.sample"):
+        EDMField(lambda x, c_noise: output)(z, 0.5)  # type: ignore[arg-type, return-value]

@@ -496,3 +496,11 @@ def test_shared_dropout_is_that_of_pytorch() -> None:
         assert first.unique().tolist() == sorted({0.0, *([] if p == 1 else [float(x[0] * (1 / (1 - p)))])})
     with shared.replayed(), pytest.raises(RuntimeError, match="draws other masks"):
         torch.nn.functional.dropout(x[:10], 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`")
+def test_a_scripted_network_is_a_field() -> None:
+    network = torch.jit.script(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2)))
+    x = torch.randn(8, 2)
+    flux_loss(network, x, 0.5, seed=0).mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())

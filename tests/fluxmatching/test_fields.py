@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import fluxkernels as fk
-from fluxmatching import field_from_denoiser, field_from_noise_prediction, field_from_velocity
+from fluxmatching import (
+    NoiseAnnealedFluxMatching,
+    field_from_denoiser,
+    field_from_noise_prediction,
+    field_from_velocity,
+)
 from fluxmatching.fields import NoisyField, call_field
 
 F64 = torch.float64
@@ -77,3 +82,40 @@ def test_noise_levels_of_an_adapter(make: Callable[[NoisyField], nn.Module]) -> 
         field(z, torch.ones(3))
     with pytest.raises(TypeError, match="prediction must be callable, got int"):
         make(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [(), (0.5,), (0.5, torch.zeros(2))])
+def test_a_field_of_other_arguments_is_explained(given: tuple[float | Tensor, ...]) -> None:
+    number = ["one argument, x;", "two arguments, x and σ, or x and t in a flow;", "three arguments, x, t and labels"]
+    fields: list[Callable[..., Tensor]] = [lambda z: z, lambda z, s: z, lambda z, s, labels: z]
+    for count, field in enumerate(fields):
+        if count == len(given):
+            assert call_field(field, torch.ones(2, 1), *given).shape == (2, 1)
+            continue
+        with pytest.raises(TypeError, match=f"field is called with {number[len(given)]}"):
+            call_field(field, torch.ones(2, 1), *given)
+
+
+def test_a_network_of_other_arguments_is_explained() -> None:
+    for field in (nn.Linear(2, 2), NoiseAnnealedFluxMatching(nn.Linear(2, 2))):
+        with pytest.raises(
+            TypeError, match=r"field is called with two arguments, x and σ.*Linear\.forward\(\) takes 2"
+        ):
+            _ = call_field(field, torch.ones(8, 2), 0.5) if isinstance(field, nn.Linear) else field(torch.ones(8, 2))
+    with pytest.raises(TypeError, match="DenoiserField: prediction is called with two arguments, x and σ or t"):
+        field_from_denoiser(nn.Linear(2, 2))(torch.ones(8, 2), 0.5)
+
+
+def test_errors_inside_a_field_come_through() -> None:
+    def field(z: Tensor) -> Tensor:
+        return torch.relu(z, z, z)  # type: ignore[call-arg]
+
+    with pytest.raises(TypeError, match=r"^relu\(\)"):
+        call_field(field, torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("make", [field_from_denoiser, field_from_noise_prediction, field_from_velocity])
+def test_a_prediction_must_return_a_tensor(make: Callable[[NoisyField], NoisyField]) -> None:
+    kind = type(make(score)).__name__
+    with pytest.raises(TypeError, match=rf"{kind}: prediction must return a torch\.Tensor, got tuple"):
+        make(lambda z, sigma: (z,))(torch.ones(2, 1), torch.tensor(0.5))  # type: ignore[arg-type, return-value]

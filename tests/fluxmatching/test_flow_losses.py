@@ -311,6 +311,7 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], text: str
     [
         ({"path": "linear"}, TypeError, "path must be a Path"),
         ({"times": 0.5}, TypeError, "times must be a distribution"),
+        ({"times": UniformTimes}, TypeError, r"times must be .*, such as UniformTimes\(\), got <class"),
         ({"prediction": "drift"}, ValueError, "prediction must be one of"),
         ({"error": "drift"}, ValueError, "error must be one of"),
         ({"num_classes": 0}, ValueError, "num_classes must be None or a positive integer"),

@@ -192,6 +192,8 @@ def test_a_noise_distribution_and_samples_are_checked() -> None:
     for make in (NoiseAnnealedFluxMatching, DenoisingScoreMatching):
         with pytest.raises(TypeError, match=f"{make.__name__}: noise must be a distribution of σ with a method"):
             make(NoisyNetwork(), object())
+        with pytest.raises(TypeError, match=r"noise must be .*, such as LogNormalNoise\(\), got <class"):
+            make(NoisyNetwork(), LogNormalNoise)
     with pytest.raises(TypeError, match=r"x must be float32 or float64, got torch\.bfloat16; Fabric's mixed precision"):
         FluxMatching(smooth_field(2), 0.7)(torch.randn(4, 2).bfloat16())
 

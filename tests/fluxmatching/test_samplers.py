@@ -2,15 +2,18 @@
 
 import math
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from fluxmatching import (
     ODESolver,
     edm_heun,
     exponential_schedule,
     karras_schedule,
+    log_likelihood,
     predictor_corrector,
     probability_flow,
     reverse_ve,
@@ -243,3 +246,17 @@ def test_samples_without_an_event(x: torch.Tensor) -> None:
 def test_solver_is_an_object() -> None:
     with pytest.raises(TypeError, match="probability_flow: solver must be an ODESolver, got 'dopri5'"):
         probability_flow(gaussian_score, torch.ones(2, 2), solver="dopri5")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f, x: unadjusted_langevin(lambda z: f(z, 1.0), x, step_size=0.1, num_steps=1, generator=0),
+        lambda f, x: reverse_ve(f, x, exponential_schedule(3), generator=0),
+        lambda f, x: predictor_corrector(f, x, exponential_schedule(3), generator=0),
+        lambda f, x: log_likelihood(f, x, generator=0),
+    ],
+)
+def test_a_seed_in_place_of_a_generator_is_refused(call: Callable[..., Tensor]) -> None:
+    with pytest.raises(TypeError, match=r"generator must be a torch\.Generator, such as .*manual_seed\(0\), got 0"):
+        call(lambda z, sigma: -z, torch.zeros(2, 2))

@@ -151,3 +151,22 @@ def test_a_field_of_all_noise_levels_is_refused() -> None:
             second_derivatives="closed_form",
             backend="torch",
         )
+
+
+@pytest.mark.parametrize("method", ["double_backward", "finite_difference", "forward_over_reverse"])
+def test_torch_func_grad_takes_forward_over_reverse(method: str) -> None:
+    net, x = nn.Linear(2, 2, dtype=torch.float64), torch.randn(16, 2, dtype=torch.float64)
+    options: dict[str, Any] = {"seed": 1, "second_derivatives": method}
+
+    def mean(parameters: dict[str, Tensor]) -> Tensor:
+        return flux_loss(lambda z: torch.func.functional_call(net, parameters, (z,)), x, 0.7, **options).mean()
+
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    if method != "forward_over_reverse":
+        with pytest.raises(
+            RuntimeError, match=f"'{method}' cannot be used inside a transform.*'forward_over_reverse' can"
+        ):
+            torch.func.grad(mean)(parameters)
+        return
+    flux_loss(net, x, 0.7, **options).mean().backward()
+    torch.testing.assert_close(torch.func.grad(mean)(parameters)["weight"], net.weight.grad)

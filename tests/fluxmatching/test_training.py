@@ -448,5 +448,7 @@ def test_processes_of_slurm_never_train_alone(monkeypatch: pytest.MonkeyPatch) -
 def test_arguments_of_another_kind() -> None:
     with pytest.raises(TypeError, match=r"loss must be a torch\.nn\.Module, got function"):
         Trainer(loss, data(), OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"loss must take forward\(x, seed=\.\.\.\), such as .*; Linear does not"):
+        Trainer(nn.Linear(2, 2), data(), OPTIONS)
     with pytest.raises(TypeError, match="options must be TrainingOptions, got NoneType"):
         Trainer(loss(), data(), None)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,16 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from fluxmatching.velocity import SharedFlowOptions, flux_velocity, moments
+from fluxmatching.velocity import (
+    SharedFlowOptions,
+    control_with_permuted_unspliced,
+    control_without_unspliced,
+    cross_boundary_correctness,
+    flux_velocity,
+    moments,
+    velocity_consistency,
+    velocity_evidence,
+)
 from tests.support.velocity import annotated, mean_matrix, moments_of
 
 anndata = pytest.importorskip("anndata", reason="anndata is not installed: pip install 'fluxkernels[rna]'")
@@ -214,16 +225,66 @@ def test_spread_is_larger_where_genes_disagree() -> None:
     assert "plain_spread" not in made.obs
 
 
+@pytest.mark.parametrize("function", [flux_velocity, moments, velocity_evidence])
+@pytest.mark.parametrize("name", ["spliced", "unspliced"])
+def test_one_normalized_layer_is_warned_of(function: Any, name: str) -> None:
+    made = annotated(cells=60, genes=25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(made.copy())
+    made.layers[name] = np.log1p(made.layers[name])  # what scanpy does to adata.X in place
+    other = {"spliced": "unspliced", "unspliced": "spliced"}[name]
+    with pytest.warns(
+        UserWarning, match=rf"layers\['{other}'\] holds whole numbers, layers\['{name}'\] does not"
+    ) as found:
+        function(made)
+    assert found[0].filename == __file__
+
+
+def test_moments_name_their_own_arguments() -> None:
+    made = annotated(cells=40, genes=25)
+    with pytest.raises(KeyError, match=r"moments\(counts=\.\.\., spliced_counts=\.\.\.\) takes layers of other"):
+        moments(made, counts="nascent")
+    del made.obsp["connectivities"]
+    with pytest.raises(KeyError, match=r"moments\(neighbors=\.\.\.\) takes one made with key_added="):
+        moments(made)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        flux_velocity,
+        moments,
+        velocity_evidence,
+        control_without_unspliced,
+        control_with_permuted_unspliced,
+        velocity_consistency,
+        lambda adata: cross_boundary_correctness(adata, [("A", "B")]),
+    ],
+)
+def test_other_objects_than_annotated_data_are_refused(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"adata must be an AnnData, got ndarray$"):
+        function(np.ones((5, 3)))
+    with pytest.raises(TypeError, match=r"adata must be an AnnData, got str; anndata\.read_h5ad reads one from a file"):
+        function("cells.h5ad")
+
+
+def test_without_scipy_the_error_names_the_extra() -> None:
+    program = "import sys; sys.modules['scipy'] = None; import fluxmatching; import fluxmatching.velocity"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert "ImportError: fluxmatching.velocity needs SciPy: pip install 'fluxkernels[rna]'" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "error", "message"),
     [
-        (lambda a: a.layers.pop("unspliced"), {}, KeyError, r"no 'unspliced' \(it has .*velocyto"),
+        (lambda a: a.layers.pop("unspliced"), {}, KeyError, r"no 'unspliced' \(it has .*SharedFlowOptions\(counts="),
         (lambda a: a.layers.pop("spliced"), {}, KeyError, "no 'spliced'"),
-        (lambda a: a.obsp.pop("connectivities"), {}, KeyError, r"no 'connectivities' \(it has \[\]\); scanpy.pp.neigh"),
+        (lambda a: a.obsp.pop("connectivities"), {}, KeyError, r"no 'connectivities' .*SharedFlowOptions\(neigh"),
         (lambda a: a, {"options": {"neighbors": "mine"}}, KeyError, "no 'mine'"),
         (lambda a: a.layers["spliced"].fill(3), {}, ValueError, "the cells do not differ in their spliced abundances"),
         (lambda a: a.layers["unspliced"].fill(0), {}, ValueError, "no gene has finite unspliced and spliced"),
-        (lambda a: a.layers["spliced"].fill(np.nan), {}, ValueError, "no gene has finite spliced abundances"),
+        (lambda a: a.layers["spliced"].fill(np.nan), {}, ValueError, "no gene has finite spliced .* in all cells"),
         (lambda a: np.negative(a.layers["unspliced"], out=a.layers["unspliced"]), {}, ValueError, "at least 0, got -"),
         (lambda a: a, {"options": {"ridge": 0.0}}, ValueError, "ridge must be a positive number, got 0.0"),
         (lambda a: a, {"options": {"folds": 1}}, ValueError, "folds must be a whole number, at least 2, got 1"),

@@ -100,9 +100,12 @@ def test_errors_say_what_is_missing() -> None:
         cross_boundary_correctness(made, [("A", "D")])
     with pytest.raises(ValueError, match="no edge has a cell with a neighbor on its other side"):
         cross_boundary_correctness(made, [("B", "C")])
+    for edges in (("Ductal", "Beta"), {"A": "B"}, [("A", "B", "C")], ("A", "AB")):
+        with pytest.raises(TypeError, match=r"edges must be a list of pairs \(source, target\), got "):
+            cross_boundary_correctness(made, edges)  # type: ignore[arg-type]
     with pytest.raises(KeyError, match=r"adata\.obsm has no 'velocity_tsne'|adata\.obsm has no 'X_tsne'"):
         cross_boundary_correctness(made, [("A", "B")], basis="tsne")
-    with pytest.raises(KeyError, match=r"adata\.layers has no 'other'"):
+    with pytest.raises(KeyError, match=r"adata\.layers has no 'other'; flux_velocity makes it"):
         velocity_consistency(made, vkey="other")
     del made.obsp["distances"]
     with pytest.raises(KeyError, match=r"no 'distances' \(it has \[\]\); scanpy\.pp\.neighbors\(adata\) makes it"):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxkernels import reference, triton_kernels
 from fluxkernels.triton_kernels import launch
-from fluxkernels.triton_kernels.fixed_point import host as fixed_point
+from fluxkernels.triton_kernels.fixed_point.host import limits as fixed_point
 from fluxkernels.triton_kernels.gram import host as gram
 from tests.programs.interpreted import DEVICE, Check, compare, double, followed, kinds, limit, report
 from tests.support.cases import Case

@@ -17,7 +17,7 @@ import torch
 
 from fluxkernels import triton_kernels
 from fluxkernels.triton_kernels import launch
-from fluxkernels.triton_kernels.fixed_point import host as fixed_point
+from fluxkernels.triton_kernels.fixed_point.host import langevin, products
 from fluxkernels.triton_kernels.gram import host as gram
 from tests.fluxkernels.complete import COMPLETE
 from tests.support.census import Launch, MachineCode, in_float64, opcode, recorded
@@ -112,7 +112,8 @@ def record(processors: int, wanted: Iterable[Problem], capability: int) -> None:
     """Launch all kernels of the problems, as for a GPU with so many multiprocessors."""
     many = {"multiprocessors": lambda device: processors}
     with (
-        mock.patch.multiple(fixed_point, **many, shared_memory=lambda device: SHARED_MEMORY[capability]),
+        mock.patch.multiple(products, **many, shared_memory=lambda device: SHARED_MEMORY[capability]),
+        mock.patch.multiple(langevin, **many),
         mock.patch.multiple(gram, **many),
         mock.patch.object(launch, "layouts", return_value=launch.LAYOUTS[:1]),
     ):

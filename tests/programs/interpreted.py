@@ -28,7 +28,7 @@ from triton.runtime.jit import KernelInterface
 import fluxkernels as fk
 from fluxkernels import philox, reference, triton_kernels
 from fluxkernels.triton_kernels import launch
-from fluxkernels.triton_kernels.fixed_point import host as fixed_point
+from fluxkernels.triton_kernels.fixed_point.host import limits as fixed_point
 from fluxkernels.triton_kernels.gram import host as gram
 from tests.support.cases import CASES, Case
 from tests.support.ops import KERNELS, OPS, tensors

@@ -37,7 +37,7 @@ def drifting_field(x: Tensor, positives: Tensor, negatives: Tensor | None, bandw
     others = x if negatives is None else negatives
     near, far = torch.cdist(x, positives), torch.cdist(x, others)
     if negatives is None:
-        far = far + 1e9 * torch.eye(x.shape[-2], dtype=x.dtype)
+        far = far + 1e9 * torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
     logits = -torch.cat([near, far], -1) / bandwidth
     a = (logits.softmax(-1) * logits.softmax(-2)).sqrt()
     pull, push = a.split([positives.shape[-2], others.shape[-2]], -1)

@@ -31,7 +31,7 @@ LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453
 @triton.jit
 def absent(ACC: tl.constexpr):
     """Cost of a reference point that has no weight: above all others, and below that of a pair that is left out."""
-    return 1e300 if ACC == tl.float64 else 1e38
+    return tl.full([], 1e300 if ACC == tl.float64 else 1e38, ACC)
 
 
 @triton.jit
@@ -241,9 +241,9 @@ def pull_of_pair(a, numbers, k, D: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.
 
 
 @triton.jit
-def pull_unit(LAPLACE: tl.constexpr):
-    """Factor that makes a pull of an exponent of e from scale times `pull_of_pair`."""
-    return LN_2 if LAPLACE else 2 * LN_2
+def in_nats(pull, LAPLACE: tl.constexpr):
+    """Pull of an exponent of e, from scale times `pull_of_pair`."""
+    return pull * (LN_2 if LAPLACE else 2 * LN_2)
 
 
 @triton.jit
@@ -338,7 +338,7 @@ def kernel_average_backward_queries_kernel(
             D, COUNT, WIDTH, WEIGHTED, PER_REF, EXCLUDE, LAPLACE,
         )  # fmt: skip
     written = inside & (lane == 0)
-    factor = inverse * scale * pull_unit(LAPLACE)
+    factor = in_nats(inverse * scale, LAPLACE)
     row = (chunk * groups + b) * N + n
     result = ()
     scaled = ()
@@ -427,7 +427,7 @@ def kernel_average_backward_refs_kernel(
     row = (chunk * groups + b) * M + j
     points = ()
     for d in tl.static_range(D):
-        of_ref = -pull_unit(LAPLACE) * over_lanes(of_point[d], LANES)
+        of_ref = -in_nats(over_lanes(of_point[d], LANES), LAPLACE)
         points = points + (of_ref + (0.0 if COUNT > 0 else over_lanes(of_values[d], LANES)),)
     store_points(g_refs, row * D, 1, points, written, D)
     for u in tl.static_range(COUNT):

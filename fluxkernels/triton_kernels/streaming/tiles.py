@@ -81,7 +81,7 @@ def load_tile(pointer, COUNT: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def far(ACC: tl.constexpr):
     """Distance of a reference point that does not exist: its weight is 0; finite, since a lane may have no others."""
-    return 1e308 if ACC == tl.float64 else 3e38
+    return tl.full([], 1e308 if ACC == tl.float64 else 3e38, ACC)
 
 
 # Multiply-adds of distances are fused by name: every kernel then finds the same distance of a pair, to the last bit.

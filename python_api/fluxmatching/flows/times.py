@@ -67,7 +67,7 @@ def _below_one(t: Tensor) -> Tensor:
 
 def check_distribution(function: str, times: object) -> Times:
     """Return `times` if it has a method quantile."""
-    if not callable(getattr(times, "quantile", None)):
+    if isinstance(times, type) or not callable(getattr(times, "quantile", None)):
         raise TypeError(
             f"{function}: times must be a distribution with a method quantile, such as UniformTimes(), got {times!r}"
         )

@@ -55,4 +55,6 @@ class Grouping:
         allowed = [[], [self.event[0]]] if self.grouped else [[]]
         if list(value.shape) not in allowed:
             takes = f"one number or one per group, shape [{self.event[0]}]" if self.grouped else "one number"
-            raise ValueError(f"{self.function}: {name} must be {takes}, got shape {list(value.shape)}")
+            several = self.function == "flux_matching_loss" and name == "sigma" and not self.grouped
+            hint = "; NoiseAnnealedFluxMatching trains a field f(x, σ) at many" if several else ""
+            raise ValueError(f"{self.function}: {name} must be {takes}, got shape {list(value.shape)}{hint}")

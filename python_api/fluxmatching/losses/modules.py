@@ -19,7 +19,7 @@ from fluxkernels.checks import as_number_tensor, check_positive, check_seed, che
 from fluxmatching.distributed import rank_and_size, rank_seed, shared_seed
 from fluxmatching.engines import network_inside
 from fluxmatching.field_modules import check_field
-from fluxmatching.fields import Field, NoisyField
+from fluxmatching.fields import Field, NoisyField, call_field
 from fluxmatching.losses.annealed import LossNormalizer, annealed_terms
 from fluxmatching.losses.dsm import DSMOptions, dsm_loss
 from fluxmatching.losses.dual import Features, as_families, dual_flux_loss
@@ -232,7 +232,7 @@ class DenoisingScoreMatching(LossModule):
             field, sigma = self.field, as_number_tensor("DenoisingScoreMatching", "sigma", self.sigma, like=x)
         else:
             sigma = draw_from(self.noise, key, x, philox.NOISE_LEVEL, len(x) if self.sigma_per_sample else 1)
-            field = lambda z: self.field(z, sigma)  # noqa: E731
+            field = lambda z: call_field(self.field, z, sigma)  # noqa: E731
         values = dsm_loss(field, x, sigma, self.options, refs=self.refs(x), seed=key)
         loss = (values if self.normalizer is None else self.normalizer(values, sigma)).mean()
         return loss, {"loss": loss.detach(), "dsm": values.detach().mean(), "sigma": sigma.mean()}
@@ -319,7 +319,7 @@ def draw_from(distribution: NoiseLevels, key: Tensor, x: Tensor, stream: int, co
 
 
 def _check_noise(name: str, noise: NoiseLevels) -> NoiseLevels:
-    if not callable(getattr(noise, "quantile", None)):
+    if isinstance(noise, type) or not callable(getattr(noise, "quantile", None)):
         raise TypeError(
             f"{name}: noise must be a distribution of σ with a method quantile, such as LogNormalNoise(), got {noise!r}"
         )

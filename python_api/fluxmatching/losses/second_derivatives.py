@@ -25,7 +25,7 @@ from fluxkernels import compiling
 from fluxkernels.devices import autocast_enabled, check_derivatives_traceable
 from fluxmatching.engines import is_in_half_precision
 from fluxmatching.field_modules import DetachedParameters, is_compiled, networks_of, own_generators, pull_back
-from fluxmatching.fields import Field, call_field
+from fluxmatching.fields import Field, call_field, with_arguments
 from fluxmatching.randomness import (
     SharedDropout,
     SharedRandomNumbers,
@@ -100,7 +100,8 @@ class ConditionedField:
 
     def evaluate(self, z: Tensor, condition: Tensor) -> Tensor:
         """Return the value at points z, `[n, *event]`, for a condition `[]` or `[n]`."""
-        return self.field(z, condition)
+        value: Tensor = with_arguments(self.field, z, condition)
+        return value
 
     def __call__(self, z: Tensor) -> Tensor:
         condition = self.condition
@@ -210,6 +211,11 @@ def _differentiated(
 
 def _explained(error: Exception, method: str) -> Exception | None:
     """Return an error that names an alternative, if PyTorch lacks a derivative of that kind; else None."""
+    if method != "forward_over_reverse" and "transformed by a functorch transform" in str(error):
+        return RuntimeError(
+            f"second_derivatives='{method}' cannot be used inside a transform of torch.func; "
+            f"'forward_over_reverse' can inside of torch.func.grad"
+        )
     lacking = {
         "double_backward": ("double backward", "is not differentiable twice", "derivative for"),
         "forward_over_reverse": ("forward AD", "functorch transforms"),

@@ -59,8 +59,17 @@ def check_samples(function: str, x: Tensor, name: str = "x") -> None:
     check_finite(function, **{name: x})
 
 
+def check_generator(generator: object) -> None:
+    """Raise TypeError unless `generator` is a generator of random numbers, or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator must be a torch.Generator, such as torch.Generator(x.device).manual_seed(0), got {generator!r}"
+        )
+
+
 def noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return standard normal noise of the shape, dtype and device of x."""
+    check_generator(generator)
     # PyTorch cannot trace the variant with a generator for symbolic sizes.
     source: dict[str, Any] = {} if generator is None else {"generator": generator}
     return torch.randn(x.shape, **source, dtype=x.dtype, device=x.device)

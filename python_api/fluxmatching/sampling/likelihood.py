@@ -13,7 +13,7 @@ from fluxmatching.engines import without_engine
 from fluxmatching.field_modules import DetachedParameters, check_no_cached_parametrizations, pull_back
 from fluxmatching.fields import NoisyField, call_field
 from fluxmatching.losses.second_derivatives import basis
-from fluxmatching.sampling.langevin import check_samples
+from fluxmatching.sampling.langevin import check_generator, check_samples
 from fluxmatching.sampling.ode import ODESolver, check_adaptive, integrate
 
 
@@ -75,6 +75,7 @@ def prepare_divergence(
     field = without_engine(function, field)
     if divergence == "exact":
         return field, None
+    check_generator(generator)
     return field, torch.empty_like(x).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
 
 

@@ -33,16 +33,25 @@ def check_arguments(loss: Any, options: Any) -> None:
             )
     if not any(p.requires_grad for p in loss.parameters()):
         raise ValueError(f"Trainer: loss must have parameters that need a gradient, got {type(loss).__name__}")
+    if not _takes_keyword(loss, "seed"):
+        raise TypeError(
+            f"Trainer: loss must take forward(x, seed=...), such as NoiseAnnealedFluxMatching(field); "
+            f"{type(loss).__name__} does not"
+        )
 
 
 def check_takes_labels(loss: nn.Module) -> None:
     """Raise TypeError unless forward of the loss takes the labels of the data."""
-    parameters = inspect.signature(loss.forward).parameters
-    if "labels" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+    if not _takes_keyword(loss, "labels"):
         raise TypeError(
             f"Trainer: data have labels, which the loss must take as forward(x, labels=..., seed=...), such as "
             f"FlowMatching; {type(loss).__name__} does not"
         )
+
+
+def _takes_keyword(loss: nn.Module, name: str) -> bool:
+    parameters = inspect.signature(loss.forward).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def check_state(loss: nn.Module, options: TrainingOptions) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkernels.checks import check_choice
+from fluxmatching.velocity.layers import check_annotated
 from fluxmatching.velocity.moments import Sources, dense, read_sources
 from fluxmatching.velocity.options import SharedFlowOptions, VelocityOptions
 from fluxmatching.velocity.per_gene import fit_per_gene
@@ -176,6 +177,7 @@ def check_arguments(
     adata: AnnData, keys: tuple[str, str, str], copy: bool, options: SharedFlowOptions | None = None
 ) -> None:
     """Check the arguments that all methods share; `keys` are vkey, ukey and xkey."""
+    check_annotated(FUNCTION, adata)
     vkey, ukey, xkey = keys
     for name, value in (("vkey", vkey), ("ukey", ukey), ("xkey", xkey)):
         if not isinstance(value, str) or not value:

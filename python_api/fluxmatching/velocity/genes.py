@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import sparse
 
 from fluxmatching.velocity.layers import Columns, gene_blocks
+from fluxmatching.velocity.sparse import sparse
 
 EXTREME_PERCENT = 5.0  # of the cells at either end
 # A gene's velocity is drawn and passed on if its phase portrait is at least that well described (scVelo's thresholds).

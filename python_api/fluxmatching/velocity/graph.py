@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import sparse
 
 from fluxmatching.velocity.layers import in_memory
+from fluxmatching.velocity.sparse import sparse
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -52,7 +52,9 @@ def neighbor_graph(function: str, graph: Any, cells: int, kind: str = "connectiv
     return result
 
 
-def find_graph(function: str, adata: AnnData, kind: str, key: str | None = None) -> sparse.csr_array:
+def find_graph(
+    function: str, adata: AnnData, kind: str, key: str | None = None, setting: str | None = None
+) -> sparse.csr_array:
     """Find the graph of annotated data, and return its neighbors as `neighbor_graph` does.
 
     Args:
@@ -61,6 +63,7 @@ def find_graph(function: str, adata: AnnData, kind: str, key: str | None = None)
         kind: "connectivities" or "distances": the one that is read.
         key: entry of `uns` in which scanpy describes the graph (its `neighbors_key`), or the name of a graph in `obsp`
             itself; None for scanpy's default.
+        setting: what users give the key to, for error messages; None for the function.
 
     Raises:
         KeyError: there is no such graph.
@@ -76,8 +79,11 @@ def find_graph(function: str, adata: AnnData, kind: str, key: str | None = None)
     else:
         name = key
     if name not in adata.obsp:
+        owner = function if setting is None else setting
+        other = "" if key is not None else f", and {owner}(neighbors=...) takes one made with key_added=..."
         raise KeyError(
-            f"{function}: adata.obsp has no {name!r} (it has {sorted(adata.obsp)}); scanpy.pp.neighbors(adata) makes it"
+            f"{function}: adata.obsp has no {name!r} (it has {sorted(adata.obsp)}); scanpy.pp.neighbors(adata) makes "
+            f"it{other}"
         )
     return neighbor_graph(function, adata.obsp[name], adata.n_obs, kind)
 

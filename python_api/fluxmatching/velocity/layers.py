@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os import PathLike
 from typing import Any, Protocol
 
 import numpy as np
-from scipy import sparse
+
+from fluxmatching.velocity.sparse import sparse
 
 CHUNK = 256  # genes that are taken out of a sparse matrix of rows at a time
 BLOCK_VALUES = 2**21  # values of a dense block, 16 MiB
+
+
+def check_annotated(function: str, adata: object) -> None:
+    """Raise TypeError unless `adata` is an AnnData, or has what the functions here read of one."""
+    if not all(hasattr(adata, name) for name in ("layers", "obs", "obsm", "obsp", "uns", "var", "n_obs")):
+        hint = "; anndata.read_h5ad reads one from a file" if isinstance(adata, (str, PathLike)) else ""
+        raise TypeError(f"{function}: adata must be an AnnData, got {type(adata).__name__}{hint}")
 
 
 def in_memory(function: str, name: str, layer: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxmatching.velocity.graph import find_graph
-from fluxmatching.velocity.layers import in_memory
+from fluxmatching.velocity.layers import check_annotated, in_memory
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -65,9 +65,11 @@ def cross_boundary_correctness(
 
     Raises:
         KeyError: adata lacks a required entry.
+        TypeError: adata is no AnnData, or edges are no pairs.
         ValueError: a cluster that does not exist, no edge with boundary cells, or nothing finite at any of them.
     """
     function = "cross_boundary_correctness"
+    check_annotated(function, adata)
     positions = np.asarray(_found(function, "obsm", adata.obsm, f"X_{basis}"), dtype=float)
     velocities = np.asarray(
         _found(function, "obsm", adata.obsm, f"{vkey}_{basis}", "scvelo.tl.velocity_embedding makes it"), dtype=float
@@ -75,7 +77,7 @@ def cross_boundary_correctness(
     clusters = np.asarray(_found(function, "obs", adata.obs, cluster_key)).astype(str)
     graph = find_graph(function, adata, "distances", neighbors)
     values: dict[tuple[str, str], np.ndarray] = {}
-    for source, target in ((str(one), str(other)) for one, other in edges):
+    for source, target in _pairs(function, edges):
         for name in (source, target):
             if name not in clusters:
                 raise ValueError(f"{function}: no cluster {name!r}; there are {sorted(set(clusters.tolist()))}")
@@ -124,7 +126,9 @@ def velocity_consistency(adata: AnnData, *, vkey: str = "velocity", neighbors: s
         ValueError: no cell has finite velocities, or no two neighbors have a gene in common.
     """
     function = "velocity_consistency"
-    velocities = in_memory(function, f"layers[{vkey!r}]", _found(function, "layers", adata.layers, vkey))
+    check_annotated(function, adata)
+    found = _found(function, "layers", adata.layers, vkey, "flux_velocity makes it")
+    velocities = in_memory(function, f"layers[{vkey!r}]", found)
     velocities = velocities.toarray() if hasattr(velocities, "toarray") else velocities
     genes = np.zeros(velocities.shape[1], dtype=bool)
     for start in range(0, len(velocities), 4096):  # a mask of all values could be gigabytes
@@ -152,6 +156,13 @@ def velocity_consistency(adata: AnnData, *, vkey: str = "velocity", neighbors: s
             stacklevel=2,
         )
     return np.clip(means, 0, None)
+
+
+def _pairs(function: str, edges: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    pairs = list(edges)
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise TypeError(f"{function}: edges must be a list of pairs (source, target), got {edges!r}")
+    return [(str(source), str(target)) for source, target in pairs]
 
 
 def _found(function: str, where: str, mapping: Any, key: str, hint: str = "") -> Any:

@@ -72,7 +72,7 @@ def cell_state(spliced: Columns, mean: sparse.csr_array, dimensions: int, ridge:
         block[:, ~good] = 0
         values[:, chosen] = np.log1p(block)
     if not finite.any():
-        raise ValueError("flux_velocity: no gene has finite spliced abundances")
+        raise ValueError("flux_velocity: no gene has finite spliced abundances in all cells")
     directions, center = _principal_directions(values, dimensions)
     position = np.concatenate(
         [values[rows].astype(np.float64) @ directions.T for rows in cell_blocks(cells, genes)]
