@@ -71,7 +71,11 @@ setup(
         *find_packages("python_api", include=["fluxmatching", "fluxmatching.*"]),
     ],
     package_dir={"fluxkernels": "fluxkernels", "fluxmatching": "python_api/fluxmatching"},
-    package_data={"fluxkernels": ["py.typed", "MATH.md"], "fluxkernels.cpu": ["*.pyi"], "fluxmatching": ["py.typed"]},
+    package_data={
+        "fluxkernels": ["py.typed", "MATH.md"],
+        "fluxkernels.cpu": ["*.pyi"],
+        "fluxmatching": ["py.typed", "example_models/*/*"],
+    },
     ext_modules=kernels(),
     cmdclass={"build_ext": BuildKernels},
 )

@@ -1,22 +1,23 @@
-"""The command line: `python -m experiments list | run NAME | report`."""
+"""The command line: `python -m experiments list | run NAME | report | export RUN`."""
 
 from __future__ import annotations
 
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
 try:
-    from tyro.conf import arg
+    from tyro.conf import Positional, arg
     from tyro.extras import SubcommandApp
 except ImportError as error:
     raise SystemExit("error: the experiments need more packages: pip install -e '.[experiments]'") from error
 
+from experiments.common.export import export_example
 from experiments.common.folder import locked, prepare_folder
 from experiments.common.options import PROGRAM, Options, WithoutConfig, read_options
 from experiments.common.registry import Paused, UsageError, load_experiment, load_experiments
@@ -97,6 +98,21 @@ def report(runs: Path = Path("runs"), out: Annotated[Path | None, arg(metavar="F
     except OSError as error:
         raise UsageError(f"cannot write {page}: {error.strerror}") from error
     print(f"{page}: {finished} finished, {unfinished} unfinished")
+    return 0
+
+
+@app.command
+def export(run: Positional[Path], out: Annotated[Path, arg(metavar="DIR")] = Path("examples")) -> int:
+    """Write the trained field of a finished run as an example of fluxmatching.load_example.
+
+    Args:
+        run: folder of the run
+        out: folder of examples, in which the example gets a folder of its own
+    """
+    with locked(run) if run.is_dir() else nullcontext():
+        place = export_example(run, out)
+    for path in sorted(place.iterdir()):
+        print(f"{path}: {path.stat().st_size} bytes")
     return 0
 
 

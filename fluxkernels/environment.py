@@ -12,6 +12,7 @@ VARIABLES = {
     "FLUXKERNELS_SANITIZE": "during installation: 1 compiles the C++ with address and undefined-behavior sanitizers",
     "FLUXKERNELS_TESTS": "complete: the tests run every Triton case without a GPU too",
     "FLUXMATCHING_DATA": "folder in which the experiments look for data sets",
+    "FLUXMATCHING_EXAMPLES": "folder in which load_example looks for trained fields; unset: those of the package",
 }
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton then runs kernels on the CPU, one operation at a time

@@ -63,6 +63,8 @@ def test_wheel_contains_both_packages_and_nothing_else(wheel: Path) -> None:
         assert modules <= set(names)
         assert f"{package}/py.typed" in names
     assert "fluxkernels/MATH.md" in names
+    models = ROOT / "python_api" / "fluxmatching" / "example_models"
+    assert {f"fluxmatching/example_models/{p.relative_to(models)}" for p in models.glob("*/*")} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -24,7 +24,6 @@ from bench.origin import Origin
 from bench.timing import gpu_peak_memory, median_of_repeated, medians, resident_growth, run_module
 from bench.training.problems import MIXTURE, images
 from bench.training.results import begin, device_argument
-from experiments.common.networks import Perceptron, TrajectoryTransformer
 from experiments.common.objectives import PlainAttention
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
@@ -39,6 +38,7 @@ from fluxmatching import (
     UNet,
     UniformHorizon,
 )
+from fluxmatching.networks import Perceptron, TrajectoryTransformer
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.mixture import GaussianMixture, triangle_means
-from experiments.common.networks import Perceptron, TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import EDMField, UNet, dsm_loss
+from fluxmatching.networks import Perceptron, TrajectoryTransformer
 
 SAMPLES = 512
 

@@ -25,7 +25,6 @@ from bench.origin import Origin
 from bench.training.results import begin
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
-from experiments.common.networks import Perceptron, TrajectoryTransformer
 from experiments.springs.simulator import trajectories
 from fluxmatching import (
     DenoisingScoreMatching,
@@ -39,6 +38,7 @@ from fluxmatching import (
     edm_heun,
     karras_schedule,
 )
+from fluxmatching.networks import Perceptron, TrajectoryTransformer
 from fluxmatching.training.average import MovingAverage
 
 Make = Callable[[nn.Module, LogUniformNoise], nn.Module]

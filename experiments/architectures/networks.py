@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.architectures.problem import SIZE
-from experiments.common.networks import Block, TrajectoryTransformer, sinusoids
 from fluxmatching import UNet
+from fluxmatching.networks import Block, TrajectoryTransformer, sinusoids
 
 UNET, ROWS = "UNet", "rows"
 PATCH_1, PATCH_2, PATCH_4, PATCH_4_CONV = "patch 1", "patch 2", "patch 4", "patch 4, convolution"

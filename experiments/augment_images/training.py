@@ -13,7 +13,6 @@ from torch.nn.functional import mse_loss
 from experiments.augment.training import CHAIN_STEPS, energy_distance, train
 from experiments.augment_images.fields import MixtureScore, TurningField
 from experiments.augment_images.law import EVENT, NOISE, ImageLaw, leading_plane
-from experiments.common.networks import Perceptron
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
 from fluxmatching import (
@@ -29,6 +28,7 @@ from fluxmatching import (
     step_defect_loss,
 )
 from fluxmatching.losses.modules import Logged
+from fluxmatching.networks import Perceptron
 
 PIPELINE, EXACT, LEARNED = KINDS = ("pipeline", "pipeline + exact v", "pipeline + learned v")
 FEATURES = 24

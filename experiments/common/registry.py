@@ -35,6 +35,7 @@ class Experiment:
         presets: "smoke", "small", "paper", and "gpu" if there is one; each an instance of the same frozen
             dataclass whose fields are int, float, bool, str or tuples of those.
         main: does the work of one `Run` and ends with `Run.summary`.
+        example: returns the `export.TrainedField` of a finished `Run` that `export` writes; None if there is none.
 
     Raises:
         ValueError: `presets` is not as described.
@@ -46,6 +47,7 @@ class Experiment:
     claim: str
     presets: Mapping[str, Any]
     main: Callable[[Any], None]
+    example: Callable[[Any], Any] | None = None
 
     def __post_init__(self) -> None:
         if set(self.presets) - {GPU} != set(PRESETS):

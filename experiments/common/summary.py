@@ -79,14 +79,14 @@ def markdown(summary: dict[str, Any]) -> str:
     """Return the text of summary.md for the content of summary.json."""
     lines = [f"# {summary['title']}", "", summary["claim"], "", f"{SOURCE}, {summary['paper']}.", ""]
     results = [[row["quantity"], row["paper"], row["ours"], HOLDS[row["holds"]]] for row in summary["results"]]
-    lines += _table(RESULT_COLUMNS, results)
+    lines += table(RESULT_COLUMNS, results)
     for figure in summary["figures"]:
         lines += ["", f"![{Path(figure['path']).stem}]({figure['path']})"]
         lines += ["", figure["caption"]] if figure["caption"] else []
     if summary["notes"]:
         lines += ["", "## Notes", "", *(f"- {note}" for note in summary["notes"])]
     lines += ["", "## How it was made", "", "```", summary["command"], "```", ""]
-    lines += _table(("entry", "value"), [list(item) for item in summary["entries"].items()])
+    lines += table(("entry", "value"), [list(item) for item in summary["entries"].items()])
     return "\n".join(lines) + "\n"
 
 
@@ -104,7 +104,7 @@ def peak_memory(device: torch.device) -> str:
     return f"{found}, on the GPU {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [list(header), ["---"] * len(header), *cells]]

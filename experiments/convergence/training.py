@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from experiments.common.distances import wasserstein2
 from experiments.common.mixture import GaussianMixture, triangle_means
-from experiments.common.networks import Perceptron, TrajectoryTransformer
 from experiments.common.objectives import PlainAttention, averaged_field
 from experiments.common.run import Run
 from experiments.common.sampling import sample_reverse_ve
@@ -25,6 +24,7 @@ from fluxmatching import (
     TrainingOptions,
     TruncatedExponentialHorizon,
 )
+from fluxmatching.networks import Perceptron, TrajectoryTransformer
 
 WINDOWS = 20  # of a loss curve
 # The exact method and the default of the library, by the names in tables and figures.

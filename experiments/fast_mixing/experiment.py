@@ -16,6 +16,7 @@ from experiments.common.results import Figure
 from experiments.common.run import Run
 from experiments.common.timing import log_steps
 from experiments.fast_mixing import figures, mixture, pictures
+from experiments.fast_mixing.example import example
 from experiments.fast_mixing.measure import distance_to_data
 from experiments.fast_mixing.problem import EXACT, LONGER, SIGMA_MIN, noised
 from experiments.fast_mixing.results import distance, results
@@ -204,4 +205,5 @@ EXPERIMENT = Experiment(
         "paper": Config(),
     },
     main=main,
+    example=example,
 )  # fmt: skip

@@ -6,13 +6,13 @@ from typing import Any
 
 from experiments.common.clock import Clock
 from experiments.common.mixture import GaussianMixture
-from experiments.common.networks import Perceptron
 from experiments.common.objectives import DSM, FAST, FLUX, HORIZONS, MixingTerm, averaged_field, make_loss
 from experiments.common.registry import Paused
 from experiments.common.run import Run
 from experiments.fast_mixing.measure import measure
 from experiments.fast_mixing.problem import KNOWN, MEANS, SIGMA_MAX, SIGMA_MIN, VARIANCE
 from fluxmatching import EDMField, LogUniformNoise, Trainer, TrainingOptions
+from fluxmatching.networks import Perceptron
 
 
 def fast(weight: float) -> str:

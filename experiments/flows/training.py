@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.common.networks import Perceptron
 from experiments.common.objectives import averaged_field
 from experiments.common.run import Run
 from experiments.common.schedules import cosine_decay
@@ -28,6 +27,7 @@ from fluxmatching import (
 )
 from fluxmatching.flows.couplings import Coupling
 from fluxmatching.flows.paths import Path as FlowPath
+from fluxmatching.networks import Perceptron
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from experiments.common.timing import log_steps
 from experiments.images import fidelity, figures
 from experiments.images.config import ON_A_GPU, SHOWN, SMALL, SMOKE, Config
 from experiments.images.datasets import Images, load, to_numbers
+from experiments.images.example import example
 from experiments.images.frechet import frechet_distance, random_convolutions
 from experiments.images.results import results
 from experiments.images.sampling import likelihood, sample
@@ -92,4 +93,5 @@ EXPERIMENT = Experiment(
     ),
     presets={"smoke": SMOKE, "small": SMALL, GPU: ON_A_GPU, "paper": Config()},
     main=main,
+    example=example,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,24 @@ from fluxmatching import EDMField, LogNormalNoise, Trainer, TrainingOptions, UNe
 SIGMA_DATA = 0.5  # EDM's setting; the deviation of CIFAR-10 in [-1, 1] is 0.50
 
 
+def network_arguments(run: Run, size: int) -> dict[str, Any]:
+    """Arguments of the UNet of Table 3 with the preset's sizes."""
+    config = run.config
+    return {
+        "size": size,
+        "width": config.width,
+        "multipliers": config.multipliers,
+        "attention": (size // 2**config.attention_level,),
+        "blocks": config.blocks,
+        "dropout": config.dropout,
+        "norm_num_groups": math.gcd(32, config.width),
+    }
+
+
 def network(run: Run, size: int) -> UNet:
     """UNet of Table 3 with the preset's sizes."""
-    config = run.config
     try:
-        return UNet(
-            size,
-            width=config.width,
-            multipliers=config.multipliers,
-            attention=(size // 2**config.attention_level,),
-            blocks=config.blocks,
-            dropout=config.dropout,
-            norm_num_groups=math.gcd(32, config.width),
-        )
+        return UNet(**network_arguments(run, size))
     except ImportError as error:
         raise UsageError(str(error)) from error
 

@@ -14,6 +14,7 @@ from experiments.common.run import Run
 from experiments.common.timing import log_steps
 from experiments.springs import figures, line, linear
 from experiments.springs.config import ON_A_GPU, SMALL, SMOKE, Config
+from experiments.springs.example import example
 from experiments.springs.results import linear_curves, relative_changes, results, trained_sizes
 from experiments.springs.simulator import STEP_SIZE
 from experiments.springs.training import (
@@ -85,4 +86,5 @@ EXPERIMENT = Experiment(
     ),
     presets={"smoke": SMOKE, "small": SMALL, GPU: ON_A_GPU, "paper": Config()},
     main=main,
+    example=example,
 )

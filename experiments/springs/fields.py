@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from experiments.common.networks import TrajectoryTransformer
 from fluxmatching import EDMField
+from fluxmatching.networks import TrajectoryTransformer
 
 
 class UnscaledField(nn.Module):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from experiments.common.clock import Clock
 from experiments.common.distances import wasserstein2
-from experiments.common.networks import TrajectoryTransformer
 from experiments.common.objectives import DSM, FLUX, HORIZONS, averaged_field, make_loss, stages
 from experiments.common.registry import Paused, UsageError
 from experiments.common.run import Run
@@ -18,6 +18,7 @@ from experiments.springs import sampling
 from experiments.springs.fields import label_by_sigma, make_field
 from experiments.springs.simulator import trajectories
 from fluxmatching import LogUniformNoise, Trainer, TrainingOptions
+from fluxmatching.networks import TrajectoryTransformer
 
 OBJECTIVES = (FLUX, DSM)
 FULL, CAUSAL = MASKS = ("full", "causal")
@@ -53,6 +54,18 @@ def model_data(run: Run) -> Tensor:
     return (data(run) - mean) / deviation
 
 
+def network_arguments(run: Run, mask: str) -> dict[str, Any]:
+    """Arguments of the transformer with the preset's sizes."""
+    config = run.config
+    return {
+        "length": data(run).shape[1],
+        "width": config.width,
+        "blocks": config.blocks,
+        "heads": config.heads,
+        "causal": mask == CAUSAL,
+    }
+
+
 def make_trainer(
     run: Run,
     objective: str,
@@ -67,9 +80,7 @@ def make_trainer(
     config, samples = run.config, model_data(run)
     noise = LogUniformNoise(config.sigma_min, config.sigma_max)
     with run.drawing("weights", seed):
-        network = TrajectoryTransformer(
-            samples.shape[1], width=config.width, blocks=config.blocks, heads=config.heads, causal=mask == CAUSAL
-        )
+        network = TrajectoryTransformer(**network_arguments(run, mask))
         wrong = objective == DSM and config.dsm_label == "sigma2"
         field = make_field(network, samples.std().item(), input_scaling=config.input_scaling, wrong_label=wrong)
         loss = make_loss(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from experiments.common.networks import Perceptron
 from experiments.common.objectives import averaged_field
 from experiments.common.rotation import quarter_turn
 from experiments.common.run import Run
@@ -28,6 +27,7 @@ from fluxmatching import (
 from fluxmatching.flows.times import Times
 from fluxmatching.losses.draws import seeded_start
 from fluxmatching.losses.modules import Logged, draw_from
+from fluxmatching.networks import Perceptron
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
 
 from fluxmatching.augmented import AugmentedField
 from fluxmatching.edm import EDMField
+from fluxmatching.examples import Example, load_example
 from fluxmatching.fields import (
     field_from_denoiser,
     field_from_noise_prediction,
@@ -76,6 +77,7 @@ __all__ = [
     "DualFluxMatching",
     "EDMField",
     "ExactCoupling",
+    "Example",
     "FlowMatching",
     "FlowOptions",
     "FluxMatching",
@@ -128,6 +130,7 @@ __all__ = [
     "flux_target",
     "integrate_flow",
     "karras_schedule",
+    "load_example",
     "log_likelihood",
     "marginal_velocity",
     "mixing_loss",

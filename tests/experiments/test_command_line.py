@@ -115,7 +115,7 @@ def test_mistakes_are_one_line_and_exit_2(words: list[str], text: str, capsys: p
     [
         (["nope"], "Unrecognized options: nope"),
         (["report", "--nope"], "Unrecognized options: --nope"),
-        ([], "Expected one of {list, run, report}."),
+        ([], "Expected one of {list, run, report, export}."),
     ],
 )
 def test_mistakes_before_an_experiment_is_named(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from scipy.integrate import solve_ivp
 
-from experiments.common.networks import TrajectoryTransformer
 from experiments.common.objectives import HORIZONS
 from experiments.common.registry import UsageError
 from experiments.common.run import Run
@@ -23,6 +22,7 @@ from experiments.springs.results import least, relative_changes
 from experiments.springs.simulator import trajectories, velocity
 from experiments.springs.training import MODELS, OBJECTIVES, data, floor, make_trainer, samples_file
 from fluxmatching import LearnedHorizon, TruncatedExponentialHorizon, UniformHorizon
+from fluxmatching.networks import TrajectoryTransformer
 
 
 def test_trajectories_are_those_of_scipy() -> None:
