@@ -23,6 +23,8 @@ import sys, torch, fluxkernels, fluxmatching
 for module in (fluxkernels, fluxmatching):
     assert module.__file__.startswith(sys.prefix), module.__file__
 assert fluxkernels.backends()["cpu"].available, fluxkernels.backends()["cpu"].missing
+target, capability = fluxkernels.cpu._kernels.target(), torch.backends.cpu.get_cpu_capability()
+assert target == {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline"), (target, capability)
 x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
 of_cpu, of_torch = (fluxkernels.kde_score(x, x, 0.5, backend=name) for name in ("cpu", "torch"))
 error = ((of_cpu - of_torch).norm() / of_torch.norm()).item()
