@@ -22,11 +22,11 @@ CSRC = Path("csrc")
 
 
 class BuildKernels(build_ext):
-    """Build the module; raise CompileError for a compiler that has no vector types."""
+    """Build the module; raise CompileError for MSVC, after which an installation continues without the module."""
 
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
-            raise CompileError("csrc/ needs GCC or Clang: it uses their vector types")
+            raise CompileError("csrc/ needs GCC or Clang: MSVC has no vector types")
         # If this build fails, the package is installed without the module: an older one must not take its place.
         for built in (self.get_ext_fullpath(ext.name), str(Path(self.build_lib, self.get_ext_filename(ext.name)))):
             Path(built).unlink(missing_ok=True)

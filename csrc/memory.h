@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <vector>
@@ -24,15 +23,13 @@ public:
     }
 
     ~Shelf() {
-        for (const Block& block : blocks_) std::free(block.data);
+        for (const Block& block : blocks_) release(block.data);
     }
 
     /// A block of at least `bytes`, which becomes its size.
     void* take(size_t& bytes) {
 #if defined(FLUX_SANITIZED)
-        void* exact = nullptr;  // so that a sanitizer sees the first byte past the end
-        if (posix_memalign(&exact, CACHE_LINE, bytes)) throw std::bad_alloc();
-        return exact;
+        return allocate(bytes);  // not rounded up, so that a sanitizer sees the first byte past the end
 #else
         bytes = (bytes / CACHE_LINE + 1) * CACHE_LINE;
         for (size_t i = blocks_.size(); i-- > 0;)  // the most recent block is most likely in the cache
@@ -43,9 +40,7 @@ public:
                 bytes = block.bytes;
                 return block.data;
             }
-        void* data = std::aligned_alloc(CACHE_LINE, bytes);
-        if (!data) throw std::bad_alloc();
-        return data;
+        return allocate(bytes);
 #endif
     }
 
@@ -56,13 +51,13 @@ public:
         const bool keep = bytes <= KEPT;
 #endif
         if (!keep) {
-            std::free(data);
+            release(data);
             return;
         }
         // Free the oldest blocks to make room.
         while (!blocks_.empty() && (kept_ + bytes > KEPT || blocks_.size() == blocks_.capacity())) {
             kept_ -= blocks_.front().bytes;
-            std::free(blocks_.front().data);
+            release(blocks_.front().data);
             blocks_.erase(blocks_.begin());
         }
         blocks_.push_back({data, bytes});
@@ -74,6 +69,9 @@ private:
         void* data;
         size_t bytes;
     };
+    // Of the language, not std::aligned_alloc, which Windows lacks.
+    static void* allocate(size_t bytes) { return ::operator new(bytes, std::align_val_t{CACHE_LINE}); }
+    static void release(void* data) { ::operator delete(data, std::align_val_t{CACHE_LINE}); }
     static constexpr size_t KEPT = 1 << 24;
     std::vector<Block> blocks_;
     size_t kept_ = 0;

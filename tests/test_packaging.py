@@ -1,13 +1,17 @@
 """The built wheel holds both packages and runs, without the checkout; an editable install finds both as well."""
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import setuptools
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parents[1]
 IMPORTS = "import fluxkernels, fluxmatching; print(fluxkernels.__file__, fluxmatching.__file__)"
@@ -146,6 +150,29 @@ def test_compiled_kernels_can_be_required(source: Path, tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "/nonexistent/c" in done.stdout + done.stderr  # the compiler's message is shown
     assert not list(tmp_path.glob("*.whl"))
+
+
+def test_msvc_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an error after which setuptools goes on without the module, as it does when a compiler is missing."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    script = runpy.run_path("setup.py")
+    command = script["BuildKernels"](setuptools.Distribution())
+    command.compiler = SimpleNamespace(compiler_type="msvc")
+    with pytest.raises(CompileError, match=r"csrc/ needs GCC or Clang: MSVC has no vector types"):
+        command.build_extension(setuptools.Extension("fluxkernels.cpu._kernels", []))
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_the_version_is_that_of_the_tag(source: Path, tmp_path: Path) -> None:
+    tagged = tmp_path / "tagged"
+    # Files of earlier builds would change after the commit.
+    shutil.copytree(source, tagged, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    git = ("git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false")
+    for arguments in (("init", "--quiet"), ("add", "."), ("commit", "--quiet", "-m", "all"), ("tag", "v7.8.9")):
+        command(*git, *arguments, cwd=tagged)
+    path = build_wheel(tagged, tmp_path, FLUXKERNELS_CPU="0")
+    assert path.name.startswith("fluxkernels-7.8.9-py3-none-any")
 
 
 def test_unknown_setting_is_refused(source: Path) -> None:

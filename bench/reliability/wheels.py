@@ -1,4 +1,5 @@
-"""A wheel for every Python found here: built, installed into an empty environment, called from another folder."""
+"""A wheel for every Python found here: built from the sdist, installed into an empty environment, called from another
+folder."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,14 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TORCH = "torch==2.13.0"
-WHAT = "wheel built, installed into an empty environment and called from outside of the checkout"
+WHAT = "wheel built from the sdist, installed into an empty environment and called from outside of the checkout"
 CALL = """
 import sys, torch, fluxkernels, fluxmatching
 for module in (fluxkernels, fluxmatching):
     assert module.__file__.startswith(sys.prefix), module.__file__
 assert fluxkernels.backends()["cpu"].available, fluxkernels.backends()["cpu"].missing
+target, capability = fluxkernels.cpu._kernels.target(), torch.backends.cpu.get_cpu_capability()
+assert target == {"AVX512": "avx512", "AVX2": "avx2"}.get(capability, "baseline"), (target, capability)
 x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
 of_cpu, of_torch = (fluxkernels.kde_score(x, x, 0.5, backend=name) for name in ("cpu", "torch"))
 error = ((of_cpu - of_torch).norm() / of_torch.norm()).item()
@@ -73,12 +77,26 @@ def copy_sources(folder: Path) -> Path:
     return Path(shutil.copytree(ROOT, folder / "source", ignore=ignored))
 
 
-def install_and_call(python: str | Path, torch: str, source: Path, folder: Path) -> str:
-    """Output of CALL in an empty environment."""
+def new_environment(python: str | Path, folder: Path) -> Path:
+    """The interpreter of an empty environment in `folder`."""
     run(python, "-m", "venv", folder / "environment", cwd=folder)
-    inside = folder / "environment" / "bin" / "python"
+    return folder / "environment" / "bin" / "python"
+
+
+def build_sdist(folder: Path) -> Path:
+    """The archive that is published, from which the wheels are built."""
+    inside = new_environment(sys.executable, folder)
+    run(inside, "-m", "pip", "install", "--quiet", "build", cwd=folder)
+    run(inside, "-m", "build", "--sdist", "--outdir", folder, copy_sources(folder), cwd=folder)
+    (sdist,) = folder.glob("*.tar.gz")
+    return sdist
+
+
+def install_and_call(python: str | Path, torch: str, sdist: Path, folder: Path) -> str:
+    """Output of CALL in an empty environment."""
+    inside = new_environment(python, folder)
     pip = (inside, "-m", "pip")
-    run(*pip, "wheel", "--quiet", "--no-deps", "-w", folder, source, cwd=folder, FLUXKERNELS_CPU="require")
+    run(*pip, "wheel", "--quiet", "--no-deps", "-w", folder, sdist, cwd=folder, FLUXKERNELS_CPU="require")
     (wheel,) = folder.glob("*.whl")
     run(*pip, "install", "--quiet", *shlex.split(torch), cwd=folder)
     run(*pip, "install", "--quiet", wheel, cwd=folder)
@@ -88,16 +106,16 @@ def install_and_call(python: str | Path, torch: str, source: Path, folder: Path)
 def check(pythons: Sequence[str] = PYTHONS, torch: str = TORCH, fetch: bool = False) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
     with TemporaryDirectory() as name:
-        source = copy_sources(Path(name))
+        sdist = build_sdist(Path(name))
         for version in pythons:
             print(f"Python {version}", flush=True)
-            found[version] = measure(version, torch, source, fetch)
+            found[version] = measure(version, torch, sdist, fetch)
     if all("skipped" in entry for entry in found.values()):
         return {"skipped": f"no Python {' or '.join(pythons)} was found"}
     return {"passed": not any("failed" in entry for entry in found.values()), "torch": torch, "pythons": found}
 
 
-def measure(version: str, torch: str, source: Path, fetch: bool) -> dict[str, Any]:
+def measure(version: str, torch: str, sdist: Path, fetch: bool) -> dict[str, Any]:
     begin = time.perf_counter()
     with TemporaryDirectory() as folder:
         try:
@@ -105,7 +123,7 @@ def measure(version: str, torch: str, source: Path, fetch: bool) -> dict[str, An
                 run("uv", "python", "install", version, cwd=Path.home())
             if (python := find(version)) is None:
                 return {"skipped": "not found"}
-            python_version, torch_version, error = install_and_call(python, torch, source, Path(folder)).split()
+            python_version, torch_version, error = install_and_call(python, torch, sdist, Path(folder)).split()
         except RuntimeError as problem:
             return {"failed": str(problem)}
     seconds = round(time.perf_counter() - begin)

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -307,7 +308,7 @@ def test_missing_interpreters_and_failed_installs_are_reported(monkeypatch: pyte
     def install(*_: Any) -> str:
         raise RuntimeError("no matching distribution")
 
-    monkeypatch.setattr(wheels, "copy_sources", lambda folder: folder)
+    monkeypatch.setattr(wheels, "build_sdist", lambda folder: folder)
     monkeypatch.setattr(wheels, "find", lambda version: sys.executable if version == "3.11" else None)
     monkeypatch.setattr(wheels, "install_and_call", lambda *_: "3.11.7 2.13.0 1e-09\n")
     found = wheels.check(["3.11", "3.12"])
@@ -319,6 +320,14 @@ def test_missing_interpreters_and_failed_installs_are_reported(monkeypatch: pyte
     assert found["pythons"]["3.11"] == {"failed": "no matching distribution"}
     assert wheels.describe(found) == "Python 3.11 failed, 3.12 not found"
     assert wheels.check(["3.12"]) == {"skipped": "no Python 3.12 was found"}
+
+
+def test_wheels_are_tried_on_every_python_of_the_package() -> None:
+    listed = metadata.metadata("fluxkernels").get_all("Classifier") or []
+    prefix = "Programming Language :: Python :: 3."
+    assert [name.removeprefix(prefix) for name in listed if name.startswith(prefix)] == [
+        version.removeprefix("3.") for version in wheels.PYTHONS
+    ]
 
 
 def test_the_checkout_is_not_lent_to_an_empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
