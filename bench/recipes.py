@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from fluxmatching.recipes import (
 from tests.support import published
 
 REPETITIONS = 5
+BOUND = 1e-5  # of the relative error of ours
 STREAMED_POINTS, STREAMED_DIMENSIONS, PIECE = 10_000_000, 16, 500_000
 QUERIES, SHARDED_POINTS, SHARDED_DIMENSIONS = 256, 400_000, 64
 
@@ -156,21 +158,35 @@ def measured(device: torch.device) -> Iterator[dict[str, Any]]:
         yield found
 
 
+def problem(found: dict[str, Any]) -> str | None:
+    """Why a row has no time of ours, or None."""
+    if "failed" in found:
+        return f"{found['name']}, {found['shapes']}: {found['failed']}"
+    if not found["error"] < BOUND:  # NaN is above every bound
+        return f"{found['name']}, {found['shapes']}: error {found['error']:.1e}, bound {BOUND:.0e}"
+    return None
+
+
 def line(found: dict[str, Any]) -> str:
     head = f"| {found['name']} | {found['shapes']} |"
-    if "failed" in found:
-        return f"{head} {found['failed'].split(':')[0]} | – | – | – | – |"
+    if problem(found):
+        return f"{head} {found.get('failed', 'wrong').split(':')[0]} | – | – | – | – |"
     ours, dense = found["ours"], found["dense"]
     errors = f"{found['error']:.1e} | {found['dense_error']:.1e}"
     return f"{head} {duration(ours)} | {duration(dense)} | {dense / ours:.2f} | {errors} |"
 
 
 def compare(device: torch.device) -> None:
+    """Print and keep a table; a recipe that fails or is wrong ends the program, and the last table is kept."""
     with begin("recipes", device) as write:
         write("Dense: cdist, softmax and products in float32. Errors against the dense formula in float64.\n")
         write(HEAD)
+        problems = []
         for found in measured(device):
             write(line(found))
+            problems.append(problem(found))
+        if any(problems):
+            sys.exit("failed:\n" + "\n".join(filter(None, problems)))
         for option in ("--streamed", "--sharded") if device.type == "cpu" else ():
             write("\n" + run_module("bench.recipes", option).stdout.strip().splitlines()[-1])
 
@@ -238,9 +254,10 @@ def rank() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.recipes", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="of the recipes; the two below run on the CPU")
     for option, call in (("--streamed", streamed), ("--sharded", sharded), ("--rank", rank)):
-        parser.add_argument(option, dest="call", action="store_const", const=call, help=call.__doc__)
+        shown = call.__doc__ or argparse.SUPPRESS  # a process of --sharded is started by it alone
+        parser.add_argument(option, dest="call", action="store_const", const=call, help=shown)
     options = parser.parse_args()
     if options.call is None:
         compare(device_argument(parser, options.device))

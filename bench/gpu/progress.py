@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import records
+from bench import recipes, records
 from bench.gpu.runs import OURS
 from bench.origin import Origin
 
@@ -57,7 +57,7 @@ class Progress:
                 found += [f"{name}: {row['failed']}"] if not row["failed"].startswith("TimeoutError") else []
             elif not row["error"] <= row["bound"]:  # NaN is above every bound
                 found.append(f"{name}: error {row['error']:.1e} above {row['bound']:.0e}")
-        found += [f"{row['name']}: {row['failed']}" for row in results["recipes"] if "failed" in row]
+        found += filter(None, map(recipes.problem, results["recipes"]))
         found += [f"{step}: {problem}" for step, problem in results["failed"].items()]
         found += [f"{crash['step']}: {crash['reason']}" for crash in results["crashes"]]
         return found + (["interrupted"] if results["interrupted"] else [])

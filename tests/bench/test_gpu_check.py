@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from bench import records
+from bench import recipes, records
 from bench.gpu import __main__ as command
 from bench.gpu import rates, report, worker
 from bench.gpu.progress import Progress
@@ -192,12 +192,24 @@ def test_above_16_dimensions_the_prediction_is_that_of_digit_products() -> None:
     assert rates.model_seconds(slow, PASS, TOY) == rates.model_seconds(RATES, PASS, TOY)
 
 
+def recipe(error: float = 1e-7, **more: Any) -> dict[str, Any]:
+    return {"name": "SVGD", "shapes": "5", "ours": 1e-3, "dense": 2e-3, "error": error, "dense_error": 1e-6, **more}
+
+
+def test_a_wrong_recipe_has_no_time() -> None:
+    assert recipes.line(recipe()) == "| SVGD | 5 | 1 ms | 2 ms | 2.00 | 1.0e-07 | 1.0e-06 |"
+    assert recipes.line(recipe(error=float("nan"))) == "| SVGD | 5 | wrong | – | – | – | – |"
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"rows": [ours("a", error=2e-5)]}, "score, a: error 2.0e-05 above 1e-05"),
         ({"rows": [ours("a", error=float("nan"))]}, "score, a: error nan above 1e-05"),
         ({"rows": [ours("a", failed="CompilationError: no")]}, "score, a: CompilationError: no"),
+        ({"recipes": [recipe(error=2e-5)]}, "SVGD, 5: error 2.0e-05, bound 1e-05"),
+        ({"recipes": [recipe(error=float("nan"))]}, "SVGD, 5: error nan, bound 1e-05"),
+        ({"recipes": [recipe(failed="OutOfMemoryError: no")]}, "SVGD, 5: OutOfMemoryError: no"),
         ({"tests": {"passed": False, "summary": []}}, "the GPU tests failed"),
         ({"failed": {"rates": "ValueError: no"}}, "rates: ValueError: no"),
         ({"crashes": [{"step": "a", "reason": "the card was lost"}]}, "a: the card was lost"),

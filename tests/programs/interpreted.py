@@ -321,7 +321,7 @@ def ways() -> Iterator[Check]:
     parts = Case("parts", N=3, M=70, D=140, sigma2=50.0)
     yield "split products", torch.float32, 1e-6, patched(parts, fixed_point, ("flux_pass", "kde"), LONGEST=64)
     sums = "kde", "kde_backward", "residual_gradient"
-    large = {"LEAST_BY_COLUMNS": (1, 1), "MANY": 64}
+    large = {"LEAST_BY_COLUMNS": (1, 1), "LARGE_TILE": 64}
     yield "as with many reference points", torch.float32, 1e-6, patched(parts, fixed_point, sums, **large)
     for tile in fixed_point.TILES:
         yield f"tile {tile}", torch.float32, 1e-6, patched(parts, fixed_point, ("kde", "kde_backward"), TILES=(tile,))

@@ -1,3 +1,1 @@
 """Kernels for many dimensions."""
-
-from fluxkernels.triton_kernels.gram.host import *  # noqa: F403

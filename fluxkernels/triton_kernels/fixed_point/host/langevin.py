@@ -1,6 +1,5 @@
 """Chains in Gram space, and by steps where there are too many reference points for that."""
 
-# A registered op takes tensors and constants one by one.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -110,7 +109,7 @@ def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: b
     heaviest = torch.empty((B, 2, N), dtype=torch.int32, device=device)
     sensitive = torch.empty((B, N), dtype=torch.int32, device=device)
     block = min(128, width)
-    programs = B * -(-N // limits.CHAINS)
+    programs = B * -(-N // limits.CHAINS_OF_PROGRAM)
     num_warps = 8 if programs < multiprocessors(device) else 4
     launch(
         chain_kernel,
@@ -118,7 +117,7 @@ def _chain_in_gram_space(chain: _Chain, results: Sequence[Tensor], whole_pass: b
         *(products, points.exponents, *strided(sigma2, tau), gram, combinations, heaviest, sensitive),
         *(N, M, D, num_steps, points.noises, width),
         PASS=whole_pass,
-        **{"ROWS": limits.CHAINS, "BLOCK": block, "COLUMNS": block, "DEPTH": limits.DEPTH},
+        **{"ROWS": limits.CHAINS_OF_PROGRAM, "BLOCK": block, "COLUMNS": block, "DEPTH": limits.DEPTH},
         **{"num_warps": num_warps, "num_stages": 2, **OPTIONS},
     )
     sums = exact_products(combinations, points.right, 3 * N if whole_pass else N, D, M, across=(False, True))

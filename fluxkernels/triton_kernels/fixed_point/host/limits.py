@@ -13,15 +13,16 @@ MOST_WORDS = 2**29
 MOST_REFS = 1024
 # Dimensions up to which sums of products of words fit in 64 bits.
 MOST_DIMENSIONS = 2**16
-CHAINS = 16  # chains that one program runs together
+CHAINS_OF_PROGRAM = 16  # chains that one program runs together
 # (queries, reference points) from which sums over reference points are worth a copy of their words by columns.
 LEAST_BY_COLUMNS = 128, 4096
 DEPTH = 64  # terms of a tile at once
 LONGEST = 2**15  # terms whose sums of products of digits fit in 32 bits
 MOST_SPLITS = 8
 EXTENTS = 512  # partial maxima per group
-# Numbers of a program that walks along rows of pairs; the second with as many reference points.
-FEW, MANY = 512, 4096
+# Numbers of the tile of a program that walks along rows of pairs: with fewer reference points than the second, and with
+# as many or more.
+SMALL_TILE, LARGE_TILE = 512, 4096
 
 
 class Tile(NamedTuple):

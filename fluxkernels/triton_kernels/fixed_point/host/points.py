@@ -29,7 +29,7 @@ class Points:
         move, tau = transition or (refs, refs[:, 0, 0])
         inputs = strided(x, refs, move, tau)
         kind = {"CENTERED": centered, "MOVED": transition is not None}
-        tile = tile_shape(max(N, M), width, limits.MANY if M >= limits.MANY else 1024)
+        tile = tile_shape(max(N, M), width, limits.LARGE_TILE if M >= limits.LARGE_TILE else 1024)
         parts = min(limits.EXTENTS, -(-max(N, M) // tile["ROWS"]))
         extents = torch.empty((B, 2, parts), dtype=torch.float32, device=device)
         launch(extent_kernel, (B * parts,), *inputs, extents, N, M, D, parts, **kind, **tile)

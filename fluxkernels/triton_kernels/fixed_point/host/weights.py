@@ -74,7 +74,8 @@ class Weights:
 def launch_rows(kernel: Any, arguments: Sequence[Any], sizes: tuple[int, int, int], **kind: bool) -> None:
     """Launch a kernel of rows of pairs, and its repair of the rows that are sensitive."""
     B, N, M = sizes
-    tile, single = tile_shape(N, M, limits.MANY if M >= limits.MANY else limits.FEW), tile_shape(1, M, limits.FEW)
+    numbers = limits.LARGE_TILE if M >= limits.LARGE_TILE else limits.SMALL_TILE
+    tile, single = tile_shape(N, M, numbers), tile_shape(1, M, limits.SMALL_TILE)
     for repair, shape, depth in ((False, tile, 64), (True, single, 32)):
         grid = (B * -(-N // shape["ROWS"]),)
         launch(kernel, grid, *arguments, REPAIR=repair, DEPTH=depth, **kind, **shape)
