@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -71,8 +72,8 @@ struct Reader {
 
 const Reader* reader = nullptr;  // made with the module
 
-Array array(const py::object& tensor) {
-    if (tensor.is_none()) return {};
+/// Where the numbers of a tensor begin, and what they are.
+Array numbers(const py::object& tensor) {
     constexpr int64_t SIZES[] = {8, 4, 2, 2};
     Array result;
     result.data = static_cast<char*>(PyLong_AsVoidPtr(Reader::call(tensor, reader->data_ptr).ptr()));
@@ -80,7 +81,15 @@ Array array(const py::object& tensor) {
     if (!result.data) result.data = &nothing;  // of a tensor without numbers, which is there all the same
     result.type = reader->type(tensor);
     result.item = SIZES[static_cast<int>(result.type)];
+    return result;
+}
+
+Array array(const py::object& tensor) {
+    if (tensor.is_none()) return {};
+    Array result = numbers(tensor);
     const py::tuple strides = Reader::call(tensor, reader->stride);
+    if (strides.size() > std::size(result.stride))
+        throw std::invalid_argument("a kernel takes tensors of three dimensions");
     for (size_t k = 0; k < strides.size(); ++k) result.stride[k] = PyLong_AsLongLong(strides[k].ptr());
     return result;
 }
@@ -97,7 +106,7 @@ bool all_finite(Bits exponent, const void* data, int64_t count) {
 }
 
 bool is_finite(const py::object& tensor, int64_t count) {
-    const Array values = array(tensor);
+    const Array values = numbers(tensor);
     switch (values.type) {
         case Type::float64:
             return all_finite<uint64_t>(0x7ff0000000000000, values.data, count);

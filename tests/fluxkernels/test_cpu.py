@@ -267,3 +267,20 @@ def test_thousands_of_tiny_groups(target: str) -> None:
 def test_unknown_instruction_set() -> None:
     with pytest.raises(ValueError, match="runs no target 'mmx'"):
         kernels.use("mmx")
+
+
+@pytest.mark.parametrize("dimensions", [1, 3, 4, 9])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_of_tensors_of_any_dimensions_are_checked(dimensions: int, dtype: torch.dtype) -> None:
+    """Only the kernels read strides; `make sanitize` sees one written beyond the three that they have room for."""
+    t = torch.ones([1] * (dimensions - 1) + [5], dtype=dtype)
+    assert kernels.is_finite(t, t.numel())
+    for bad in (math.nan, math.inf, -math.inf):
+        t[..., 3] = bad
+        assert not kernels.is_finite(t, t.numel())
+
+
+def test_kernels_refuse_tensors_of_four_dimensions() -> None:
+    z = torch.zeros(1, 1, 2, 3)
+    with pytest.raises(ValueError, match="three dimensions"):
+        kernels.kde((1, 2, 2, 3), 1, z, z, torch.ones(1, 2), None, None, torch.zeros(1, 2))
