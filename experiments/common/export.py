@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import statistics
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,8 @@ from fluxmatching import EDMField, Trainer, load_example
 from fluxmatching.examples import CARD, CONFIG, FORMAT, NETWORKS, WEIGHTS
 
 LARGEST = 2_000_000  # bytes of an example's weights
+NOISES = 6  # draws of samples, whose figures fluctuate
+WIDTH = 120  # of a card's lines
 COLUMNS = ("quantity", "this file", "in float32, by the run", "perfect model")
 ENTRIES = ("seed", "device", "duration", "versions", "date", "commit")  # of a run, in a card
 FRONT_MATTER = """---
@@ -92,7 +98,8 @@ def export_example(folder: Path, out: Path) -> Path:
         The example's folder.
 
     Raises:
-        UsageError: there is no finished run in `folder`, its experiment has no example, or the field is too large.
+        UsageError: there is no finished run in `folder`, its experiment has no example, the field is too large, or
+            `out` cannot be written. What was in the example's folder stays as it was.
     """
     run = open_run(folder)
     if run.experiment.example is None:
@@ -100,16 +107,47 @@ def export_example(folder: Path, out: Path) -> Path:
     trained: TrainedField = run.experiment.example(run)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     content = weights(trained)
+    config = json.dumps(described(trained, content), indent=2) + "\n"
     place = out / trained.name
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        (place / WEIGHTS).write_bytes(content)
-        _write(place / CONFIG, json.dumps(described(trained, content), indent=2) + "\n")
-        field = load_example(trained.name, out, run.device).field
-        _write(place / CARD, card(trained, trained.measure(field), summary, len(content)))
-    except OSError as error:
-        raise UsageError(f"cannot write to {place}: {error.strerror}") from error
+    with _writing(place):
+        out.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(prefix=".export-", dir=out)
+    with temporary:
+        new = Path(temporary.name) / trained.name
+        with _writing(place):
+            new.mkdir()
+            (new / WEIGHTS).write_bytes(content)
+            _write(new / CONFIG, config)
+            _write(new / CARD, "")  # needs the figures of the field that is loaded next
+        measured = trained.measure(load_example(trained.name, temporary.name, run.device).field)
+        same = run.device == recorded_device(folder)
+        with _writing(place):
+            _write(new / CARD, card(trained, measured, summary, len(content), same_device=same))
+            place.mkdir(exist_ok=True)
+            for name in (WEIGHTS, CONFIG, CARD):
+                (new / name).replace(place / name)
     return place
+
+
+def over_noises(quantity: str, found: Sequence[float], trained: float, perfect: str, digits: int) -> list[Measured]:
+    """Return the lines of a figure of samples that fluctuates from draw to draw.
+
+    Args:
+        quantity: what was measured.
+        found: value for each of several noises, that of the run first.
+        trained: the value that the run measured.
+        perfect: the value of a perfect model.
+        digits: number of decimals.
+    """
+    return [
+        Measured(f"{quantity}, mean ± deviation of {len(found)} noises", spread(found, digits), "–", perfect),
+        Measured("the same, for the noise of the run alone", f"{found[0]:.{digits}f}", f"{trained:.{digits}f}"),
+    ]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Return mean and standard deviation of several values as text."""
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def trained_field(trainer: Trainer, iterations: int) -> EDMField:
@@ -126,7 +164,7 @@ def trained_field(trainer: Trainer, iterations: int) -> EDMField:
 
 
 def open_run(folder: Path) -> Run:
-    """Return the finished run in a folder.
+    """Return the finished run in a folder, on its device, or on the CPU where that is absent.
 
     Raises:
         UsageError: there is none, or its settings are not those of this version.
@@ -142,8 +180,18 @@ def open_run(folder: Path) -> Run:
         config = type(experiment.config(found["preset"]))(**entries)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder} was made by another version of {experiment.name}: {error}") from error
-    backend, device = found["backend"]["resolved"], torch.device(found["device"])
-    return Run(experiment, found["preset"], config, backend, device, found["seed"], folder, progress=False)
+    device = recorded_device(folder)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        device = torch.device("cpu")
+    # Without the backend of the run, which may be absent here too: no op is called.
+    return Run(experiment, found["preset"], config, None, device, found["seed"], folder, progress=False, read_only=True)
+
+
+def recorded_device(folder: Path) -> torch.device:
+    """Return the device that a finished run was made on."""
+    found = read_config(folder)
+    assert found is not None
+    return torch.device(found["device"])
 
 
 def weights(trained: TrainedField) -> bytes:
@@ -188,8 +236,19 @@ def described(trained: TrainedField, content: bytes) -> dict[str, Any]:
     }
 
 
-def card(trained: TrainedField, measured: list[Measured], summary: dict[str, Any], size: int) -> str:
-    """Return the text of a model card, with the front matter of model hubs."""
+def card(
+    trained: TrainedField, measured: list[Measured], summary: dict[str, Any], size: int, *, same_device: bool
+) -> str:
+    """Return the text of a model card, with the front matter of model hubs.
+
+    Args:
+        trained: the field.
+        measured: lines of the table.
+        summary: content of the run's summary.json.
+        size: bytes of the weights.
+        same_device: whether the field was measured on the run's device, and so with the same noise.
+    """
+    noise = "are from the same noise" if same_device else "may be from different noise: the run had another device"
     count = sum(value.numel() for value in trained.field.state_dict().values())
     entries = {name: summary["entries"][name] for name in ENTRIES if name in summary["entries"]}
     rows = [(m.quantity, m.exported, m.trained, m.perfect) for m in measured]
@@ -200,21 +259,21 @@ def card(trained: TrainedField, measured: list[Measured], summary: dict[str, Any
             f"{SOURCE}, {summary['paper']}.",
             f"```python\n{usage(trained)}\n```",
         ],
-        "## Data": [trained.data],
+        "## Data": [_wrap(trained.data)],
         "## Training": [
-            trained.training,
+            _wrap(trained.training),
             f"```\n{command}\n```",
             "\n".join(table(("entry", "value"), list(entries.items()))),
             "The run also trained the fields that it compares with this one. Its duration includes them.",
         ],
         "## Measured quality": [
             "\n".join(table(COLUMNS, rows)),
-            "Samples of both fields are from the same noise. The weights of this file are rounded to float16.",
+            _wrap(f"Samples of both fields {noise}. The weights of this file are rounded to float16."),
         ],
         "## Intended use": [
             "Examples, tests of samplers and losses, and a start for further training, without a training of your own."
         ],
-        "## Limits": ["\n".join(f"- {limit}" for limit in trained.limits)],
+        "## Limits": ["\n".join(_wrap(f"- {limit}", "  ") for limit in trained.limits)],
         "## License": ["MIT, as the package."],
     }
     parts = [FRONT_MATTER, *(text for heading, texts in sections.items() for text in (heading, *texts))]
@@ -232,6 +291,18 @@ sigmas = {trained.schedule}({trained.num_steps}, example.sigma_min, example.sigm
 start = example.sigma_max * torch.randn(16, *example.shape)
 with torch.no_grad():
     samples = {trained.sampler}(example.field, start, sigmas)"""
+
+
+def _wrap(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write to {place}: {error.strerror}") from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -47,6 +47,7 @@ class Run:
         seed: all random numbers follow from it, through `generator`.
         out: folder of everything the run writes.
         progress: if True, progress bars are shown.
+        read_only: if True, config.json stays as it is, which may be of another device.
     """
 
     experiment: Experiment
@@ -57,6 +58,7 @@ class Run:
     seed: int
     out: Path
     progress: bool = True
+    read_only: bool = False
     results: tuple[Result, ...] = field(default=(), init=False)
     figures: list[Path] = field(default_factory=list, init=False)
 
@@ -192,6 +194,8 @@ class Run:
         self._save_config()
 
     def _save_config(self) -> None:
+        if self.read_only:
+            return
         described = self._description | {"seconds": round(self.seconds, 3)}
         _replace(self.out / "config.json", json.dumps(described, indent=2) + "\n")
 

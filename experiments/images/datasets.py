@@ -52,7 +52,11 @@ def load(name: str, folders: Iterable[Path] | None = None) -> Images:
         UsageError: no source exists, or its files are damaged; the text explains which file to put where.
     """
     if name == "shapes":
-        return Images(shapes(1024, seed=0), shapes(256, seed=1), "drawn discs, 16 × 16")
+        return Images(
+            shapes(1024, seed=0),
+            shapes(256, seed=1),
+            "drawn discs, 16 × 16, disc and background each of one random color",
+        )
     if name not in SOURCES:
         raise UsageError(f"no data set {name!r}; there are {', '.join(SOURCES)}, shapes")
     folders = list(data_folders() if folders is None else folders)

@@ -24,7 +24,7 @@ from fluxmatching.networks import Perceptron, TrajectoryTransformer
 from fluxmatching.unet import UNet
 
 VARIABLE = "FLUXMATCHING_EXAMPLES"
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+FILES = WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 FORMAT = 1  # of the files; another layout of them gets another number
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     kind.__name__: kind for kind in (Perceptron, TrajectoryTransformer, UNet)
@@ -60,8 +60,8 @@ def load_example(
     """Load a small trained field.
 
     "mixture" (points of three Gaussians in the plane), "springs" (trajectories of two masses) and "images" (drawn
-    discs, 16 × 16) come with the package. `python -m experiments export RUN --out FOLDER` makes others. Nothing is
-    downloaded, and no code in a file is run.
+    discs, 16 × 16) come with the package. In a checkout of the repository, `python -m experiments export RUN --out
+    FOLDER` makes others. Nothing is downloaded, and no code in a file is run.
 
     >>> example = load_example("mixture")  # doctest: +SKIP
     >>> sigmas = karras_schedule(18, example.sigma_min, example.sigma_max)  # doctest: +SKIP
@@ -77,19 +77,23 @@ def load_example(
     Raises:
         ImportError: safetensors is not installed, or diffusers, which "images" needs.
         FileNotFoundError: the folder, or a file of the example, does not exist.
+        TypeError: `folder` is no path.
         ValueError: there is no example of that name, or its files are damaged or do not belong together.
     """
     place, origin = _place(folder)
     if not place.is_dir():
         raise FileNotFoundError(
-            f"{_NAME}: folder must exist, got {place} ({origin}); `python -m experiments export RUN --out {place}` "
-            f"makes it from a finished run"
+            f"{_NAME}: folder must exist, got {place} ({origin}); in a checkout of the repository, "
+            f"`python -m experiments export RUN --out {place}` makes it from a finished run"
         )
-    found = sorted(path.parent.name for path in place.glob(f"*/{CONFIG}"))
+    found = sorted({path.parent.name for file in (WEIGHTS, CONFIG) for path in place.glob(f"*/{file}")})
+    if not found:
+        raise ValueError(f"{_NAME}: {place} ({origin}) holds no examples")
     if name not in found:  # also any name that would lead out of the folder
-        raise ValueError(
-            f"{_NAME}: name must be one of {', '.join(found) or 'none'} in {place} ({origin}), got {name!r}"
-        )
+        raise ValueError(f"{_NAME}: name must be one of {', '.join(found)} in {place} ({origin}), got {name!r}")
+    for file in FILES:
+        if not (place / name / file).is_file():
+            raise FileNotFoundError(f"{_NAME}: {place / name / file} must exist; an example has {', '.join(FILES)}")
     config = _read_config(place / name / CONFIG)
     field = EDMField(_make_network(config, place / name / CONFIG), config["sigma_data"])
     _load_weights(field, place / name / WEIGHTS, config["sha256"])
@@ -109,6 +113,8 @@ def load_example(
 def _place(folder: str | os.PathLike[str] | None) -> tuple[Path, str]:
     """Return the folder of the examples, and where its name is from."""
     if folder is not None:
+        if not isinstance(folder, (str, os.PathLike)):
+            raise TypeError(f"{_NAME}: folder must be a path or None, got {type(folder).__name__}")
         return Path(folder), "the argument folder"
     if named := os.environ.get(VARIABLE):
         return Path(named), VARIABLE
@@ -156,16 +162,16 @@ def _load_weights(field: nn.Module, path: Path, sha256: object) -> None:
         from safetensors.torch import load
     except ImportError as error:
         raise ImportError(f"fluxmatching.{_NAME} needs safetensors: pip install 'fluxkernels[experiments]'") from error
-    if not path.is_file():
-        raise FileNotFoundError(f"{_NAME}: {path} must exist beside {CONFIG}")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ValueError(f"{_NAME}: {path} is damaged or of another export: its SHA-256 is not that in {CONFIG}")
     try:
         weights: dict[str, Tensor] = load(content)
         for name, value in weights.items():
-            if not (value.is_floating_point() and value.isfinite().all()):
-                raise RuntimeError(f"{name} has {value.dtype} or numbers that are not finite")
+            if not value.is_floating_point():
+                raise RuntimeError(f"{name} must have a floating dtype, got {value.dtype}")
+            if not value.isfinite().all():
+                raise RuntimeError(f"{name} must be finite, got NaN or infinity")
         field.load_state_dict(weights)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{_NAME}: {path} does not hold the weights of {CONFIG}: {error}") from error

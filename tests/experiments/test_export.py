@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -23,10 +24,12 @@ from experiments.common.registry import Experiment, UsageError
 from experiments.common.run import Run
 from experiments.fast_mixing.measure import log_steps
 from experiments.fast_mixing.mixture import make_trainer
-from experiments.images.datasets import load
+from experiments.images.datasets import load, shapes, to_numbers
+from experiments.images.example import color_distance, single_share
 from experiments.images.experiment import judge
 from experiments.images.stages import log_floor
 from experiments.images.stages import train as train_images
+from experiments.springs.example import deviation, roughness
 from experiments.springs.training import CAUSAL
 from experiments.springs.training import train as train_springs
 from fluxmatching import Example, load_example
@@ -128,10 +131,10 @@ def test_a_card_names_what_was_measured(exported: tuple[Run, Path]) -> None:
     text = (place / "README.md").read_text(encoding="utf-8")
     assert text.startswith("---\nlicense: mit\nlibrary_name: fluxkernels\ntags:\n")
     assert json.loads((run.out / "summary.json").read_text())["command"] in text
-    figures = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, flags=re.MULTILINE)
-    assert figures
-    for file, trained_in_float32, _ in figures:
-        assert float(file) == pytest.approx(float(trained_in_float32), rel=0.05)
+    ((file, trained_in_float32),) = re.findall(r"run alone \| ([\d.]+) \| ([\d.]+) \| – \|$", text, flags=re.MULTILINE)
+    assert float(file) == pytest.approx(float(trained_in_float32), rel=0.05)
+    assert "Samples of both fields are from the same noise." in text
+    assert max(len(line) for line in text.splitlines() if line[:1] not in "|p") <= export.WIDTH
     for part in ("## Data", "## Training", "## Intended use", "## Limits", "## License", "| seed | 0 |"):
         assert part in text
     assert str(folder) not in text
@@ -148,11 +151,62 @@ def test_the_block_of_a_card_runs(exported: tuple[Run, Path], monkeypatch: pytes
     assert names["samples"].isfinite().all()
 
 
+def test_what_is_measured_of_drawn_discs() -> None:
+    """Discs of one color are one piece on a line of colors; two discs are two pieces, and a third color is beside."""
+    x = to_numbers(shapes(200, seed=3))
+    assert single_share(x) > 0.98
+    assert color_distance(x) < 0.01
+    double = torch.full((1, 3, 16, 16), -1.0)
+    double[:, 0, 3:6, 3:6] = double[:, 1, 10:13, 10:13] = 1
+    assert single_share(double) == 0
+    assert color_distance(double) > 0.1
+
+
+def test_what_is_measured_of_trajectories() -> None:
+    time = torch.arange(5.0)
+    x = torch.stack([time**2, -(time**2)], 1).expand(6, 5, 2)
+    assert roughness(x) == pytest.approx([2, 2, 2])
+    assert all(math.isnan(value) for value in roughness(x[:, :2]))
+    assert deviation(torch.cat([x, -x])) == pytest.approx([0, 4, 16], rel=0.05)
+
+
 def test_an_export_is_repeatable(trajectories: Run, tmp_path: Path) -> None:
     first, second = (export_example(trajectories.out, tmp_path / name) for name in ("a", "b"))
     assert {path.name for path in first.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     for path in first.iterdir():
         assert path.read_bytes() == (second / path.name).read_bytes()
+
+
+def test_a_run_of_an_absent_device_is_exported_on_the_cpu_and_stays_as_it_is(copied: Path, tmp_path: Path) -> None:
+    config = json.loads((copied / "config.json").read_text()) | {"device": "cuda:99"}
+    config["backend"] = {"requested": "triton", "resolved": "triton"}
+    (copied / "config.json").write_text(json.dumps(config))
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    place = export_example(copied, tmp_path / "out")
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
+    assert "Samples of both fields may be from different noise" in (place / "README.md").read_text(encoding="utf-8")
+    assert load_example("springs", tmp_path / "out").shape == (50, 4)
+
+
+def test_an_export_that_fails_changes_nothing(
+    trajectories: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The error of a measurement is its own, and an earlier example stays whole, as do other files beside it."""
+    place = export_example(trajectories.out, tmp_path)
+    (place / "notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fail(field: Any) -> list[Any]:
+        raise OSError("no space for samples")
+
+    failing = dataclasses.replace(trained(trajectories), measure=fail)
+    monkeypatch.setattr(springs, "EXPERIMENT", dataclasses.replace(springs.EXPERIMENT, example=lambda run: failing))
+    with pytest.raises(OSError, match="no space for samples"):
+        export_example(trajectories.out, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    export_example(trajectories.out, tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_the_command(trajectories: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
