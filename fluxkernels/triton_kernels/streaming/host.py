@@ -293,7 +293,7 @@ def kernel_average_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, N, D), M, V = z.shape, refs.shape[1], g_average.shape[2]
     with on_device_of(z):
-        of = _stream(refs, sigma2, values, log_weights, exclude_self, kernel)
+        of = _stream(refs, sigma2, None if values is None else _centered(values), log_weights, exclude_self, kernel)
         width = packed_width(kernel_average_backward_refs_kernel, D, z.dtype, of.kind["COUNT"])
         packed = _aligned((B, of.chunks, N, width), z, wide(z.dtype))
         queries = [packed, *packed.stride()[:2]]
@@ -320,6 +320,17 @@ def kernel_average_backward(
         g_values,
         z.new_empty(0) if log_weights is None else _added(g_logs, log_weights),
     )
+
+
+def _centered(values: Tensor) -> Tensor:
+    """The values less the middle one of each column, in the dtype of sums.
+
+    Derivatives depend on differences of the values alone, of which an average far from 0 would take digits; unlike a
+    mean, the middle one is near most values whatever a few others are.
+    """
+    values = values.to(wide(values.dtype))
+    middle = values.shape[1] // 2
+    return values - values.sort(1).values[:, middle : middle + 1]
 
 
 def _added(parts: Tensor, like: Tensor) -> Tensor:
