@@ -328,9 +328,9 @@ def _centered(values: Tensor) -> Tensor:
     Derivatives depend on differences of the values alone, of which an average far from 0 would take digits; unlike a
     mean, the middle one is near most values whatever a few others are.
     """
-    values = values.to(wide(values.dtype))
-    middle = values.shape[1] // 2
-    return values - values.sort(1).values[:, middle : middle + 1]
+    values, at = values.to(wide(values.dtype)), values.shape[1] // 2
+    middle = values.sort(1).values[:, at : at + 1]
+    return values - middle
 
 
 def _added(parts: Tensor, like: Tensor) -> Tensor:
