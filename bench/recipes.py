@@ -153,8 +153,8 @@ def measured(device: torch.device) -> Iterator[dict[str, Any]]:
             calls = [lambda row=on_device: row.ours(*row.inputs), lambda row=on_device: row.dense(*row.inputs)]
             found["ours"], found["dense"] = medians(calls, REPETITIONS)
             found["error"], found["dense_error"] = on_device.error(row.ours), on_device.error(row.dense)
-        except Exception as problem:  # out of memory, a lost card: the other rows stay
-            found["failed"] = f"{type(problem).__name__}: {problem}"[:500]
+        except Exception as error:  # out of memory, a lost card: the other rows stay
+            found["failed"] = f"{type(error).__name__}: {error}"[:500]
         yield found
 
 

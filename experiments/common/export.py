@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from experiments.common.objectives import averaged_field
 from experiments.common.registry import UsageError, load_experiment
+from experiments.common.results import spread
 from experiments.common.run import Run, is_finished, read_config
 from experiments.common.summary import SOURCE, table
 from fluxmatching import EDMField, Trainer, load_example
@@ -140,14 +140,9 @@ def over_noises(quantity: str, found: Sequence[float], trained: float, perfect: 
         digits: number of decimals.
     """
     return [
-        Measured(f"{quantity}, mean ± deviation of {len(found)} noises", spread(found, digits), "–", perfect),
+        Measured(f"{quantity}, mean ± deviation of {len(found)} noises", spread(found, f".{digits}f"), "–", perfect),
         Measured("the same, for the noise of the run alone", f"{found[0]:.{digits}f}", f"{trained:.{digits}f}"),
     ]
-
-
-def spread(values: Sequence[float], digits: int) -> str:
-    """Return mean and standard deviation of several values as text."""
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def trained_field(trainer: Trainer, iterations: int) -> EDMField:

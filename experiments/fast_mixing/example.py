@@ -7,9 +7,10 @@ import math
 import torch
 from torch import nn
 
-from experiments.common.export import NOISES, Measured, TrainedField, over_noises, spread, trained_field
+from experiments.common.export import NOISES, Measured, TrainedField, over_noises, trained_field
 from experiments.common.objectives import FLUX
 from experiments.common.registry import UsageError
+from experiments.common.results import spread
 from experiments.common.run import Run
 from experiments.fast_mixing.measure import distance_to_data, judge
 from experiments.fast_mixing.mixture import make_trainer
@@ -37,7 +38,7 @@ def example(run: Run) -> TrainedField:
             distance_to_data(noised(SIGMA_MIN).sample(count, run.generator("floor", seed)), SIGMA_MIN) for seed in seeds
         ]
         name = f"sliced W2 of {count} samples to the data at sigma_min, in {num_steps} steps of Algorithm 3"
-        lines = over_noises(name, found, row, spread(exact, 3), 3)
+        lines = over_noises(name, found, row, spread(exact, ".3f"), 3)
         perfect = f"{math.sqrt(VARIANCE + SIGMA_MIN**2):.3f}"
         for steps in (num_steps, 10 * num_steps):
             quantity = f"standard deviation about the nearest mean, per coordinate, in {steps} steps"

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.distances import wasserstein2
-from experiments.common.export import NOISES, Measured, TrainedField, over_noises, spread, trained_field
+from experiments.common.export import NOISES, Measured, TrainedField, over_noises, trained_field
 from experiments.common.objectives import FLUX
 from experiments.common.registry import UsageError
+from experiments.common.results import spread
 from experiments.common.run import Run
 from experiments.springs.training import (
     CAUSAL,
@@ -42,7 +43,7 @@ def example(run: Run) -> TrainedField:
         known = {"objective": FLUX, "mask": CAUSAL, "iteration": config.iterations, "seed": SEED}
         (row,) = run.by_seed("model", "w2_fresh", **known)
         name = f"W2 of {config.samples} samples in {config.sampling_steps} steps to {config.data} fresh trajectories"
-        lines = over_noises(name, distances, row, spread(perfect, 2), 2)
+        lines = over_noises(name, distances, row, spread(perfect, ".2f"), 2)
         for quantity, measured in (("standard deviation", deviation), ("RMS second difference in time", roughness)):
             for place, here, there in zip(PLACES, measured(torch.cat(found)), measured(real), strict=True):
                 lines.append(Measured(f"{quantity}, {place} point", f"{here:.2f}", "–", f"{there:.2f}"))

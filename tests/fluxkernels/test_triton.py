@@ -55,21 +55,24 @@ def test_every_kernel_has_a_case() -> None:
 
 def test_no_kernel_takes_a_number_from_itself() -> None:
     """x - x is not 0 where x is a product: a fused multiply-add makes it the product's rounding error."""
-    triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
-    sources = [Path(path) for folder in triton_kernels.__path__ for path in Path(folder).rglob("*.py")]
-    assert len(sources) > 15
-    found = [re.findall(r"\b(\w+) - \1\b", path.read_text()) for path in sources]
+    found = [re.findall(r"\b(\w+) - \1\b", source) for source in sources()]
     assert [names for names in found if names] == [["value"]]  # the sentence that says so
 
 
 def test_no_function_of_a_kernel_returns_a_bare_number() -> None:
     """The compiler makes float32 of one, also where it meets float64; the interpreter keeps all of its digits."""
-    triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
-    sources = [path for folder in triton_kernels.__path__ for path in Path(folder).rglob("*.py")]
-    parsed = [node for path in sources for node in ast.walk(ast.parse(path.read_text()))]
+    parsed = [node for source in sources() for node in ast.walk(ast.parse(source))]
     functions = [node for node in parsed if isinstance(node, ast.FunctionDef) and "triton.jit" in decorators(node)]
     assert len(functions) > 100
     assert [function.name for function in functions if any(is_constant(value) for value in returned(function))] == []
+
+
+def sources() -> list[str]:
+    """Text of every module of the Triton kernels."""
+    triton_kernels = importlib.import_module("fluxkernels.triton_kernels")
+    found = [path.read_text() for folder in triton_kernels.__path__ for path in Path(folder).rglob("*.py")]
+    assert len(found) > 15
+    return found
 
 
 def decorators(function: ast.FunctionDef) -> list[str]:
